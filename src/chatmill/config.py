@@ -1,0 +1,122 @@
+"""Validated YAML configs with dotted overrides: what the recipes of data and trainer share.
+
+    load_section(Recipe, "tiny", ["optimizer.lr=3e-4"], folder)
+
+Imports neither torch nor numpy: login nodes and `chatmill --help` use this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A recipe, override or input file that cannot be used; the message says what to change."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Section)
+
+
+def find_recipe(name: str, folder: Path) -> Path:
+    """Path of a recipe given as a file or as the name of a shipped one."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = folder / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    raise ConfigError(f"recipe not found: {name!r} is neither a file nor a shipped recipe.\nShipped: {', '.join(names)}.")
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`a.b=c` words as a nested dict; values are read as YAML (numbers, true, null, [lists])."""
+    tree: dict[str, Any] = {}
+    for word in overrides:
+        key, eq, text = word.partition("=")
+        if not eq or not key or any(not part for part in key.split(".")):
+            raise ConfigError(f"override {word!r}: expected section.field=value, for example optimizer.lr=3e-4")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {word!r}: the value is not YAML ({error})") from error
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {word!r}: {parent!r} was already given a plain value")
+        node[leaf] = value
+    return tree
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """base with over laid on top, section by section."""
+    out = dict(base)
+    for key, value in over.items():
+        below = out.get(key)
+        out[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return out
+
+
+def load_section(kind: type[S], name: str, overrides: Iterable[str], folder: Path) -> S:
+    """Read, override and validate any YAML config of this project. Raises ConfigError in words."""
+    path = find_recipe(name, folder)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
+    return validate(kind, merge(raw, parse_overrides(overrides)), str(path))
+
+
+def validate(kind: type[S], raw: Mapping[str, Any], where: str) -> S:
+    """kind(**raw), with pydantic's findings in words and the nearest valid key for an unknown one."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(kind, item) for item in error.errors()]
+        raise ConfigError(f"{where}: {len(lines)} thing(s) to mend:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def dump_yaml(config: Section) -> str:
+    """The fully resolved config as YAML that loads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _explain(kind: type[Section], item: Any) -> str:
+    location = ".".join(str(part) for part in item["loc"]) or "(recipe)"
+    if item["type"] == "extra_forbidden":
+        valid = _keys_at(kind, item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
+        return f"{location}: unknown key; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    value = item.get("input")
+    got = "" if isinstance(value, dict | Section) else f" (got {value!r})"
+    return f"{location}: {message}{got}"
+
+
+def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        field = kind.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        choices = getattr(annotation, "__args__", None) or (annotation,)
+        found = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not found:
+            return []
+        kind = found[0]
+    return list(kind.model_fields)

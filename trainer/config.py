@@ -1,0 +1,257 @@
+"""Recipes: every knob of a training run, validated before anything is loaded.
+
+A recipe is a YAML file (or the name of a shipped one) plus dotted overrides:
+
+    chatmill train tiny optimizer.lr=3e-4 train.steps=200
+
+Imports neither torch nor numpy: login nodes and `chatmill --help` use this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from chatmill.config import Section, load_section
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+
+class RopeScaling(Section):
+    """Stretching of the rotary angles for contexts longer than those of pre-training.
+
+    kind: `linear`, `llama3` (Llama 3.1, three frequency bands) or `yarn` (arXiv:2309.00071).
+    factor: new length / original length.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float = Field(gt=0)
+    original_context: int = Field(gt=0)
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+class ModelConfig(Section):
+    """Shape of one decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+    family names the Hugging Face architecture that `export --to hf` writes.
+    sliding_window: tokens seen by a query, itself included; applied to the layers in `sliding_layers` (None: all).
+    """
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    vocab_size: int = Field(default=49152, gt=0)
+    hidden_size: int = Field(default=576, gt=0)
+    intermediate_size: int = Field(default=1536, gt=0)
+    layers: int = Field(default=30, gt=0)
+    heads: int = Field(default=9, gt=0)
+    kv_heads: int = Field(default=3, gt=0)
+    head_dim: int | None = Field(default=None, gt=0)
+    context: int = Field(default=8192, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = Field(default=1e-5, gt=0)
+    tied_embeddings: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = Field(default=None, gt=0)
+    sliding_layers: tuple[int, ...] | None = None
+    attention_softcap: float | None = Field(default=None, gt=0)
+    logit_softcap: float | None = Field(default=None, gt=0)
+    initializer_range: float = Field(default=0.02, gt=0)
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def d_head(self) -> int:
+        """Channels per head."""
+        return self.head_dim or self.hidden_size // self.heads
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if self.head_dim is None and self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of heads={self.heads}; set head_dim")
+        if self.d_head % 2:
+            raise ValueError(f"head_dim={self.d_head} is odd; rotary positions need an even one")
+        return self
+
+    def window_of(self, layer: int) -> int | None:
+        """Sliding window of a layer in tokens, or None for full causal attention."""
+        if self.sliding_window is None or (self.sliding_layers is not None and layer not in self.sliding_layers):
+            return None
+        return self.sliding_window
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part: embedding, attention, mlp, norms, head, total."""
+        h, d = self.hidden_size, self.d_head
+        q, kv = self.heads * d, self.kv_heads * d
+        attention = h * (q + 2 * kv) + q * h
+        attention += (q + 2 * kv) * self.qkv_bias + h * self.output_bias
+        norms = 2 * h + 2 * d * self.qk_norm
+        parts = {
+            "embedding": self.vocab_size * h,
+            "attention": self.layers * attention,
+            "mlp": self.layers * 3 * h * self.intermediate_size,
+            "norms": self.layers * norms + h,
+            "head": 0 if self.tied_embeddings else self.vocab_size * h,
+        }
+        return parts | {"total": sum(parts.values())}
+
+    def flops_per_token(self, length: float) -> float:
+        """Training FLOPs per token, forward and backward, at a mean causal context of `length` tokens.
+
+        6 x matrix parameters (head included, embedding look-up not) + 6 x layers x heads x head_dim x length:
+        causal attention costs half of the full square. No recomputation is counted.
+        """
+        counts = self.parameter_counts()
+        matrices = counts["attention"] + counts["mlp"] + self.vocab_size * self.hidden_size
+        return 6.0 * matrices + 6.0 * self.layers * self.heads * self.d_head * length
+
+
+class ModelSection(ModelConfig):
+    """`model.*` of a recipe: a checkpoint to start from, or the shape of a new model with random weights.
+
+    checkpoint: a Chatmill checkpoint folder. Its own shape is used; a shape field written beside it must agree.
+    """
+
+    checkpoint: str | None = None
+
+    def shape(self) -> ModelConfig:
+        """The shape alone, without the checkpoint field."""
+        return ModelConfig(**{name: getattr(self, name) for name in ModelConfig.model_fields})
+
+
+class RunSection(Section):
+    """Where a run writes. The run folder is dir/name."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    dir: str = "runs"
+
+
+class DataSection(Section):
+    """The token shards to train on.
+
+    path: a data-set folder made by `chatmill data build` (it holds train/ and validation/).
+    sequence_length: tokens per pack; dialogues longer than that are cut at whole turns (`overlong`).
+    max_dialogues: use only the first so many dialogues of the training order's population (None: all).
+    """
+
+    path: str = "corpora/chitchat"
+    sequence_length: int = Field(default=1024, gt=1)
+    overlong: Literal["truncate", "drop"] = "truncate"
+    max_dialogues: int | None = Field(default=None, gt=0)
+
+
+class OptimizerSection(Section):
+    """AdamW (decoupled weight decay on matrices only; norms, biases and embeddings have none)."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(default=3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+
+
+class ScheduleSection(Section):
+    """Learning rate over steps: linear warm-up, then the named decay down to min_ratio x lr.
+
+    wsd: warm-up, stable, then a linear decay over the last decay_fraction of the steps.
+    """
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    min_ratio: float = Field(default=0.1, ge=0, le=1)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+
+
+class TrainSection(Section):
+    """The loop. One step = world size x accumulation x micro_batch packs of data.sequence_length tokens."""
+
+    steps: int = Field(default=100, gt=0)
+    micro_batch: int = Field(default=1, gt=0)
+    accumulation: int = Field(default=1, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = Field(default=0, ge=0)
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+class ParallelSection(Section):
+    """Engine. `single` refuses to run as one of several processes; the others refuse to run silently alone."""
+
+    strategy: Strategy = "single"
+
+
+class KernelSection(Section):
+    """Which implementation of each hot operation; `auto` picks by device and shape."""
+
+    attention: Literal["auto", "hopper", "triton", "flash", "sdpa", "flex", "reference"] = "auto"
+    cross_entropy: Literal["auto", "triton", "torch", "reference"] = "auto"
+    elementwise: Literal["auto", "triton", "reference"] = "auto"
+
+
+class CheckpointSection(Section):
+    """Checkpoints under the run folder. keep: newest so many are kept (the best and the last always are)."""
+
+    every_steps: int = Field(default=100, gt=0)
+    keep: int = Field(default=2, gt=0)
+
+
+class EvaluationSection(Section):
+    """Validation inside training, every so many steps (0: never) and at both ends."""
+
+    every_steps: int = Field(default=0, ge=0)
+    max_dialogues: int | None = Field(default=None, gt=0)
+    at_start: bool = True
+    at_end: bool = True
+
+
+class LoggingSection(Section):
+    """One console and metrics line every so many steps; trackers beside metrics.jsonl."""
+
+    every_steps: int = Field(default=1, gt=0)
+    tensorboard: bool = False
+
+
+class Recipe(Section):
+    """A whole training run."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
+    kernels: KernelSection = KernelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.run.dir) / self.run.name
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Recipe:
+        if self.model.checkpoint is None and self.data.sequence_length > self.model.context:
+            raise ValueError(f"data.sequence_length={self.data.sequence_length} exceeds model.context={self.model.context}")
+        return self
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The training recipe `name` with overrides applied."""
+    return load_section(Recipe, name, overrides, RECIPES)
