@@ -1,0 +1,69 @@
+"""Cross-compilation reads what the compiler made, and each gate can turn red."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from chatmill.kernels.cross_compile import Case, CompileReport, violations
+
+GOOD = CompileReport("gemm", 90, 168, 0, 0, 100_000, 4, False, 8, 1.0, {"HGMMA": 8, "USETMAXREG": 3})
+CASE = Case("gemm", None, {}, {}, arch=90, specialised=True)
+MODULE = """
+import triton, triton.language as tl
+from chatmill.kernels.cross_compile import Case
+
+@triton.jit
+def gemm_kernel(A, B, C, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    m, n, kk = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in tl.range(0, K, BK):
+        acc = tl.dot(tl.load(A + m[:, None] * K + k + kk[None, :]), tl.load(B + n[:, None] * K + k + kk[None, :]).T, acc)
+    tl.store(C + m[:, None] * BN + n[None, :], acc.to(tl.bfloat16))
+
+def case(name, arch, bn):
+    constants = {"BM": 128, "BN": bn, "BK": 64}
+    types = {"A": "*bf16", "B": "*bf16", "C": "*bf16", "K": "i32"}
+    return Case(name, gemm_kernel, types, constants, arch=arch, num_warps=4, num_stages=2, aligned=("K",))
+
+def shipped_cases():
+    return [case("good", 80, 64), case("good", 90, 64), case("good", 100, 64), case("too big", 90, 512)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"spill_bytes": 8}, "spills 8 bytes, budget 0"),
+        ({"shared_bytes": 232_449}, "shared memory"),
+        ({"serialized_wgmma": True}, "C7512"),
+        ({"sass": {"USETMAXREG": 3}}, "no HGMMA"),
+        ({"sass": {"HGMMA": 8, "HMMA": 4, "USETMAXREG": 3}}, "fell back to mma.sync"),
+        ({"sass": {"HGMMA": 8}}, "warp specialisation was dropped"),
+    ],
+)
+def test_each_gate_turns_red(change: dict, words: str) -> None:
+    assert violations(CASE, GOOD) == []
+    (found,) = violations(CASE, dataclasses.replace(GOOD, **change))
+    assert words in found
+
+
+def test_a_module_is_compiled_for_three_generations_and_a_bad_tile_is_caught(tmp_path: Path) -> None:
+    (tmp_path / "gemm_sample.py").write_text(MODULE)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "chatmill.kernels.cross_compile", "gemm_sample", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    rows = {(row["name"], row["arch"]): row for row in json.loads(done.stdout)}
+    for arch, opcode in ((80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")):
+        row = rows["good", arch]
+        assert row["violations"] == []
+        assert row["sass"][opcode] > 0
+        assert 16 < row["registers"] <= 255
+    assert rows["too big", 90]["violations"], "128 x 512 fp32 accumulators do not fit 4 warps"
