@@ -1,0 +1,102 @@
+"""The records that flow through data/: Turn, Conversation, TokenizedDialogue.
+
+A Conversation is what people said; a TokenizedDialogue is what the model reads and where its loss falls.
+One JSON form (`to_record` / `from_record`) serves the dialogue shards and the files between the stages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message. loss: may carry loss, if its role is assistant. time: seconds since 1970, UTC."""
+
+    role: Role
+    content: str
+    name: str | None = None
+    time: float | None = None
+    loss: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One dialogue. origin: raw file and line (or key) that it came from; meta: whatever the importer knows.
+
+    A plain document is a Conversation of a single assistant turn with meta["document"] = True: every token has loss.
+    """
+
+    uid: str
+    turns: tuple[Turn, ...]
+    source: str
+    origin: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_document(self) -> bool:
+        """Plain text for pre-training rather than a dialogue."""
+        return bool(self.meta.get("document"))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedDialogue:
+    """ids uint32 (L,); loss_mask bool (L,): token i is a target, predicted from tokens < i. Index 0 never is."""
+
+    uid: str
+    ids: NDArray[np.uint32]
+    loss_mask: NDArray[np.bool_]
+
+
+def make_uid(source: str, origin: str) -> str:
+    """32 hex digits naming the conversation at `origin` of `source`; the same on every machine."""
+    return xxhash.xxh3_128_hexdigest(f"{source}\0{origin}".encode("utf-8", "surrogatepass"))
+
+
+def to_record(conversation: Conversation) -> dict[str, Any]:
+    """Plain JSON values; absent names, times and default loss flags are left out."""
+    messages: list[dict[str, Any]] = []
+    for turn in conversation.turns:
+        message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+        if turn.name is not None:
+            message["name"] = turn.name
+        if turn.time is not None:
+            message["time"] = turn.time
+        if not turn.loss:
+            message["loss"] = False
+        messages.append(message)
+    return {
+        "uid": conversation.uid,
+        "messages": messages,
+        "source": conversation.source,
+        "origin": conversation.origin,
+        "meta": dict(conversation.meta),
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> Conversation:
+    """Inverse of to_record."""
+    turns = tuple(
+        Turn(cast(Role, m["role"]), m["content"], m.get("name"), m.get("time"), m.get("loss", True)) for m in record["messages"]
+    )
+    return Conversation(record["uid"], turns, record["source"], record["origin"], record.get("meta", {}))
+
+
+def dump_line(conversation: Conversation) -> str:
+    """One line of JSON, keys in a fixed order, ending in a newline."""
+    return json.dumps(to_record(conversation), ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def load_line(line: str | bytes) -> Conversation:
+    """Inverse of dump_line."""
+    return from_record(json.loads(line))

@@ -1,0 +1,292 @@
+"""Token shards: write and read plain WebDataset tars exactly.
+
+    writer = ShardWriter(folder, "train", vocab_size=49152); writer.add(dialogue, source, origin) ...; records = writer.close()
+    dataset = TokenDataset.open("corpora/chitchat", "train"); block = dataset.read_block(0)
+
+Contract: `webdataset.WebDataset(shard)` reads every sample of every shard; this reader needs one pread per block, checks its
+xxh3, and never yields fewer dialogues than the manifest promises: damage is an error that names the file, never a short read.
+Layout of a shard and of its sidecar index: data/shard_index.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chatmill.config import ConfigError
+from chatmill.data.conversation import TokenizedDialogue
+from chatmill.data.shard_index import (
+    TAR_END,
+    DamagedShardError,
+    ShardIndex,
+    TokenBlock,
+    block_hash,
+    decode_block,
+    encode_block,
+    sha256_file,
+    sync_folder,
+    tar_member,
+    write_durably,
+)
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+def id_dtype(vocab_size: int) -> type[np.generic]:
+    """The narrowest unsigned type that holds every token id."""
+    return np.uint16 if vocab_size <= 65_536 else np.uint32
+
+
+class ShardWriter:
+    """Appends dialogues to numbered shards of one split, cutting blocks and shards at fixed sizes.
+
+    block_dialogues: dialogues per block; shard_bytes: a shard is closed once it is at least this large.
+    The bytes depend only on the dialogues, their order and these sizes. A shard appears under its name only when whole.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        vocab_size: int,
+        meta: Mapping[str, Any] | None = None,
+        block_dialogues: int = 512,
+        shard_bytes: int = 256 << 20,
+    ) -> None:
+        self.folder, self.split, self.vocab_size = folder / split, split, vocab_size
+        self.block_dialogues, self.shard_bytes = block_dialogues, shard_bytes
+        self._header = json.dumps({"format": FORMAT_VERSION, "split": split, **(meta or {})}, sort_keys=True).encode()
+        self._pending: list[TokenizedDialogue] = []
+        self._sources: list[tuple[str, str]] = []
+        self._records: list[dict[str, Any]] = []
+        self._file: Any = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, dialogue: TokenizedDialogue, source: str, origin: str) -> None:
+        """Append one dialogue."""
+        if int(dialogue.ids.max()) >= self.vocab_size:
+            raise ConfigError(f"dialogue {dialogue.uid}: token id {int(dialogue.ids.max())}, vocabulary is {self.vocab_size}")
+        self._pending.append(dialogue)
+        self._sources.append((source, origin))
+        if len(self._pending) >= self.block_dialogues:
+            self._flush()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Finish the last shard; one manifest record per shard."""
+        if self._pending:
+            self._flush()
+        if self._file is not None:
+            self._finish_shard()
+        return self._records
+
+    def abandon(self) -> None:
+        """Close and remove the unfinished shard, after a failure."""
+        if self._file is not None:
+            self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
+            self._file = None
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self._open_shard()
+        number = len(self._offsets)
+        data, lengths, loss = encode_block(self._pending, self._sources, number, id_dtype(self.vocab_size))
+        self._offsets.append(self._position)
+        self._sizes.append(len(data))
+        self._hashes.append(block_hash(data))
+        self._counts.append(len(lengths))
+        self._lengths.append(lengths)
+        self._loss.append(loss)
+        self._put(data)
+        self._pending, self._sources = [], []
+        if self._position >= self.shard_bytes:
+            self._finish_shard()
+
+    def _open_shard(self) -> None:
+        self._name = f"{self.split}-{len(self._records):05d}.tar"
+        self._file = (self.folder / f".{self._name}.partial").open("wb")
+        self._digest, self._position = hashlib.sha256(), 0
+        self._offsets: list[int] = []
+        self._sizes: list[int] = []
+        self._hashes: list[int] = []
+        self._counts: list[int] = []
+        self._lengths: list[NDArray[np.uint32]] = []
+        self._loss: list[NDArray[np.uint32]] = []
+        self._put(tar_member("__meta__/shard.json", self._header))
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._position += len(data)
+
+    def _finish_shard(self) -> None:
+        self._put(TAR_END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        index = ShardIndex(
+            np.array(self._offsets, dtype=np.int64),
+            np.array(self._sizes, dtype=np.int64),
+            np.array(self._hashes, dtype=np.uint64),
+            np.array(self._counts, dtype=np.uint32),
+            np.concatenate(self._lengths),
+            np.concatenate(self._loss),
+        )
+        raw = index.to_bytes()
+        index_name = index_path(self._name)
+        write_durably(self.folder / index_name, raw)
+        (self.folder / f".{self._name}.partial").replace(self.folder / self._name)
+        sync_folder(self.folder)
+        self._records.append(
+            {
+                "name": self._name,
+                "bytes": self._position,
+                "sha256": self._digest.hexdigest(),
+                "index": index_name,
+                "index_sha256": hashlib.sha256(raw).hexdigest(),
+                "blocks": len(index.offset),
+                "dialogues": len(index.lengths),
+                "tokens": int(index.lengths.sum(dtype=np.int64)),
+                "loss_tokens": int(index.loss_tokens.sum(dtype=np.int64)),
+            }
+        )
+
+
+def index_path(shard: str) -> str:
+    """Name of the sidecar index of a shard."""
+    return shard.removesuffix(".tar") + ".index.npz"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """manifest.json of a data-set folder; ConfigError in words where there is none or it is damaged."""
+    file = path / MANIFEST
+    if not file.is_file():
+        what = "has no manifest.json" if path.is_dir() else "does not exist"
+        raise ConfigError(f"data set {path}: {what}. Build it with: chatmill data build RECIPE")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedShardError(f"{file}: not JSON ({error}). Rebuild the data set.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ConfigError(f"{file}: format {found!r}, this version reads {FORMAT_VERSION}. Rebuild the data set.")
+    return manifest
+
+
+def fingerprint(manifest: Mapping[str, Any], split: str) -> str:
+    """sha256 that changes with any token, mask, order, tokenizer or template of the split."""
+    parts = [str(manifest["tokenizer_sha256"]), str(manifest["template_sha256"]), split]
+    parts += [record["sha256"] for record in manifest["splits"][split]["shards"]]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class TokenDataset:
+    """Random access to the blocks of one split. Opening reads the manifest and the indices, no tokens."""
+
+    def __init__(self, path: Path, split: str, manifest: dict[str, Any], indices: list[ShardIndex]) -> None:
+        self.path, self.split, self.manifest = path, split, manifest
+        self.vocab_size = int(manifest["vocab_size"])
+        self.fingerprint = fingerprint(manifest, split)
+        self._shards = [path / split / record["name"] for record in manifest["splits"][split]["shards"]]
+        empty = np.zeros(0, dtype=np.uint32)
+        self.lengths: NDArray[np.uint32] = np.concatenate([empty, *(i.lengths for i in indices)])
+        self.loss_tokens: NDArray[np.uint32] = np.concatenate([empty, *(i.loss_tokens for i in indices)])
+        counts = np.concatenate([empty, *(i.dialogues for i in indices)])
+        self.block_starts: NDArray[np.int64] = np.zeros(len(counts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=self.block_starts[1:])
+        self._block_shard = np.repeat(np.arange(len(indices)), [len(i.offset) for i in indices])
+        self._offset = np.concatenate([np.zeros(0, np.int64), *(i.offset for i in indices)])
+        self._size = np.concatenate([np.zeros(0, np.int64), *(i.size for i in indices)])
+        self._xxh3 = np.concatenate([np.zeros(0, np.uint64), *(i.xxh3 for i in indices)])
+        self._files: dict[int, int] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, split: str) -> TokenDataset:
+        """Open one split of a data-set folder. Raises ConfigError naming what is missing or damaged."""
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        if split not in manifest["splits"]:
+            raise ConfigError(f"data set {folder}: no split {split!r}; it has {', '.join(manifest['splits'])}")
+        indices = []
+        for record in manifest["splits"][split]["shards"]:
+            shard, index_file = folder / split / record["name"], folder / split / record["index"]
+            for file in (shard, index_file):
+                if not file.is_file():
+                    raise ConfigError(f"data set {folder}: {file.relative_to(folder)} is missing. Rebuild the data set.")
+            size = shard.stat().st_size
+            if size != record["bytes"]:
+                raise DamagedShardError(f"{shard}: {size} bytes, the manifest says {record['bytes']}. Rebuild the data set.")
+            raw = index_file.read_bytes()
+            if hashlib.sha256(raw).hexdigest() != record["index_sha256"]:
+                raise DamagedShardError(f"{index_file}: not the index that was written. Rebuild the data set.")
+            indices.append(ShardIndex.from_bytes(raw, str(index_file)))
+        dataset = cls(folder, split, manifest, indices)
+        if len(dataset.lengths) == 0:
+            raise ConfigError(f"data set {folder}: split {split!r} is empty")
+        return dataset
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks B."""
+        return len(self._offset)
+
+    def read_block(self, b: int) -> TokenBlock:
+        """Block b: one pread, its xxh3 checked."""
+        shard = int(self._block_shard[b])
+        path = self._shards[shard]
+        where = f"{path}, block {b}"
+        data = os.pread(self._descriptor(shard), int(self._size[b]), int(self._offset[b]))
+        if len(data) != self._size[b] or block_hash(data) != int(self._xxh3[b]):
+            raise DamagedShardError(f"{where}: bytes differ from those written (xxh3). Run: chatmill data verify {self.path}")
+        block = decode_block(data, where)
+        first, last = int(self.block_starts[b]), int(self.block_starts[b + 1])
+        if not np.array_equal(np.diff(block.offsets), self.lengths[first:last]):
+            raise DamagedShardError(f"{where}: lengths differ from the index. Rebuild the data set.")
+        return block
+
+    def uid(self, i: int) -> str:
+        """Id of dialogue i in population order (reads its block)."""
+        b = int(np.searchsorted(self.block_starts, i, side="right")) - 1
+        return self.read_block(b).uids[i - int(self.block_starts[b])]
+
+    def check_shards(self) -> list[str]:
+        """One line for every shard whose sha256 is not the manifest's."""
+        problems = []
+        for path, record in zip(self._shards, self.manifest["splits"][self.split]["shards"], strict=True):
+            found = sha256_file(path)
+            if found != record["sha256"]:
+                problems.append(f"{path}: sha256 {found[:16]}…, the manifest says {record['sha256'][:16]}…")
+        return problems
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._files:
+            if len(self._files) >= 64:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = os.open(self._shards[shard], os.O_RDONLY)
+        return self._files[shard]
+
+    def close(self) -> None:
+        """Close the open shard files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
