@@ -1,0 +1,90 @@
+"""Chunked linear cross-entropy in plain torch: the engine for CPUs and for machines without Triton.
+
+One reused buffer of CHUNK_BYTES holds a chunk's logits, becomes its softmax, then its gradient. Contract and maths in
+linear_cross_entropy.py; here every row is computed and ignored ones have coefficient 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# 256 rows of a 49k vocabulary: on a CPU a softmax into a fresh buffer of that size costs ten times one in place
+CHUNK_BYTES = 48 << 20
+
+
+def run_torch(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    coefficients: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(losses (R,), lse (R,), hits (R,), d_x, d_weight) of x (R, H), weight (V, H), labels int64 (R,) in [0, V).
+
+    coefficients (R,) scale each row's gradient; a gradient not asked for comes back empty.
+    """
+    n_rows, vocabulary = x.shape[0], weight.shape[0]
+    sums = torch.float64 if x.dtype is torch.float64 else torch.float32
+    losses = x.new_empty(n_rows, dtype=sums)
+    lse = torch.empty_like(losses)
+    hits = x.new_empty(n_rows, dtype=torch.bool)
+    projection = weight.to(x.dtype)
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    d_weight = torch.zeros(weight.shape, dtype=sums, device=x.device) if need_weight else weight.new_empty(0)
+    size = max(1, min(n_rows, CHUNK_BYTES // (vocabulary * losses.element_size())))
+    buffer = x.new_empty(size, vocabulary, dtype=sums)
+    for start in range(0, n_rows, size):
+        part = slice(start, min(start + size, n_rows))
+        z = buffer[: part.stop - start]  # (C, V)
+        if x.dtype is sums:
+            torch.mm(x[part], projection.T, out=z)
+        else:
+            z.copy_(x[part] @ projection.T)
+        if softcap:
+            z.div_(softcap).tanh_().mul_(softcap)
+        slope = 1 - (z / softcap).square_() if softcap and (need_x or need_weight) else None
+        label = labels[part, None]
+        own = z.gather(1, label)  # (C, 1)
+        mean = z.mean(1) if label_smoothing else None
+        z.scatter_(1, label, float("-inf"))
+        rival = z.amax(1)
+        hits[part] = own.squeeze(1) > rival
+        z.scatter_(1, label, own)
+        top = torch.maximum(rival, own.squeeze(1))
+        torch.softmax(z, 1, out=z)
+        # the largest probability is 1 / sum exp(z - top): the log-sum-exp costs no second exponential
+        lse[part] = total = top - z.amax(1).log()
+        losses[part] = (1 - label_smoothing) * (total - own.squeeze(1)) + z_loss * total.square()
+        if mean is not None:
+            losses[part] += label_smoothing * (total - mean)
+        if coefficients is None or not (need_x or need_weight):
+            continue
+        scale = coefficients[part, None]
+        z.mul_(scale * (1 + 2 * z_loss * total[:, None]))
+        if label_smoothing:
+            z.sub_(scale * (label_smoothing / vocabulary))
+        # the one-hot is subtracted before any rounding to the working precision
+        z.scatter_add_(1, label, -(1 - label_smoothing) * scale)
+        if slope is not None:
+            z.mul_(slope)
+        gradient = z.to(x.dtype)
+        if need_x:
+            torch.mm(gradient, projection, out=d_x[part])
+        if need_weight:
+            accumulate(d_weight, gradient, x[part])
+    return losses, lse, hits, d_x, d_weight.to(weight.dtype)
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (V, H) fp32 += left (C, V).T @ right (C, H), without rounding the product to bf16 where the device can."""
+    if left.dtype is total.dtype:
+        total.addmm_(left.T, right)
+    elif left.is_cuda:
+        total.add_(torch.mm(left.T, right, out_dtype=total.dtype))
+    else:
+        total.add_(left.T @ right)
