@@ -1,0 +1,79 @@
+"""Configurations of the linear cross-entropy that ship, for the cross-compilation gates.
+
+python -m chatmill.kernels.cross_compile chatmill.kernels.linear_cross_entropy_cases
+"""
+
+from __future__ import annotations
+
+from chatmill.kernels.cross_compile import Case
+from chatmill.kernels.linear_cross_entropy_triton import (
+    GRADIENT_BLOCK,
+    TILES,
+    UNALIGNED,
+    Tile,
+    accumulate_kernel,
+    gradient_kernel,
+    project_kernel,
+)
+
+
+def shipped_cases() -> list[Case]:
+    """Every tile of the tables as it is launched on a GPU, for the cross-compilation gates."""
+    cases = [case for arch, narrow in TILES for case in _product_cases(arch, narrow, TILES[arch, narrow], arch >= 90, True)]
+    cases += _product_cases(90, True, UNALIGNED, False, False)
+    rows = dict.fromkeys(("OWN", "LSE", "P_SCALE", "HIT_SCALE", "FLOOR"), "*fp32")
+    for softcap in (0.0, 30.0):
+        types = {"LOGITS": "*bf16", "LABELS": "*i64", **rows, "vocabulary": "i32", "logits_stride": "i32"}
+        constants = {"SOFTCAP": softcap, "SMOOTHING": softcap > 0, "BLOCK": GRADIENT_BLOCK}
+        name = f"gradient softcap {softcap:g}"
+        cases.append(Case(name, gradient_kernel, types, constants, num_warps=8, aligned=("logits_stride",), tensor_cores=False))
+    return cases
+
+
+def _product_cases(arch: int, narrow: bool, pair: tuple[Tile, Tile], described: bool, aligned: bool) -> list[Case]:
+    dtype = "bf16" if narrow else "fp32"
+    kind = f"{dtype} {'descriptors' if described else 'aligned' if aligned else 'unaligned'}"
+
+    def operand(rows: int, columns: int) -> str:
+        return f"tensordesc<{dtype}[{rows}, {columns}]>" if described else f"*{dtype}"
+
+    fixed = {"DESCRIPTORS": described, "PRECISION": "ieee"}
+    t = pair[0]
+    types = {"X": operand(t.rows, t.depth), "W": operand(t.columns, t.depth), "LOGITS": f"*{dtype}", "LABELS": "*i64"}
+    types |= dict.fromkeys(("TILE_MAX", "TILE_SUM", "TILE_TOTAL", "OWN"), "*fp32")
+    types |= dict.fromkeys(("n_rows", "vocabulary", "width", "x_stride", "w_stride", "logits_stride"), "i32")
+    strides = ("width", "x_stride", "w_stride") if aligned else ()
+    cases = []
+    for name, softcap, total, store in (("train", 0.0, False, True), ("capped", 30.0, True, True), ("loss", 0.0, False, False)):
+        options = {"SOFTCAP": softcap, "NEEDS_TOTAL": total, "STORE": store}
+        constants = {**options, **fixed, "BLOCK_R": t.rows, "BLOCK_V": t.columns, "BLOCK_H": t.depth}
+        cases.append(
+            Case(
+                f"project {name} {kind}",
+                project_kernel,
+                types,
+                constants,
+                arch=arch,
+                num_warps=t.warps,
+                num_stages=t.stages,
+                aligned=(*strides, "logits_stride"),
+                tensor_cores=narrow,
+            )
+        )
+    t = pair[1]
+    types = {"G": operand(t.depth, t.rows), "X": operand(t.depth, t.columns), "TOTAL": "*fp32"}
+    types |= dict.fromkeys(("n_rows", "vocabulary", "width", "g_stride", "x_stride"), "i32")
+    cases.append(
+        Case(
+            f"accumulate {kind}",
+            accumulate_kernel,
+            types,
+            {**fixed, "BLOCK_V": t.rows, "BLOCK_H": t.columns, "BLOCK_R": t.depth},
+            arch=arch,
+            num_warps=t.warps,
+            num_stages=t.stages,
+            aligned=("g_stride", "x_stride", "width") if aligned else ("g_stride",),
+            tensor_cores=narrow,
+        )
+    )
+    return cases
