@@ -1,0 +1,98 @@
+"""Which implementation runs: the one decision point of all kernels.
+
+    choose("attention", "auto", device, usable, packed=True) -> "triton"
+
+`impl="auto"` reads the shipped table tuning/dispatch.json from the top: the first rule that fits the device, then the first of
+its choices that the kernel says is usable here (installed, and able to do what is asked). The table is pinned, never measured
+at run time: every rank of a job takes the same decision. A choice is logged once per kernel and reason. Any other `impl` is
+taken as it is, and refused in words where it cannot work.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatmill.kernels.interpreter import is_interpreting
+
+TABLE = Path(__file__).resolve().parent / "tuning" / "dispatch.json"
+log = logging.getLogger("chatmill.kernels")
+
+
+@functools.lru_cache(maxsize=1)
+def shipped_table() -> dict[str, list[dict[str, Any]]]:
+    """Rules per kernel, in order."""
+    raw = json.loads(TABLE.read_text(encoding="utf-8"))
+    return {name: rules for name, rules in raw.items() if name != "note"}
+
+
+@functools.lru_cache(maxsize=64)
+def capability(device: torch.device) -> int:
+    """Compute capability as one number (90 = Hopper); 0 where the device is no CUDA GPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=16)
+def is_installed(module: str) -> bool:
+    """Whether a package can be imported; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Reason why Triton kernels cannot run on tensors of this device; None where they can."""
+    if not is_installed("triton"):
+        return "triton is not installed"
+    if device.type == "cpu" and not is_interpreting():
+        return "CPU tensors need TRITON_INTERPRET=1 (the interpreter, for tests)"
+    if device.type == "cuda" and torch.version.hip is None and capability(device) < 80:
+        return f"compute capability {capability(device)} is below 80"
+    return None if device.type in ("cpu", "cuda") else f"there is no Triton for {device.type}"
+
+
+def choose(kernel: str, impl: str, device: torch.device, obstacles: Mapping[str, str | None], *, packed: bool = False) -> str:
+    """Implementation to run.
+
+    obstacles: per implementation that the kernel has, why it cannot do this call, or None where it can.
+    packed: several documents in one row (attention only).
+    Raises ValueError where `impl` is unknown or cannot work here, with the reason.
+    """
+    if impl != "auto":
+        if impl not in obstacles:
+            raise ValueError(f"{kernel}: impl={impl!r} is unknown; choose auto or one of {', '.join(sorted(obstacles))}.")
+        reason = obstacles[impl]
+        if reason is not None:
+            raise ValueError(f"{kernel}: impl={impl!r} cannot do this: {reason}. Set impl=auto to let the table choose.")
+        return impl
+    number = capability(device)
+    for rule in shipped_table()[kernel]:
+        low, high = rule.get("capability", (0, 10_000))
+        if rule["device"] not in ("any", device.type) or not low <= number <= high or rule.get("packed", packed) != packed:
+            continue
+        for candidate in rule["choose"]:
+            if candidate in obstacles and obstacles[candidate] is None:
+                passed = tuple(
+                    f"{c}: {obstacles[c]}" for c in rule["choose"][: rule["choose"].index(candidate)] if c in obstacles
+                )
+                _log_once(kernel, candidate, str(device.type), number, packed, passed)
+                return candidate
+    raise ValueError(f"{kernel}: nothing in {TABLE.name} can do this on {device}: {dict(obstacles)}.")
+
+
+@functools.lru_cache(maxsize=256)
+def _log_once(kernel: str, candidate: str, device: str, number: int, packed: bool, passed: tuple[str, ...]) -> None:
+    machine = device if not number else f"{device} sm_{number}"
+    kind = " packed" if packed else ""
+    log.info("%s%s on %s: %s%s", kernel, kind, machine, candidate, f" (not {'; '.join(passed)})" if passed else "")
