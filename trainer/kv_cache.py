@@ -1,0 +1,84 @@
+"""Keys and values of the tokens read so far, and attention over them: what decoding needs.
+
+    cache = KVCache(config, capacity=2048, dtype=torch.float32, device="cpu")
+    logits = model.cached_logits(prompt_ids, cache)      # fills the cache; then one token at a time
+    cache.truncate(n)                                    # forget everything after the first n tokens
+
+Keys are stored after rotation, so a cached token keeps its absolute position.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from chatmill.trainer.config import ModelConfig
+
+
+class KVCache:
+    """One conversation's keys and values, preallocated.
+
+    k, v: ["layers Hk capacity D"]; head first, so that decoding reads each head's keys as one stretch of memory.
+    length: tokens held.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        if capacity < 1:
+            raise ValueError(f"KVCache: capacity must be at least 1 token, got {capacity}.")
+        shape = (config.layers, config.kv_heads, capacity, config.d_head)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.capacity = capacity
+        self.length = 0
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"KVCache.truncate: expected 0..{self.length} tokens to keep, got {length}.")
+        self.length = length
+
+    def reserve(self, tokens: int) -> None:
+        """Refuse, in words, tokens that do not fit. Called before any layer writes."""
+        if self.length + tokens > self.capacity:
+            raise ValueError(
+                f"KVCache: {self.length} + {tokens} tokens exceed the capacity of {self.capacity}.\n"
+                "Shorten the conversation or create the cache with a larger capacity."
+            )
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v ["Tq Hk D"] behind the tokens held; returns this layer's k, v ["Hk length+Tq D"] (views)."""
+        end = self.length + k.shape[0]
+        self.k[layer, :, self.length : end] = k.transpose(0, 1)
+        self.v[layer, :, self.length : end] = v.transpose(0, 1)
+        return self.k[layer, :, :end], self.v[layer, :, :end]
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, softcap: float | None = None) -> Tensor:
+    """Causal attention of the newest tokens over everything cached.
+
+    q ["Tq Hq D"] belongs to the last Tq of the keys; k, v ["Hk Tk D"]. Returns ["Tq Hq D"].
+    """
+    Tq, Hq, D = q.shape
+    Hk, Tk, _ = k.shape
+    if Tq == 1 and window is not None and Tk > window:
+        k, v, Tk = k[:, Tk - window :], v[:, Tk - window :], window
+    # the query heads that share a key head become rows of one query block: no copy of the keys per query head
+    grouped = q.view(Tq, Hk, Hq // Hk, D).permute(1, 2, 0, 3).reshape(Hk, Hq // Hk * Tq, D)  # (Hk, G*Tq, D)
+    mask = None if Tq == 1 else _causal_mask(Tq, Tk, window, q.device).repeat(Hq // Hk, 1)  # (G*Tq, Tk)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(grouped.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask)[0]
+    else:
+        scores = (grouped @ k.transpose(1, 2)).float() * D**-0.5
+        scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        out = scores.softmax(-1).to(v.dtype) @ v
+    return out.view(Hk, Hq // Hk, Tq, D).permute(2, 0, 1, 3).reshape(Tq, Hq, D)
+
+
+def _causal_mask(Tq: int, Tk: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool ["Tq Tk"], True = may look; the queries are the last Tq of the keys."""
+    ago = torch.arange(Tk - Tq, Tk, device=device).unsqueeze(1) - torch.arange(Tk, device=device)
+    seen = ago >= 0
+    return seen if window is None else seen & (ago < window)
