@@ -188,9 +188,9 @@ def test_max_dialogues_takes_the_first_of_the_data_set() -> None:
     assert sorted(uid for batch in run for uid in batch.uids) == SOURCE.uids[:50]
 
 
-@pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
-def test_overlong_dialogues_are_counted_and_their_loss_is_in_the_step_count(overlong: str) -> None:
-    run = stream(overlong=overlong, overlap=8 if overlong == "split" else 0, epochs=1)
+@pytest.mark.parametrize(("overlong", "overlap"), [("truncate", 0), ("split", 8), ("split", 0), ("drop", 0)])
+def test_overlong_dialogues_are_counted_and_their_loss_is_in_the_step_count(overlong: str, overlap: int) -> None:
+    run = stream(overlong=overlong, overlap=overlap, epochs=1)
     batches = list(run)  # a wrong count of supervised tokens raises here
     long = int((SOURCE.lengths > LENGTH).sum())
     counts = run.counts
@@ -198,11 +198,18 @@ def test_overlong_dialogues_are_counted_and_their_loss_is_in_the_step_count(over
     total = sum(b.loss_tokens for b in batches)
     everything, short = int(SOURCE.loss_tokens.sum()), int(SOURCE.loss_tokens[SOURCE.lengths <= LENGTH].sum())
     if overlong == "split":
-        assert total == everything and counts["split"] > 0
+        assert counts["split"] > 0 and (total == everything if overlap else short < total <= everything)
     elif overlong == "drop":
         assert total == short and counts["dropped"] == long
     else:
         assert short < total < everything and counts["truncated"] > 0
+
+
+def test_a_piece_that_starts_inside_a_turn_does_not_supervise_its_first_token() -> None:
+    source = MemoryDataset([("a", [1, 2, 3, 4, 5, 6, 7, 8], [False, False] + [True] * 6)])
+    (first, second) = stream(source, sequence_length=4, overlong="split", shuffle=False, epochs=1)
+    assert first.targets.tolist() == [-100, 3, 4, -100] and second.targets.tolist() == [6, 7, 8, -100]
+    assert second.tokens.tolist() == [5, 6, 7, 8] and second.uids == ("a",)
 
 
 def altered(**change: Any) -> MemoryDataset:
