@@ -207,9 +207,9 @@ def test_overlong_dialogues_are_counted_and_their_loss_is_in_the_step_count(over
 
 def test_a_piece_that_starts_inside_a_turn_does_not_supervise_its_first_token() -> None:
     source = MemoryDataset([("a", [1, 2, 3, 4, 5, 6, 7, 8], [False, False] + [True] * 6)])
-    (first, second) = stream(source, sequence_length=4, overlong="split", shuffle=False, epochs=1)
-    assert first.targets.tolist() == [-100, 3, 4, -100] and second.targets.tolist() == [6, 7, 8, -100]
-    assert second.tokens.tolist() == [5, 6, 7, 8] and second.uids == ("a",)
+    (batch,) = stream(source, sequence_length=4, micro_batch=2, overlong="split", shuffle=False, epochs=1)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and batch.uids == ("a", "a")
+    assert batch.targets.tolist() == [-100, 3, 4, -100, 6, 7, 8, -100] and batch.step_loss_tokens == 5
 
 
 def altered(**change: Any) -> MemoryDataset:
