@@ -1,0 +1,140 @@
+"""Tile plans of packed attention: which key tiles each query tile visits, worked out on the CPU from cu_seqlens.
+
+    tiles = make_plan(cu_seqlens, 128, 64)                 # query tiles of 128 rows, key steps of 64: forward and dq
+    tiles = make_plan(cu_seqlens, 128, 64, side="key")     # key tiles of 128 rows, query steps of 64: dk and dv
+
+Documents lie in order, so what a tile of queries may see is one interval of keys (and the reverse). A tile is a run of at most
+`block` rows; it starts where its document does or a whole number of blocks later, and takes in further documents only while
+they fit wholly. Steps are counted from the interval's own start, aligned with the document and not with the memory: a long
+document is masked on its diagonal alone. One tile is one row of COLUMNS int32:
+
+    start, end    rows of the tile
+    low, high     interval of the other side
+    lead          steps from `low` that need the element mask
+    full          steps after those in which every pair is seen: no mask
+    tail          steps after those that need the mask again
+    steps         lead + full + tail
+
+Empty steps are never visited. Tiles come longest first, so that the last wave of a GPU is short; tiles without rows fill the
+list to a multiple of PAD, so that few list lengths occur. Rows of no document get tiles of no steps: their outputs become zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+COLUMNS = 8
+START, END, LOW, HIGH, LEAD, FULL, TAIL, STEPS = range(COLUMNS)
+PAD = 16
+# a query tile takes in further documents only while its first rows look back at most this many steps: every step of a tile that
+# holds several documents needs the mask
+SHARED_HISTORY_STEPS = 4
+
+Side = Literal["query", "key"]
+
+
+def row_bounds(cu_seqlens: NDArray[np.integer], T: int) -> NDArray[np.int32]:
+    """Int32 (2, T): first row and end of each row's document; rows of no document get (T, 0)."""
+    bounds = np.asarray(cu_seqlens, dtype=np.int64)
+    lengths = np.diff(bounds)
+    out = np.empty((2, T), dtype=np.int32)
+    out[0], out[1] = T, 0
+    covered = slice(int(bounds[0]), int(bounds[-1]))
+    out[0, covered] = np.repeat(bounds[:-1], lengths)
+    out[1, covered] = np.repeat(bounds[1:], lengths)
+    return out
+
+
+def check_cu_seqlens(cu_seqlens: NDArray[np.integer], T: int) -> None:
+    """Raise ValueError unless boundaries start at 0, never fall and end within T."""
+    bounds = np.asarray(cu_seqlens)
+    if bounds.ndim != 1 or bounds.size < 2 or bounds[0] != 0 or (np.diff(bounds) < 0).any() or bounds[-1] > T:
+        raise ValueError(f"attention: cu_seqlens must rise from 0 to at most T={T}; got {bounds[:8].tolist()} .. {bounds[-1]}.")
+
+
+def _spans(cu_seqlens: NDArray[np.integer], T: int, block: int, history: int) -> Iterator[tuple[int, int, int, int]]:
+    """(start, end, first document's start, last document's end) of every tile, in row order; document -1 for rows of none."""
+    ends = [int(x) for x in cu_seqlens[1:]]
+    begin, i = 0, 0
+    while i < len(ends):
+        stop = ends[i]
+        at = begin
+        while stop - at >= block:
+            yield at, at + block, begin, stop
+            at += block
+        first, end = begin, stop
+        i += 1
+        if at == stop:
+            begin = stop
+            continue
+        if at - first <= history:  # room left: whole documents that follow
+            while i < len(ends) and ends[i] - at <= block:
+                end = ends[i]
+                i += 1
+        yield at, end, first, end
+        begin = end
+    for at in range(begin, T, block):
+        yield at, min(T, at + block), -1, -1
+
+
+def make_plan(
+    cu_seqlens: NDArray[np.integer],
+    block: int,
+    step: int,
+    window: int | None = None,
+    *,
+    causal: bool = True,
+    side: Side = "query",
+    T: int | None = None,
+) -> NDArray[np.int32]:
+    """Int32 (tiles, COLUMNS), see the header.
+
+    cu_seqlens (S+1,): document boundaries, 0 first. block: rows of a tile. step: rows of the other side per step.
+    window: tokens seen by a query, itself included. T: rows in all, where the documents end before them.
+    """
+    T = int(cu_seqlens[-1]) if T is None else T
+    check_cu_seqlens(cu_seqlens, T)
+    # keys look ahead: of a causal key tile only the part within its own document counts, and that ends inside the tile
+    history = T if side == "key" and causal else SHARED_HISTORY_STEPS * step
+    spans = np.array(list(_spans(np.asarray(cu_seqlens), T, block, history)), dtype=np.int64).reshape(-1, 4)
+    s, e, a, b = spans.T
+    inside = a >= 0
+    reach = window or T + block
+    if side == "query":
+        low = np.maximum(a, s - reach + 1)
+        high = e if causal else np.minimum(b, e - 1 + reach)
+    else:
+        low = s if causal else np.maximum(a, s - reach + 1)
+        high = np.minimum(b, e - 1 + reach)
+    low, high = np.where(inside, low, s), np.where(inside, high, s)
+    steps = -(-(high - low) // step)
+    # full steps of a tile that holds one document. Everything is seen where the first row sees the step's last one and the last
+    # row the step's first one; rows of the other side from `high` on are left out of a key tile by their log-sum-exp.
+    if side == "query":
+        lead = -(-np.maximum(0, e - reach - low) // step)
+        until = (s + 1 - low) // step if causal else np.minimum(high - low, s + reach - low) // step
+    else:
+        lead = -(-np.maximum(0, (e - 1 if causal else e - reach) - low) // step)
+        until = np.where(high - low <= s + reach - low - step + 1, steps, np.maximum(0, s + reach - low) // step)
+    single = inside & _is_single(cu_seqlens, s, e)
+    lead = np.where(single, np.minimum(lead, steps), 0)
+    full = np.where(single, np.maximum(0, np.minimum(until, steps) - lead), 0)
+    tiles = np.stack([s, e, low, high, lead, full, steps - lead - full, steps], 1)
+    tiles = tiles[np.argsort(-steps, kind="stable")]
+    padding = np.zeros((-len(tiles) % PAD, COLUMNS), dtype=np.int64)
+    return np.concatenate([tiles, padding]).astype(np.int32)
+
+
+def _is_single(cu_seqlens: NDArray[np.integer], s: NDArray[np.int64], e: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether rows s..e-1 lie in one document."""
+    ends = np.asarray(cu_seqlens)[1:]
+    return np.searchsorted(ends, s, side="right") == np.searchsorted(ends, e - 1, side="right")
+
+
+def visited_pairs(tiles: NDArray[np.int32], block: int, step: int) -> int:
+    """Pairs (query, key) that a plan computes, masked ones included: the measure of its waste."""
+    return int(tiles[:, STEPS].astype(np.int64).sum()) * block * step
