@@ -22,6 +22,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from chatmill.kernels.dispatch import choose, why_no_triton
 from chatmill.kernels.linear_cross_entropy_torch import run_torch
 from chatmill.kernels.rms_norm import rms_norm
 
@@ -156,7 +157,8 @@ def linear_cross_entropy(
     count = valid.sum()
     if reduction == "mean":
         coefficients = coefficients / (count.clamp(min=1) if normalizer is None else normalizer)
-    engine = _engine(impl, x)
+    obstacles = {"triton": why_no_triton(x.device), "torch": None, "reference": None}
+    engine = choose("linear_cross_entropy", impl, x.device, obstacles)
     options = (label_smoothing, z_loss, softcap or 0.0, engine)
     if reduction == "none":
         losses, lse, hits = _rows_op(x, weight, labels, *options)
@@ -233,20 +235,6 @@ def _spread(values: Tensor, rows: Tensor | None, n_tokens: int) -> Tensor:
 def _only_rows(targets: Tensor, rows: Tensor, ignore_index: int) -> Tensor:
     keep = _spread(torch.ones_like(rows, dtype=torch.bool), rows, targets.shape[0])
     return torch.where(keep, targets, ignore_index)
-
-
-def _engine(impl: Impl, x: Tensor) -> str:
-    if impl == "auto":
-        return "triton" if x.is_cuda and _has_triton() else "torch"
-    return impl
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def _run(

@@ -14,6 +14,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from chatmill.kernels.dispatch import choose, why_no_triton
+
 Impl = Literal["auto", "triton", "torch", "reference"]
 
 
@@ -34,12 +36,13 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y of the header; with a residual (y, h), h being the new residual stream."""
     _check(x, weight, residual)
-    if impl == "reference":
-        h = x if residual is None else x + residual
-        y = rms_norm_reference(h, weight, eps)
-    else:
-        h = x if residual is None else x + residual
-        y = _TorchNorm.apply(h, weight, eps)
+    chosen = choose("rms_norm", impl, x.device, {"triton": why_no_triton(x.device), "torch": None, "reference": None})
+    if chosen == "triton":
+        flat = None if residual is None else residual.to(x.dtype).reshape(-1, x.shape[-1])
+        y, h, _ = _norm_op(x.reshape(-1, x.shape[-1]), weight, flat, eps)
+        return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
+    h = x if residual is None else x + residual.to(x.dtype)
+    y = rms_norm_reference(h, weight, eps) if chosen == "reference" else _TorchNorm.apply(h, weight, eps)
     return y if residual is None else (y, h)
 
 
@@ -70,6 +73,57 @@ class _TorchNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_weight = (grad * unit).reshape(-1, h.shape[-1]).sum(0).to(weight.dtype)
         return d_h, d_weight, None
+
+
+@torch.library.custom_op("chatmill::rms_norm", mutates_args=())
+def _norm_op(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y (N, H), h (N, H) or empty, scale (N,))."""
+    from chatmill.kernels import rms_norm_triton
+
+    return rms_norm_triton.forward(x, weight, residual, eps)
+
+
+@_norm_op.register_fake
+def _(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    return y, x.new_empty(0) if residual is None else torch.empty_like(y), x.new_empty(x.shape[0], dtype=_wide(x.dtype))
+
+
+@torch.library.custom_op("chatmill::rms_norm_backward", mutates_args=())
+def _norm_backward_op(
+    h: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, dh: Tensor | None, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    from chatmill.kernels import rms_norm_triton
+
+    return rms_norm_triton.backward(h, weight, scale, dy, dh, need_x, need_weight)
+
+
+@_norm_backward_op.register_fake
+def _(
+    h: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, dh: Tensor | None, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape if need_x else (0,)), weight.new_empty(weight.shape if need_weight else (0,))
+
+
+def _norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, residual, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(output[1] if ctx.has_residual else x, weight, output[2])
+
+
+def _norm_backward(ctx, dy: Tensor | None, dh: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    h, weight, scale = ctx.saved_tensors
+    stream = dh if ctx.has_residual else None
+    if dy is None:  # only the residual stream was used further on
+        return stream, None, stream, None
+    need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+    d_x, d_weight = _norm_backward_op(h, weight, scale, dy, stream, need_x, ctx.needs_input_grad[1])
+    through = d_x if need_x else None
+    return through, d_weight if ctx.needs_input_grad[1] else None, through if ctx.has_residual else None, None
+
+
+_norm_op.register_autograd(_norm_backward, setup_context=_norm_setup)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,97 @@
+"""Triton engine of SwiGLU: contract and maths in swiglu.py. Backward makes the sigmoid again: nothing but the inputs is saved.
+
+Proof:  TRITON_INTERPRET=1 pytest tests/kernels/test_swiglu.py
+        python -m chatmill.kernels.cross_compile chatmill.kernels.layer_cases --match swiglu
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (triton.jit functions have no Python types)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chatmill.kernels.interpreter import install, is_interpreting
+
+BLOCK = 2048
+
+
+@triton.jit
+def swiglu_forward_kernel(GATE, UP, Y, width, gate_stride, up_stride, DOUBLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Y (N, F) contiguous = silu(GATE) * UP; one program: BLOCK columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    gate = tl.load(GATE + row * gate_stride + columns, mask=mask, other=0.0).to(WIDE)
+    up = tl.load(UP + row * up_stride + columns, mask=mask, other=0.0).to(WIDE)
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(Y + row * width + columns, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    GATE, UP, DY, DGATE, DUP, width, gate_stride, up_stride, dy_stride, DOUBLE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """DGATE, DUP (N, F) contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    gate = tl.load(GATE + row * gate_stride + columns, mask=mask, other=0.0).to(WIDE)
+    up = tl.load(UP + row * up_stride + columns, mask=mask, other=0.0).to(WIDE)
+    dy = tl.load(DY + row * dy_stride + columns, mask=mask, other=0.0).to(WIDE)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    at = row * width + columns
+    tl.store(DGATE + at, (dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(DGATE.dtype.element_ty), mask=mask)
+    tl.store(DUP + at, (dy * gate * sigmoid).to(DUP.dtype.element_ty), mask=mask)
+
+
+def forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up for (N, F)."""
+    gate, up = _prepare(gate), _prepare(up)
+    y = gate.new_empty(gate.shape)
+    if y.numel():
+        swiglu_forward_kernel[_grid(gate)](
+            gate, up, y, gate.shape[1], gate.stride(0), up.stride(0), DOUBLE=gate.dtype is torch.float64, BLOCK=_block(gate)
+        )
+    return y
+
+
+def backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """(d_gate, d_up) for (N, F)."""
+    gate, up, dy = _prepare(gate), _prepare(up), _prepare(dy)
+    d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    if gate.numel():
+        swiglu_backward_kernel[_grid(gate)](
+            gate,
+            up,
+            dy,
+            d_gate,
+            d_up,
+            gate.shape[1],
+            gate.stride(0),
+            up.stride(0),
+            dy.stride(0),
+            DOUBLE=gate.dtype is torch.float64,
+            BLOCK=_block(gate),
+        )
+    return d_gate, d_up
+
+
+def _prepare(x: Tensor) -> Tensor:
+    """x with adjacent columns; the row stride is free (halves of one fused projection are read in place)."""
+    if is_interpreting():
+        install()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _block(x: Tensor) -> int:
+    return min(BLOCK, triton.next_power_of_2(x.shape[1]))
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    return x.shape[0], triton.cdiv(x.shape[1], _block(x))
