@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from chatmill.kernels.attention import attention
-from chatmill.kernels.linear_cross_entropy import linear_cross_entropy
+from chatmill.kernels.linear_cross_entropy import Impl, linear_cross_entropy
 from chatmill.kernels.rms_norm import rms_norm
 from chatmill.kernels.rope import rope
 from chatmill.kernels.swiglu import swiglu
@@ -43,7 +43,7 @@ class LossOutput(NamedTuple):
 
     loss_sum: Tensor  # Float32[""], differentiable
     correct: Tensor  # Int64[""], targets that were the most likely token
-    count: Tensor  # Int64[""], targets that are not -100
+    count: Tensor  # type: ignore[assignment]  # Int64[""], targets that are not -100; hides tuple.count
 
 
 class Layout(NamedTuple):
@@ -66,7 +66,7 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis."""
 
-    def __init__(self, size: int, eps: float, impl: str) -> None:
+    def __init__(self, size: int, eps: float, impl: Impl) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
@@ -125,7 +125,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, impl: str) -> None:
+    def __init__(self, config: ModelConfig, impl: Impl) -> None:
         super().__init__()
         self.gate = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up = Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -156,7 +156,7 @@ class Block(nn.Module):
 class TokenTable(nn.Module):
     """One row per token of the vocabulary: the embedding at the bottom, the classifier at the top, or both when tied."""
 
-    def __init__(self, config: ModelConfig, impl: str) -> None:
+    def __init__(self, config: ModelConfig, impl: Impl) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.softcap = config.logit_softcap
@@ -165,7 +165,7 @@ class TokenTable(nn.Module):
     def forward(
         self, x: Tensor, *, targets: Tensor | None = None, rows: Tensor | None = None, embed: bool = False
     ) -> Tensor | LossOutput:
-        """x: Int token ids ["T"] with embed=True; else hidden states ["T H"], to logits Float32["T V"] or, with targets, a loss."""
+        """x: Int token ids ["T"] with embed=True; else hidden states ["T H"], to logits Float32["T V"] or a loss."""
         if embed:
             return F.embedding(x, self.weight)
         if targets is None:

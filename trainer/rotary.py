@@ -2,7 +2,7 @@
 
     angle[t, i] = position[t] * f[i],  f[i] = theta^(-2i/D),  i < D/2
     linear:  f / factor
-    llama3:  wavelengths below original/high_freq_factor keep f, those above original/low_freq_factor get f / factor, a line between
+    llama3:  wavelengths below original/high_freq_factor keep f, above original/low_freq_factor get f / factor, a line between
     yarn:    a ramp over the channel index between f (many rotations in the original context) and f / factor (few of them);
              cos and sin are multiplied by 0.1 ln(factor) + 1 unless attention_factor says otherwise
 
