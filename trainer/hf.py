@@ -139,11 +139,11 @@ def export_hf(
         _write_companions(checkpoint, temporary)
         if out.exists():
             retired = out.with_name(f".{out.name}.retired-{os.getpid()}")
-            os.replace(out, retired)
-            os.replace(temporary, out)
+            out.replace(retired)
+            temporary.replace(out)
             shutil.rmtree(retired)
         else:
-            os.replace(temporary, out)
+            temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
@@ -245,10 +245,14 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
     pending: dict[str, Tensor] = {}
     shards: list[list[str]] = []
     total = held = 0
+    umask = os.umask(0)
+    os.umask(umask)
 
     def flush() -> None:
         nonlocal held
-        save_file(pending, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        part = folder / f"part-{len(shards)}"
+        save_file(pending, part, metadata={"format": "pt"})
+        part.chmod(0o666 & ~umask)  # the library makes files only their owner can read
         shards.append(list(pending))
         pending.clear()
         held = 0

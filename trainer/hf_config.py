@@ -4,8 +4,8 @@
     raw = write_hf_config(config, dtype="bfloat16")
 
 Families: llama (Llama 2, Llama 3.x, SmolLM2 and everything saved as LlamaForCausalLM), mistral, qwen2, qwen3.
-Rotary settings have two spellings, `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5): both are
-read and both are written. A setting that changes the numbers and is not known here is refused, never ignored.
+Rotary settings have two spellings, `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5): both
+are read and both are written. A setting that changes the numbers and is not known here is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ def _read_window(raw: Mapping[str, Any], family: str, layers: int, where: str) -
         return _only(window, tuple(range(first, layers)))
     if len(kinds) != layers or not set(kinds) <= set(LAYER_KINDS):
         raise ConfigError(
-            f"{where}: layer_types must name {layers} layers, each {' or '.join(LAYER_KINDS)}; got {len(kinds)}: {sorted(set(kinds))}."
+            f"{where}: layer_types must have {layers} entries, each {' or '.join(LAYER_KINDS)}; "
+            f"got {len(kinds)}: {', '.join(sorted(set(map(str, kinds))))}."
         )
     return _only(window, tuple(i for i, kind in enumerate(kinds) if LAYER_KINDS[kind]))
 
