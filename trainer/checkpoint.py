@@ -99,8 +99,8 @@ class CheckpointWriter:
         _sync(self._temporary)
         retired = self.folder.with_name(f".{self.folder.name}.retired-{os.getpid()}")
         if self.folder.exists():
-            os.replace(self.folder, retired)
-        os.replace(self._temporary, self.folder)
+            self.folder.replace(retired)
+        self._temporary.replace(self.folder)
         _sync(self.folder.parent)
         shutil.rmtree(retired, ignore_errors=True)
 

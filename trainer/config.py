@@ -143,13 +143,15 @@ class DataSection(Section):
     """The token shards to train on.
 
     path: a data-set folder made by `chatmill data build` (it holds train/ and validation/).
-    sequence_length: tokens per pack; dialogues longer than that are cut at whole turns (`overlong`).
+    sequence_length: tokens per pack. overlong: dialogues longer than that are cut at a whole turn, split into pieces that
+    share `overlap` tokens of context, or dropped.
     max_dialogues: use only the first so many dialogues of the training order's population (None: all).
     """
 
     path: str = "corpora/chitchat"
     sequence_length: int = Field(default=1024, gt=1)
-    overlong: Literal["truncate", "drop"] = "truncate"
+    overlong: Literal["truncate", "split", "drop"] = "truncate"
+    overlap: int = Field(default=0, ge=0)
     max_dialogues: int | None = Field(default=None, gt=0)
 
 
@@ -177,7 +179,10 @@ class ScheduleSection(Section):
 
 
 class TrainSection(Section):
-    """The loop. One step = world size x accumulation x micro_batch packs of data.sequence_length tokens."""
+    """The loop. One step = world size x accumulation x micro_batch packs of data.sequence_length tokens.
+
+    cpu_threads: threads of each process on a CPU (None: all cores, divided among the machine's processes).
+    """
 
     steps: int = Field(default=100, gt=0)
     micro_batch: int = Field(default=1, gt=0)
@@ -185,7 +190,7 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = Field(default=0, ge=0)
     activation_checkpointing: bool = False
-    compile: bool = False
+    cpu_threads: int | None = Field(default=None, gt=0)
 
 
 class ParallelSection(Section):
@@ -210,10 +215,16 @@ class CheckpointSection(Section):
 
 
 class EvaluationSection(Section):
-    """Validation inside training, every so many steps (0: never) and at both ends."""
+    """Validation inside training, every so many steps (0: never) and at both ends.
+
+    prompts: answered (greedily) at each validation; the replies go to samples.jsonl and the report.
+    """
 
     every_steps: int = Field(default=0, ge=0)
     max_dialogues: int | None = Field(default=None, gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = Field(default=48, gt=0)
     at_start: bool = True
     at_end: bool = True
 

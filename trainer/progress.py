@@ -1,0 +1,68 @@
+"""What a person sees while training: a live bar on a terminal, one line per logged step in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class StepDisplay:
+    """Context manager; `show` per logged step, `say` for messages. Silent where quiet (ranks other than 0)."""
+
+    def __init__(self, steps: int, start: int, quiet: bool) -> None:
+        self.steps, self.start, self.quiet = steps, start, quiet
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._began = time.monotonic()
+        self._bar: Progress | None = None
+        if not quiet and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=steps, completed=start)
+
+    def show(self, step: int, loss: float, lr: float, grad_norm: float, tokens_per_s: float) -> None:
+        """step: steps done so far."""
+        if self.quiet:
+            return
+        eta = self.eta(step)
+        if self._bar is not None:
+            text = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tok/s  ETA {eta}"
+            self._bar.update(self._task, completed=step, description=text)
+            return
+        width = len(str(self.steps))
+        self.console.print(
+            f"step {step:>{width}}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  "
+            f"{tokens_per_s:,.0f} tok/s  ETA {eta}"
+        )
+
+    def eta(self, step: int) -> str:
+        """Time left at the mean speed so far, as h:mm:ss."""
+        done = step - self.start
+        if done <= 0:
+            return "-:--"
+        left = int((time.monotonic() - self._began) / done * (self.steps - step))
+        hours, rest = divmod(left, 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+    def say(self, text: str) -> None:
+        """A message above the bar, or a line of the log."""
+        if not self.quiet:
+            self.console.print(text)
+
+    def __enter__(self) -> StepDisplay:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()

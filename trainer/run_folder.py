@@ -1,0 +1,120 @@
+"""The folder of a run: config, environment, metrics, events. Text and JSON lines, one writer (rank 0).
+
+runs/NAME/{config.yaml, command, environment.json, metrics.jsonl, events.jsonl, samples.jsonl, checkpoints/, logs/}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chatmill.config import ConfigError, dump_yaml
+from chatmill.trainer.config import Recipe
+
+# What may differ between the attempts of one run without changing what it computes.
+FREE = ("run", "logging", "checkpoint", "evaluation", "parallel", "kernels")
+FREE_TRAIN = ("micro_batch", "accumulation", "activation_checkpointing", "cpu_threads")
+PREEMPTED = "PREEMPTED"
+
+
+class RunFolder:
+    """Appends to the run's files; every line is flushed, so that a killed run loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+        """Make the folder and write what is known before the first step."""
+        for folder in (self.path, self.path / "checkpoints", self.path / "logs"):
+            folder.mkdir(parents=True, exist_ok=True)
+        _write(self.path / "config.yaml", dump_yaml(recipe))
+        _write(self.path / "command", shlex.join([sys.executable, *sys.orig_argv[1:]]) + "\n")
+        _write(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        (self.path / PREEMPTED).unlink(missing_ok=True)
+
+    def check_same(self, recipe: Recipe) -> None:
+        """Refuse to continue a run with a recipe that would compute something else. Raises ConfigError naming the fields."""
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            return
+        old, new = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.model_dump(mode="json")
+        differing = [
+            f"  {section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
+            for section, fields in new.items()
+            if section not in FREE
+            for key, value in fields.items()
+            if not (section == "train" and key in FREE_TRAIN) and old.get(section, {}).get(key) != value
+        ]
+        if differing:
+            raise ConfigError(
+                f"{self.path} holds a run with another recipe:\n" + "\n".join(differing) + "\n"
+                "Continue with the same values, or choose another run.name."
+            )
+
+    def metric(self, **values: Any) -> None:
+        """One line of metrics.jsonl."""
+        self._append("metrics.jsonl", values)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """One line of events.jsonl."""
+        self._append("events.jsonl", {"time": round(time.time(), 3), "event": kind, **values})
+
+    def sample(self, **values: Any) -> None:
+        """One line of samples.jsonl."""
+        self._append("samples.jsonl", values)
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(values) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics and samples later than `step`: the resumed run writes them again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            file = self.path / name
+            if file.is_file():
+                kept = [line for line in read_lines(file) if line.get("step", 0) <= step]
+                _write(file, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a .jsonl file; a last line cut short by a kill is passed over."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and machine, for environment.json."""
+    versions = {}
+    for name in ("chatmill", "torch", "triton", "numpy", "accelerate", "deepspeed", "flash-attn", "webdataset", "tokenizers"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

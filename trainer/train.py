@@ -1,0 +1,37 @@
+"""Entry point of a training run.
+
+chatmill train RECIPE [section.field=value ...]
+accelerate launch trainer/train.py RECIPE ...
+torchrun --nproc-per-node N -m chatmill.trainer.train RECIPE ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from chatmill.config import ConfigError
+from chatmill.trainer.config import load_recipe
+from chatmill.trainer.loop import train
+from chatmill.trainer.world import relaunch_if_alone
+
+
+@record
+def main(arguments: list[str] | None = None) -> int:
+    """Train; returns 0, or 2 for a recipe, data or launch that cannot work (the message says why)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if words else 2
+    try:
+        relaunch_if_alone(words)
+        train(load_recipe(words[0], words[1:]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
