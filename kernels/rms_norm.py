@@ -16,6 +16,8 @@ from torch import Tensor
 
 from chatmill.kernels.dispatch import choose, why_no_triton
 
+# the Triton kernels hold whole rows in registers
+MAX_WIDTH = 32768
 Impl = Literal["auto", "triton", "torch", "reference"]
 
 
@@ -36,7 +38,9 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y of the header; with a residual (y, h), h being the new residual stream."""
     _check(x, weight, residual)
-    chosen = choose("rms_norm", impl, x.device, {"triton": why_no_triton(x.device), "torch": None, "reference": None})
+    wide = f"a row of {x.shape[-1]} values does not fit one tile" if x.shape[-1] > MAX_WIDTH else None
+    obstacles = {"triton": why_no_triton(x.device) or wide, "torch": None, "reference": None}
+    chosen = choose("rms_norm", impl, x.device, obstacles)
     if chosen == "triton":
         flat = None if residual is None else residual.to(x.dtype).reshape(-1, x.shape[-1])
         y, h, _ = _norm_op(x.reshape(-1, x.shape[-1]), weight, flat, eps)

@@ -1,0 +1,106 @@
+"""Configurations of RMSNorm, rotary positions and SwiGLU that ship, for the cross-compilation gates.
+
+python -m chatmill.kernels.cross_compile chatmill.kernels.layer_cases
+"""
+
+from __future__ import annotations
+
+from chatmill.kernels import rms_norm_triton, rope_triton, swiglu_triton
+from chatmill.kernels.cross_compile import Case
+
+
+def shipped_cases() -> list[Case]:
+    """Head and model widths from 64 to 8192, with and without the optional parts."""
+    return _rms_norm_cases() + _rope_cases() + _swiglu_cases()
+
+
+def _rms_norm_cases() -> list[Case]:
+    cases = []
+    for width in (64, 576, 2048, 4096, 8192):
+        rows, block, warps = rms_norm_triton._tile(width)
+        for extra in (False, True):
+            name = f"rms_norm {'residual ' if extra else ''}{width}"
+            types = dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "Y", "H"), "*bf16") | {"SCALE": "*fp32", "eps": "fp32"}
+            types |= dict.fromkeys(("n_rows", "width", "x_stride", "residual_stride"), "i32")
+            constants = {"HAS_RESIDUAL": extra, "ROWS": rows, "BLOCK": block}
+            cases.append(
+                Case(
+                    f"{name} forward",
+                    rms_norm_triton.rms_norm_forward_kernel,
+                    types,
+                    constants,
+                    num_warps=warps,
+                    aligned=("width", "x_stride", "residual_stride"),
+                    tensor_cores=False,
+                )
+            )
+            types = dict.fromkeys(("H", "WEIGHT", "DY", "DH", "DX"), "*bf16") | {"SCALE": "*fp32", "PARTIAL": "*fp32"}
+            types |= dict.fromkeys(("n_rows", "width", "h_stride", "dy_stride", "dh_stride", "n_blocks"), "i32")
+            constants = {"HAS_DH": extra, "NEED_X": True, "NEED_WEIGHT": True, "ROWS": rows, "BLOCK": block}
+            cases.append(
+                Case(
+                    f"{name} backward",
+                    rms_norm_triton.rms_norm_backward_kernel,
+                    types,
+                    constants,
+                    num_warps=warps,
+                    aligned=("width", "h_stride", "dy_stride", "dh_stride"),
+                    tensor_cores=False,
+                )
+            )
+    return cases
+
+
+def _rope_cases() -> list[Case]:
+    cases = []
+    for width in (64, 128):
+        block = width // 2
+        shape = {"DOUBLE": False, "ROWS": rope_triton.TILE // block, "BLOCK": block}
+        tables = {"COS": "*fp32", "SIN": "*fp32", "WEIGHT": "*bf16", "SCALE": "*fp32"}
+        numbers = ("n_positions", "n_heads", "half", "x_stride", "x_head_stride", "cos_stride")
+        for norm, backward in ((False, False), (False, True), (True, False)):
+            types = {"X": "*bf16", "Y": "*bf16", "eps": "fp32"} | tables | dict.fromkeys(numbers, "i32")
+            constants = {"BACKWARD": backward, "NORM": norm, "HEADS": rope_triton.HEADS} | shape
+            cases.append(
+                Case(
+                    f"rope{' norm' if norm else ''} {width} {'backward' if backward else 'forward'}",
+                    rope_triton.rope_kernel,
+                    types,
+                    constants,
+                    aligned=("half", "x_stride", "x_head_stride", "cos_stride"),
+                    tensor_cores=False,
+                )
+            )
+        types = {"X": "*bf16", "DY": "*bf16", "DX": "*bf16", "PARTIAL": "*fp32"} | tables
+        types |= dict.fromkeys((*numbers, "dy_stride", "dy_head_stride", "n_blocks"), "i32")
+        strides = ("half", "x_stride", "x_head_stride", "dy_stride", "dy_head_stride", "cos_stride")
+        cases.append(
+            Case(
+                f"rope norm {width} backward",
+                rope_triton.rope_norm_backward_kernel,
+                types,
+                shape,
+                aligned=strides,
+                tensor_cores=False,
+            )
+        )
+    return cases
+
+
+def _swiglu_cases() -> list[Case]:
+    constants = {"DOUBLE": False, "BLOCK": swiglu_triton.BLOCK}
+    forward = dict.fromkeys(("GATE", "UP", "Y"), "*bf16") | dict.fromkeys(("width", "gate_stride", "up_stride"), "i32")
+    backward = dict.fromkeys(("GATE", "UP", "DY", "DGATE", "DUP"), "*bf16")
+    backward |= dict.fromkeys(("width", "gate_stride", "up_stride", "dy_stride"), "i32")
+    strides = ("width", "gate_stride", "up_stride")
+    return [
+        Case("swiglu forward", swiglu_triton.swiglu_forward_kernel, forward, constants, aligned=strides, tensor_cores=False),
+        Case(
+            "swiglu backward",
+            swiglu_triton.swiglu_backward_kernel,
+            backward,
+            constants,
+            aligned=(*strides, "dy_stride"),
+            tensor_cores=False,
+        ),
+    ]
