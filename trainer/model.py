@@ -252,7 +252,8 @@ class Decoder(nn.Module):
             elif name.endswith(".bias"):
                 parameter.zero_()
             else:
-                generator = torch.Generator().manual_seed((seed << 32 | zlib.crc32(name.encode())) % 2**63)
+                # a hash of both: torch's CPU generator looks at the lowest 32 bits of its seed only
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                 values = torch.empty(parameter.shape, dtype=torch.float32)
                 std = self.config.initializer_range * (shrink if name.endswith((".o.weight", ".down.weight")) else 1.0)
                 parameter.copy_(values.normal_(0.0, std, generator=generator))
