@@ -5,7 +5,7 @@
     state = stream.state_dict()         # a few integers, the same on every rank
     PackedStream(...).load_state_dict(state)   # any world size x micro_batch x accumulation with an equal product
 
-Step g is packs [g B, (g + 1) B) of the global order (order.py, pack.py), B = world_size x micro_batch x accumulation. Rank r
+Step g is packs [g B, (g + 1) B) of the global order (schedule.py), B = world_size x micro_batch x accumulation. Rank r
 takes, as its micro-batch a, the packs from (a x world_size + r) x micro_batch on. Every rank plans every pack, so the token
 counts of a whole step are known on the host of each; a rank reads only the blocks its own packs need.
 
@@ -15,7 +15,7 @@ Speed: python -m chatmill.data.stream_bench
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from chatmill.config import ConfigError
-from chatmill.data.order import DialogueSource, Order
-from chatmill.data.pack import Overlong, WindowPlan, plan_window
+from chatmill.data.mixture import Mixture
+from chatmill.data.order import DialogueSource
+from chatmill.data.pack import Overlong
 from chatmill.data.prefetch import Prefetcher
+from chatmill.data.schedule import Position, Schedule, StepPlan
 
 IGNORE = -100
 ROW_MULTIPLE = 128
-STATE_VERSION = 1
 Annotate = Callable[[NDArray[np.int32], int], Any]
 
 
@@ -77,75 +78,27 @@ class PackedBatch:
         return PackedBatch(**values | {"plan": plan})
 
 
-@dataclass(frozen=True, slots=True)
-class Cursor:
-    """Place of the next pack in the order of one data set."""
-
-    epoch: int = 0
-    window: int = 0
-    pack: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Place in the stream: `micro` micro-batches of step `step` are handed out; cursor is where that step begins."""
-
-    step: int = 0
-    micro: int = 0
-    cursor: Cursor = Cursor()
-
-
-class OpenWindow:
-    """A planned window and the blocks of it that were read so far, supervised tokens stored as ~id."""
-
-    def __init__(self, source: DialogueSource, order: Order, epoch: int, window: int, options: dict[str, Any]) -> None:
-        self._source = source
-        self._blocks: dict[int, tuple[NDArray[np.int32], tuple[str, ...]]] = {}
-        self.plan: WindowPlan = plan_window(source, order, epoch, window, loss_mask_of=self._loss_mask, **options)
-
-    def _loss_mask(self, block: int, place: int) -> NDArray[np.bool_]:
-        first = int(self._source.block_starts[block])
-        lengths = self._source.lengths[first : first + place + 1].astype(np.int64)
-        stop = int(lengths.sum())
-        return self.block(block)[0][stop - int(lengths[-1]) : stop] < 0
-
-    def block(self, block: int) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-        """Tokens of a block, Int32 (~id where supervised), and its uids."""
-        found = self._blocks.get(block)
-        if found is None:
-            data = self._source.read_block(block)
-            low, high = self._source.block_starts[block : block + 2]
-            if not np.array_equal(np.diff(data.offsets), self._source.lengths[low:high]):
-                raise ConfigError(
-                    f"data.stream: block {block} disagrees with the index on the lengths of its dialogues.\n"
-                    "Shards and index do not belong together: run `chatmill data verify`, then build the data set again."
-                )
-            signed = data.ids.astype(np.int32)
-            np.bitwise_xor(signed, np.negative(data.loss_mask.view(np.int8)), out=signed)
-            found = self._blocks[block] = signed, tuple(data.uids)
-        return found
-
-
-Pack = tuple[OpenWindow, int]
-
-
 class PackedStream(IterableDataset[PackedBatch]):
     """The batches of one rank, for ever or for `epochs`.
 
-    dataset: token shards, or anything that looks like `order.DialogueSource`.
+    dataset: token shards, anything that looks like `order.DialogueSource`, or a `Mixture` of several.
     sequence_length: tokens per pack. overlong: what happens to longer dialogues (pack.py); overlap: for `split`, in tokens.
     shuffle=False, epochs=1: evaluation; every dialogue exactly once over all ranks. The last step is filled up with fully
-    masked packs, so that all ranks take the same number of steps.
-    max_dialogues: only the first so many of the data set. global_batch: packs per step, where the product of world_size,
-    micro_batch and accumulation is larger (the rest is masked packs): any world size can then continue any run.
+    masked packs, so that all ranks take the same number of steps. max_tokens: a budget instead of epochs.
+    max_dialogues: only the first so many of each data set. exclude: {first step: uids} (schedule.py).
+    global_batch: packs per step, where the product of world_size, micro_batch and accumulation is larger (the rest is masked
+    packs): any world size can then continue any run.
     annotate(cu_seqlens, T): builds PackedBatch.plan, off the training thread. prefetch: batches built ahead by a thread, or 0.
 
-    As a torch IterableDataset: DataLoader(stream, batch_size=None, num_workers=n) gives the same batches in the same order.
+    Padding waste of a step is 1 - step_tokens / (global_batch x sequence_length), its share of supervised tokens
+    step_loss_tokens / step_tokens. counts: dialogues of the windows planned so far: seen, overlong, truncated, split, dropped.
+
+    A torch IterableDataset: DataLoader(stream, batch_size=None, num_workers=n) gives the same batches in the same order.
     """
 
     def __init__(
         self,
-        dataset: DialogueSource,
+        dataset: DialogueSource | Mixture,
         *,
         sequence_length: int,
         micro_batch: int = 1,
@@ -157,7 +110,9 @@ class PackedStream(IterableDataset[PackedBatch]):
         overlap: int = 0,
         shuffle: bool = True,
         epochs: int | None = None,
+        max_tokens: int | None = None,
         max_dialogues: int | None = None,
+        exclude: Mapping[int, Collection[str]] | None = None,
         global_batch: int | None = None,
         annotate: Annotate | None = None,
         pin: bool = False,
@@ -166,7 +121,10 @@ class PackedStream(IterableDataset[PackedBatch]):
         slots = world_size * micro_batch * accumulation
         checks = (
             (sequence_length >= 2, f"sequence_length={sequence_length}: expected at least 2"),
-            (min(micro_batch, accumulation, world_size) >= 1, "micro_batch, accumulation and world_size must be at least 1"),
+            (
+                min(micro_batch, accumulation, world_size) >= 1,
+                f"micro_batch={micro_batch}, accumulation={accumulation}, world_size={world_size}: expected at least 1",
+            ),
             (0 <= rank < world_size, f"rank={rank}: expected 0..{world_size - 1} (world_size={world_size})"),
             (overlong in ("truncate", "split", "drop"), f"overlong={overlong!r}: expected truncate, split or drop"),
             (0 <= overlap < sequence_length, f"overlap={overlap}: expected 0..{sequence_length - 1}"),
@@ -183,77 +141,51 @@ class PackedStream(IterableDataset[PackedBatch]):
         self.sequence_length = sequence_length
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.rank, self.world_size = rank, world_size
-        self.global_batch = global_batch or slots
-        self.epochs = epochs
-        self.seed = seed
-        self.order = Order.of(dataset, capacity=sequence_length, seed=seed, shuffle=shuffle, max_dialogues=max_dialogues)
-        self.counts: Counter[str] = Counter()  # dialogues of the windows opened so far: seen, truncated, split, dropped
-        self._plan_options = {"capacity": sequence_length, "overlong": overlong, "overlap": overlap}
+        self.schedule = Schedule(
+            Mixture.of(dataset),
+            sequence_length=sequence_length,
+            global_batch=global_batch or slots,
+            seed=seed,
+            overlong=overlong,
+            overlap=overlap,
+            shuffle=shuffle,
+            epochs=epochs,
+            max_tokens=max_tokens,
+            max_dialogues=max_dialogues,
+            exclude=exclude,
+        )
         self._annotate, self._pin, self._prefetch = annotate, pin, prefetch
-        self._position = Position()
+        self._position = self.schedule.start
         self._ended = False
         self._ramp = np.arange(micro_batch * sequence_length, dtype=np.int32)
 
-    # ---------------------------------------------------------------- position
+    @property
+    def counts(self) -> Counter[str]:
+        """Dialogues of the windows planned so far, by what became of them."""
+        return self.schedule.counts
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch handed out, as plain integers and strings: the same on every rank."""
-        position = self._position
-        state = self._identity() | {
-            "step": position.step,
-            "micro": position.micro,
-            "epoch": position.cursor.epoch,
-            "window": position.cursor.window,
-            "pack": position.cursor.pack,
-        }
-        if position.micro:  # inside a step the split over ranks matters
+        state = self.schedule.state(self._position)
+        if self._position.micro:  # inside a step the division of the work matters
             state["layout"] = [self.world_size, self.micro_batch, self.accumulation]
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state_dict. Raises ConfigError naming the first field in which this stream is another one."""
-        mine = self._identity()
-        for name, value in mine.items():
-            if name not in state:
-                raise ConfigError(f"data.stream: the saved position has no field {name!r}: it is not one of this stream.")
-            if state[name] != value:
-                advice = _ADVICE.get(name, _SAME)
-                raise ConfigError(f"data.stream: cannot resume: {name} was {state[name]!r}, is {value!r}.\n{advice}")
-        micro = int(state["micro"])
+        position = self.schedule.position(state)
         layout = [self.world_size, self.micro_batch, self.accumulation]
-        if micro and list(state.get("layout", ())) != layout:
+        if position.micro and list(state.get("layout", ())) != layout:
             raise ConfigError(
-                f"data.stream: cannot resume inside a step with another layout: [world_size, micro_batch, accumulation] was "
+                "data.stream: cannot resume inside a step with another layout: [world_size, micro_batch, accumulation] was "
                 f"{state.get('layout')}, is {layout}.\nSave at the end of a step, or resume with the same layout."
             )
-        cursor = Cursor(int(state["epoch"]), int(state["window"]), int(state["pack"]))
-        if not 0 <= cursor.window < self.order.windows or min(cursor.epoch, cursor.pack, micro, int(state["step"])) < 0:
-            raise ConfigError(f"data.stream: the saved position lies outside the data set: {cursor}.")
-        self._position = Position(int(state["step"]), micro, cursor)
-        self._ended = False
-
-    def _identity(self) -> dict[str, Any]:
-        manifest = getattr(self.dataset, "manifest", None) or {}
-        names = ("tokenizer_sha256", "template_sha256", "vocab_size")
-        return {
-            "version": STATE_VERSION,
-            "sequence_length": self.sequence_length,
-            "global_batch": self.global_batch,
-            "seed": self.seed,
-            "shuffle": self.order.shuffle,
-            "overlong": self._plan_options["overlong"],
-            "overlap": self._plan_options["overlap"],
-            "dialogues": self.order.dialogues,
-            **{name: manifest[name] for name in names if name in manifest},
-            "fingerprint": self.order.fingerprint,
-        }
-
-    # ---------------------------------------------------------------- iteration
+        self._position, self._ended = position, False
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Batches from the present position on; after the end of the last epoch, from the beginning."""
+        """Batches from the present position on; once a pass has ended, from the beginning."""
         if self._ended:
-            self._position, self._ended = Position(), False
+            self._position, self._ended = self.schedule.start, False
         batches = self._batches(self._position)
         ahead = self._prefetch if torch.utils.data.get_worker_info() is None else 0
         with Prefetcher(batches, ahead) as ready:
@@ -267,68 +199,31 @@ class PackedStream(IterableDataset[PackedBatch]):
         worker = torch.utils.data.get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         at = 0
-        for step, packs, start, end in self.steps(position):
-            step_loss = sum(int(window.plan.pack_loss[pack]) for window, pack in packs)
-            step_tokens = sum(int(window.plan.pack_tokens[pack]) for window, pack in packs)
-            for micro in range(position.micro if step == position.step else 0, self.accumulation):
-                mine = at % turns == turn  # loader workers take turns
+        for planned in self.schedule.steps(position):
+            for micro in range(position.micro if planned.step == position.step else 0, self.accumulation):
+                if at % turns == turn:  # loader workers take turns
+                    last = micro + 1 == self.accumulation
+                    yield self._assemble(planned, micro), planned.end if last else replace(planned.start, micro=micro + 1)
                 at += 1
-                if not mine:
-                    continue
-                first = (micro * self.world_size + self.rank) * self.micro_batch
-                batch = self._assemble(packs[first : first + self.micro_batch], step_loss, step_tokens)
-                last = micro + 1 == self.accumulation
-                yield batch, Position(step + 1, 0, end) if last else Position(step, micro + 1, start)
 
-    def steps(self, position: Position) -> Iterator[tuple[int, list[Pack], Cursor, Cursor]]:
-        """Global batches, planned but not read: step, its packs, the cursor before and after it."""
-        cursor, opened = position.cursor, None
-        window_at = (-1, -1)
-        step = position.step
-        barren = 0
-        while True:
-            start = cursor
-            packs: list[Pack] = []
-            while len(packs) < self.global_batch and (self.epochs is None or cursor.epoch < self.epochs):
-                if opened is None or window_at != (cursor.epoch, cursor.window):
-                    window_at = (cursor.epoch, cursor.window)
-                    opened = OpenWindow(self.dataset, self.order, *window_at, self._plan_options)
-                    self.counts.update(opened.plan.counts)
-                    barren = 0 if opened.plan.packs else barren + 1
-                    if barren > self.order.windows:
-                        raise ConfigError(
-                            "data.stream: no dialogue of the data set can be used: all are empty, or longer than "
-                            f"sequence_length={self.sequence_length} without a supervised token in that range."
-                        )
-                if cursor.pack < opened.plan.packs:
-                    packs.append((opened, cursor.pack))
-                    cursor = replace(cursor, pack=cursor.pack + 1)
-                if cursor.pack >= opened.plan.packs:
-                    last = cursor.window + 1 == self.order.windows
-                    cursor = Cursor(cursor.epoch + last, 0 if last else cursor.window + 1, 0)
-            if not packs:
-                return
-            yield step, packs, start, cursor
-            step += 1
-
-    def _assemble(self, packs: list[Pack], step_loss: int, step_tokens: int) -> PackedBatch:
-        """One micro-batch; packs may be fewer than micro_batch, the rest is then padding."""
+    def _assemble(self, planned: StepPlan, micro: int) -> PackedBatch:
+        """One micro-batch of this rank; where the step has no more packs, padding."""
         T = self.micro_batch * self.sequence_length
+        first = (micro * self.world_size + self.rank) * self.micro_batch
+        packs = planned.packs[first : first + self.micro_batch]
         signed = np.zeros(T + 1, np.int32)  # id, or ~id where supervised; one more so that every token has a next
         lengths: list[int] = []
         uids: list[str] = []
-        at = loss = used = 0
+        at = 0
         for k in range(self.micro_batch):
             end = (k + 1) * self.sequence_length
             if k < len(packs):
-                window, p = packs[k]
-                plan = window.plan
-                piece = slice(int(plan.pack_starts[p]), int(plan.pack_starts[p + 1]))
-                loss += int(plan.pack_loss[p])
-                used += int(plan.pack_tokens[p])
+                pack = packs[k]
+                plan, read = pack.window.plan, pack.window.block
+                pieces = slice(pack.first, pack.last) if pack.hole is None else pack.pieces()
                 columns = (plan.block, plan.local, plan.offset, plan.length, plan.context)
-                for block, local, offset, length, context in zip(*(c[piece].tolist() for c in columns), strict=True):
-                    ids, names = window.block(block)
+                for block, local, offset, length, context in zip(*(c[pieces].tolist() for c in columns), strict=True):
+                    ids, names = read(block)
                     signed[at : at + length] = ids[offset : offset + length]
                     if context:
                         head = signed[at : at + context]
@@ -348,6 +243,7 @@ class PackedStream(IterableDataset[PackedBatch]):
         targets = np.full(T, IGNORE, np.int64)
         np.copyto(targets, tokens[1:], where=supervised)
         valid = np.flatnonzero(supervised)
+        loss = sum(pack.loss_tokens for pack in packs)
         if len(valid) != loss:
             raise ConfigError(
                 f"data.stream: the index promises {loss} supervised tokens in dialogues {uids[:3]}..., found {len(valid)}.\n"
@@ -363,16 +259,10 @@ class PackedStream(IterableDataset[PackedBatch]):
             rows=torch.from_numpy(rows),
             max_seqlen=max(lengths),
             loss_tokens=loss,
-            n_tokens=used,
-            step_loss_tokens=step_loss,
-            step_tokens=step_tokens,
+            n_tokens=sum(pack.tokens for pack in packs),
+            step_loss_tokens=planned.loss_tokens,
+            step_tokens=planned.tokens,
             uids=tuple(uids),
             plan=self._annotate(cu_seqlens, T) if self._annotate is not None else None,
         )
         return batch.pin_memory() if self._pin and torch.cuda.is_available() else batch
-
-
-_SAME = "Resume with the data set, tokenizer and settings of the run, or start a new run."
-_ADVICE = {
-    "global_batch": "Choose world_size x micro_batch x accumulation equal to the saved one (or larger, with global_batch=).",
-}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import threading
 from collections import Counter
 from itertools import islice, pairwise
@@ -13,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chatmill.config import ConfigError
+from chatmill.data.mixture import Mixture
 from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.data.synthetic import MemoryDataset
 
@@ -23,6 +25,9 @@ LENGTH = 128
 LAYOUTS = [  # world size, micro-batch, accumulation: 24 packs per step
     (1, 1, 24), (1, 24, 1), (2, 3, 4), (3, 2, 4), (3, 8, 1), (4, 1, 6), (8, 3, 1), (8, 1, 3),
 ]  # fmt: skip
+
+
+Layout = tuple[int, int, int]
 
 
 def stream(source: Any = SOURCE, **options: Any) -> PackedStream:
@@ -35,9 +40,7 @@ def rows_of(batch: PackedBatch, length: int = LENGTH) -> list[bytes]:
     return [b"".join(part[k].tobytes() for part in parts) for k in range(len(parts[0]))]
 
 
-def global_batches(
-    source: Any, steps: int, layout: tuple[int, int, int], state: Any = None, **options: Any
-) -> tuple[list[str], Any]:
+def global_batches(source: Any, steps: int, layout: Layout, state: Any = None, **options: Any) -> tuple[list[str], Any]:
     """Hash of every step's packs in global order, put together from all ranks, and the state after the last step."""
     world, micro, accumulation = layout
     per_step: list[dict[int, bytes]] = [{} for _ in range(steps)]
@@ -113,21 +116,42 @@ def test_the_first_token_of_a_dialogue_is_never_a_target() -> None:
     assert (batch.loss_tokens, batch.n_tokens, batch.step_loss_tokens, batch.step_tokens) == (3, 6, 3, 6)
 
 
-def test_200_global_batches_are_equal_for_every_division_of_the_work() -> None:
-    expected, end = global_batches(SOURCE, 200, LAYOUTS[0])
+def mixture() -> Mixture:
+    """Two data sets, a third from step 20 on."""
+    sources = {name: MemoryDataset.random(n, mean=40, longest=300, block=16, seed=n, name=name) for name, n in SIZES.items()}
+    return Mixture(sources, {0: {"a": 3, "b": 1}, 20: {"a": 1, "b": 1, "c": 1}})
+
+
+SIZES = {"a": 300, "b": 200, "c": 90}
+MIXED: dict[str, Any] = {"exclude": {9: [f"a{i:07d}" for i in range(80)], 31: [f"b{i:07d}" for i in range(50)]}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", [False, True])
+def test_200_global_batches_are_equal_for_every_division_of_the_work(mixed: bool) -> None:
+    source, options = (mixture(), MIXED) if mixed else (SOURCE, {})
+    expected, end = global_batches(source, 200, LAYOUTS[0], **options)
     assert len(set(expected)) == 200
     for layout in LAYOUTS[1:]:
-        assert global_batches(SOURCE, 200, layout) == (expected, end), layout
+        assert global_batches(source, 200, layout, **options) == (expected, end), layout
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_kills_and_resumes_at_random_steps_with_another_division_change_nothing(seed: int) -> None:
-    rng = random.Random(seed)
-    expected, end = global_batches(SOURCE, 60, rng.choice(LAYOUTS), seed=seed)
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 3),
+    mixed=st.booleans(),
+    parts=st.lists(st.tuples(st.integers(1, 20), st.sampled_from(LAYOUTS)), min_size=2, max_size=5),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_kills_and_resumes_at_any_step_with_another_division_change_nothing(
+    seed: int, mixed: bool, parts: list[tuple[int, Layout]], layout: Layout
+) -> None:
+    source, options = (mixture(), MIXED) if mixed else (SOURCE, {})
+    expected, end = global_batches(source, sum(steps for steps, _ in parts), layout, seed=seed, **options)
     got: list[str] = []
     state = None
-    while len(got) < 60:
-        part, state = global_batches(SOURCE, min(rng.randint(1, 25), 60 - len(got)), rng.choice(LAYOUTS), state, seed=seed)
+    for steps, division in parts:
+        part, state = global_batches(source, steps, division, state, seed=seed, **options)
         got += part
     assert got == expected and state == end
 
@@ -336,6 +360,7 @@ def test_an_error_of_the_prefetch_thread_reaches_the_loop_after_the_good_batches
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_loader_workers_give_the_same_batches_in_the_same_order(workers: int) -> None:
-    expected = [rows_of(batch) for batch in islice(stream(accumulation=3), 20)]
-    loader = torch.utils.data.DataLoader(stream(accumulation=3), batch_size=None, num_workers=workers)
+    options: dict[str, Any] = MIXED | {"accumulation": 3, "micro_batch": 2, "rank": 1, "world_size": 2}
+    expected = [rows_of(batch) for batch in islice(stream(mixture(), **options), 20)]
+    loader = torch.utils.data.DataLoader(stream(mixture(), **options), batch_size=None, num_workers=workers)
     assert [rows_of(batch) for batch in islice(loader, 20)] == expected

@@ -1,0 +1,353 @@
+"""Which packs make up which step: the whole plan of a run without any token read, and its position as a few integers.
+
+    schedule = Schedule(mixture, sequence_length=2048, global_batch=64, seed=0)
+    for planned in schedule.steps(Position()): planned.step, planned.packs, planned.loss_tokens
+
+Needs no torch: `stream.py` makes tensors of it for one rank, `usage.py` answers which dialogue was used when.
+Every step depends on the position before it alone, so a run is continued at once at any step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chatmill.config import ConfigError
+from chatmill.data.mixture import Mixture, largest_deficit
+from chatmill.data.order import DialogueSource, Order
+from chatmill.data.pack import Overlong, WindowPlan, plan_window
+
+STATE_VERSION = 1
+_CURSOR = ("epoch", "window", "pack", "opened")
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Place of the next pack in one data set. opened: step in which the first pack of the window was used."""
+
+    epoch: int = 0
+    window: int = 0
+    pack: int = 0
+    opened: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Place in the stream. step and micro: `micro` micro-batches of step `step` are handed out.
+
+    As `step` begins: tokens: used so far (without padding); cursors: one per data set; taken: packs of each since the weights
+    last changed.
+    """
+
+    step: int = 0
+    micro: int = 0
+    tokens: int = 0
+    cursors: tuple[Cursor, ...] = (Cursor(),)
+    taken: tuple[int, ...] = (0,)
+
+
+class OpenWindow:
+    """A planned window of one data set, and the blocks of it that were read so far."""
+
+    def __init__(self, source: DialogueSource, order: Order, epoch: int, window: int, options: Mapping[str, Any]) -> None:
+        self.source = source
+        self._numbers = order.blocks(epoch, window)
+        self._dialogues = order.dialogues
+        self._blocks: dict[int, tuple[NDArray[np.int32], tuple[str, ...]]] = {}
+        self._holes: dict[frozenset[str], NDArray[np.bool_]] = {}
+        excluded = self._indices(options["excluded"])
+        self.plan: WindowPlan = plan_window(
+            source, order, epoch, window, loss_mask_of=self._loss_mask, **{**options, "excluded": excluded}
+        )
+
+    def block(self, block: int) -> tuple[NDArray[np.int32], tuple[str, ...]]:
+        """Tokens of a block, Int32, ~id where supervised; and its uids."""
+        found = self._blocks.get(block)
+        if found is None:
+            data = self.source.read_block(block)
+            low, high = self.source.block_starts[block : block + 2]
+            if not np.array_equal(np.diff(data.offsets), self.source.lengths[low:high]):
+                raise ConfigError(
+                    f"data.stream: block {block} disagrees with the index on the lengths of its dialogues.\n"
+                    "Shards and index do not belong together: run `chatmill data verify`, then build the data set again."
+                )
+            signed = data.ids.astype(np.int32)
+            np.bitwise_xor(signed, np.negative(data.loss_mask.view(np.int8)), out=signed)
+            found = self._blocks[block] = signed, tuple(data.uids)
+        return found
+
+    def hole(self, uids: frozenset[str]) -> NDArray[np.bool_]:
+        """Bool["U"]: which pieces of the plan belong to dialogues excluded after the window was planned."""
+        found = self._holes.get(uids)
+        if found is None:
+            indices = self._indices(uids)
+            found = self._holes[uids] = np.isin(self.plan.dialogue, np.fromiter(indices, np.int64, len(indices)))
+        return found
+
+    def _indices(self, uids: frozenset[str]) -> set[int]:
+        if not uids:
+            return set()
+        out = set()
+        for number in self._numbers.tolist():
+            first = int(self.source.block_starts[number])
+            names = self.block(number)[1]
+            if not uids.isdisjoint(names):
+                out |= {first + place for place, name in enumerate(names) if name in uids}
+        return out
+
+    def _loss_mask(self, block: int, place: int) -> NDArray[np.bool_]:
+        first = int(self.source.block_starts[block])
+        lengths = self.source.lengths[first : first + place + 1].astype(np.int64)
+        stop = int(lengths.sum())
+        return self.block(block)[0][stop - int(lengths[-1]) : stop] < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One pack of a step: pieces `first` to `last` of a window's plan, but those marked in `hole`."""
+
+    source: int
+    window: OpenWindow
+    first: int
+    last: int
+    tokens: int
+    loss_tokens: int
+    hole: NDArray[np.bool_] | None
+
+    def pieces(self) -> NDArray[np.int64]:
+        """Indices into the columns of window.plan."""
+        pieces = np.arange(self.first, self.last)
+        return pieces if self.hole is None else pieces[~self.hole[self.first : self.last]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The packs of one step in global order, and the positions before and after it."""
+
+    packs: list[Pack]
+    tokens: int
+    loss_tokens: int
+    start: Position
+    end: Position
+
+    @property
+    def step(self) -> int:
+        """Number of the step, from 0."""
+        return self.start.step
+
+
+class Schedule:
+    """The steps of a run: a pure function of the data sets, the settings and the seed.
+
+    global_batch: packs per step. epochs: each data set is used so many times, then left out (None: for ever). max_tokens: no
+    step begins once so many tokens were used. exclude: {first step: uids}: from that step on these dialogues are not used. A
+    window planned before keeps its other dialogues where they are; the place of the excluded ones becomes padding.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        sequence_length: int,
+        global_batch: int,
+        seed: int = 0,
+        overlong: Overlong = "truncate",
+        overlap: int = 0,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        max_tokens: int | None = None,
+        max_dialogues: int | None = None,
+        exclude: Mapping[int, Collection[str]] | None = None,
+    ) -> None:
+        self.mixture = mixture
+        self.sequence_length, self.global_batch = sequence_length, global_batch
+        self.epochs, self.max_tokens, self.seed = epochs, max_tokens, seed
+        self.overlong, self.overlap, self.shuffle = overlong, overlap, shuffle
+        self.sources = list(mixture.sources.values())
+        self.orders = [
+            Order.of(source, capacity=sequence_length, seed=seed, shuffle=shuffle, max_dialogues=max_dialogues)
+            for source in self.sources
+        ]
+        self.counts: Counter[str] = Counter()
+        self._exclude = [(int(step), frozenset(uids)) for step, uids in sorted((exclude or {}).items())]
+        self._uids: dict[tuple[int, int], frozenset[str]] = {}
+
+    @property
+    def start(self) -> Position:
+        """Where a new run begins."""
+        return Position(cursors=(Cursor(),) * len(self.sources), taken=(0,) * len(self.sources))
+
+    # ---------------------------------------------------------------- steps
+
+    def steps(self, position: Position | None = None) -> Iterator[StepPlan]:
+        """Every step from the beginning of that of `position` on."""
+        position = replace(position or self.start, micro=0)
+        opened: list[OpenWindow | None] = [None] * len(self.sources)
+        while self.max_tokens is None or position.tokens < self.max_tokens:
+            cursors, taken = list(position.cursors), list(position.taken)
+            if self.mixture.changes_at(position.step):
+                taken = [0] * len(taken)
+            shares = self.mixture.shares(position.step)
+            packs: list[Pack] = []
+            while len(packs) < self.global_batch:
+                alive = [self.epochs is None or cursor.epoch < self.epochs for cursor in cursors]
+                chosen = largest_deficit(shares, taken, alive)
+                if chosen is None:
+                    break
+                pack, cursors[chosen], opened[chosen] = self._take(chosen, cursors[chosen], opened[chosen], position.step)
+                if pack is not None:
+                    packs.append(pack)
+                    taken[chosen] += 1
+                if self.epochs is not None and cursors[chosen].epoch >= self.epochs:
+                    taken = [0] * len(taken)  # the others now share what this one had
+            if not packs:
+                return
+            tokens, loss = sum(pack.tokens for pack in packs), sum(pack.loss_tokens for pack in packs)
+            end = Position(position.step + 1, 0, position.tokens + tokens, tuple(cursors), tuple(taken))
+            yield StepPlan(packs, tokens, loss, position, end)
+            position = end
+
+    def _take(
+        self, number: int, cursor: Cursor, opened: OpenWindow | None, step: int
+    ) -> tuple[Pack | None, Cursor, OpenWindow | None]:
+        """The next pack of a source, the cursor after it, and the window that the cursor is in (None: not planned yet)."""
+        order = self.orders[number]
+        barren = 0
+        while True:
+            if opened is None:
+                if cursor.pack == 0:
+                    cursor = replace(cursor, opened=step)
+                options = {"capacity": self.sequence_length, "overlong": self.overlong, "overlap": self.overlap}
+                excluded = self._excluded(cursor.opened)
+                opened = OpenWindow(self.sources[number], order, cursor.epoch, cursor.window, options | {"excluded": excluded})
+                self.counts.update(opened.plan.counts)
+            plan, index = opened.plan, cursor.pack
+            pack = self._pack(number, opened, index, cursor.opened, step) if index < plan.packs else None
+            if index + 1 >= plan.packs:
+                last = cursor.window + 1 == order.windows
+                cursor = Cursor(cursor.epoch + last, 0 if last else cursor.window + 1)
+                opened = None
+            else:
+                cursor = replace(cursor, pack=index + 1)
+            if pack is not None or (self.epochs is not None and cursor.epoch >= self.epochs):
+                return pack, cursor, opened
+            barren += 1
+            if barren > order.windows:
+                raise ConfigError(
+                    "data.stream: no dialogue of the data set can be used: all are empty, excluded, or longer than "
+                    f"sequence_length={self.sequence_length} without a supervised token in that range."
+                )
+
+    def _pack(self, number: int, window: OpenWindow, index: int, opened: int, step: int) -> Pack:
+        plan = window.plan
+        first, last = int(plan.pack_starts[index]), int(plan.pack_starts[index + 1])
+        tokens, loss = int(plan.pack_tokens[index]), int(plan.pack_loss[index])
+        late = self._excluded_since(opened, step) if self._exclude else None
+        if late:
+            hole = window.hole(late)
+            out = hole[first:last]
+            if out.any():
+                tokens -= int(plan.length[first:last][out].sum())
+                loss -= int(plan.loss[first:last][out].sum())
+                return Pack(number, window, first, last, tokens, loss, hole)
+        return Pack(number, window, first, last, tokens, loss, None)
+
+    def _excluded(self, step: int) -> frozenset[str]:
+        """Every uid excluded at a step."""
+        return self._excluded_since(-1, step)
+
+    def _excluded_since(self, opened: int, step: int) -> frozenset[str]:
+        """The uids excluded at `step` that were not yet so at `opened`. The same object each time: its hash is kept."""
+        before, now = (sum(first <= at for first, _ in self._exclude) for at in (opened, step))
+        if (before, now) not in self._uids:
+            old = frozenset[str]().union(*(uids for _, uids in self._exclude[:before]))
+            self._uids[before, now] = frozenset[str]().union(*(uids for _, uids in self._exclude[:now])) - old
+        return self._uids[before, now]
+
+    # ---------------------------------------------------------------- position
+
+    def state(self, position: Position) -> dict[str, Any]:
+        """A position, and what it belongs to, as plain integers and strings."""
+        past = position.step + bool(position.micro)  # steps whose weights and exclusions can no longer change
+        return self._settings() | {
+            "step": position.step,
+            "micro": position.micro,
+            "tokens": position.tokens,
+            "weights": self.mixture.past(past) if len(self.sources) > 1 else [],
+            "excluded": self._past_exclusions(past),
+            "sources": {
+                name: self._source_identity(i)
+                | {key: getattr(position.cursors[i], key) for key in _CURSOR}
+                | {"taken": position.taken[i]}
+                for i, name in enumerate(self.mixture.sources)
+            },
+        }
+
+    def position(self, state: Mapping[str, Any]) -> Position:
+        """The position saved in a state. Raises ConfigError naming the first field in which it belongs to another schedule."""
+        for name, value in self._settings().items():
+            _same(name, state, value)
+        saved = state["sources"]
+        cursors, taken = [], []
+        for i, name in enumerate(self.mixture.sources):
+            if name not in saved:  # a data set that later weights bring in
+                cursors.append(Cursor())
+                taken.append(0)
+                continue
+            for field, value in self._source_identity(i).items():
+                _same(field, saved[name], value, f" of data set {name!r}" if len(self.sources) > 1 else "")
+            cursor = Cursor(*(int(saved[name][key]) for key in _CURSOR))
+            if not 0 <= cursor.window < self.orders[i].windows or min(cursor.epoch, cursor.pack, int(saved[name]["taken"])) < 0:
+                raise ConfigError(f"data.stream: the saved position lies outside the data set: {cursor}.")
+            cursors.append(cursor)
+            taken.append(int(saved[name]["taken"]))
+        gone = sorted(set(saved) - set(self.mixture.sources))
+        if gone:
+            raise ConfigError(
+                f"data.stream: cannot resume: data set {gone[0]!r} is missing. Keep it, with weight 0 from now on."
+            )
+        step, micro = int(state["step"]), int(state["micro"])
+        past = step + bool(micro)
+        if len(self.sources) > 1:
+            _same("weights", state, self.mixture.past(past), f" before step {past}")
+        _same("excluded", state, self._past_exclusions(past), f" before step {past}")
+        return Position(step, micro, int(state["tokens"]), tuple(cursors), tuple(taken))
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("sequence_length", "global_batch", "seed", "shuffle", "overlong", "overlap")
+        return {"version": STATE_VERSION} | {name: getattr(self, name) for name in names}
+
+    def _source_identity(self, number: int) -> dict[str, Any]:
+        source = self.sources[number]
+        manifest = getattr(source, "manifest", None) or {}
+        names = ("vocab_size", "tokenizer_sha256", "template_sha256")
+        known = {name: manifest[name] for name in names if name in manifest}
+        return known | {"dialogues": self.orders[number].dialogues, "fingerprint": source.fingerprint}
+
+    def _past_exclusions(self, step: int) -> list[list[Any]]:
+        return [
+            [first, len(uids), hashlib.sha256("\n".join(sorted(uids)).encode()).hexdigest()]
+            for first, uids in self._exclude
+            if first < step
+        ]
+
+
+def _same(name: str, saved: Mapping[str, Any], value: Any, where: str = "") -> None:
+    if name not in saved:
+        raise ConfigError(f"data.stream: the saved position has no field {name!r}: it is not one of this version.")
+    if saved[name] != value:
+        advice = _ADVICE.get(name, "Resume with the data set, tokenizer and settings of the run, or start a new run.")
+        raise ConfigError(f"data.stream: cannot resume: {name}{where} was {saved[name]!r}, is {value!r}.\n{advice}")
+
+
+_ADVICE = {
+    "global_batch": "Choose world_size x micro_batch x accumulation equal to the saved one (or larger, with global_batch=).",
+    "weights": "The past cannot change: give the old weights for those steps, and new ones from a later step on.",
+    "excluded": "The past cannot change: exclude dialogues from the step of the checkpoint on, or a later one.",
+}
