@@ -1,0 +1,71 @@
+"""Chat messages between people, and how they become turns.
+
+Importers of chat logs yield groups of ChatMessage; `to_conversation` gives the speakers their roles and merges what one of them
+sent in a row. Role rule: a named sender is the assistant, or else whoever does not speak first (the one who replies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chatmill.data.conversation import Conversation, Turn, make_uid
+from chatmill.data.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message as sent. time: seconds since 1970 or None; key: id in the raw file; reply_to, thread: keys or None."""
+
+    sender: str
+    text: str
+    time: float | None = None
+    key: str = ""
+    reply_to: str | None = None
+    thread: str | None = None
+
+
+def to_conversation(
+    messages: Sequence[ChatMessage],
+    *,
+    source: str,
+    origin: str,
+    ledger: Ledger,
+    assistant: str | None = None,
+    merge_s: float | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> Conversation | None:
+    """Turns of two sides; None (and a counted reason) where there is no exchange.
+
+    merge_s: messages of one sender further apart than this stay separate turns of the same role (None: always merged).
+    """
+    spoken = [m for m in messages if m.text.strip()]
+    if len(spoken) < len(messages):
+        ledger.change("empty messages left out", f"{origin}", len(messages) - len(spoken))
+    senders = list(dict.fromkeys(m.sender for m in spoken))
+    if len(senders) < 2:
+        ledger.drop("one speaker only" if senders else "no messages", f"{origin}: {spoken[0].text if spoken else ''}")
+        return None
+    if assistant is not None and assistant not in senders:
+        ledger.drop("the assistant does not speak", f"{origin}: {', '.join(senders[:5])}")
+        return None
+    helper = {assistant} if assistant is not None else set(senders[1:])
+    turns: list[Turn] = []
+    last = ""
+    for message in spoken:
+        role = "assistant" if message.sender in helper else "user"
+        near = (
+            merge_s is None
+            or message.time is None
+            or not turns
+            or turns[-1].time is None
+            or message.time - turns[-1].time <= merge_s
+        )
+        if message.sender == last and near:
+            turns[-1] = Turn(turns[-1].role, turns[-1].content + "\n" + message.text, message.sender, turns[-1].time)
+        else:
+            turns.append(Turn("assistant" if role == "assistant" else "user", message.text, message.sender, message.time))
+        last = message.sender
+    ledger.keep()
+    return Conversation(make_uid(source, origin), tuple(turns), source, origin, {**(meta or {}), "authors": senders})

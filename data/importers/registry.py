@@ -1,0 +1,72 @@
+"""The importers by name, and which of them recognises a file.
+
+An importer is a module with `recognise(head, name)` and `read(file, options, source, ledger)`; see the Protocol below.
+Adding one: write the module, add its name here, render and re-import real conversations in tests/data/test_importers.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Protocol, cast
+
+from chatmill.config import ConfigError
+from chatmill.data.conversation import Conversation
+from chatmill.data.importers.raw_file import RawFile, find_files
+from chatmill.data.ledger import Ledger
+from chatmill.data.recipe import SourceSection
+
+# Asked in this order: the pickier first.
+IMPORTERS: dict[str, str] = {
+    "chitchat": "chitchat",
+    "openai": "openai_messages",
+    "sharegpt": "sharegpt",
+    "documents": "documents",
+}
+
+
+class Importer(Protocol):
+    """What an importer module offers."""
+
+    def recognise(self, head: bytes, name: str) -> bool:
+        """Is a file that begins like this, with this name, of my format?"""
+        ...
+
+    def read(self, file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
+        """Conversations of one file, streamed; whatever is dropped is counted in the ledger."""
+        ...
+
+
+def importer(name: str) -> Importer:
+    """The importer of a format."""
+    if name not in IMPORTERS:
+        raise ConfigError(f"source format {name!r}: unknown. Known: auto, {', '.join(IMPORTERS)}.")
+    return cast(Importer, importlib.import_module(f"chatmill.data.importers.{IMPORTERS[name]}"))
+
+
+def recognise(file: RawFile) -> str:
+    """Name of the format of a file; ConfigError where none fits."""
+    head = file.head()
+    for name in IMPORTERS:
+        if importer(name).recognise(head, file.stem):
+            return name
+    raise ConfigError(f"source {file.label}: format not recognised. Set `format:` to one of {', '.join(IMPORTERS)}.")
+
+
+def source_files(options: SourceSection) -> list[RawFile]:
+    """Raw files of a source, in a fixed order."""
+    if options.path is None:
+        from chatmill.data.importers.chitchat import installed_file
+
+        return [installed_file()]
+    return find_files(options.path)
+
+
+def read_file(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[Conversation]:
+    """Conversations of one raw file, at most options.limit."""
+    kind = options.format if options.format != "auto" else recognise(file)
+    for count, conversation in enumerate(importer(kind).read(file, options, options.name or kind, ledger), 1):
+        yield conversation
+        if options.limit is not None and count >= options.limit:
+            ledger.change("file cut at sources.limit", file.label)
+            return

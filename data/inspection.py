@@ -1,0 +1,98 @@
+"""Look at a data set: counts, lengths, loss share, packing fill, and dialogues with their loss mask in colour.
+
+    inspect_dataset("corpora/chitchat")        verify_dataset("corpora/chitchat") -> list of problems
+
+Green tokens carry loss: they are what the model learns to say. Grey ones are read only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from chatmill.data.pack import pack_best_fit
+from chatmill.data.shards import TokenDataset
+from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.data.verification import open_splits, verify_dataset
+
+__all__ = ["dataset_facts", "inspect_dataset", "mask_preview", "verify_dataset"]
+
+PACK_LENGTHS = (512, 1024, 2048, 4096, 8192)
+
+
+def dataset_facts(dataset: TokenDataset) -> dict[str, Any]:
+    """Counts and shares of one split; fill: share of a pack's tokens that are not padding, by sequence length."""
+    lengths = dataset.lengths.astype(np.int64)
+    tokens, loss = int(lengths.sum()), int(dataset.loss_tokens.sum(dtype=np.int64))
+    fill = {}
+    for capacity in PACK_LENGTHS:
+        cut = np.sort(np.minimum(lengths, capacity))[::-1]
+        fill[capacity] = float(cut.sum() / (pack_best_fit(cut, capacity)[1] * capacity))
+    marks = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95)}
+    return {
+        "dialogues": len(lengths),
+        "tokens": tokens,
+        "loss_tokens": loss,
+        "loss_share": loss / tokens,
+        "blocks": dataset.n_blocks,
+        "lengths": {"min": int(lengths.min()), **marks, "max": int(lengths.max()), "mean": tokens / len(lengths)},
+        "fill": fill,
+    }
+
+
+def mask_preview(dataset: TokenDataset, tokenizer: ChatTokenizer, number: int, limit: int = 400) -> Text:
+    """The first `limit` tokens of a dialogue: green with loss, grey without; tokens are told apart by a dim bar."""
+    b = int(np.searchsorted(dataset.block_starts, number, side="right")) - 1
+    block = dataset.read_block(b)
+    j = number - int(dataset.block_starts[b])
+    span = slice(int(block.offsets[j]), int(block.offsets[j + 1]))
+    ids, mask = block.ids[span].tolist(), block.loss_mask[span].tolist()
+    text = Text()
+    run: list[int] = []
+    for i, token in enumerate(ids[:limit]):
+        run.append(token)
+        piece = tokenizer.decode(run)
+        if piece.endswith("\ufffd") and i + 1 < min(limit, len(ids)) and mask[i + 1] == mask[i] and len(run) < 8:
+            continue  # a character spread over several tokens
+        text.append(piece, style="bold green" if mask[i] else "bright_black")
+        run = []
+    if len(ids) > limit:
+        text.append(f" … {len(ids) - limit} more tokens", style="italic")
+    return text
+
+
+def inspect_dataset(path: str | Path, samples: int = 2, console: Console | None = None) -> dict[str, Any]:
+    """Print counts, lengths and fill of every split and a few dialogues of train; returns the figures by split."""
+    console = console or Console()
+    splits = open_splits(path)
+    facts = {split: dataset_facts(dataset) for split, dataset in splits.items()}
+    table = Table(title=f"data set {path}", title_justify="left")
+    table.add_column("")
+    for split in facts:
+        table.add_column(split, justify="right")
+    rows: list[tuple[str, list[str]]] = [
+        ("dialogues", [f"{f['dialogues']:,}" for f in facts.values()]),
+        ("tokens", [f"{f['tokens']:,}" for f in facts.values()]),
+        ("tokens with loss", [f"{f['loss_tokens']:,} ({f['loss_share']:.1%})" for f in facts.values()]),
+        (
+            "length: min / median / max",
+            [f"{f['lengths']['min']:,} / {f['lengths']['p50']:,} / {f['lengths']['max']:,}" for f in facts.values()],
+        ),
+        ("length: mean, 95 %", [f"{f['lengths']['mean']:,.0f}, {f['lengths']['p95']:,}" for f in facts.values()]),
+        *((f"packing fill at {t:,}", [f"{f['fill'][t]:.1%}" for f in facts.values()]) for t in PACK_LENGTHS),
+    ]
+    for name, cells in rows:
+        table.add_row(name, *cells)
+    console.print(table)
+    tokenizer = ChatTokenizer.load(Path(path) / "tokenizer")
+    dataset = splits.get("train") or next(iter(splits.values()))
+    for k in range(min(samples, len(dataset))):
+        number = k * len(dataset) // samples
+        console.print(f"\n[bold]dialogue {number}[/bold] {dataset.uid(number)} (green: carries loss)")
+        console.print(mask_preview(dataset, tokenizer, number))
+    return facts

@@ -1,0 +1,139 @@
+"""Data recipes: where raw conversations come from and how they become token shards.
+
+    recipe = load_data_recipe("chitchat", ["split.validation=0.1"])
+
+Shipped recipes: data/recipes/*.yaml. Imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from chatmill.config import Section, load_section
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+
+class SourceSection(Section):
+    """One set of raw files.
+
+    format: an importer's name, or `auto` to recognise it from the file.
+    path: file, folder or glob; chitchat alone may leave it out (the installed package is read).
+    assistant: in chats between people, the sender who becomes the assistant (None: whoever does not speak first).
+    columns: for tables, our field -> their column. gap_minutes: silence that ends a conversation in an endless chat log.
+    """
+
+    format: str = "auto"
+    path: str | None = None
+    name: str | None = None
+    assistant: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    gap_minutes: float = Field(default=30.0, gt=0)
+    merge_minutes: float | None = Field(default=None, gt=0)
+    encoding: str = "utf-8"
+    limit: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_path(self) -> SourceSection:
+        if self.path is None and self.format != "chitchat":
+            raise ValueError("give the file, folder or glob to read")
+        return self
+
+
+class CleanSection(Section):
+    """Rules on texts, turns and dialogues (data/clean.py). Text rules never touch code fences."""
+
+    nfc: bool = True
+    control_characters: bool = True
+    whitespace: bool = True
+    drop_empty_turns: bool = True
+    drop_deleted: bool = True
+    drop_refusals: bool = False
+    max_turn_chars: int | None = Field(default=20_000, gt=0)
+    min_dialogue_chars: int = Field(default=16, ge=0)
+    max_dialogue_chars: int | None = Field(default=400_000, gt=0)
+    max_repeated_line_share: float | None = Field(default=0.5, gt=0, le=1)
+    max_character_run: int | None = Field(default=60, gt=0)
+    drop_patterns: list[str] = Field(default_factory=list)
+
+
+class PairSection(Section):
+    """mode `dialogues`: whole dialogues, user first, assistant last. `pairs`: one sample per reply, loss on that reply alone.
+
+    min_replies: dialogues with fewer assistant turns are dropped. max_turns: longer dialogues keep their first turns.
+    """
+
+    mode: Literal["dialogues", "pairs"] = "dialogues"
+    min_replies: int = Field(default=1, gt=0)
+    max_turns: int | None = Field(default=None, gt=1)
+    context_turns: int = Field(default=8, gt=0)
+
+
+class DedupSection(Section):
+    """exact: of dialogues equal up to case and blanks, the first stays."""
+
+    exact: bool = True
+
+
+class SplitSection(Section):
+    """validation: share of the clusters (of duplicates, threads and, where asked, authors) that goes to validation."""
+
+    validation: float = Field(default=0.05, gt=0, lt=1)
+    seed: int = Field(default=0, ge=0)
+    by_author: bool = False
+
+
+class TrainTokenizerSection(Section):
+    """Train a byte-level BPE on the training split."""
+
+    vocab_size: int = Field(default=8192, ge=259)
+
+
+class TokenizerSection(Section):
+    """path: tokenizer or checkpoint folder; or train: a new one. template: a shipped name or a .jinja file."""
+
+    path: str | None = None
+    train: TrainTokenizerSection | None = None
+    template: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TokenizerSection:
+        if (self.path is None) == (self.train is None):
+            raise ValueError("give either tokenizer.path or tokenizer.train")
+        return self
+
+
+class ShardSection(Section):
+    """block_dialogues: dialogues per block, the unit of reading and shuffling. shard_mb: size of a token shard in MiB."""
+
+    block_dialogues: int = Field(default=256, gt=0)
+    shard_mb: float = Field(default=256.0, gt=0)
+
+
+class DataRecipe(Section):
+    """A whole data build. workers: processes (None: one per core); the result does not depend on it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    out: str | None = None
+    sources: list[SourceSection] = Field(min_length=1)
+    clean: CleanSection = CleanSection()
+    pair: PairSection = PairSection()
+    dedup: DedupSection = DedupSection()
+    split: SplitSection = SplitSection()
+    tokenizer: TokenizerSection
+    shards: ShardSection = ShardSection()
+    workers: int | None = Field(default=None, gt=0)
+
+    @property
+    def folder(self) -> Path:
+        """Where the data set goes."""
+        return Path(self.out or f"corpora/{self.name}")
+
+
+def load_data_recipe(name: str, overrides: Iterable[str] = ()) -> DataRecipe:
+    """The data recipe `name` with overrides applied."""
+    return load_section(DataRecipe, name, overrides, RECIPES)

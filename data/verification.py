@@ -1,0 +1,221 @@
+"""Recompute what a data-set folder promises: hashes, blocks, masks, and that the split does not leak.
+
+    problems = verify_dataset(Path("corpora/chitchat"))     # [] when all is well
+
+Nothing of the manifest is believed but the hashes it names: tars are walked, every token block is decoded, dialogues are
+encoded again with the tokenizer in the folder and compared token by token, some masks are proven by prefix rendering, and the
+certificate is computed anew from the texts in the dialogue shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chatmill.config import ConfigError
+from chatmill.data.conversation import Conversation, TokenizedDialogue
+from chatmill.data.dialogue_shards import read_dialogues
+from chatmill.data.shard_index import (
+    TAR_END,
+    ShardIndex,
+    TokenBlock,
+    block_hash,
+    check_mask,
+    decode_block,
+    sha256_file,
+    walk_members,
+)
+from chatmill.data.shards import MANIFEST, TokenDataset, read_manifest
+from chatmill.data.split import Facts, certificate
+from chatmill.data.tokenizer import ChatTokenizer
+
+MAX_PROBLEMS = 50
+FREE_FILES = {MANIFEST, "timings.json"}
+
+
+def verify_dataset(
+    path: str | Path, encoded: int = 20_000, proven: int = 64, progress: Callable[[str, int, int], None] | None = None
+) -> list[str]:
+    """Problems found, each a line that names the file; empty when the data set is what its manifest says.
+
+    encoded: at most so many dialogues per split are tokenised again; proven: and so many masks proven by prefix rendering.
+    """
+    folder = Path(path)
+    try:
+        manifest = read_manifest(folder)
+        expected = expected_files(manifest)
+    except ConfigError as error:
+        return [str(error)]
+    except (KeyError, TypeError) as error:
+        return [f"{folder / MANIFEST}: incomplete, {error} is missing. Rebuild the data set."]
+    problems = _check_files(folder, expected, progress)
+    damaged = {line.split(":")[0] for line in problems}
+    tokenizer = None
+    try:
+        tokenizer = ChatTokenizer.load(folder / "tokenizer")
+        for name in ("tokenizer_sha256", "template_sha256"):
+            if getattr(tokenizer, name) != manifest[name]:
+                problems.append(f"tokenizer: {name} is not the manifest's")
+        if tokenizer.vocab_size != manifest["vocab_size"]:
+            problems.append(f"tokenizer: {tokenizer.vocab_size} tokens, the manifest says {manifest['vocab_size']}")
+    except ConfigError as error:
+        problems.append(str(error))
+    facts = {split: Facts() for split in manifest["splits"]}
+    for split in manifest["splits"]:
+        problems += _check_split(folder, manifest, split, tokenizer, facts[split], (encoded, proven), damaged)
+    if len(facts) == 2:
+        found = certificate(facts["train"], facts["validation"], "authors" in manifest["certificate"]["asked"])
+        if not found["valid"]:
+            shared = ", ".join(f"{found['shared'][name]} {name}" for name in found["asked"] if found["shared"][name])
+            problems.append(f"split: train and validation share {shared.replace('_', ' ')}")
+        elif not manifest["certificate"]["valid"]:
+            problems.append("split: the manifest's own certificate says that it leaks")
+    return problems[:MAX_PROBLEMS]
+
+
+def expected_files(manifest: dict[str, Any]) -> dict[str, str]:
+    """sha256 of every file the manifest names."""
+    files = dict(manifest["files"])
+    for split, part in manifest["splits"].items():
+        for record in part["shards"]:
+            files[f"{split}/{record['name']}"] = record["sha256"]
+            files[f"{split}/{record['index']}"] = record["index_sha256"]
+    for records in manifest["dialogues"].values():
+        for record in records:
+            files[f"dialogues/{record['name']}"] = record["sha256"]
+    return files
+
+
+def _check_files(folder: Path, expected: dict[str, str], progress: Callable[[str, int, int], None] | None) -> list[str]:
+    problems = []
+    for number, (name, sha) in enumerate(sorted(expected.items())):
+        file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            problems.append(f"{name}: the manifest names a file outside of the folder")
+        elif not file.is_file():
+            problems.append(f"{name}: missing")
+        elif sha256_file(file) != sha:
+            problems.append(f"{name}: sha256 is not the manifest's")
+        if progress:
+            progress("hashes", number + 1, len(expected))
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    problems += [f"{name}: not in the manifest" for name in sorted(present - set(expected) - FREE_FILES)]
+    return problems
+
+
+def _check_split(
+    folder: Path,
+    manifest: dict[str, Any],
+    split: str,
+    tokenizer: ChatTokenizer | None,
+    facts: Facts,
+    limits: tuple[int, int],
+    damaged: set[str],
+) -> list[str]:
+    """Blocks against their index, dialogues against their tokens; fills facts from the dialogues' texts."""
+    problems: list[str] = []
+    total = sum(record["dialogues"] for record in manifest["splits"][split]["shards"])
+    strides = [max(1, -(-total // limit)) if limit else 0 for limit in limits]
+    tokens = _tokens(folder, manifest, split, problems)
+    texts = read_dialogues(folder, manifest["dialogues"][split])
+    number = 0
+    while len(problems) < MAX_PROBLEMS:
+        try:
+            conversation = next(texts, None)
+        except ConfigError as error:
+            problems.append(str(error))
+            break
+        dialogue = next(tokens, None)
+        if conversation is None and dialogue is None:
+            break
+        if conversation is not None:
+            facts.add(conversation)
+        if conversation is None or dialogue is None:
+            # The damage itself was named above; count on only for the certificate.
+            if not problems and not damaged:
+                problems.append(f"{split}: dialogue and token shards hold different numbers of samples (after {number})")
+            if conversation is None:
+                break
+            continue
+        problems += _compare(split, conversation, dialogue, tokenizer, number, strides)
+        number += 1
+    return problems
+
+
+def _compare(
+    split: str,
+    conversation: Conversation,
+    dialogue: TokenizedDialogue,
+    tokenizer: ChatTokenizer | None,
+    number: int,
+    strides: list[int],
+) -> list[str]:
+    where = f"{split}, dialogue {number} ({conversation.uid})"
+    if conversation.uid != dialogue.uid:
+        return [f"{where}: the token shard holds {dialogue.uid} at this place"]
+    try:
+        check_mask(dialogue)
+        if tokenizer is not None and strides[0] and number % strides[0] == 0:
+            again = tokenizer.encode_dialogue(conversation)
+            if not np.array_equal(again.ids, dialogue.ids):
+                return [f"{where}: token ids are not those of its text"]
+            if not np.array_equal(again.loss_mask, dialogue.loss_mask):
+                return [f"{where}: the loss mask is not that of its turns"]
+        if tokenizer is not None and strides[1] and number % strides[1] == 0:
+            found = tokenizer.prove_mask(conversation)
+            return [f"{where}: {found}"] if found else []
+    except ConfigError as error:
+        return [f"{where}: {error}"]
+    return []
+
+
+def _tokens(folder: Path, manifest: dict[str, Any], split: str, problems: list[str]) -> Iterator[TokenizedDialogue]:
+    """Dialogues of all readable blocks; what cannot be read is added to problems."""
+    for record in manifest["splits"][split]["shards"]:
+        file = folder / split / record["name"]
+        try:
+            data = file.read_bytes()
+            index = ShardIndex.from_bytes((folder / split / record["index"]).read_bytes(), str(file))
+            names = [name for name, _, _ in walk_members(data, f"{split}/{record['name']}")]
+            if not data.endswith(TAR_END):
+                problems.append(f"{split}/{record['name']}: the end marker is missing; the file is cut short")
+            if len(names) != 5 * len(index.offset) + 1:
+                problems.append(f"{split}/{record['name']}: {len(names)} members, the index knows {5 * len(index.offset) + 1}")
+        except (ConfigError, OSError) as error:
+            problems.append(f"{split}/{record['name']}: {error}")
+            continue
+        first = 0
+        for b in range(len(index.offset)):
+            where = f"{split}/{record['name']}, block {b}"
+            start, size, count = int(index.offset[b]), int(index.size[b]), int(index.dialogues[b])
+            piece = data[start : start + size]
+            if block_hash(piece) != int(index.xxh3[b]):
+                problems.append(f"{where}: xxh3 is not the index's")
+                first += count
+                continue
+            try:
+                yield from _block_dialogues(decode_block(piece, where), index, first, where, problems)
+            except ConfigError as error:
+                problems.append(str(error))
+            first += count
+
+
+def _block_dialogues(
+    block: TokenBlock, index: ShardIndex, first: int, where: str, problems: list[str]
+) -> Iterator[TokenizedDialogue]:
+    for j, uid in enumerate(block.uids):
+        span = slice(int(block.offsets[j]), int(block.offsets[j + 1]))
+        ids, mask = block.ids[span].astype(np.uint32), block.loss_mask[span]
+        if len(ids) != index.lengths[first + j] or int(mask.sum()) != index.loss_tokens[first + j]:
+            problems.append(f"{where}: dialogue {j} has other lengths than the index")
+        yield TokenizedDialogue(uid, ids, mask)
+
+
+def open_splits(path: str | Path) -> dict[str, TokenDataset]:
+    """Every split of a data set that holds dialogues."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    return {split: TokenDataset.open(folder, split) for split, part in manifest["splits"].items() if part["dialogues"]}
