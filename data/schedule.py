@@ -204,8 +204,6 @@ class Schedule:
                 if pack is not None:
                     packs.append(pack)
                     taken[chosen] += 1
-                if self.epochs is not None and cursors[chosen].epoch >= self.epochs:
-                    taken = [0] * len(taken)  # the others now share what this one had
             if not packs:
                 return
             tokens, loss = sum(pack.tokens for pack in packs), sum(pack.loss_tokens for pack in packs)

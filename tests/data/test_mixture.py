@@ -76,13 +76,15 @@ def test_a_curriculum_changes_the_shares_exactly_at_its_step() -> None:
 
 
 def test_a_source_that_has_been_used_up_leaves_its_share_to_the_others() -> None:
-    steps = list(schedule({"long": 1, "short": 1, "rare": 2}, epochs=1).steps())
+    steps = list(schedule({"long": 3, "short": 1, "rare": 2}, epochs=1).steps())
     seen = Counter(uid for planned in steps for pack in uids_of(planned) for uid in pack)
     assert set(seen.values()) == {1}
     lengths = {uid: int(n) for source in ALL.values() for uid, n in zip(source.uids, source.lengths, strict=True)}
     assert all(length > 128 for uid, length in lengths.items() if uid not in seen)
-    late = Counter(pack.source for planned in steps[10:14] for pack in planned.packs)
-    assert late == {0: 16, 1: 16}
+    shares = [Counter(pack.source for pack in planned.packs) for planned in steps]
+    last_rare = max(i for i, share in enumerate(shares) if share[2])
+    assert 0 < last_rare < len(steps) - 6
+    assert shares[last_rare + 1 : last_rare + 5] == [{0: 6, 1: 2}] * 4
 
 
 @settings(max_examples=25, deadline=None)
