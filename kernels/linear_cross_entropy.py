@@ -316,7 +316,8 @@ _sum_op.register_autograd(_sum_backward, setup_context=_sum_setup)
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient x factor in fp32 and rounded once; never in place, so that backward can run again."""
-    if gradient.device.type == "cpu" and not torch.compiler.is_compiling() and float(factor) == 1.0:
+    # reading the factor is free on a CPU, a host sync on a GPU, and impossible while tracing (then it is a subclass)
+    if type(factor) is Tensor and factor.device.type == "cpu" and float(factor) == 1.0:
         return gradient
     if gradient.dtype in (torch.float32, torch.float64):
         return gradient * factor
