@@ -142,7 +142,7 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Mode
             raise ConfigError(f"{path}: metadata llama.{key} is missing. The file is damaged or older than GGUF v2.")
         return value
 
-    heads = need("attention.head_count")
+    heads, head_dim = need("attention.head_count"), _value(fields, "llama.rope.dimension_count")
     table = tensors.get("token_embd.weight")
     return validate(
         ModelConfig,
@@ -154,7 +154,7 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Mode
             "layers": need("block_count"),
             "heads": heads,
             "kv_heads": _value(fields, "llama.attention.head_count_kv", heads),
-            "head_dim": _value(fields, "llama.rope.dimension_count"),
+            "head_dim": None if head_dim == need("embedding_length") / heads else head_dim,
             "context": need("context_length"),
             "rope_theta": float(_value(fields, "llama.rope.freq_base", 10_000.0)),
             # stored as float32: 1e-5 comes back as 9.9999997e-06

@@ -57,6 +57,7 @@ def read_hf_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         return raw[key]
 
     heads, layers = need("num_attention_heads"), need("num_hidden_layers")
+    head_dim = raw.get("head_dim", defaults.head_dim)
     context = raw.get("max_position_embeddings") or 2048
     theta, scaling = _read_rope(raw, context, where)
     window, windowed = _read_window(raw, family, layers, where)
@@ -72,7 +73,7 @@ def read_hf_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
             "layers": layers,
             "heads": heads,
             "kv_heads": raw.get("num_key_value_heads", defaults.kv_heads) or heads,
-            "head_dim": raw.get("head_dim", defaults.head_dim),
+            "head_dim": None if head_dim == need("hidden_size") / heads else head_dim,  # one spelling for one shape
             "context": context,
             "rope_theta": theta,
             "rope_scaling": scaling,
