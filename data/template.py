@@ -92,7 +92,7 @@ class _Budget:
     def __init__(self) -> None:
         self.left = MAX_ROUNDS
 
-    def __call__(self) -> str:
+    def __str__(self) -> str:  # printed by the compiled template: an ordinary call costs ten times as much in the sandbox
         self.left -= 1
         if self.left < 0:
             raise TemplateRefusedError(f"chat template: more than {MAX_ROUNDS:,} loop rounds")
@@ -119,9 +119,9 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda layout: datetime(2024, 1, 1).strftime(layout)
         try:
             tree = environment.parse(source)
-            for kind in (nodes.For, nodes.Macro):
-                for node in tree.find_all(kind):
-                    node.body.insert(0, nodes.Output([nodes.Call(nodes.Name("_tick", "load"), [], [], None, None)]))
+            loops: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
+            for node in loops:
+                node.body.insert(0, nodes.Output([nodes.Name("_tick", "load")]))
             self._template = environment.from_string(tree)  # type: ignore[arg-type]
         except TemplateError as error:
             raise TemplateRefusedError(f"chat template: does not compile ({error})") from error
@@ -178,17 +178,35 @@ class ChatTemplate:
         return text, starts
 
     def _make_skeleton(self, roles: tuple[str, ...]) -> tuple[list[str], list[int]] | None:
-        """Literals around the contents, and how far before its content each reply starts; None if markers do not survive."""
+        """Literals around the contents, and how far before its content each reply starts; None if markers do not survive.
+
+        Replies that follow the same literal start at the same place in it: the prompt is rendered for the first and the last of
+        them, not for every one, or a chat of a thousand turns would cost half a million loop rounds.
+        """
         marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
         try:
-            text, starts = self.reply_starts_by_prefix(marked)
+            text = self.render(marked)
+            found = list(_MARK.finditer(text))
+            if [int(match[1]) for match in found] != list(range(len(roles))):
+                return None
+            edges = [0, *(edge for match in found for edge in match.span()), len(text)]
+            literals = [text[edges[k] : edges[k + 1]] for k in range(0, len(edges), 2)]
+            places: dict[str, list[int]] = {}
+            for i, role in enumerate(roles):
+                if role == "assistant":
+                    places.setdefault(literals[i], []).append(i)
+            lead = [0] * len(roles)
+            for same in places.values():
+                seen = set()
+                for i in {same[0], same[-1]}:
+                    prompt = self.render(marked[:i], add_generation_prompt=True)
+                    if not text.startswith(prompt):
+                        return None
+                    seen.add(found[i].start() - len(prompt))
+                if len(seen) != 1 or min(seen) < 0:
+                    return None
+                for i in same:
+                    lead[i] = min(seen)
         except TemplateRefusedError:
             return None
-        found = list(_MARK.finditer(text))
-        if [int(match[1]) for match in found] != list(range(len(roles))):
-            return None
-        edges = [0, *(edge for match in found for edge in match.span()), len(text)]
-        literals = [text[edges[k] : edges[k + 1]] for k in range(0, len(edges), 2)]
-        order = iter(starts)
-        lead = [match.start() - next(order) if role == "assistant" else 0 for match, role in zip(found, roles, strict=True)]
-        return (literals, lead) if min(lead, default=0) >= 0 else None
+        return literals, lead
