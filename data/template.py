@@ -122,7 +122,7 @@ class ChatTemplate:
             loops: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
             for node in loops:
                 node.body.insert(0, nodes.Output([nodes.Name("_tick", "load")]))
-            self._template = environment.from_string(tree)  # type: ignore[arg-type]
+            self._template = environment.from_string(tree)
         except TemplateError as error:
             raise TemplateRefusedError(f"chat template: does not compile ({error})") from error
         self._variables = {key: value or "" for key, value in variables.items()}
