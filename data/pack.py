@@ -113,6 +113,12 @@ def fit_overlong(loss_mask: NDArray[np.bool_], capacity: int, overlong: Overlong
     """
     if overlong == "drop":
         return []
+    if overlong == "truncate":
+        head = loss_mask[: capacity + 1]
+        turn_ends = np.flatnonzero(head[:-1] > head[1:])
+        stop = int(turn_ends[-1]) + 1 if len(turn_ends) else capacity
+        loss = int(np.count_nonzero(head[1:stop]))
+        return [Piece(0, stop, 0, loss, bool(len(turn_ends)))] if loss else []
     total = len(loss_mask)
     ends = np.flatnonzero(loss_mask & ~np.r_[loss_mask[1:], False]) + 1  # just after each supervised stretch
     pieces: list[Piece] = []
@@ -129,8 +135,6 @@ def fit_overlong(loss_mask: NDArray[np.bool_], capacity: int, overlong: Overlong
         if loss:
             pieces.append(Piece(start, stop - start, context, loss, bool(len(fitting))))
         done = stop
-        if overlong == "truncate":
-            break
     return pieces
 
 

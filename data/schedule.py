@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,15 +59,15 @@ class OpenWindow:
         self.source = source
         self._numbers = order.blocks(epoch, window)
         self._dialogues = order.dialogues
-        self._blocks: dict[int, tuple[NDArray[np.int32], tuple[str, ...]]] = {}
+        self._blocks: dict[int, tuple[NDArray[np.int32], Sequence[str], NDArray[np.int64]]] = {}
         self._holes: dict[frozenset[str], NDArray[np.bool_]] = {}
         excluded = self._indices(options["excluded"])
         self.plan: WindowPlan = plan_window(
             source, order, epoch, window, loss_mask_of=self._loss_mask, **{**options, "excluded": excluded}
         )
 
-    def block(self, block: int) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-        """Tokens of a block, Int32, ~id where supervised; and its uids."""
+    def block(self, block: int) -> tuple[NDArray[np.int32], Sequence[str], NDArray[np.int64]]:
+        """Tokens of a block, Int32, ~id where supervised; its uids; where its dialogues start."""
         found = self._blocks.get(block)
         if found is None:
             data = self.source.read_block(block)
@@ -79,7 +79,7 @@ class OpenWindow:
                 )
             signed = data.ids.astype(np.int32)
             np.bitwise_xor(signed, np.negative(data.loss_mask.view(np.int8)), out=signed)
-            found = self._blocks[block] = signed, tuple(data.uids)
+            found = self._blocks[block] = signed, data.uids, data.offsets
         return found
 
     def hole(self, uids: frozenset[str]) -> NDArray[np.bool_]:
@@ -102,10 +102,8 @@ class OpenWindow:
         return out
 
     def _loss_mask(self, block: int, place: int) -> NDArray[np.bool_]:
-        first = int(self.source.block_starts[block])
-        lengths = self.source.lengths[first : first + place + 1].astype(np.int64)
-        stop = int(lengths.sum())
-        return self.block(block)[0][stop - int(lengths[-1]) : stop] < 0
+        signed, _, starts = self.block(block)
+        return signed[starts[place] : starts[place + 1]] < 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +230,7 @@ class Schedule:
                 cursor = Cursor(cursor.epoch + last, 0 if last else cursor.window + 1)
                 opened = None
             else:
-                cursor = replace(cursor, pack=index + 1)
+                cursor = Cursor(cursor.epoch, cursor.window, index + 1, cursor.opened)
             if pack is not None or (self.epochs is not None and cursor.epoch >= self.epochs):
                 return pack, cursor, opened
             barren += 1

@@ -223,7 +223,7 @@ class PackedStream(IterableDataset[PackedBatch]):
                 pieces = slice(pack.first, pack.last) if pack.hole is None else pack.pieces()
                 columns = (plan.block, plan.local, plan.offset, plan.length, plan.context)
                 for block, local, offset, length, context in zip(*(c[pieces].tolist() for c in columns), strict=True):
-                    ids, names = read(block)
+                    ids, names, _ = read(block)
                     signed[at : at + length] = ids[offset : offset + length]
                     if context:
                         head = signed[at : at + context]

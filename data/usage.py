@@ -1,0 +1,156 @@
+"""Which dialogues a run learned from, and when: worked out again from the order, nothing has to be logged while training.
+
+    at("runs/NAME", 100)           -> every piece of every dialogue in step 100, with its raw file and line
+    where("runs/NAME", uid)        -> every step in which a dialogue was used
+
+Steps count from 1 as in metrics.jsonl. `at` begins at the nearest checkpoint before; `where` plans every step of the run, at
+about a microsecond per dialogue. A run folder is read through config.yaml, environment.json and checkpoints/*/state.json; other
+loops give their own `Schedule` to `uses_at` and `uses_of`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from chatmill.config import ConfigError
+from chatmill.data.mixture import Mixture
+from chatmill.data.order import DialogueSource
+from chatmill.data.schedule import Pack, Position, Schedule
+from chatmill.data.shards import TokenDataset
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One piece of a dialogue in a step. pack: its place in the global batch; start: its first token in the dialogue.
+
+    data: name of the data set. source, origin: as the importer wrote them, raw `file:line` or key.
+    """
+
+    step: int
+    pack: int
+    data: str
+    uid: str
+    source: str
+    origin: str
+    start: int
+    tokens: int
+    loss_tokens: int
+
+
+def at(run: str | Path, step: int) -> list[Use]:
+    """What a run used in a step."""
+    schedule, saved = run_schedule(Path(run))
+    return uses_at(schedule, step, saved)
+
+
+def where(run: str | Path, uid: str) -> list[Use]:
+    """Every use of a dialogue up to the last step that the run has reached."""
+    schedule, _ = run_schedule(Path(run))
+    return uses_of(schedule, uid, last_step(Path(run)))
+
+
+def uses_at(schedule: Schedule, step: int, saved: Iterable[Position] = ()) -> list[Use]:
+    """What a schedule uses in step `step` (from 1), found from the latest of the saved positions before it."""
+    if step < 1:
+        raise ConfigError(f"data.usage: step {step}: steps count from 1.")
+    near = [position for position in saved if position.step < step]
+    start = max(near, key=lambda position: position.step, default=schedule.start)
+    for planned in schedule.steps(start):
+        if planned.step == step - 1:
+            return [use for k, pack in enumerate(planned.packs) for use in _uses(schedule, step, k, pack, pack.pieces())]
+    raise ConfigError(f"data.usage: step {step}: the data ends before it.")
+
+
+def uses_of(schedule: Schedule, uid: str, until: int) -> list[Use]:
+    """Every use of a dialogue in steps 1 .. until of a schedule."""
+    found = [(k, index) for k, source in enumerate(schedule.sources) for index in _indices(source, uid)]
+    if not found:
+        names = ", ".join(schedule.mixture.sources)
+        raise ConfigError(
+            f"data.usage: no dialogue {uid!r} in the data set ({names}).\n"
+            "It may have been dropped while the data set was built: see report.json there."
+        )
+    uses: list[Use] = []
+    steps = schedule.steps()
+    for step, planned in zip(range(1, until + 1), steps, strict=False):
+        for k, pack in enumerate(planned.packs):
+            for source, index in found:
+                if pack.source == source:
+                    pieces = pack.pieces()
+                    uses.extend(_uses(schedule, step, k, pack, pieces[pack.window.plan.dialogue[pieces] == index]))
+    return uses
+
+
+def _uses(schedule: Schedule, step: int, place: int, pack: Pack, pieces: NDArray[np.int64]) -> Iterator[Use]:
+    plan, source = pack.window.plan, schedule.sources[pack.source]
+    name = list(schedule.mixture.sources)[pack.source]
+    for i in pieces.tolist():
+        block, local = int(plan.block[i]), int(plan.local[i])
+        data = source.read_block(block)
+        kind, origin = getattr(data, "sources", {local: ("", "")})[local]
+        start = int(plan.offset[i]) - int(data.offsets[local])
+        yield Use(step, place, name, data.uids[local], kind, origin, start, int(plan.length[i]), int(plan.loss[i]))
+
+
+def _indices(source: DialogueSource, uid: str) -> Iterator[int]:
+    for block in range(len(source.block_starts) - 1):
+        names = source.read_block(block).uids
+        if uid in names:
+            yield from (int(source.block_starts[block]) + k for k, name in enumerate(names) if name == uid)
+
+
+# ---------------------------------------------------------------- run folders
+
+
+def run_schedule(run: Path) -> tuple[Schedule, list[Position]]:
+    """The schedule of a run's training data and the positions saved in its checkpoints."""
+    config = _config(run)
+    data, train = config["data"], config["train"]
+    states = [json.loads(file.read_text())["stream"] for file in sorted(run.glob("checkpoints/*/state.json"))]
+    if states:
+        packs = int(states[-1]["global_batch"])
+    else:
+        packs = int(_json(run / "environment.json").get("world_size", 1)) * train["micro_batch"] * train["accumulation"]
+    dataset = TokenDataset.open(data["path"], "train")
+    schedule = Schedule(
+        Mixture.of(dataset),
+        sequence_length=data["sequence_length"],
+        global_batch=packs,
+        seed=train["seed"],
+        overlong=data.get("overlong", "truncate"),
+        overlap=data.get("overlap", 0),
+        max_dialogues=data.get("max_dialogues"),
+    )
+    return schedule, [schedule.position(state) for state in states]
+
+
+def last_step(run: Path) -> int:
+    """The last step in metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise ConfigError(f"data.usage: {file} does not exist: has this run begun?")
+    steps = [json.loads(line).get("step", 0) for line in file.read_text().splitlines() if line.endswith("}")]
+    return max(steps, default=0)
+
+
+def _config(run: Path) -> dict[str, Any]:
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"data.usage: {file} does not exist. Expected a run folder, as in runs/NAME.")
+    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return config
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"data.usage: {file} does not exist. Expected a run folder, as in runs/NAME.")
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
