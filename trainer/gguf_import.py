@@ -67,7 +67,7 @@ def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
     names = _names(config)
     if missing := sorted(set(names.values()) - set(tensors)):
         raise ConfigError(
-            f"{path}: tensors missing: {', '.join(missing[:5])} ({len(missing)} in all). The file is damaged or partial."
+            f"{path}: {len(missing)} tensor(s) missing: {', '.join(missing[:5])}. The file is damaged or partial."
         )
     if extra := sorted(set(tensors) - set(names.values())):
         raise ConfigError(

@@ -337,9 +337,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("fields", "message"), UNFIT.values(), ids=UNFIT.keys())
 def test_a_model_without_a_counterpart_is_not_exported(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
-    config = ModelConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=40, layers=2, heads=4, kv_heads=2, context=64, **fields
-    )
+    config = ModelConfig(vocab_size=61, hidden_size=32, intermediate_size=40, layers=2, heads=4, kv_heads=2, **fields)
     with CheckpointWriter(tmp_path / "ours", config) as writer:
         for name, shape in parameter_shapes(config).items():
             writer.add(name, torch.zeros(shape))
@@ -371,7 +369,7 @@ def test_configs_survive_the_way_out_and_back() -> None:
 
 @pytest.mark.slow
 def test_memory_of_an_import_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """About 600 MB of weights in six files; anonymous memory may grow by a few output shards only."""
+    """Over 500 MB of weights in six files; anonymous memory may grow by a few output shards only."""
     config = ModelConfig(
         vocab_size=2048,
         hidden_size=1024,
