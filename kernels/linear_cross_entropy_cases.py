@@ -14,6 +14,7 @@ from chatmill.kernels.linear_cross_entropy_triton import (
     accumulate_kernel,
     gradient_kernel,
     project_kernel,
+    statistics_kernel,
 )
 
 
@@ -23,10 +24,17 @@ def shipped_cases() -> list[Case]:
     cases += _product_cases(90, True, UNALIGNED, False, False)
     rows = dict.fromkeys(("OWN", "LSE", "P_SCALE", "HIT_SCALE", "FLOOR"), "*fp32")
     for softcap in (0.0, 30.0):
-        types = {"LOGITS": "*bf16", "LABELS": "*i64", **rows, "vocabulary": "i32", "logits_stride": "i32"}
+        numbers = dict.fromkeys(("vocabulary", "logits_stride", "out_stride"), "i32")
+        types = {"LOGITS": "*bf16", "OUT": "*bf16", "LABELS": "*i64", **rows, **numbers}
         constants = {"SOFTCAP": softcap, "SMOOTHING": softcap > 0, "BLOCK": GRADIENT_BLOCK}
         name = f"gradient softcap {softcap:g}"
-        cases.append(Case(name, gradient_kernel, types, constants, num_warps=8, aligned=("logits_stride",), tensor_cores=False))
+        strides: tuple[str, ...] = ("logits_stride", "out_stride")
+        cases.append(Case(name, gradient_kernel, types, constants, num_warps=8, aligned=strides, tensor_cores=False))
+    types = {"LOGITS": "*bf16", "LABELS": "*i64", "vocabulary": "i32", "logits_stride": "i32"}
+    types |= dict.fromkeys(("TILE_MAX", "TILE_SUM", "TILE_TOTAL", "OWN"), "*fp32")
+    constants = {"SOFTCAP": 30.0, "NEEDS_TOTAL": True, "BLOCK": GRADIENT_BLOCK}
+    strides = ("logits_stride",)
+    cases.append(Case("statistics", statistics_kernel, types, constants, num_warps=8, aligned=strides, tensor_cores=False))
     return cases
 
 

@@ -45,39 +45,52 @@ def run_torch(
             torch.mm(x[part], projection.T, out=z)
         else:
             z.copy_(x[part] @ projection.T)
-        if softcap:
-            z.div_(softcap).tanh_().mul_(softcap)
-        slope = 1 - (z / softcap).square_() if softcap and (need_x or need_weight) else None
-        label = labels[part, None]
-        own = z.gather(1, label)  # (C, 1)
-        mean = z.mean(1) if label_smoothing else None
-        z.scatter_(1, label, float("-inf"))
-        rival = z.amax(1)
-        hits[part] = own.squeeze(1) > rival
-        z.scatter_(1, label, own)
-        top = torch.maximum(rival, own.squeeze(1))
-        torch.softmax(z, 1, out=z)
-        # the largest probability is 1 / sum exp(z - top): the log-sum-exp costs no second exponential
-        lse[part] = total = top - z.amax(1).log()
-        losses[part] = (1 - label_smoothing) * (total - own.squeeze(1)) + z_loss * total.square()
-        if mean is not None:
-            losses[part] += label_smoothing * (total - mean)
-        if coefficients is None or not (need_x or need_weight):
+        scale = coefficients[part] if coefficients is not None and (need_x or need_weight) else None
+        losses[part], lse[part], hits[part] = consume_logits(z, labels[part], scale, label_smoothing, z_loss, softcap)
+        if scale is None:
             continue
-        scale = coefficients[part, None]
-        z.mul_(scale * (1 + 2 * z_loss * total[:, None]))
-        if label_smoothing:
-            z.sub_(scale * (label_smoothing / vocabulary))
-        # the one-hot is subtracted before any rounding to the working precision
-        z.scatter_add_(1, label, -(1 - label_smoothing) * scale)
-        if slope is not None:
-            z.mul_(slope)
         gradient = z.to(x.dtype)
         if need_x:
             torch.mm(gradient, projection, out=d_x[part])
         if need_weight:
             accumulate(d_weight, gradient, x[part])
     return losses, lse, hits, d_x, d_weight.to(weight.dtype)
+
+
+def consume_logits(
+    z: Tensor, labels: Tensor, coefficients: Tensor | None, label_smoothing: float, z_loss: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, lse, hits), each (C,), of raw logits z (C, V), which are overwritten.
+
+    With coefficients (C,) z becomes the gradient of sum(coefficients x losses) with respect to the raw logits.
+    """
+    if softcap:
+        z.div_(softcap).tanh_().mul_(softcap)
+    slope = 1 - (z / softcap).square_() if softcap and coefficients is not None else None
+    label = labels[:, None]
+    own = z.gather(1, label)  # (C, 1)
+    mean = z.mean(1) if label_smoothing else None
+    z.scatter_(1, label, float("-inf"))
+    rival = z.amax(1)
+    hits = own.squeeze(1) > rival
+    z.scatter_(1, label, own)
+    top = torch.maximum(rival, own.squeeze(1))
+    torch.softmax(z, 1, out=z)
+    # the largest probability is 1 / sum exp(z - top): the log-sum-exp costs no second exponential
+    lse = top - z.amax(1).log()
+    losses = (1 - label_smoothing) * (lse - own.squeeze(1)) + z_loss * lse.square()
+    if mean is not None:
+        losses += label_smoothing * (lse - mean)
+    if coefficients is not None:
+        scale = coefficients[:, None]
+        z.mul_(scale * (1 + 2 * z_loss * lse[:, None]))
+        if label_smoothing:
+            z.sub_(scale * (label_smoothing / z.shape[1]))
+        # the one-hot is subtracted before any rounding to the working precision
+        z.scatter_add_(1, label, -(1 - label_smoothing) * scale)
+        if slope is not None:
+            z.mul_(slope)
+    return losses, lse, hits
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:

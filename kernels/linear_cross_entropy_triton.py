@@ -130,8 +130,45 @@ def project_kernel(
 
 
 @triton.jit
+def statistics_kernel(
+    LOGITS,
+    LABELS,
+    TILE_MAX,
+    TILE_SUM,
+    TILE_TOTAL,
+    OWN,
+    vocabulary,
+    logits_stride,
+    SOFTCAP: tl.constexpr,
+    NEEDS_TOTAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """project_kernel's statistics for logits that are there already; one program: BLOCK columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    columns = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < vocabulary
+    WIDE: tl.constexpr = OWN.dtype.element_ty
+    z = tl.load(LOGITS + row * logits_stride + columns, mask=inside, other=0.0).to(WIDE)
+    if SOFTCAP > 0:
+        z = SOFTCAP * (2.0 * tl.sigmoid(z * (2.0 / SOFTCAP)) - 1.0)
+    label = tl.load(LABELS + row).to(tl.int32)
+    stat = row * tl.num_programs(1) + tile
+    if NEEDS_TOTAL:
+        tl.store(TILE_TOTAL + stat, tl.sum(tl.where(inside, z, 0.0), 0))
+    is_own = columns == label
+    tl.store(OWN + row, tl.sum(tl.where(is_own, z, 0.0), 0), mask=(label >= tile * BLOCK) & (label < (tile + 1) * BLOCK))
+    rival = tl.where(is_own | (columns >= vocabulary), -float("inf"), z)
+    top = tl.max(rival, 0)
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    tl.store(TILE_MAX + stat, top)
+    tl.store(TILE_SUM + stat, tl.sum(tl.exp(rival - shift), 0))
+
+
+@triton.jit
 def gradient_kernel(
     LOGITS,
+    OUT,
     LABELS,
     OWN,
     LSE,
@@ -140,17 +177,17 @@ def gradient_kernel(
     FLOOR,
     vocabulary,
     logits_stride,
+    out_stride,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """In place: logit -> (P_SCALE * softmax - HIT_SCALE * [is target] - FLOOR) * softcap'. A row with P_SCALE 0 becomes 0."""
+    """OUT = (P_SCALE * softmax - HIT_SCALE * [is target] - FLOOR) * softcap', 0 in a row with P_SCALE 0; OUT may be LOGITS."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocabulary
-    at = LOGITS + row * logits_stride + columns
     WIDE: tl.constexpr = OWN.dtype.element_ty
-    z = tl.load(at, mask=inside, other=0.0).to(WIDE)
+    z = tl.load(LOGITS + row * logits_stride + columns, mask=inside, other=0.0).to(WIDE)
     if SOFTCAP > 0:
         z = SOFTCAP * (2.0 * tl.sigmoid(z * (2.0 / SOFTCAP)) - 1.0)
     label = tl.load(LABELS + row).to(tl.int32)
@@ -165,7 +202,7 @@ def gradient_kernel(
         capped = z / SOFTCAP
         gradient *= 1.0 - capped * capped
     gradient = tl.where(scale == 0.0, 0.0, gradient)
-    tl.store(at, gradient.to(LOGITS.dtype.element_ty), mask=inside)
+    tl.store(OUT + row * out_stride + columns, gradient.to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -305,6 +342,32 @@ def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, so
     return Statistics(tile_max, tile_sum, total, own)
 
 
+def statistics(logits: Tensor, labels: Tensor, softcap: float, needs_total: bool) -> Statistics:
+    """Launch statistics_kernel on raw logits (R, V) with adjacent columns."""
+    n_rows, vocabulary = logits.shape
+    wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    block = min(GRADIENT_BLOCK, triton.next_power_of_2(vocabulary))
+    tile_max = logits.new_empty((n_rows, triton.cdiv(vocabulary, block)), dtype=wide)
+    tile_sum = torch.empty_like(tile_max)
+    total = torch.empty_like(tile_max) if needs_total else None
+    own = logits.new_full((n_rows,), float("-inf"), dtype=wide)
+    statistics_kernel[tile_max.shape](
+        logits,
+        labels,
+        tile_max,
+        tile_sum,
+        tile_max if total is None else total,
+        own,
+        vocabulary,
+        logits.stride(0),
+        SOFTCAP=softcap,
+        NEEDS_TOTAL=needs_total,
+        BLOCK=block,
+        num_warps=8 if block >= 2048 else 4,
+    )
+    return Statistics(tile_max, tile_sum, total, own)
+
+
 def finish_rows(stats: Statistics, vocabulary: int, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     """(lse, loss, hit) per row from the tiles' statistics."""
     rival = stats.tile_max.amax(1)
@@ -333,14 +396,17 @@ def to_gradient(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    out: Tensor | None = None,
 ) -> None:
-    """Launch gradient_kernel: logits (R, >= V) in place become d(sum of coefficient x loss) / d(logits)."""
+    """Launch gradient_kernel: out (in place without one) becomes d(sum of coefficient x loss) / d(logits (R, >= V))."""
+    out = logits if out is None else out
     p_scale = coefficients * (1 + 2 * z_loss * lse)
     hit_scale = coefficients * (1 - label_smoothing)
     floor = coefficients * (label_smoothing / vocabulary) if label_smoothing else hit_scale
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(vocabulary))
     gradient_kernel[(logits.shape[0], triton.cdiv(vocabulary, block))](
         logits,
+        out,
         labels,
         own,
         lse,
@@ -349,6 +415,7 @@ def to_gradient(
         floor,
         vocabulary,
         logits.stride(0),
+        out.stride(0),
         SOFTCAP=softcap,
         SMOOTHING=label_smoothing > 0,
         BLOCK=block,
