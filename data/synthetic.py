@@ -78,3 +78,40 @@ class MemoryDataset:
     def uid(self, index: int) -> str:
         """Id of a dialogue."""
         return self.uids[index]
+
+
+class IndexedDataset:
+    """A data set of any size of which only the index is kept: a block's tokens are made up when it is read.
+
+    Of every dialogue of n tokens the last n // 2 are supervised.
+    """
+
+    def __init__(
+        self, count: int, *, mean: float = 500, spread: float = 1.0, longest: int = 8192, block: int = 512, seed: int = 0
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        lengths = rng.lognormal(np.log(mean) - spread**2 / 2, spread, count)
+        self.lengths = np.clip(lengths, 4, longest).astype(np.uint32)
+        self.loss_tokens = self.lengths // 2
+        self.block_starts = np.append(np.arange(0, count, block), count).astype(np.int64)
+        self.vocab_size = 65_536
+        self.fingerprint = f"made up: {count} {mean} {spread} {longest} {block} {seed}"
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read_block(self, block: int) -> MemoryBlock:
+        """Random tokens for a block, the same each time."""
+        self.reads += 1
+        first, last = (int(k) for k in self.block_starts[block : block + 2])
+        lengths = self.lengths[first:last].astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        ids = np.random.default_rng(block).integers(1, self.vocab_size, int(offsets[-1]), dtype=np.uint16)
+        place = np.arange(len(ids)) - np.repeat(offsets[:-1], lengths)
+        mask = place >= np.repeat(lengths - lengths // 2, lengths)
+        return MemoryBlock(ids, offsets, mask, [self.uid(k) for k in range(first, last)])
+
+    def uid(self, index: int) -> str:
+        """Id of a dialogue."""
+        return f"made-up-{index:09d}"
