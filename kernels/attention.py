@@ -12,14 +12,22 @@ Bench:  python -m chatmill.kernels.bench attention
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from chatmill.kernels import attention_library as library
+from chatmill.kernels.attention_config import DevicePlan, plan_attention
+from chatmill.kernels.attention_library import why_not
 from chatmill.kernels.attention_torch import Rules, attention_backward_torch, attention_forward_torch
+from chatmill.kernels.dispatch import choose, why_no_triton
 
+# largest head dimension of the Triton kernels
+MAX_HEAD_DIM = 256
 Implementation = Literal["auto", "hopper", "triton", "flash", "sdpa", "flex", "torch", "reference"]
 
 
@@ -75,16 +83,41 @@ def attention_reference(
 
 @torch.library.custom_op("chatmill::attention_forward", mutates_args=())
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, softcap: float, scale: float, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: Tensor | None,
+    header: Sequence[int],
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """out (T, Hq, Dv) and lse (Hq, T). window 0 and softcap 0.0 mean none; impl: torch or triton."""
-    bounds = tuple(cu_seqlens.tolist())
-    return attention_forward_torch(q, k, v, bounds, Rules(causal, window, softcap, scale))
+    """out (T, Hq, Dv) and lse (Hq, T). window 0 and softcap 0.0 mean none; plan, header: DevicePlan's. impl: torch, triton."""
+    if impl == "torch":
+        return attention_forward_torch(q, k, v, _bounds(cu_seqlens), Rules(causal, window, softcap, scale))
+    from chatmill.kernels.attention_triton import attention_forward_triton
+
+    return attention_forward_triton(
+        q, k, v, _plan(q, v, cu_seqlens, plan, header, causal, window), causal, window, softcap, scale
+    )
 
 
 @attention_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, softcap: float, scale: float, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: Tensor | None,
+    header: Sequence[int],
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     T, Hq, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -101,6 +134,8 @@ def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
     cu_seqlens: Tensor,
+    plan: Tensor | None,
+    header: Sequence[int],
     causal: bool,
     window: int,
     softcap: float,
@@ -108,8 +143,13 @@ def attention_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v."""
-    bounds = tuple(cu_seqlens.tolist())
-    return attention_backward_torch(q, k, v, out, lse, dout, dlse, bounds, Rules(causal, window, softcap, scale))
+    if impl == "torch":
+        rules = Rules(causal, window, softcap, scale)
+        return attention_backward_torch(q, k, v, out, lse, dout, dlse, _bounds(cu_seqlens), rules)
+    from chatmill.kernels.attention_triton import attention_backward_triton
+
+    tiles = _plan(q, v, cu_seqlens, plan, header, causal, window)
+    return attention_backward_triton(q, k, v, out, lse, dout, dlse, tiles, causal, window, softcap, scale)
 
 
 @attention_backward.register_fake
@@ -122,30 +162,79 @@ def _(
     dout: Tensor,
     dlse: Tensor | None,
     cu_seqlens: Tensor,
+    plan: Tensor | None,
+    header: Sequence[int],
     causal: bool,
     window: int,
     softcap: float,
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    q, k, v, cu_seqlens, plan, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, plan)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    q, k, v, out, lse, cu_seqlens, plan = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv = attention_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, *ctx.options)
-    return dq, dk, dv, None, None, None, None, None, None
+    dq, dk, dv = attention_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, plan, *ctx.options)
+    return (dq, dk, dv, *(None,) * (2 + len(ctx.options)))
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _bounds(cu_seqlens: Tensor) -> tuple[int, ...]:
+    return tuple(cu_seqlens.tolist())
+
+
+def _plan(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor, plan: Tensor | None, header: Sequence[int], causal: bool, window: int
+) -> DevicePlan:
+    """The caller's plan, or one made here: reading cu_seqlens then waits for the GPU."""
+    if plan is not None:
+        return DevicePlan(plan, tuple(header))
+    return _made_plan(_bounds(cu_seqlens), q.shape[0], max(q.shape[2], v.shape[2]), q.dtype, window, causal, q.device)
+
+
+@functools.lru_cache(maxsize=32)
+def _made_plan(
+    bounds: tuple[int, ...], T: int, head_dim: int, dtype: torch.dtype, window: int, causal: bool, device: torch.device
+) -> DevicePlan:
+    plan = plan_attention(bounds, T, head_dim=head_dim, dtype=dtype, window=window or None, causal=causal, device=device)
+    return plan.to(device)
+
+
+@torch.compiler.assume_constant_result
+def _decide(
+    impl: str,
+    device: str,
+    dtype: str,
+    head_dim: int,
+    value_dim: int,
+    window: int,
+    softcap: float,
+    needs_lse: bool,
+    packed: bool,
+) -> str:
+    """Implementation by dispatch's table; plain arguments, so that torch.compile takes the answer as a constant."""
+    where, kind = torch.device(device), getattr(torch, dtype)
+    triton = why_no_triton(where)
+    if triton is None and max(head_dim, value_dim) > MAX_HEAD_DIM:
+        triton = f"head dimensions up to {MAX_HEAD_DIM}, not {max(head_dim, value_dim)}"
+    if triton is None and kind == torch.float64:
+        triton = "no float64"
+    call = {"device": where, "dtype": kind, "head_dim": head_dim, "value_dim": value_dim}
+    call |= {"window": window, "softcap": softcap, "needs_lse": needs_lse, "packed": packed}
+    obstacles = {name: why_not(name, **call) for name in ("flash", "sdpa", "flex")}
+    obstacles |= {"triton": triton, "hopper": "this tier is not built yet", "torch": None, "reference": None}
+    return choose("attention", impl, where, obstacles, packed=packed)
 
 
 def _check(
@@ -188,7 +277,7 @@ def attention(
     scale: float | None = ...,
     impl: str = ...,
     return_lse: Literal[False] = ...,
-    plan: Any = ...,
+    plan: DevicePlan | Mapping[int | None, DevicePlan] | None = ...,
     max_seqlen: int | None = ...,
     sinks: Tensor | None = ...,
 ) -> Tensor: ...
@@ -207,7 +296,7 @@ def attention(
     scale: float | None = ...,
     impl: str = ...,
     return_lse: Literal[True],
-    plan: Any = ...,
+    plan: DevicePlan | Mapping[int | None, DevicePlan] | None = ...,
     max_seqlen: int | None = ...,
     sinks: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -225,7 +314,7 @@ def attention(
     scale: float | None = None,
     impl: str = "auto",
     return_lse: bool = False,
-    plan: Any = None,
+    plan: DevicePlan | Mapping[int | None, DevicePlan] | None = None,
     max_seqlen: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -234,19 +323,38 @@ def attention(
     q (T, Hq, D), k (T, Hk, D), v (T, Hk, Dv): any strides. cu_seqlens Int32 (S+1,): document boundaries, None: one document.
     window: tokens seen by a query, itself included. scale: default D ** -0.5.
     sinks (Hq,): one extra logit per head that takes weight and gives no value.
-    plan, max_seqlen: what the data stream made from cu_seqlens (attention_plan.make_plan), so that the GPU is never waited for.
+    plan: attention_config.plan_attention(...) of these cu_seqlens, or one such per window; max_seqlen: the longest document.
+    Given by the data stream, they spare a wait for the GPU.
     Returns out (T, Hq, Dv), and with return_lse also lse (Hq, T). Rows past cu_seqlens[-1] give 0 and -inf.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, cu_seqlens, window, softcap, scale)
-    if impl == "reference":
+    engine = _decide(
+        impl,
+        str(q.device),
+        str(q.dtype).removeprefix("torch."),
+        q.shape[2],
+        v.shape[2],
+        window or 0,
+        softcap or 0.0,
+        return_lse or sinks is not None,
+        cu_seqlens is not None and cu_seqlens.numel() > 2,
+    )
+    if engine == "reference":
         out, lse = attention_reference(
             q, k, v, cu_seqlens=cu_seqlens, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks
         )
         return (out, lse) if return_lse else out
+    if engine in ("flash", "sdpa", "flex"):
+        return _library(engine, q, k, v, cu_seqlens, max_seqlen, causal, window or 0, softcap or 0.0, scale)
+    if isinstance(plan, Mapping):
+        plan = plan.get(window)
+    if plan is not None:
+        _check_plan(plan, q, causal, window)
     if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
-    out, lse = attention_forward(q, k, v, cu_seqlens, causal, window or 0, softcap or 0.0, scale, "torch")
+        cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32)
+    tiles, header = (None, ()) if plan is None or engine == "torch" else (plan.data, plan.header)
+    out, lse = attention_forward(q, k, v, cu_seqlens, tiles, header, causal, window or 0, softcap or 0.0, scale, engine)
     if sinks is not None:
         # softmax with one more column of value 0: out shrinks by exp(lse) / (exp(lse) + exp(sink))
         sink = sinks.to(lse.dtype)[:, None]
@@ -254,3 +362,33 @@ def attention(
         out = out * torch.where(inside, torch.sigmoid(lse - sink), 0.0).t()[..., None].to(out.dtype)
         lse = torch.where(inside, torch.logaddexp(lse, sink), lse)
     return (out, lse) if return_lse else out
+
+
+def _check_plan(plan: DevicePlan, q: Tensor, causal: bool, window: int | None) -> None:
+    if (plan.tokens, plan.causal, plan.window) != (q.shape[0], causal, window or 0):
+        raise ValueError(
+            f"attention: the plan was made for T={plan.tokens}, causal={plan.causal}, window={plan.window or None}; this call "
+            f"has T={q.shape[0]}, causal={causal}, window={window}. Make it with plan_attention(...) for this call."
+        )
+
+
+def _library(
+    engine: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> Tensor:
+    T = q.shape[0]
+    if engine == "flex":
+        return library.flex_attention(q, k, v, document_ids(cu_seqlens, T, q.device), causal, window, softcap, scale)
+    longest = T if max_seqlen is None else max_seqlen
+    if engine == "sdpa":
+        return library.sdpa_attention(q, k, v, cu_seqlens, longest, causal, window, scale)
+    bounds = torch.tensor([0, T], dtype=torch.int32, device=q.device) if cu_seqlens is None else cu_seqlens
+    return library.flash_attention(q, k, v, bounds, longest, causal, window, softcap, scale)

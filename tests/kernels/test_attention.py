@@ -168,8 +168,35 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 def test_opcheck_passes() -> None:
     q, k, v = inputs(24, (4, 2), (16, 16), torch.float32)
     cu_seqlens = torch.tensor([0, 5, 24], dtype=torch.int32)
-    arguments = (q, k, v, cu_seqlens, True, 0, 0.0, 0.25, "torch")
+    arguments = (q, k, v, cu_seqlens, None, [], True, 0, 0.0, 0.25, "torch")
     torch.library.opcheck(torch.ops.chatmill.attention_forward.default, arguments)
+
+
+@pytest.mark.parametrize("layout", [None, [0, 9, 40, 41]])
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"causal": False}, {"causal": False, "window": 5}, {"scale": 0.2}])
+def test_sdpa_gives_the_same_per_document(layout: list[int] | None, options: dict[str, Any]) -> None:
+    q, k, v = inputs(44 if layout else 41, (4, 2), (16, 16))
+    cu_seqlens = None if layout is None else torch.tensor(layout, dtype=torch.int32)
+    expected, _ = attention_reference(q, k, v, cu_seqlens=cu_seqlens, **options)
+    out = attention(q, k, v, cu_seqlens=cu_seqlens, impl="sdpa", **options)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("impl", "arguments", "words"),
+    [
+        ("sdpa", {"softcap": 2.0}, "SDPA has no soft-cap"),
+        ("sdpa", {"return_lse": True}, "returns no log-sum-exp"),
+        ("flex", {}, "no backward on CPU"),
+        ("hopper", {}, "hopper"),
+    ],
+)
+def test_a_library_that_cannot_do_a_call_says_why(impl: str, arguments: dict[str, Any], words: str) -> None:
+    q, k, v = inputs(8, (4, 2), (16, 16))
+    with pytest.raises(ValueError, match=words):
+        attention(q, k, v, impl=impl, **arguments)
 
 
 def test_it_compiles_into_one_graph_and_gives_the_same() -> None:
