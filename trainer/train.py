@@ -17,7 +17,6 @@ from chatmill.trainer.loop import train
 from chatmill.trainer.world import relaunch_if_alone
 
 
-@record
 def main(arguments: list[str] | None = None) -> int:
     """Train; returns 0, or 2 for a recipe, data or launch that cannot work (the message says why)."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -34,4 +33,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())  # torchrun then finds each rank's error in a file of its own
