@@ -323,15 +323,27 @@ def _digest(
     inputs: list[dict[str, Any]] = []
     seen: dict[Path, str] = {}
     for number, file in files:
-        sha = seen.setdefault(file.path, "") or sha256_file(file.path)
+        sha = seen.get(file.path) or _input_sha256(file)
         seen[file.path] = sha
         given = recipe.sources[number].format
         kind = given if given != "auto" else recognise(file)
         importer(kind)
-        inputs.append({"source": number, "file": file.label, "format": kind, "bytes": file.path.stat().st_size, "sha256": sha})
+        inputs.append({"source": number, "file": file.label, "format": kind, "bytes": _input_bytes(file), "sha256": sha})
     template = _template_source(recipe.tokenizer.template) if tokenizer is None else None
     facts = [BUILD_VERSION, FORMAT_VERSION, _recipe_facts(recipe), inputs, tokenizer.fingerprint if tokenizer else template]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), inputs
+
+
+def _input_sha256(file: RawFile) -> str:
+    """sha256 of a raw file; of a folder, over the names and hashes of its files."""
+    if not file.path.is_dir():
+        return sha256_file(file.path)
+    lines = [f"{part.path.name} {sha256_file(part.path)}" for part in file.parts()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _input_bytes(file: RawFile) -> int:
+    return sum(part.path.stat().st_size for part in RawFile(file.path).parts())
 
 
 def _recipe_facts(recipe: DataRecipe) -> dict[str, Any]:

@@ -7,13 +7,13 @@ sender's messages in a row. The first speaker becomes the user, the other one th
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation
+from chatmill.data.importers.json_fields import object_items
 from chatmill.data.importers.messages import ChatMessage, to_conversation
 from chatmill.data.importers.raw_file import RawFile
 from chatmill.data.ledger import Ledger
@@ -38,9 +38,7 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """All chats in file order."""
-    with file.open() as raw:
-        chats = json.load(raw)
-    for key, chat in chats.items():
+    for key, chat in object_items(file, set(), options.encoding):
         messages = [
             ChatMessage(m["sender"], m["text"], _seconds(m.get("timestamp")))
             for group in chat.get("messages", [])

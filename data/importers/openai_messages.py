@@ -7,7 +7,7 @@ Tool calls have no text form that all templates share: they are rendered as JSON
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from chatmill.data.conversation import Conversation, Role, Turn, make_uid
@@ -37,7 +37,14 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """All dialogues, each line on its own: a bad one is counted and passed over."""
-    for number, record in json_lines(file, options.encoding, ledger):
+    yield from from_records(json_lines(file, options.encoding, ledger), file, source, ledger)
+
+
+def from_records(
+    records: Iterable[tuple[int, dict[str, Any]]], file: RawFile, source: str, ledger: Ledger
+) -> Iterator[Conversation]:
+    """Dialogues of numbered records, from JSON or from a table."""
+    for number, record in records:
         origin = f"{file.label}:{number}"
         messages = record.get("messages")
         if not isinstance(messages, list):

@@ -10,6 +10,7 @@ import glob
 import gzip
 import io
 import lzma
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from typing import IO
 from chatmill.config import ConfigError
 
 HEAD_BYTES = 1 << 16
+_DAY_FILE = re.compile(r"(^|/)\d{4}-\d\d-\d\d\.json$")
+_SLACK_LISTS = re.compile(r"(^|/)(users|channels|groups|dms|mpims|integration_logs)\.json$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +76,42 @@ class RawFile:
             name = "utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding
             yield io.TextIOWrapper(raw, encoding=name, errors="replace", newline="")
 
+    def parts(self) -> list[RawFile]:
+        """The files of a folder (or of a folder inside a zip), sorted; a plain file is its own only part."""
+        if self.member is not None and self.member.endswith("/"):
+            with zipfile.ZipFile(self.path) as archive:
+                return [
+                    RawFile(self.path, n) for n in sorted(archive.namelist()) if n.startswith(self.member) and n != self.member
+                ]
+        if self.path.is_dir():
+            return [RawFile(p) for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith(".")]
+        return [self]
+
+    def sibling(self, name: str) -> RawFile | None:
+        """The file of another name in the same folder."""
+        if self.member is not None:
+            return self._in_zip(f"{self.member.rpartition('/')[0]}/{name}".lstrip("/"))
+        found = self.path.with_name(name)
+        return RawFile(found) if found.is_file() else None
+
+    def sibling_above(self, name: str) -> RawFile | None:
+        """The file of that name beside this folder, or above the folder of this file."""
+        if self.member is not None:
+            folder = self.member.rstrip("/").rpartition("/")[0]
+            folder = folder if self.member.endswith("/") else folder.rpartition("/")[0]
+            return self._in_zip(f"{folder}/{name}".lstrip("/"))
+        found = (self.path if self.path.is_dir() else self.path.parent).parent / name
+        return RawFile(found) if found.is_file() else None
+
+    def _in_zip(self, member: str) -> RawFile | None:
+        with zipfile.ZipFile(self.path) as archive:
+            return RawFile(self.path, member) if member in archive.namelist() else None
+
     def head(self, size: int = HEAD_BYTES) -> bytes:
-        """The first bytes."""
+        """The first bytes (of the first part of a folder)."""
+        first = self.parts()[0]
+        if first is not self:
+            return first.head(size)
         with self.open() as file:
             return file.read(size)
 
@@ -107,7 +144,35 @@ def find_files(pattern: str) -> list[RawFile]:
     for p in paths:
         if p.suffix.lower() == ".zip":
             with zipfile.ZipFile(p) as archive:
-                files += [RawFile(p, name) for name in sorted(archive.namelist()) if not name.endswith("/")]
+                names = [name for name in sorted(archive.namelist()) if not name.endswith("/")]
+            files += [RawFile(p, name) for name in names]
         else:
             files.append(RawFile(p))
-    return files
+    return _channels(files)
+
+
+def _channels(files: list[RawFile]) -> list[RawFile]:
+    """The day files of a Slack export (YYYY-MM-DD.json below users.json), one RawFile per channel; other files unchanged."""
+    roots = {
+        (f.path, f.member.rpartition("/")[0]) if f.member is not None else (f.path.parent, None)
+        for f in files
+        if f.stem.endswith("users.json")
+    }
+    out: dict[RawFile, None] = {}
+    for file in files:
+        if file.member is not None:
+            folder = file.member.rpartition("/")[0]
+            owner: tuple[Path, str | None] = (file.path, folder.rpartition("/")[0])
+            channel = RawFile(file.path, folder + "/")
+        else:
+            owner, channel = (file.path.parent.parent, None), RawFile(file.path.parent)
+        day = _DAY_FILE.search(file.stem) is not None
+        if owner in roots and day:
+            out[channel] = None
+        elif not (_SLACK_LISTS.search(file.stem) and (owner in roots or _root_of(file) in roots)):
+            out[file] = None
+    return list(out)
+
+
+def _root_of(file: RawFile) -> tuple[Path, str | None]:
+    return (file.path.parent, None) if file.member is None else (file.path, file.member.rpartition("/")[0])

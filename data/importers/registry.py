@@ -18,9 +18,23 @@ from chatmill.data.recipe import SourceSection
 
 # Asked in this order: the pickier first.
 IMPORTERS: dict[str, str] = {
+    "parquet": "parquet",
+    "mbox": "mbox",
+    "stack_exchange": "stack_exchange",
+    "discord": "discord",
     "chitchat": "chitchat",
+    "telegram": "telegram",
+    "slack": "slack",
     "openai": "openai_messages",
     "sharegpt": "sharegpt",
+    "oasst": "oasst",
+    "reddit": "reddit",
+    "alpaca": "alpaca",
+    "corpora": "dialogue_corpora",
+    "csv": "table",
+    "irc": "irc",
+    "whatsapp": "whatsapp",
+    "transcript": "transcript",
     "documents": "documents",
 }
 

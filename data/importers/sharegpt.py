@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from chatmill.data.conversation import Conversation, Role, Turn, make_uid
 from chatmill.data.importers.json_lines import first_object, json_lines
@@ -37,7 +38,14 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """All dialogues; one with an unknown speaker or a value that is not text is counted and passed over."""
-    for number, record in json_lines(file, options.encoding, ledger):
+    yield from from_records(json_lines(file, options.encoding, ledger), file, source, ledger)
+
+
+def from_records(
+    records: Iterable[tuple[int, dict[str, Any]]], file: RawFile, source: str, ledger: Ledger
+) -> Iterator[Conversation]:
+    """Dialogues of numbered records, from JSON or from a table."""
+    for number, record in records:
         origin = f"{file.label}:{number}"
         turns: list[Turn] = []
         items = record.get("conversations")

@@ -1,0 +1,79 @@
+"""Two classic corpora: Cornell Movie-Dialogs (`movie_conversations.txt` beside `movie_lines.txt`), Ubuntu Dialogue Corpus.
+
+Cornell: fields parted by ` +++$+++ `, ISO-8859-1, a conversation is a list of line ids. Ubuntu: one TSV file per dialogue,
+time, from, to, text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import datetime
+
+from chatmill.config import ConfigError
+from chatmill.data.conversation import Conversation
+from chatmill.data.importers.messages import ChatMessage, to_conversation
+from chatmill.data.importers.raw_file import RawFile
+from chatmill.data.ledger import Ledger
+from chatmill.data.recipe import SourceSection
+
+_FIELD = " +++$+++ "
+_UBUNTU = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z\t[^\t\n]+\t[^\t\n]*\t")
+
+
+def recognise(head: bytes, name: str) -> bool:
+    """Cornell's separator, or Ubuntu's three leading columns."""
+    first = head.split(b"\n")[0].decode("utf-8", "replace")
+    return _FIELD in first or _UBUNTU.match(first) is not None
+
+
+def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
+    """All dialogues of the file; movie_lines.txt itself holds none."""
+    if _FIELD.encode() in file.head(2000):
+        yield from _cornell(file, options, source, ledger)
+    else:
+        yield from _ubuntu(file, options, source, ledger)
+
+
+def _cornell(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
+    if "conversations" not in file.stem:
+        ledger.change("file without conversations passed over", file.label)
+        return
+    lines_file = file.sibling("movie_lines.txt")
+    if lines_file is None:
+        raise ConfigError(f"{file.label}: movie_lines.txt must lie beside it")
+    said: dict[str, tuple[str, str]] = {}
+    with lines_file.text("iso-8859-1") as text:
+        for line in text:
+            fields = line.rstrip("\r\n").split(_FIELD)
+            if len(fields) == 5:
+                said[fields[0]] = (fields[1], fields[4])
+    with file.text("iso-8859-1") as text:
+        for number, line in enumerate(text, 1):
+            keys = re.findall(r"L\d+", line.rpartition(_FIELD)[2])
+            messages = [ChatMessage(*said[key], key=key) for key in keys if key in said]
+            if len(messages) < len(keys):
+                ledger.change("line without its text left out", f"{file.label}:{number}", len(keys) - len(messages))
+            found = to_conversation(
+                messages, source=source, origin=f"{file.label}:{number}", ledger=ledger, assistant=options.assistant
+            )
+            if found is not None:
+                yield found
+
+
+def _ubuntu(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
+    messages = []
+    with file.text(options.encoding) as text:
+        for number, line in enumerate(text, 1):
+            fields = line.rstrip("\r\n").split("\t", 3)
+            if len(fields) != 4:
+                ledger.change("damaged line left out", f"{file.label}:{number}: {line}")
+                continue
+            try:
+                time = datetime.fromisoformat(fields[0].replace("Z", "+00:00")).timestamp()
+            except ValueError:
+                time = None
+            messages.append(ChatMessage(fields[1], fields[3], time, str(number)))
+    found = to_conversation(messages, source=source, origin=file.label, ledger=ledger, assistant=options.assistant)
+    if found is not None:
+        yield found
