@@ -1,0 +1,85 @@
+"""The code and the recipe of a launch, kept in the run folder: what ran can be read, diffed and run again.
+
+RUN/launches/001/{code/, config.yaml, job.json, job.sh, uncommitted.diff, commit}
+
+A git checkout is copied file by file as git sees it (uncommitted and new files included, ignored ones not); an installed
+package is copied as it is. A job that waits for days in a queue runs this copy, not what the checkout has become.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import chatmill
+
+PARTS = ("data", "kernels", "trainer", "launcher", "src", "slurm", "pyproject.toml")
+LARGEST_FILE_BYTES = 4 << 20
+
+
+def code_root() -> Path | None:
+    """The checkout this package runs from, or None when it is an installed wheel."""
+    root = Path(chatmill.__file__).resolve().parents[2]
+    return root if (root / "pyproject.toml").is_file() and (root / "src" / "chatmill").is_dir() else None
+
+
+def new_launch(run_dir: Path) -> Path:
+    """Make and return the next folder RUN/launches/NNN."""
+    folder = run_dir / "launches"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(len(list(folder.iterdir())) + 1, 10_000):
+        try:
+            (folder / f"{number:03d}").mkdir()
+        except FileExistsError:
+            continue
+        return folder / f"{number:03d}"
+    raise OSError(f"{folder} is full")
+
+
+def snapshot_code(launch: Path) -> Path:
+    """Copy the code to launch/code (its src/ goes on PYTHONPATH); returns that folder."""
+    target = launch / "code"
+    root = code_root()
+    if root is None:
+        package = Path(chatmill.__file__).resolve().parent
+        shutil.copytree(package, target / "src" / "chatmill", ignore=shutil.ignore_patterns("__pycache__"))
+        return target
+    for name in _files(root):
+        source, copy = root / name, target / name
+        if source.is_symlink():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.symlink_to(source.readlink())
+        elif source.is_file() and source.stat().st_size <= LARGEST_FILE_BYTES:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy)
+    commit, diff = _git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD", "--", *PARTS)
+    if commit:
+        (launch / "commit").write_text(commit, encoding="utf-8")
+    if diff:
+        (launch / "uncommitted.diff").write_text(diff, encoding="utf-8")
+    return target
+
+
+def _files(root: Path) -> list[str]:
+    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
+    if listed:
+        return sorted({name for name in listed.split("\0") if name})
+    found: list[str] = []
+    for part in PARTS:
+        if (root / part).is_file():
+            found.append(part)
+        for folder, names, files in os.walk(root / part):
+            links = [name for name in names if (Path(folder) / name).is_symlink()]
+            names[:] = [name for name in names if name != "__pycache__" and not name.startswith(".")]
+            found += [str((Path(folder) / name).relative_to(root)) for name in [*files, *links] if not name.endswith(".pyc")]
+    return sorted(found)
+
+
+def _git(root: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
