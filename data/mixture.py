@@ -89,6 +89,8 @@ class Mixture:
 
 def largest_deficit(shares: Sequence[int], taken: Sequence[int], alive: Sequence[bool]) -> int | None:
     """The source furthest behind its share (the first of equals), among those alive with a share; None where there is none."""
+    if len(shares) == 1:
+        return 0 if alive[0] else None
     able = [i for i, share in enumerate(shares) if share and alive[i]]
     if len(able) < 2:
         return able[0] if able else None

@@ -53,7 +53,10 @@ class Position:
 
 
 class OpenWindow:
-    """A planned window of one data set, and the blocks of it that were read so far."""
+    """A planned window of one data set, and the blocks of it that were read so far.
+
+    pieces: (block, local, offset, length, context) of each piece; packs: (first piece, last, tokens, loss tokens) of each pack.
+    """
 
     def __init__(self, source: DialogueSource, order: Order, epoch: int, window: int, options: Mapping[str, Any]) -> None:
         self.source = source
@@ -65,6 +68,13 @@ class OpenWindow:
         self.plan: WindowPlan = plan_window(
             source, order, epoch, window, loss_mask_of=self._loss_mask, **{**options, "excluded": excluded}
         )
+        plan = self.plan
+        columns = (plan.block, plan.local, plan.offset, plan.length, plan.context)
+        # Plain tuples: one piece at a time they are several times faster than arrays.
+        self.pieces: list[tuple[int, ...]] = list(zip(*(column.tolist() for column in columns), strict=True))
+        starts = plan.pack_starts.tolist()
+        totals = plan.pack_tokens.tolist(), plan.pack_loss.tolist()
+        self.packs: list[tuple[int, ...]] = list(zip(starts[:-1], starts[1:], *totals, strict=True))
 
     def block(self, block: int) -> tuple[NDArray[np.int32], Sequence[str], NDArray[np.int64]]:
         """Tokens of a block, Int32, ~id where supervised; its uids; where its dialogues start."""
@@ -118,10 +128,16 @@ class Pack:
     loss_tokens: int
     hole: NDArray[np.bool_] | None
 
-    def pieces(self) -> NDArray[np.int64]:
-        """Indices into the columns of window.plan."""
-        pieces = np.arange(self.first, self.last)
-        return pieces if self.hole is None else pieces[~self.hole[self.first : self.last]]
+    def indices(self) -> NDArray[np.int64]:
+        """Its pieces, as indices into the columns of window.plan."""
+        indices = np.arange(self.first, self.last)
+        return indices if self.hole is None else indices[~self.hole[self.first : self.last]]
+
+    def pieces(self) -> list[tuple[int, ...]]:
+        """Its pieces as in OpenWindow.pieces."""
+        if self.hole is None:
+            return self.window.pieces[self.first : self.last]
+        return [self.window.pieces[i] for i in self.indices().tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +210,8 @@ class Schedule:
             shares = self.mixture.shares(position.step)
             packs: list[Pack] = []
             while len(packs) < self.global_batch:
-                alive = [self.epochs is None or cursor.epoch < self.epochs for cursor in cursors]
-                chosen = largest_deficit(shares, taken, alive)
+                able = [self.epochs is None or cursor.epoch < self.epochs for cursor in cursors]
+                chosen = largest_deficit(shares, taken, able)
                 if chosen is None:
                     break
                 pack, cursors[chosen], opened[chosen] = self._take(chosen, cursors[chosen], opened[chosen], position.step)
@@ -223,9 +239,9 @@ class Schedule:
                 excluded = self._excluded(cursor.opened)
                 opened = OpenWindow(self.sources[number], order, cursor.epoch, cursor.window, options | {"excluded": excluded})
                 self.counts.update(opened.plan.counts)
-            plan, index = opened.plan, cursor.pack
-            pack = self._pack(number, opened, index, cursor.opened, step) if index < plan.packs else None
-            if index + 1 >= plan.packs:
+            index, last_index = cursor.pack, len(opened.packs) - 1
+            pack = self._pack(number, opened, index, cursor.opened, step) if index <= last_index else None
+            if index >= last_index:
                 last = cursor.window + 1 == order.windows
                 cursor = Cursor(cursor.epoch + last, 0 if last else cursor.window + 1)
                 opened = None
@@ -241,11 +257,10 @@ class Schedule:
                 )
 
     def _pack(self, number: int, window: OpenWindow, index: int, opened: int, step: int) -> Pack:
-        plan = window.plan
-        first, last = int(plan.pack_starts[index]), int(plan.pack_starts[index + 1])
-        tokens, loss = int(plan.pack_tokens[index]), int(plan.pack_loss[index])
+        first, last, tokens, loss = window.packs[index]
         late = self._excluded_since(opened, step) if self._exclude else None
         if late:
+            plan = window.plan
             hole = window.hole(late)
             out = hole[first:last]
             if out.any():

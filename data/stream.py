@@ -157,6 +157,7 @@ class PackedStream(IterableDataset[PackedBatch]):
         self._annotate, self._pin, self._prefetch = annotate, pin, prefetch
         self._position = self.schedule.start
         self._ended = False
+        self._base: int | None = None  # of a loader worker: number of the batch that worker 0 gave first
         self._ramp = np.arange(micro_batch * sequence_length, dtype=np.int32)
 
     @property
@@ -169,6 +170,8 @@ class PackedStream(IterableDataset[PackedBatch]):
         state = self.schedule.state(self._position)
         if self._position.micro:  # inside a step the division of the work matters
             state["layout"] = [self.world_size, self.micro_batch, self.accumulation]
+        if self._base is not None:  # in a loader worker: whose turn it is
+            state["base"] = self._base
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -181,11 +184,12 @@ class PackedStream(IterableDataset[PackedBatch]):
                 f"{state.get('layout')}, is {layout}.\nSave at the end of a step, or resume with the same layout."
             )
         self._position, self._ended = position, False
+        self._base = state.get("base")
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Batches from the present position on; once a pass has ended, from the beginning."""
         if self._ended:
-            self._position, self._ended = self.schedule.start, False
+            self._position, self._ended, self._base = self.schedule.start, False, None
         batches = self._batches(self._position)
         ahead = self._prefetch if torch.utils.data.get_worker_info() is None else 0
         with Prefetcher(batches, ahead) as ready:
@@ -198,13 +202,15 @@ class PackedStream(IterableDataset[PackedBatch]):
         """Every batch of this rank with the position after it."""
         worker = torch.utils.data.get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        at = 0
+        first = position.step * self.accumulation + position.micro
+        if worker is not None and self._base is None:
+            self._base = first
+        base = first if self._base is None else self._base
         for planned in self.schedule.steps(position):
             for micro in range(position.micro if planned.step == position.step else 0, self.accumulation):
-                if at % turns == turn:  # loader workers take turns
+                if (planned.step * self.accumulation + micro - base) % turns == turn:  # loader workers take turns
                     last = micro + 1 == self.accumulation
                     yield self._assemble(planned, micro), planned.end if last else replace(planned.start, micro=micro + 1)
-                at += 1
 
     def _assemble(self, planned: StepPlan, micro: int) -> PackedBatch:
         """One micro-batch of this rank; where the step has no more packs, padding."""
@@ -219,10 +225,8 @@ class PackedStream(IterableDataset[PackedBatch]):
             end = (k + 1) * self.sequence_length
             if k < len(packs):
                 pack = packs[k]
-                plan, read = pack.window.plan, pack.window.block
-                pieces = slice(pack.first, pack.last) if pack.hole is None else pack.pieces()
-                columns = (plan.block, plan.local, plan.offset, plan.length, plan.context)
-                for block, local, offset, length, context in zip(*(c[pieces].tolist() for c in columns), strict=True):
+                read = pack.window.block
+                for block, local, offset, length, context in pack.pieces():
                     ids, names, _ = read(block)
                     signed[at : at + length] = ids[offset : offset + length]
                     if context:

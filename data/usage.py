@@ -65,7 +65,7 @@ def uses_at(schedule: Schedule, step: int, saved: Iterable[Position] = ()) -> li
     start = max(near, key=lambda position: position.step, default=schedule.start)
     for planned in schedule.steps(start):
         if planned.step == step - 1:
-            return [use for k, pack in enumerate(planned.packs) for use in _uses(schedule, step, k, pack, pack.pieces())]
+            return [use for k, pack in enumerate(planned.packs) for use in _uses(schedule, step, k, pack, pack.indices())]
     raise ConfigError(f"data.usage: step {step}: the data ends before it.")
 
 
@@ -84,7 +84,7 @@ def uses_of(schedule: Schedule, uid: str, until: int) -> list[Use]:
         for k, pack in enumerate(planned.packs):
             for source, index in found:
                 if pack.source == source:
-                    pieces = pack.pieces()
+                    pieces = pack.indices()
                     uses.extend(_uses(schedule, step, k, pack, pieces[pack.window.plan.dialogue[pieces] == index]))
     return uses
 

@@ -32,7 +32,7 @@ def uids_of(planned: StepPlan) -> list[list[str]]:
     packs = []
     for pack in planned.packs:
         plan, source = pack.window.plan, pack.window.source
-        packs.append([source.uid(int(plan.dialogue[i])) for i in pack.pieces()])
+        packs.append([source.uid(int(plan.dialogue[i])) for i in pack.indices()])
     return packs
 
 

@@ -7,6 +7,7 @@ import json
 import threading
 from collections import Counter
 from itertools import islice, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -364,3 +365,29 @@ def test_loader_workers_give_the_same_batches_in_the_same_order(workers: int) ->
     expected = [rows_of(batch) for batch in islice(stream(mixture(), **options), 20)]
     loader = torch.utils.data.DataLoader(stream(mixture(), **options), batch_size=None, num_workers=workers)
     assert [rows_of(batch) for batch in islice(loader, 20)] == expected
+
+
+def test_a_stateful_loader_resumes_its_workers_without_losing_or_repeating_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchdata's StatefulDataLoader keeps one state per worker and goes on with the worker whose turn it is."""
+    expected = [rows_of(batch) for batch in islice(stream(accumulation=3), 40)]
+
+    def as_worker(number: int, count: int) -> None:
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(id=number, num_workers=count))
+
+    for workers in (1, 2, 3):
+        for cut in (1, 4, 6, 7, 11):
+            streams = [stream(accumulation=3) for _ in range(workers)]
+            got, states, iterators = [], [], []
+            for number, one in enumerate(streams):
+                as_worker(number, workers)
+                iterators.append(iter(one))
+                part = [rows_of(batch) for batch in islice(iterators[-1], len(range(number, cut, workers)))]
+                got += list(zip(range(number, cut, workers), part, strict=True))
+                states.append(json.loads(json.dumps(one.state_dict())))
+            for number, state in enumerate(states):
+                as_worker(number, workers)
+                again = stream(accumulation=3)
+                again.load_state_dict(state)
+                later = [k for k in range(number, 40, workers) if k >= cut]
+                got += list(zip(later, [rows_of(batch) for batch in islice(again, len(later))], strict=True))
+            assert [row for _, row in sorted(got)] == expected, (workers, cut)
