@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatmill import __version__
+from chatmill.launcher.commands import add_commands
+
+if TYPE_CHECKING:
+    from chatmill.data.usage import Use
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -102,6 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("bench", _bench, "benchmarks")
     command.add_argument("what", choices=("kernels",))
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the benchmark; --help lists them")
+
+    add_commands(commands)
     return parser
 
 
@@ -120,18 +126,37 @@ def _sampling(command: argparse.ArgumentParser) -> None:
 
 
 def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="build, inspect and verify data sets", description="Data sets.")
+    data = commands.add_parser("data", help="build, inspect, verify and trace data sets", description="Data sets.")
     stages = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    build = stages.add_parser("build", help="import, clean, pair, dedup, split, tokenise and shard")
-    _recipe(build)
-    build.add_argument("--out", help="data-set folder (default: the recipe's)")
-    build.set_defaults(run=_data_build)
-    inspect = stages.add_parser("inspect", help="counts, lengths, loss share, coloured mask preview, packing fill")
+
+    def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = stages.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        return command
+
+    build = add("build", _data_build, "import, clean, pair, dedup, split, tokenise and shard")
+    build.set_defaults(until="shard")
+    for stage in ("import", "clean", "pair", "dedup", "split", "tokenize", "shard"):
+        part = add(stage, _data_build, f"as build, but only as far as the stage `{stage}`")
+        part.set_defaults(until=stage)
+        _data_recipe(part)
+    _data_recipe(build)
+    inspect = add("inspect", _data_inspect, "counts, lengths, loss share, coloured mask preview, packing fill")
     inspect.add_argument("path", metavar="DIR")
-    inspect.set_defaults(run=_data_inspect)
-    verify = stages.add_parser("verify", help="recompute hashes, masks and the split certificate; exit 1 where anything is off")
+    inspect.add_argument("--samples", type=int, default=2, help="dialogues to show (default 2)")
+    verify = add("verify", _data_verify, "recompute hashes, masks and the split certificate; exit 1 where anything is off")
     verify.add_argument("path", metavar="DIR")
-    verify.set_defaults(run=_data_verify)
+    at = add("at", _data_at, "which dialogues a run used in a step, with raw file and line")
+    at.add_argument("run_dir", metavar="RUN")
+    at.add_argument("step", type=int)
+    where = add("where", _data_where, "in which steps a run used a dialogue")
+    where.add_argument("run_dir", metavar="RUN")
+    where.add_argument("uid")
+
+
+def _data_recipe(command: argparse.ArgumentParser) -> None:
+    _recipe(command)
+    command.add_argument("--out", help="data-set folder (default: the recipe's)")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -159,6 +184,30 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
+def _chat(options: argparse.Namespace) -> int:
+    from chatmill.trainer.chat_terminal import run_chat
+
+    return run_chat(options.checkpoint, **_sampling_values(options))
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from chatmill.config import ConfigError
+    from chatmill.trainer.chat_terminal import generate_file, generate_one
+
+    if (options.prompt is None) == (options.file is None):
+        raise ConfigError("give either a prompt or --file PROMPTS.jsonl")
+    if options.file is None:
+        return generate_one(options.checkpoint, options.prompt, **_sampling_values(options))
+    if options.out is None:
+        raise ConfigError("--file needs --out REPLIES.jsonl")
+    return generate_file(options.checkpoint, options.file, options.out, **_sampling_values(options))
+
+
+def _sampling_values(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "system")
+    return {name: getattr(options, name) for name in names}
+
+
 def _import(options: argparse.Namespace) -> int:
     from chatmill.trainer.importing import import_any
 
@@ -178,29 +227,70 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _data_build(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
     from chatmill.data.pipeline import build_dataset
     from chatmill.data.recipe import load_data_recipe
+    from chatmill.data.report import print_funnel
 
     recipe = load_data_recipe(options.recipe, options.overrides)
-    build_dataset(recipe, Path(options.out) if options.out else None)
+    console = Console()
+    columns = (
+        TextColumn("{task.description:>9}"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        report = build_dataset(recipe, Path(options.out) if options.out else None, show, options.until)
+    print_funnel(report, console)
+    if options.until == "shard":
+        print(report["out"] if report["built"] else f"{report['out']}: already built from the same inputs and recipe")
     return 0
 
 
 def _data_inspect(options: argparse.Namespace) -> int:
     from chatmill.data.inspection import inspect_dataset
 
-    inspect_dataset(Path(options.path))
+    inspect_dataset(options.path, options.samples)
     return 0
 
 
 def _data_verify(options: argparse.Namespace) -> int:
-    from chatmill.data.inspection import verify_dataset
+    from chatmill.data.verification import verify_dataset
 
-    problems = verify_dataset(Path(options.path))
+    problems = verify_dataset(options.path)
     for problem in problems:
         print(problem)
-    print(f"{options.path}: {len(problems)} problem(s)" if problems else f"{options.path}: whole, masks and split proven")
+    print(f"{options.path}: {len(problems)} problem(s)" if problems else f"{options.path}: files whole, masks and split proven")
     return 1 if problems else 0
+
+
+def _data_at(options: argparse.Namespace) -> int:
+    from chatmill.data.usage import at
+
+    return _print_uses(at(options.run_dir, options.step))
+
+
+def _data_where(options: argparse.Namespace) -> int:
+    from chatmill.data.usage import where
+
+    return _print_uses(where(options.run_dir, options.uid))
+
+
+def _print_uses(uses: Sequence[Use]) -> int:
+    print("step\tpack\tuid\tfirst token\ttokens\twith loss\torigin")
+    for use in uses:
+        print(f"{use.step}\t{use.pack}\t{use.uid}\t{use.start}\t{use.tokens}\t{use.loss_tokens}\t{use.source}: {use.origin}")
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

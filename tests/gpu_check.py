@@ -33,11 +33,25 @@ def main() -> int:
         print("make gpu: this python has no torch; set GPU_PYTHON to one that has. Nothing was run.")
         return 0
     if not torch.cuda.is_available():
-        print("make gpu: no CUDA GPU here, so nothing was run. On a GPU machine this runs the gpu tests, benchmarks and a training.")
+        print(
+            "make gpu: no CUDA GPU here, so nothing was run.\n"
+            "On a GPU machine this runs the gpu tests, the kernel benchmarks and a short training."
+        )
         return 0
     wheels = sorted(options.wheels.glob("*.whl"))
     if wheels:
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", str(options.site)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            "--upgrade",
+            "--target",
+            str(options.site),
+        ]
         subprocess.run([*pip, *map(str, wheels)], check=True)
     options.out.mkdir(parents=True, exist_ok=True)
     machine = describe(torch)

@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from chatmill.config import ConfigError, dump_yaml
 from chatmill.data.shards import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.kernels.attention_config import DevicePlan, plan_attention
 from chatmill.trainer.checkpoint import Checkpoint, CheckpointWriter, list_checkpoints, open_checkpoint, prune
 from chatmill.trainer.config import ModelConfig, Recipe
 from chatmill.trainer.engine import Engine
@@ -96,7 +98,7 @@ def _train(
     if resume is None and base is None:
         model.init_weights(recipe.train.seed)
     engine = Engine(recipe, model, world)
-    stream = training_stream(recipe, dataset, world)
+    stream = training_stream(recipe, config, dataset, world)
     step, tokens, loss_tokens = 0, 0, 0
     start = resume or base
     if start is not None:
@@ -206,8 +208,18 @@ def _train(
     return step
 
 
-def training_stream(recipe: Recipe, dataset: TokenDataset, world: World) -> PackedStream:
-    """The endless shuffled stream of this rank."""
+def training_stream(recipe: Recipe, config: ModelConfig, dataset: TokenDataset, world: World) -> PackedStream:
+    """The endless shuffled stream of this rank; on a GPU with the attention kernel's tile plans, made beside the batches."""
+
+    def plans(cu_seqlens: NDArray[np.int32], length: int) -> AttentionPlans:
+        def plan(window: int | None) -> DevicePlan:
+            return plan_attention(cu_seqlens, length, head_dim=config.d_head, dtype=dtype, window=window, device=world.device)
+
+        return AttentionPlans({window: plan(window) for window in windows})
+
+    windows = {config.window_of(layer) for layer in range(config.layers)}
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    wants_plans = world.device.type == "cuda" and recipe.kernels.attention in ("auto", "triton", "hopper")
     return PackedStream(
         dataset,
         sequence_length=recipe.data.sequence_length,
@@ -219,6 +231,7 @@ def training_stream(recipe: Recipe, dataset: TokenDataset, world: World) -> Pack
         overlong=recipe.data.overlong,
         overlap=recipe.data.overlap,
         max_dialogues=recipe.data.max_dialogues,
+        annotate=plans if wants_plans else None,
         pin=world.device.type == "cuda",
     )
 
@@ -282,6 +295,18 @@ def say_proof(display: StepDisplay, proof: dict[str, Any], config: ModelConfig, 
         f"parameters {proof['parameter_dtype']}  compute {proof['compute_dtype']}  reduce {proof['reduce_dtype']}  "
         f"optimizer {proof['optimizer']}"
     )
+
+
+class AttentionPlans(dict[int | None, DevicePlan]):
+    """One tile plan per sliding window that the model's layers use; moves to the device with its batch."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlans:
+        """Copies on `device`."""
+        return AttentionPlans({window: plan.to(device, non_blocking) for window, plan in self.items()})
+
+    def pin_memory(self) -> AttentionPlans:
+        """Copies in page-locked memory."""
+        return AttentionPlans({window: plan.pin_memory() for window, plan in self.items()})
 
 
 class StopSignal:
