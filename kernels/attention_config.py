@@ -142,9 +142,10 @@ def plan_attention(
     head_dim: the larger of the key and value channels. device: where the kernels will run (its generation sets the tile sizes).
     config: tile sizes to use in place of the table's.
     """
-    bounds = np.asarray(cu_seqlens, dtype=np.int64)
+    bounds: NDArray[np.int64] = np.asarray(cu_seqlens, dtype=np.int64)
     if config is None:
-        short = bool(bounds[-1] < SHORT * max(1, np.count_nonzero(np.diff(bounds))))
+        documents = int(np.count_nonzero(np.diff(bounds)))
+        short = int(bounds[-1]) < SHORT * documents
         arch = 0 if device is None else capability(device)
         config = kernel_config(arch, dtype.itemsize, head_dim, short)
     lists = [
