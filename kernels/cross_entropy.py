@@ -19,6 +19,7 @@ from torch import Tensor
 from chatmill.kernels.dispatch import choose, why_no_triton
 from chatmill.kernels.linear_cross_entropy import LossMetrics
 from chatmill.kernels.linear_cross_entropy_torch import CHUNK_BYTES, consume_logits
+from chatmill.kernels.vocabulary_shard import finish_rows
 
 Impl = Literal["auto", "triton", "torch"]
 Reduction = Literal["mean", "sum", "none"]
@@ -134,7 +135,7 @@ def _run(
             install()
         z = logits if logits.stride(1) == 1 else logits.contiguous()
         stats = kernels.statistics(z, labels, softcap, label_smoothing > 0)
-        lse, losses, hits = kernels.finish_rows(stats, vocabulary, label_smoothing, z_loss)
+        lse, losses, hits = finish_rows(stats, vocabulary, label_smoothing, z_loss)
         if out is not None and coefficients is not None:
             into = out if out.stride(1) == 1 else torch.empty_like(z)
             kernels.to_gradient(z, vocabulary, labels, stats.own, lse, coefficients, label_smoothing, z_loss, softcap, out=into)

@@ -25,6 +25,7 @@ from torch import Tensor
 from chatmill.kernels.dispatch import choose, why_no_triton
 from chatmill.kernels.linear_cross_entropy_torch import run_torch
 from chatmill.kernels.rms_norm import rms_norm
+from chatmill.kernels.vocabulary_shard import VocabularyShard
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
@@ -62,6 +63,7 @@ def linear_cross_entropy(
     rows: Tensor | None = ...,
     norm_weight: Tensor | None = ...,
     norm_eps: float = ...,
+    shard: VocabularyShard | None = ...,
     return_metrics: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -83,6 +85,7 @@ def linear_cross_entropy(
     rows: Tensor | None = ...,
     norm_weight: Tensor | None = ...,
     norm_eps: float = ...,
+    shard: VocabularyShard | None = ...,
     return_metrics: Literal[True],
 ) -> tuple[Tensor, LossMetrics]: ...
 
@@ -103,6 +106,7 @@ def linear_cross_entropy(
     rows: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    shard: VocabularyShard | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, LossMetrics]:
     """Cross-entropy of `hidden @ weight.T` against targets, with gradients for hidden, weight and norm_weight.
@@ -114,6 +118,8 @@ def linear_cross_entropy(
     rows Int (R,): indices of the tokens with loss, -1 = padding; then nothing waits for the GPU. Without it they are
     looked up, which is one host sync in eager mode.
     norm_weight (H,): apply RMSNorm to the gathered rows first, so tokens without loss are not normalised either.
+    shard: weight is this rank's part of a head split over the vocabulary; everything else is the same on all its ranks, and
+    so are the loss, the metrics and d_hidden (vocabulary_shard.py).
     """
     _check(hidden, weight, targets, token_weights, label_smoothing, softcap, reduction, normalizer, rows)
     if impl == "reference":
@@ -160,7 +166,13 @@ def linear_cross_entropy(
     obstacles = {"triton": why_no_triton(x.device), "torch": None, "reference": None}
     engine = choose("linear_cross_entropy", impl, x.device, obstacles)
     options = (label_smoothing, z_loss, softcap or 0.0, engine)
-    if reduction == "none":
+    if shard is not None:
+        labels = shard.local(labels, weight.shape[0])
+        row_coefficients = None if reduction == "none" else coefficients
+        loss, losses, lse, hits = _ShardedLoss.apply(x, weight, labels, row_coefficients, options, shard)
+        if reduction == "none":
+            loss = _spread(loss * coefficients, rows, n_tokens)
+    elif reduction == "none":
         losses, lse, hits = _rows_op(x, weight, labels, *options)
         loss = _spread(losses * coefficients, rows, n_tokens)
     else:
@@ -248,6 +260,7 @@ def _run(
     engine: str,
     need_x: bool,
     need_weight: bool,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(losses, lse, hits, d_x, d_weight); without coefficients the loss-only path, gradients then empty."""
     if engine == "triton":
@@ -255,7 +268,7 @@ def _run(
     else:
         run = run_torch
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, weight, labels, coefficients, label_smoothing, z_loss, softcap, need_x, need_weight)
+        return run(x, weight, labels, coefficients, label_smoothing, z_loss, softcap, need_x, need_weight, shard)
 
 
 @torch.library.custom_op("chatmill::linear_cross_entropy_sum", mutates_args=())
@@ -356,6 +369,38 @@ def _rows_backward(ctx, grad: Tensor | None, *unused: Tensor | None) -> tuple[Te
 
 
 _rows_op.register_autograd(_rows_backward, setup_context=_rows_setup)
+
+
+class _ShardedLoss(torch.autograd.Function):
+    """The two operators above for a head split over ranks. A process group is no operator argument, hence a Function."""
+
+    @staticmethod
+    def forward(ctx, x, weight, labels, coefficients, options, shard):  # type: ignore[no-untyped-def]
+        smoothing, z_loss, softcap, engine = options
+        need_x, need_weight = ctx.needs_input_grad[:2] if coefficients is not None else (False, False)
+        losses, lse, hits, *gradients = _run(
+            x, weight, labels, coefficients, smoothing, z_loss, softcap, engine, need_x, need_weight, shard
+        )
+        ctx.options, ctx.shard, ctx.summed = options, shard, coefficients is not None
+        ctx.save_for_backward(*(gradients if ctx.summed else (x, weight, labels)))
+        ctx.mark_non_differentiable(lse, hits)
+        if coefficients is None:
+            return losses, losses.detach().clone(), lse, hits
+        return torch.where(coefficients != 0, losses * coefficients, 0.0).sum(), losses, lse, hits
+
+    @staticmethod
+    def backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+        needs = ctx.needs_input_grad[:2]
+        if ctx.summed:
+            found = [_scaled(d, grad) if need else None for d, need in zip(ctx.saved_tensors, needs, strict=True)]
+        else:
+            x, weight, labels = ctx.saved_tensors
+            smoothing, z_loss, softcap, engine = ctx.options
+            *_, d_x, d_weight = _run(
+                x, weight, labels, grad.contiguous(), smoothing, z_loss, softcap, engine, needs[0], needs[1], ctx.shard
+            )
+            found = [d if need else None for d, need in zip((d_x, d_weight), needs, strict=True)]
+        return (*found, None, None, None, None)
 
 
 def _check(

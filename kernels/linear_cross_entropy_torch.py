@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chatmill.kernels.vocabulary_shard import Statistics, VocabularyShard, finish_rows, sum_over
+
 # 256 rows of a 49k vocabulary: on a CPU a softmax into a fresh buffer of that size costs ten times one in place
 CHUNK_BYTES = 48 << 20
 
@@ -23,6 +25,7 @@ def run_torch(
     softcap: float,
     need_x: bool,
     need_weight: bool,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(losses (R,), lse (R,), hits (R,), d_x, d_weight) of x (R, H), weight (V, H), labels int64 (R,) in [0, V).
 
@@ -46,7 +49,7 @@ def run_torch(
         else:
             z.copy_(x[part] @ projection.T)
         scale = coefficients[part] if coefficients is not None and (need_x or need_weight) else None
-        losses[part], lse[part], hits[part] = consume_logits(z, labels[part], scale, label_smoothing, z_loss, softcap)
+        losses[part], lse[part], hits[part] = consume_logits(z, labels[part], scale, label_smoothing, z_loss, softcap, shard)
         if scale is None:
             continue
         gradient = z.to(x.dtype)
@@ -54,11 +57,19 @@ def run_torch(
             torch.mm(gradient, projection, out=d_x[part])
         if need_weight:
             accumulate(d_weight, gradient, x[part])
+    if shard is not None and need_x:
+        sum_over(shard, d_x)
     return losses, lse, hits, d_x, d_weight.to(weight.dtype)
 
 
 def consume_logits(
-    z: Tensor, labels: Tensor, coefficients: Tensor | None, label_smoothing: float, z_loss: float, softcap: float
+    z: Tensor,
+    labels: Tensor,
+    coefficients: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, lse, hits), each (C,), of raw logits z (C, V), which are overwritten.
 
@@ -67,27 +78,38 @@ def consume_logits(
     if softcap:
         z.div_(softcap).tanh_().mul_(softcap)
     slope = 1 - (z / softcap).square_() if softcap and coefficients is not None else None
-    label = labels[:, None]
-    own = z.gather(1, label)  # (C, 1)
-    mean = z.mean(1) if label_smoothing else None
-    z.scatter_(1, label, float("-inf"))
+    held = labels >= 0  # in a sharded head -1 marks a target that another rank holds
+    label = labels.clamp(min=0)[:, None] if shard else labels[:, None]
+    picked = z.gather(1, label).squeeze(1)  # (C,)
+    total = z.sum(1, keepdim=True) if label_smoothing else None
+    own = torch.where(held, picked, float("-inf")) if shard else picked
+    z.scatter_(1, label, torch.where(held, float("-inf"), picked)[:, None])
     rival = z.amax(1)
-    hits = own.squeeze(1) > rival
-    z.scatter_(1, label, own)
-    top = torch.maximum(rival, own.squeeze(1))
-    torch.softmax(z, 1, out=z)
-    # the largest probability is 1 / sum exp(z - top): the log-sum-exp costs no second exponential
-    lse = top - z.amax(1).log()
-    losses = (1 - label_smoothing) * (lse - own.squeeze(1)) + z_loss * lse.square()
-    if mean is not None:
-        losses += label_smoothing * (lse - mean)
+    if shard is not None:
+        shift = torch.where(rival == float("-inf"), 0.0, rival)[:, None]
+        rivals = torch.exp(z - shift).sum(1, keepdim=True)
+        z.scatter_(1, label, picked[:, None])
+        lse, losses, hits = finish_rows(
+            Statistics(rival[:, None], rivals, total, own), shard.vocabulary, label_smoothing, z_loss, shard
+        )
+        z.sub_(lse[:, None]).exp_()
+    else:
+        z.scatter_(1, label, picked[:, None])
+        hits = own > rival
+        top = torch.maximum(rival, own)
+        torch.softmax(z, 1, out=z)
+        # the largest probability is 1 / sum exp(z - top): the log-sum-exp costs no second exponential
+        lse = top - z.amax(1).log()
+        losses = (1 - label_smoothing) * (lse - own) + z_loss * lse.square()
+        if total is not None:
+            losses += label_smoothing * (lse - total.squeeze(1) / z.shape[1])
     if coefficients is not None:
         scale = coefficients[:, None]
         z.mul_(scale * (1 + 2 * z_loss * lse[:, None]))
         if label_smoothing:
-            z.sub_(scale * (label_smoothing / z.shape[1]))
+            z.sub_(scale * (label_smoothing / (shard.vocabulary if shard else z.shape[1])))
         # the one-hot is subtracted before any rounding to the working precision
-        z.scatter_add_(1, label, -(1 - label_smoothing) * scale)
+        z.scatter_add_(1, label, (label_smoothing - 1) * torch.where(held[:, None], scale, 0.0))
         if slope is not None:
             z.mul_(slope)
     return losses, lse, hits

@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chatmill.kernels.interpreter import install, is_interpreting
+from chatmill.kernels.vocabulary_shard import Statistics, VocabularyShard, finish_rows, sum_over
 
 # 4096 rows of a 128k vocabulary in bf16: large enough for full-speed products, the whole extra memory of a short batch
 LOGITS_BYTES = 1 << 30
@@ -255,12 +256,14 @@ def run_triton(
     softcap: float,
     need_x: bool,
     need_weight: bool,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(losses (R,), lse (R,), hits (R,), d_x, d_weight): the Triton counterpart of run_torch."""
     if is_interpreting():
         install()
     x, labels = x.contiguous(), labels.contiguous()
     n_rows, vocabulary = x.shape[0], weight.shape[0]
+    total = shard.vocabulary if shard else vocabulary
     projection = weight.to(x.dtype).contiguous()
     sums = torch.float64 if x.dtype is torch.float64 else torch.float32
     losses = x.new_empty(n_rows, dtype=sums)
@@ -274,31 +277,18 @@ def run_triton(
         part = slice(start, min(start + size, n_rows))
         logits = None if buffer is None else buffer[: part.stop - start]
         stats = project(x[part], projection, labels[part], logits, softcap, label_smoothing > 0)
-        lse[part], losses[part], hits[part] = finish_rows(stats, vocabulary, label_smoothing, z_loss)
+        lse[part], losses[part], hits[part] = finish_rows(stats, total, label_smoothing, z_loss, shard)
         if logits is None or coefficients is None:
             continue
-        to_gradient(
-            logits, vocabulary, labels[part], stats.own, lse[part], coefficients[part], label_smoothing, z_loss, softcap
-        )
         gradient = logits[:, :vocabulary]
+        to_gradient(gradient, total, labels[part], stats.own, lse[part], coefficients[part], label_smoothing, z_loss, softcap)
         if need_x:
             torch.mm(gradient, projection, out=d_x[part])
         if d_weight is not None:
             d_weight.add(gradient, x[part])
+    if shard is not None and need_x and gradients:
+        sum_over(shard, d_x)
     return losses, lse, hits, d_x, weight.new_empty(0) if d_weight is None else d_weight.result()
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Per row: largest rival and sum of exponentials relative to it, over tiles (R, tiles); the target's logit (R,).
-
-    total: sum of all logits per tile, or None. own is -inf where no tile held the label.
-    """
-
-    tile_max: Tensor
-    tile_sum: Tensor
-    total: Tensor | None
-    own: Tensor
 
 
 def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, softcap: float, needs_total: bool) -> Statistics:
@@ -368,24 +358,6 @@ def statistics(logits: Tensor, labels: Tensor, softcap: float, needs_total: bool
     return Statistics(tile_max, tile_sum, total, own)
 
 
-def finish_rows(stats: Statistics, vocabulary: int, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse, loss, hit) per row from the tiles' statistics."""
-    rival = stats.tile_max.amax(1)
-    shift = torch.where(rival == float("-inf"), 0.0, rival)  # a vocabulary of one token has no rival
-    others = (stats.tile_sum * torch.exp(stats.tile_max - shift[:, None])).sum(1)
-    lse = merge_lse(shift, others, stats.own)
-    losses = (1 - label_smoothing) * (lse - stats.own) + z_loss * lse.square()
-    if stats.total is not None:
-        losses += label_smoothing * (lse - stats.total.sum(1) / vocabulary)
-    return lse, losses, stats.own > rival
-
-
-def merge_lse(shift: Tensor, others: Tensor, own: Tensor) -> Tensor:
-    """log(exp(shift) * others + exp(own)), stable."""
-    top = torch.maximum(shift, own)
-    return top + torch.log(others * torch.exp(shift - top) + torch.exp(own - top))
-
-
 def to_gradient(
     logits: Tensor,
     vocabulary: int,
@@ -398,13 +370,17 @@ def to_gradient(
     softcap: float,
     out: Tensor | None = None,
 ) -> None:
-    """Launch gradient_kernel: out (in place without one) becomes d(sum of coefficient x loss) / d(logits (R, >= V))."""
+    """Launch gradient_kernel: out (in place without one) becomes d(sum of coefficient x loss) / d(logits (R, V)).
+
+    vocabulary: of the whole head; logits may be one shard's columns of it.
+    """
+    columns = logits.shape[1]
     out = logits if out is None else out
     p_scale = coefficients * (1 + 2 * z_loss * lse)
     hit_scale = coefficients * (1 - label_smoothing)
     floor = coefficients * (label_smoothing / vocabulary) if label_smoothing else hit_scale
-    block = min(GRADIENT_BLOCK, triton.next_power_of_2(vocabulary))
-    gradient_kernel[(logits.shape[0], triton.cdiv(vocabulary, block))](
+    block = min(GRADIENT_BLOCK, triton.next_power_of_2(columns))
+    gradient_kernel[(logits.shape[0], triton.cdiv(columns, block))](
         logits,
         out,
         labels,
@@ -413,7 +389,7 @@ def to_gradient(
         torch.where(coefficients == 0, 0.0, p_scale),
         hit_scale,
         floor,
-        vocabulary,
+        columns,
         logits.stride(0),
         out.stride(0),
         SOFTCAP=softcap,

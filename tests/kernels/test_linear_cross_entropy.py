@@ -240,7 +240,8 @@ def test_the_targets_gradient_is_subtracted_before_rounding(impl: str) -> None:
     """flash-linear-attention issue 1231: probability near 1, where bf16(p) - 1 keeps no digit of the gradient."""
     V, H = 64, 64
     hidden = torch.eye(H, device=DEVICE, dtype=torch.bfloat16)[:8] * 9.0
-    weight = torch.eye(V, H, device=DEVICE, dtype=torch.bfloat16)
+    # 9 * 1.0078125 = 9.0703 is no bf16 number: a gradient from the stored logit would be twice too large
+    weight = torch.eye(V, H, device=DEVICE, dtype=torch.bfloat16) * 1.0078125
     targets = torch.arange(8, device=DEVICE)
     x, w = leaves(hidden, weight)
     linear_cross_entropy(x, w, targets, reduction="sum", impl=impl).backward()
@@ -249,8 +250,8 @@ def test_the_targets_gradient_is_subtracted_before_rounding(impl: str) -> None:
     assert x.grad is not None and x64.grad is not None and w.grad is not None and w64.grad is not None
     own, expected = x.grad.double().diagonal(), x64.grad.diagonal()
     assert (1 + expected).min() > 0.9, "the case is one of p near 1"
-    assert ((own - expected).abs() / expected.abs()).max() < 1e-2
-    assert error(w.grad, w64.grad) < 1e-2
+    assert ((own - expected).abs() / expected.abs()).max() < 2e-2
+    assert error(w.grad, w64.grad) < 2e-2
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
