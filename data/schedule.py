@@ -64,6 +64,11 @@ class OpenWindow:
         self._dialogues = order.dialogues
         self._blocks: dict[int, tuple[NDArray[np.int32], Sequence[str], NDArray[np.int64]]] = {}
         self._holes: dict[frozenset[str], NDArray[np.bool_]] = {}
+        will_read = getattr(source, "will_read", None)
+        if will_read is not None:  # a remote data set fetches ahead: this window, then the next one
+            will_read(self._numbers.tolist())
+            if window + 1 < order.windows:
+                will_read(order.blocks(epoch, window + 1).tolist())
         excluded = self._indices(options["excluded"])
         self.plan: WindowPlan = plan_window(
             source, order, epoch, window, loss_mask_of=self._loss_mask, **{**options, "excluded": excluded}

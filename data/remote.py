@@ -1,0 +1,183 @@
+"""Token shards that lie elsewhere: blocks are read by range and kept in a local cache; nothing else changes.
+
+    dataset = RemoteDataset.open("https://host/corpora/chat", "train", cache="/local/cache", limit_bytes=200 << 30)
+    PackedStream(dataset, ...)
+
+URLs: http(s) by range requests; paths and file://; other schemes (s3://, gs://, hf:// ...) through fsspec where it and the
+scheme's own package are installed. Each block is checked against the hash in the index, whichever way it came. Blocks of
+the window in use and of the next are fetched ahead by threads, so that the training step does not wait for the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from chatmill.config import ConfigError
+from chatmill.data.cache import PieceCache, with_retries
+from chatmill.data.shard_index import DamagedShardError, ShardIndex, TokenBlock, block_hash, decode_block
+from chatmill.data.shards import MANIFEST, TokenDataset
+
+TIMEOUT_S = 60
+
+
+class RangeReader(Protocol):
+    """Bytes [start, start + size) of a file below the root; all of it where size is None. OSError when it fails."""
+
+    def __call__(self, name: str, start: int = 0, size: int | None = None) -> bytes: ...
+
+
+def range_reader(url: str) -> RangeReader:
+    """A reader for the files below a URL or path."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "file":
+        return _local_reader(Path(rest if separator else url))
+    return _http_reader(url) if scheme in ("http", "https") else _fsspec_reader(url)
+
+
+def _local_reader(root: Path) -> RangeReader:
+    def read(name: str, start: int = 0, size: int | None = None) -> bytes:
+        with (root / name).open("rb") as file:
+            file.seek(start)
+            return file.read() if size is None else file.read(size)
+
+    return read
+
+
+def _http_reader(root: str) -> RangeReader:
+    def read(name: str, start: int = 0, size: int | None = None) -> bytes:
+        request = urllib.request.Request(f"{root.rstrip('/')}/{name}")
+        if size is not None:
+            request.add_header("Range", f"bytes={start}-{start + size - 1}")
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                data: bytes = response.read()
+                # A server without ranges answers 200 with the whole file.
+                return data[start : start + size] if size is not None and response.status == 200 else data
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403, 404, 410):
+                raise FileNotFoundError(f"{request.full_url}: HTTP {error.code} {error.reason}") from error
+            raise
+        except HTTPException as error:  # cut off in the middle
+            raise OSError(f"{request.full_url}: {type(error).__name__} {error}") from error
+
+    return read
+
+
+def _fsspec_reader(root: str) -> RangeReader:
+    try:
+        filesystem, path = importlib.import_module("fsspec.core").url_to_fs(root)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"data set {root}: cannot read this kind of URL: {error}") from error
+
+    def read(name: str, start: int = 0, size: int | None = None) -> bytes:
+        data: bytes = filesystem.cat_file(f"{path}/{name}", start=start, end=None if size is None else start + size)
+        return data
+
+    return read
+
+
+class RemoteDataset(TokenDataset):
+    """`TokenDataset` over a URL. Opening reads the manifest and, through the cache, the indices."""
+
+    url: str
+    _cache: PieceCache
+    _read: RangeReader
+    _threads: int
+    _pool: ThreadPoolExecutor | None
+    _pool_process: int
+    _coming: dict[int, Future[bytes]]  # blocks on their way into the cache
+
+    @classmethod
+    def open(  # type: ignore[override]
+        cls, path: str, split: str, *, cache: str | Path, limit_bytes: int = 100 << 30, threads: int = 8, attempts: int = 5
+    ) -> RemoteDataset:
+        """Open one split below a URL. Raises ConfigError in words, RemoteReadError where the network fails for good."""
+        read = range_reader(path)
+        store = PieceCache(cache, limit_bytes, attempts=attempts)
+        name = f"{path.rstrip('/')}/{MANIFEST}"
+        try:
+            raw = with_retries(lambda: read(MANIFEST), _is_json, name, attempts=attempts)
+        except OSError as error:
+            raise ConfigError(f"data set {path}: {MANIFEST} cannot be read ({error}).\nGive the folder's URL.") from error
+        manifest = json.loads(raw)
+        if split not in manifest["splits"]:
+            raise ConfigError(f"data set {path}: no split {split!r}; it has {', '.join(manifest['splits'])}")
+        indices = []
+        for record in manifest["splits"][split]["shards"]:
+            file, digest = f"{split}/{record['index']}", record["index_sha256"]
+            data = store.get(f"{file} {digest}", _fetcher(read, file), partial(_has_sha256, digest))
+            indices.append(ShardIndex.from_bytes(data, f"{path}/{file}"))
+        dataset = cls(Path(path), split, manifest, indices)
+        dataset.url, dataset._cache, dataset._read, dataset._threads = path, store, read, threads
+        dataset._pool, dataset._pool_process, dataset._coming = None, 0, {}
+        return dataset
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_pool": None, "_coming": {}}
+
+    def read_block(self, b: int) -> TokenBlock:
+        """Block b, from the cache or by one range request, its xxh3 checked."""
+        coming = self._coming.get(b) if self._pool_process == os.getpid() else None
+        if coming is not None:
+            wait([coming])
+        data = self._bytes(b)
+        where = f"{self.url}, block {b}"
+        block = decode_block(data, where)
+        if not np.array_equal(np.diff(block.offsets), self.lengths[self.block_starts[b] : self.block_starts[b + 1]]):
+            raise DamagedShardError(f"{where}: lengths differ from the index. Rebuild the data set.")
+        return block
+
+    def will_read(self, blocks: Iterable[int]) -> None:
+        """Begin to bring blocks that are going to be read into the cache."""
+        if self._pool is None or self._pool_process != os.getpid():  # threads do not survive a fork
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="chatmill-fetch")
+            self._pool_process, self._coming = os.getpid(), {}
+        for b in blocks:
+            if b not in self._coming:
+                coming = self._coming[b] = self._pool.submit(self._bytes, b)
+                coming.add_done_callback(lambda _, b=b: self._coming.pop(b, None))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """End the fetching threads."""
+        pool, self._pool, self._coming = getattr(self, "_pool", None), None, {}
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+    def _bytes(self, b: int) -> bytes:
+        shard, start, size = int(self._block_shard[b]), int(self._offset[b]), int(self._size[b])
+        record = self.manifest["splits"][self.split]["shards"][shard]
+        expected = int(self._xxh3[b])
+        return self._cache.get(
+            f"{self.split}/{record['name']} {record['sha256']} {start}+{size}",
+            _fetcher(self._read, f"{self.split}/{record['name']}", start, size),
+            lambda data: len(data) == size and block_hash(data) == expected,
+        )
+
+
+def _fetcher(read: RangeReader, name: str, start: int = 0, size: int | None = None) -> Callable[[], bytes]:
+    return lambda: read(name, start, size)
+
+
+def _has_sha256(digest: str, data: bytes) -> bool:
+    return hashlib.sha256(data).hexdigest() == digest
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        return isinstance(json.loads(data), dict)
+    except ValueError:
+        return False
