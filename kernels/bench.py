@@ -6,9 +6,9 @@
     python -m chatmill.kernels.bench attention --tune      refit the shipped tile table on this GPU (10 minutes at most)
     python -m chatmill.kernels.bench --compile-only        compile every shipped build for sm_80, sm_90, sm_100; time nothing
 
-Each kernel module lists cases (`bench_cases()`); a case names its contenders, each with one callable per phase. Times are medians
-of CUDA-event timings after warm-up, on fresh random inputs; a rate is the case's required work over that time, also given as
-a fraction of the machine's own matrix-product rate (or copy bandwidth, for cases that count bytes), measured first.
+Each kernel module lists cases (`bench_cases()`); a case names its contenders, each with one callable per phase. Times are
+medians of CUDA-event timings after warm-up, on random inputs; a rate is the case's required work over that time, also given as a
+fraction of the machine's own matrix-product rate (or copy bandwidth, for cases that count bytes), measured first.
 Without a GPU the command compiles what ships, says so, and claims nothing.
 """
 
@@ -34,10 +34,10 @@ from chatmill.kernels.dispatch import is_installed
 # kernel -> module with bench_cases(), module with shipped_cases() for cross_compile
 REGISTRY = {
     "attention": ("chatmill.kernels.bench_attention", "chatmill.kernels.attention_cases"),
-    "linear_cross_entropy": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.linear_cross_entropy_triton"),
-    "rms_norm": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.rms_norm_triton"),
-    "rope": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.rope_triton"),
-    "swiglu": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.swiglu_triton"),
+    "linear_cross_entropy": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.linear_cross_entropy_cases"),
+    "rms_norm": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.layer_cases"),
+    "rope": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.layer_cases"),
+    "swiglu": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.layer_cases"),
 }
 
 # phase ("forward", "backward", "both") -> callable that runs it once
@@ -170,7 +170,8 @@ def plot(results: Sequence[BenchResult]) -> str:
         rows.append(f'<text x="{14 + width:.1f}" y="{y + 10}" font-size="10">{rate} ({r.fraction:.0%})</text>')
         y += 14
     body = "\n".join(rows)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{y + 10}" font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{y + 10}" font-family="sans-serif" font-size="12">'
+    return f"{head}\n{body}\n</svg>\n"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -194,11 +195,10 @@ def compile_only(names: Sequence[str], archs: Sequence[int]) -> int:
         return 0
     status = 0
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    for name in names:
-        module = REGISTRY[name][1]
+    for module in dict.fromkeys(REGISTRY[name][1] for name in names):
         if not is_installed(module):
             continue
-        print(f"{name}:", flush=True)
+        print(f"{module}:", flush=True)
         command = [
             sys.executable,
             "-m",

@@ -76,10 +76,11 @@ def _sdpa(backend: SDPBackend, T: int, heads: int, kv_heads: int, D: int) -> Cal
     def prepare(device: torch.device) -> Phases:
         shapes = [(1, heads, T, D), (1, kv_heads, T, D), (1, kv_heads, T, D)]
         leaves = [torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+        q, k, v = leaves
 
         def run() -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=heads != kv_heads)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
 
         return _phases(run, leaves)
 
