@@ -247,8 +247,7 @@ def test_a_block_compiles_as_one_graph_and_gives_the_same_gradients() -> None:
     targets = torch.cat([shifted(part, 0) for part in parts])
     model(*pack(parts), targets=targets).loss_sum.backward()
     eager = gradients(model)
-    for block in model.layers:
-        block.compile(fullgraph=True)
+    model.layers[2].compile(fullgraph=True)
     model(*pack(parts), targets=targets).loss_sum.backward()
     compiled = gradients(model)
     for name in eager:
