@@ -7,7 +7,7 @@
     python -m chatmill.kernels.bench --compile-only        compile every shipped build for sm_80, sm_90, sm_100; time nothing
 
 Each kernel module lists cases (`bench_cases()`); a case names its contenders, each with one callable per phase. Times are
-medians of CUDA-event timings after warm-up, on random inputs; a rate is the case's required work over that time, also given as a
+medians of CUDA-event timings after warm-up, on random inputs; a rate is the required work over that time, also given as a
 fraction of the machine's own matrix-product rate (or copy bandwidth, for cases that count bytes), measured first.
 Without a GPU the command compiles what ships, says so, and claims nothing.
 """
