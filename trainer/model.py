@@ -72,8 +72,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.impl = impl
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, impl=self.impl)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a residual the norm of their sum, and the sum, in one pass over memory."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, impl=self.impl)
+        return rms_norm(x, self.weight, self.eps, residual, impl=self.impl)
 
 
 class Attention(nn.Module):
@@ -148,8 +151,9 @@ class Block(nn.Module):
         self.mlp = FeedForward(config, kernels.elementwise)
 
     def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), layout, cache)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        mixed = self.attention(self.attention_norm(x), layout, cache)
+        normed, x = self.mlp_norm(mixed, residual=x)
+        out: Tensor = x + self.mlp(normed)
         return out
 
 
