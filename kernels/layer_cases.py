@@ -11,10 +11,11 @@ from chatmill.kernels.cross_compile import Case
 
 def shipped_cases() -> list[Case]:
     """Head and model widths from 64 to 8192, with and without the optional parts."""
-    return _rms_norm_cases() + _rope_cases() + _swiglu_cases()
+    return rms_norm_cases() + rope_cases() + swiglu_cases()
 
 
-def _rms_norm_cases() -> list[Case]:
+def rms_norm_cases() -> list[Case]:
+    """RMSNorm."""
     cases = []
     for width in (64, 576, 2048, 4096, 8192):
         rows, block, warps = rms_norm_triton._tile(width)
@@ -51,7 +52,8 @@ def _rms_norm_cases() -> list[Case]:
     return cases
 
 
-def _rope_cases() -> list[Case]:
+def rope_cases() -> list[Case]:
+    """Rotary positions."""
     cases = []
     for width in (64, 128):
         block = width // 2
@@ -87,7 +89,8 @@ def _rope_cases() -> list[Case]:
     return cases
 
 
-def _swiglu_cases() -> list[Case]:
+def swiglu_cases() -> list[Case]:
+    """SwiGLU."""
     constants = {"DOUBLE": False, "BLOCK": swiglu_triton.BLOCK}
     forward = dict.fromkeys(("GATE", "UP", "Y"), "*bf16") | dict.fromkeys(("width", "gate_stride", "up_stride"), "i32")
     backward = dict.fromkeys(("GATE", "UP", "DY", "DGATE", "DUP"), "*bf16")

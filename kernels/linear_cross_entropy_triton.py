@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from chatmill.kernels.cross_compile import Case
 from chatmill.kernels.interpreter import install, is_interpreting
 from chatmill.kernels.vocabulary_shard import Statistics, VocabularyShard, finish_rows, sum_over
 
@@ -493,3 +494,10 @@ def has_descriptors(*matrices: Tensor) -> bool:
 def precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied: as torch.set_float32_matmul_precision says (default: exactly)."""
     return "tf32" if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def shipped_cases() -> list[Case]:
+    """The configurations that ship, for the cross-compilation gates."""
+    from chatmill.kernels.linear_cross_entropy_cases import shipped_cases as cases
+
+    return cases()

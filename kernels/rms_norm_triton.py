@@ -5,7 +5,7 @@ each of a fixed number of programs sums its rows' share of d_weight in registers
 adds up: no atomics, so the gradient is bitwise repeatable.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/test_rms_norm.py
-        python -m chatmill.kernels.cross_compile chatmill.kernels.layer_cases --match rms_norm
+        python -m chatmill.kernels.cross_compile chatmill.kernels.rms_norm_triton
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chatmill.kernels.cross_compile import Case
 from chatmill.kernels.interpreter import install, is_interpreting
 
 # elements of one tile: with 8192, backward at 4 warps spilled (kernels/layer_cases.py)
@@ -185,3 +186,10 @@ def _tile(width: int) -> tuple[int, int, int]:
 def _programs(x: Tensor) -> int:
     """Programs of a persistent grid: two per multiprocessor; 3 in the interpreter, so that several rows meet in one."""
     return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
+
+def shipped_cases() -> list[Case]:
+    """The configurations that ship, for the cross-compilation gates."""
+    from chatmill.kernels.layer_cases import rms_norm_cases
+
+    return rms_norm_cases()

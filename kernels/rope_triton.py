@@ -4,7 +4,7 @@ A program holds ROWS positions of one head group: cos and sin are read once per
 group, every head's channels are read and written once.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/test_rope.py
-        python -m chatmill.kernels.cross_compile chatmill.kernels.layer_cases --match rope
+        python -m chatmill.kernels.cross_compile chatmill.kernels.rope_triton
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chatmill.kernels.cross_compile import Case
 from chatmill.kernels.interpreter import install, is_interpreting
 
 # (positions x channels of a half) of one program: 16 x 64 at D=128, over 4 heads
@@ -220,3 +221,10 @@ def _prepare(x: Tensor) -> Tensor:
     if is_interpreting():
         install()
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def shipped_cases() -> list[Case]:
+    """The configurations that ship, for the cross-compilation gates."""
+    from chatmill.kernels.layer_cases import rope_cases
+
+    return rope_cases()

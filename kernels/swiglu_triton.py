@@ -1,7 +1,7 @@
 """Triton engine of SwiGLU: contract and maths in swiglu.py. Backward makes the sigmoid again: nothing but the inputs is saved.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/test_swiglu.py
-        python -m chatmill.kernels.cross_compile chatmill.kernels.layer_cases --match swiglu
+        python -m chatmill.kernels.cross_compile chatmill.kernels.swiglu_triton
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chatmill.kernels.cross_compile import Case
 from chatmill.kernels.interpreter import install, is_interpreting
 
 BLOCK = 2048
@@ -95,3 +96,10 @@ def _block(x: Tensor) -> int:
 
 def _grid(x: Tensor) -> tuple[int, int]:
     return x.shape[0], triton.cdiv(x.shape[1], _block(x))
+
+
+def shipped_cases() -> list[Case]:
+    """The configurations that ship, for the cross-compilation gates."""
+    from chatmill.kernels.layer_cases import swiglu_cases
+
+    return swiglu_cases()
