@@ -62,8 +62,9 @@ class MemoryDataset:
         dialogues: list[tuple[str, Any, Any]] = []
         for i, length in enumerate(lengths.tolist()):
             turns = rng.integers(1, max(3, length // 4), 2 + length // 2)
-            mask = np.repeat(np.arange(len(turns)) % 2 == 1, turns)[:length]
-            dialogues.append((f"{name}{i:07d}", rng.integers(1, 60_000, length), np.resize(mask, length)))
+            mask = np.resize(np.repeat(np.arange(len(turns)) % 2 == 1, turns), length)
+            mask[0], mask[-1] = False, mask[-1] or not mask[1:].any()  # something to learn, and not from nothing
+            dialogues.append((f"{name}{i:07d}", rng.integers(1, 60_000, length), mask))
         return cls(dialogues, block=block)
 
     def __len__(self) -> int:
