@@ -17,6 +17,7 @@ from tests.launcher.conftest import Recovery
 from tests.launcher.slurm_cluster import SlurmCluster, missing_programs
 from tests.launcher.tiny_run import make_data, write_recipe
 
+from chatmill.launcher.__main__ import main
 from chatmill.launcher.run_state import attempts, newest_step, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +107,8 @@ def assert_same_losses(run: Path, undisturbed: dict[int, float], steps: int = SH
     assert sorted(mine) == list(range(1, steps + 1))
     # up to the first interruption the bits agree; DDP lays its buckets out anew after the first step of each start, so over
     # four ranks fp32 sums round differently from there on. A lost or repeated batch shows as 1e-2.
-    assert all(mine[step] == undisturbed[step] for step in range(1, EVERY + 1))
+    resumed = [event["step"] for event in read_jsonl(run / "events.jsonl") if event["event"] == "resume"]
+    assert all(mine[step] == undisturbed[step] for step in range(1, min([*resumed, steps]) + 1))
     assert mine == pytest.approx({step: undisturbed[step] for step in range(1, steps + 1)}, rel=2e-6)
 
 
@@ -126,11 +128,12 @@ def test_a_rank_killed_with_kill_9_costs_no_more_than_the_steps_since_the_last_c
     bench: Bench, undisturbed: dict[int, float], recoveries: list[Recovery]
 ) -> None:
     job, run = bench.submit("killed")
-    until("first checkpoint", lambda: newest_step(run) >= EVERY)
+    until("half way to the second checkpoint", lambda: last_step(run) >= EVERY + EVERY // 2)
     at_step, since = last_step(run), time.time()
     os.kill(ranks_of(run)[3], signal.SIGKILL)
     assert bench.cluster.wait(job) == "COMPLETED", bench.output("killed", job)
     assert [attempt.outcome for attempt in attempts(run)] == ["failed", "finished"]
+    assert "node 1, local rank 1: killed from outside" in (attempts(run)[0].cause or "")
     assert_same_losses(run, undisturbed)
     recoveries.append(recovered("kill -9 of a rank", run, at_step, since))
 
@@ -196,7 +199,7 @@ def test_a_run_that_never_gets_anywhere_is_given_up(bench: Bench) -> None:
     blocker = bench.folder / "runs" / "stuck" / "checkpoints"
     blocker.parent.mkdir(parents=True)
     blocker.write_text("a file where the folder of checkpoints should be")
-    job, run = bench.submit("stuck")
+    job, run = bench.submit("stuck", "--nodes=1", "--ntasks-per-node=1")
     assert bench.cluster.wait(job) == "FAILED"
     outcomes = [attempt.outcome for attempt in attempts(run)]
     assert outcomes == ["failed"] * 3, bench.output("stuck", job)
@@ -207,10 +210,38 @@ def test_a_node_that_fails_its_check_is_left_out_of_the_next_attempt(bench: Benc
     check = bench.folder / "check.sh"
     check.write_text('#!/bin/bash\nif [ "$SLURMD_NODENAME" = n1 ]; then echo "fan is broken"; exit 1; fi\n')
     check.chmod(0o755)
-    job, run = bench.submit("unfit", extra={"CHATMILL_NODE_CHECK": str(check), "CHATMILL_PREFLIGHT": "1"})
+    variables = {"CHATMILL_NODE_CHECK": str(check), "CHATMILL_PREFLIGHT": "1"}
+    job, run = bench.submit("unfit", steps=EVERY, extra=variables)
     assert bench.cluster.wait(job) == "COMPLETED", bench.output("unfit", job)
     assert bench.cluster.field(job, "ExcNodeList") == "n1"
     assert [attempt.nodes for attempt in attempts(run)] == [("n1", "n2"), ("n2", "n3")]
     assert "fan is broken" in (run / "logs" / "attempt-001" / "bad-node-n1").read_text()
     assert "preflight: 4 ranks" in bench.output("unfit", job)
+    assert_same_losses(run, undisturbed, EVERY)
+
+
+def test_a_launched_job_is_watched_cancelled_and_resumed_by_its_run_folder(
+    bench: Bench, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", bench.cluster.environment["SLURM_CONF"])
+    recipe = write_recipe(bench.folder, "launched", bench.folder / "data", bench.vocab, steps=SHORT, every=EVERY)
+    words = ["launch", str(recipe), "--on", "slurm", "--nodes", "2", "--processes-per-node", "2", "train.accumulation=4"]
+    monkeypatch.chdir(bench.folder)
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    match = re.search(r"submitted as Slurm job (\d+)", said)
+    assert match and said.count("\n  chatmill ") == 3
+    job, run = match[1], bench.folder / "runs" / "launched"
+    until("a checkpoint", lambda: newest_step(run) >= EVERY)
+    assert main(["status", "launched", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["state"], shown["job"], shown["nodes"]) == ("RUNNING", job, "n1 n2") and shown["step"] >= EVERY
+    assert main(["cancel", "launched"]) == 0
+    assert bench.cluster.wait(job) == "COMPLETED"
+    assert [attempt.outcome for attempt in attempts(run)] == ["preempted"] and bench.cluster.field(job, "Restarts") == "0"
+    assert main(["resume", "launched"]) == 0
+    again = re.search(r"submitted as Slurm job (\d+)", capsys.readouterr().out)
+    assert again and bench.cluster.wait(again[1]) == "COMPLETED"
     assert_same_losses(run, undisturbed)
+    assert main(["status", "launched"]) == 0
+    assert "state       finished" in capsys.readouterr().out
