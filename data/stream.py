@@ -158,6 +158,7 @@ class PackedStream(IterableDataset[PackedBatch]):
         self._position = self.schedule.start
         self._ended = False
         self._base: int | None = None  # of a loader worker: number of the batch that worker 0 gave first
+        self._device: int | None = None  # GPU of the thread that iterates, where batches are pinned
         self._ramp = np.arange(micro_batch * sequence_length, dtype=np.int32)
 
     @property
@@ -190,6 +191,7 @@ class PackedStream(IterableDataset[PackedBatch]):
         """Batches from the present position on; once a pass has ended, from the beginning."""
         if self._ended:
             self._position, self._ended, self._base = self.schedule.start, False, None
+        self._device = torch.cuda.current_device() if self._pin and torch.cuda.is_available() else None
         batches = self._batches(self._position)
         ahead = self._prefetch if torch.utils.data.get_worker_info() is None else 0
         with Prefetcher(batches, ahead) as ready:
@@ -200,6 +202,8 @@ class PackedStream(IterableDataset[PackedBatch]):
 
     def _batches(self, position: Position) -> Iterator[tuple[PackedBatch, Position]]:
         """Every batch of this rank with the position after it."""
+        if self._device is not None:  # in the prefetch thread: page-locking would open a context on GPU 0 for every rank
+            torch.cuda.set_device(self._device)
         worker = torch.utils.data.get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         first = position.step * self.accumulation + position.micro
@@ -269,4 +273,4 @@ class PackedStream(IterableDataset[PackedBatch]):
             uids=tuple(uids),
             plan=self._annotate(cu_seqlens, T) if self._annotate is not None else None,
         )
-        return batch.pin_memory() if self._pin and torch.cuda.is_available() else batch
+        return batch.pin_memory() if self._device is not None else batch
