@@ -242,7 +242,8 @@ def check_prompt(prompt_ids: Sequence[int], context: int, vocab_size: int) -> No
         raise ConfigError("the prompt is empty: expected at least one token.")
     if len(prompt_ids) >= context:
         raise ConfigError(
-            f"the prompt has {len(prompt_ids)} tokens; the model's context is {context}, the reply included. Shorten the conversation."
+            f"the prompt has {len(prompt_ids)} tokens; the model's context is {context}, the reply included.\n"
+            "Shorten the conversation."
         )
     wrong = [i for i in prompt_ids if not 0 <= i < vocab_size]
     if wrong:
@@ -275,7 +276,8 @@ def fit_messages(
     if len(ids) < context:
         return ids, dropped
     raise ConfigError(
-        f"the last message makes a prompt of {len(ids)} tokens; the model's context is {context}, the reply included. Shorten it."
+        f"the last message makes a prompt of {len(ids)} tokens; the model's context is {context}, the reply included.\n"
+        "Shorten the message."
     )
 
 

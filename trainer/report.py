@@ -396,7 +396,11 @@ def _data_facts(run: Run) -> dict[str, str]:
             facts[name] = ", ".join(told)
     proof = run.data_report.get("certificate")
     if isinstance(proof, dict) and "valid" in proof:
-        facts["split certificate"] = "valid: nothing is shared by training and validation" if proof["valid"] else "LEAKS"
+        shared, asked = proof.get("shared"), proof.get("asked")
+        both = [f"{shared.get(k, 0)} {str(k).replace('_', ' ')}" for k in asked or ()] if isinstance(shared, dict) else []
+        facts["split certificate"] = ("valid" if proof["valid"] else "LEAKS") + (
+            f" ({', '.join(both)} in both splits)" if both else ""
+        )
     for key in ("vocab_size", "tokenizer_sha256", "template_sha256", "recipe_sha256"):
         if key in run.data_manifest:
             facts[key.replace("_", " ")] = str(run.data_manifest[key])

@@ -6,6 +6,7 @@ by percentage. So a chart keeps its text size at any width and needs no script t
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -140,7 +141,7 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def _tick_text(value: float, ticks: Sequence[float]) -> str:
-    step = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=abs(value) or 1.0)
+    step = min((b - a for a, b in itertools.pairwise(ticks)), default=abs(value) or 1.0)
     top = max((abs(t) for t in ticks), default=0.0)
     if value == 0:
         return "0"
@@ -200,7 +201,7 @@ def draw(
         x_ticks=tuple(Tick(100 * place(t, low)[0], f"{t:,.0f}") for t in x_ticks),
         y_ticks=tuple(Tick(100 * place(x_low, t)[1], _tick_text(t, y_ticks)) for t in y_ticks),
         clipped=clipped,
-        summary=f"{title}: {last.name} goes from {number(first_y)} to {number(last_y)} between steps {x_low:,.0f} and {x_high:,.0f}.",
+        summary=f"{title}: {last.name}, {number(first_y)} to {number(last_y)} between steps {x_low:,.0f} and {x_high:,.0f}.",
     )
 
 
@@ -222,7 +223,7 @@ def _draw_series(series: Series, place: object) -> Drawn:
         pen_down = True
         hover.append((round(100 * left, 2), round(100 * top, 2), f"{x:.0f}|{number(y, 4)}"))
         end = (100 * left, 100 * top)
-        if series.kind == "points" and len(real) <= 60 or len(real) == 1:
+        if (series.kind == "points" and len(real) <= 60) or len(real) == 1:
             dots.append(f"M{SIZE * left:.1f} {SIZE * top:.1f}h0")
     hover = [h for h in hover if h[0] >= 0]
     return Drawn(series.name, series.slot, series.kind, "".join(words), "".join(dots), end, tuple(hover))
