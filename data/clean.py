@@ -16,6 +16,7 @@ from dataclasses import replace
 from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation, Turn
 from chatmill.data.ledger import Ledger
+from chatmill.data.privacy import Privacy
 from chatmill.data.recipe import CleanSection
 
 TextRule = Callable[[str], str]
@@ -84,6 +85,7 @@ class Cleaner:
         if config.whitespace:
             self.text_rules.append(("whitespace", trim_whitespace))
         self.strip = config.whitespace
+        self.privacy = Privacy(config.privacy)
         self.turn_rules: list[TurnRule] = _turn_rules(config)
         self.dialogue_rules: list[DialogueRule] = _dialogue_rules(config)
 
@@ -97,6 +99,7 @@ class Cleaner:
                 turns.append(cleaned)
             else:
                 ledger.change(f"turn: {reason}", f"{conversation.origin}: {cleaned.content}")
+        turns = self.privacy.apply(turns, lambda kind: ledger.change(f"private: {kind}"))
         result = replace(conversation, turns=tuple(turns)) if tuple(turns) != conversation.turns else conversation
         for rule in self.dialogue_rules:
             reason = rule(result)

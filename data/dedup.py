@@ -64,10 +64,25 @@ class UnionFind:
         return np.array([self.find(i) for i in range(len(self.parent))], dtype=np.int64)
 
 
-def deduplicate(exact: NDArray[np.uint64], drop_exact: bool) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """(keep (N,), cluster (N,)): a cluster is named by its first sample, which is the one that stays."""
+EXACT, NEAR = 1, 2
+
+
+def deduplicate(
+    exact: NDArray[np.uint64], drop_exact: bool, near: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """(reason (N,), cluster (N,)). reason: 0 stays, EXACT, NEAR. A cluster is named by its first sample: that one stays.
+
+    near: pairs (k, 2) of near duplicates; of their clusters, too, only the first stays.
+    """
     sets = UnionFind(len(exact))
     sets.join_equal(exact)
-    cluster = sets.roots()
-    keep = cluster == np.arange(len(exact)) if drop_exact else np.ones(len(exact), dtype=bool)
-    return keep, cluster
+    same = sets.roots()
+    reason = np.zeros(len(exact), dtype=np.uint8)
+    first = np.arange(len(exact))
+    if near is not None:
+        for i, j in near.tolist():
+            sets.union(i, j)
+        reason[sets.roots() != first] = NEAR
+    if drop_exact:
+        reason[same != first] = EXACT
+    return reason, sets.roots()

@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
 from chatmill.data.conversation import TokenizedDialogue, load_line
-from chatmill.data.dedup import deduplicate
+from chatmill.data.dedup import EXACT, deduplicate
 from chatmill.data.dialogue_shards import DialogueWriter
 from chatmill.data.executor import run_tasks
 from chatmill.data.importers.raw_file import RawFile
 from chatmill.data.importers.registry import importer, recognise, source_files
 from chatmill.data.ledger import Ledger, shorten
+from chatmill.data.near_duplicates import near_pairs
 from chatmill.data.publish import publish
 from chatmill.data.recipe import DataRecipe
 from chatmill.data.shard_index import sha256_file, write_durably
@@ -152,12 +153,16 @@ class _Build:
         parts = [load_arrays(self.work.path("prepare", f"{chunk}.npz")) for chunk in chunks]
         exact = np.concatenate([part["exact"] for part in parts])
         thread = np.concatenate([part["thread"] for part in parts])
-        keep, cluster = deduplicate(exact, self.recipe.dedup.exact)
+        near = self.recipe.dedup.near
+        signature = np.concatenate([part["signature"] for part in parts]) if near else None
+        pairs = near_pairs(signature, near.threshold) if near and signature is not None else None
+        reason, cluster = deduplicate(exact, self.recipe.dedup.exact, pairs)
+        keep = reason == 0
         ledger = Ledger("samples", kept=int(keep.sum()))
         bounds = np.cumsum([0, *samples])
         for i in np.flatnonzero(~keep).tolist():
-            example = self._text_of(chunks, bounds, i) if ledger.dropped["exact duplicate"] < 3 else ""
-            ledger.drop("exact duplicate", example)
+            name = "exact duplicate" if reason[i] == EXACT else "near duplicate"
+            ledger.drop(name, self._text_of(chunks, bounds, i) if ledger.dropped[name] < 3 else "")
         self._note("dedup", ledger)
         self.progress("dedup", 1, 1)
 
@@ -185,7 +190,11 @@ class _Build:
         ledger.change("to validation", n=int((side == 1).sum()))
         self._note("split", ledger)
         owner = np.repeat(np.arange(len(side)), author_counts)
-        return _facts(side == 0, exact, thread, flat, owner), _facts(side == 1, exact, thread, flat, owner)
+        facts = _facts(side == 0, exact, thread, flat, owner), _facts(side == 1, exact, thread, flat, owner)
+        if signature is not None:
+            facts[0].add_signatures(signature[side == 0])
+            facts[1].add_signatures(signature[side == 1])
+        return facts
 
     def _text_of(self, chunks: list[str], bounds: NDArray[np.int64], i: int) -> str:
         """First words of sample i, for the report."""
@@ -251,7 +260,8 @@ class _Build:
         dialogues = {split: writer.close() for split, writer in zip(SPLITS, texts, strict=True)}
         ledger = Ledger("samples", kept=sum(split["dialogues"] for split in splits.values()))
         self._note("shard", ledger)
-        proof = certificate(facts[0], facts[1], self.recipe.split.by_author)
+        near = self.recipe.dedup.near
+        proof = certificate(facts[0], facts[1], self.recipe.split.by_author, near.threshold if near else None)
         if not proof["valid"]:  # an invariant of `group`; never publish without it
             raise ConfigError(f"data {self.recipe.name}: the split leaks: {proof['shared']}")
         self.tokenizer.save(final / "tokenizer")

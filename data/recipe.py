@@ -44,6 +44,16 @@ class SourceSection(Section):
         return self
 
 
+PrivateKind = Literal["email", "phone", "ip", "card", "iban", "credentials", "key"]
+
+
+class PrivacySection(Section):
+    """mode: leave private data, replace it by [EMAIL] …, or by stand-ins that are the same within a dialogue."""
+
+    mode: Literal["off", "redact", "surrogate"] = "off"
+    kinds: tuple[PrivateKind, ...] = ("email", "phone", "ip", "card", "iban", "credentials", "key")
+
+
 class CleanSection(Section):
     """Rules on texts, turns and dialogues (data/clean.py). Text rules never touch code fences."""
 
@@ -59,6 +69,7 @@ class CleanSection(Section):
     max_repeated_line_share: float | None = Field(default=0.5, gt=0, le=1)
     max_character_run: int | None = Field(default=60, gt=0)
     drop_patterns: list[str] = Field(default_factory=list)
+    privacy: PrivacySection = PrivacySection()
 
 
 class PairSection(Section):
@@ -73,10 +84,23 @@ class PairSection(Section):
     context_turns: int = Field(default=8, gt=0)
 
 
+class NearSection(Section):
+    """threshold: Jaccard index of word triples from which two samples count as the same. Needs the package rensa."""
+
+    threshold: float = Field(default=0.8, gt=0.3, le=1)
+
+
 class DedupSection(Section):
-    """exact: of dialogues equal up to case and blanks, the first stays."""
+    """exact: of dialogues equal up to case and blanks, the first stays. near: the same for near duplicates (MinHash).
+
+    decontaminate: files or folders of evaluation sets (any format an importer knows); training samples that share a run of
+    `overlap_words` words with one of their texts are dropped.
+    """
 
     exact: bool = True
+    near: NearSection | None = None
+    decontaminate: list[str] = Field(default_factory=list)
+    overlap_words: int = Field(default=13, ge=5)
 
 
 class SplitSection(Section):

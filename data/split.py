@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from chatmill.data.conversation import Conversation
 from chatmill.data.dedup import UnionFind, text_hash
+from chatmill.data.near_duplicates import PERMUTATIONS, dialogue_text, near_pairs, signatures
 from chatmill.data.recipe import SplitSection
 
 
@@ -61,7 +62,9 @@ def assign(group_keys: NDArray[np.uint64], config: SplitSection) -> NDArray[np.b
 class Facts:
     """What must not be shared between the sides, as 64-bit hashes: 8 bytes each, whatever the length of the texts."""
 
-    def __init__(self) -> None:
+    def __init__(self, near: bool = False) -> None:
+        self.near, self._texts = near, list[str]()
+        self._signatures: list[NDArray[np.uint32]] = []
         self.hashes: dict[str, array[int]] = {
             name: array("Q") for name in ("samples", "conversations", "exact_texts", "authors")
         }
@@ -72,6 +75,24 @@ class Facts:
         self.hashes["conversations"].append(key_hash(thread_key(conversation)))
         self.hashes["exact_texts"].append(text_hash(conversation))
         self.hashes["authors"].extend(author_hashes(conversation))
+        if self.near:
+            self._texts.append(dialogue_text(conversation))
+            if len(self._texts) >= 1000:
+                self._sign()
+
+    def add_signatures(self, rows: NDArray[np.uint32]) -> None:
+        """MinHash signatures computed elsewhere."""
+        self._signatures.append(rows)
+
+    def signatures(self) -> NDArray[np.uint32]:
+        """All signatures, (n, 128)."""
+        self._sign()
+        return np.concatenate([np.zeros((0, PERMUTATIONS), dtype=np.uint32), *self._signatures])
+
+    def _sign(self) -> None:
+        if self._texts:
+            self._signatures.append(signatures(self._texts))
+            self._texts = []
 
 
 def author_hashes(conversation: Conversation) -> list[int]:
@@ -79,11 +100,16 @@ def author_hashes(conversation: Conversation) -> list[int]:
     return [key_hash(str(author)) for author in conversation.meta.get("authors", ())]
 
 
-def certificate(train: Facts, validation: Facts, by_author: bool) -> dict[str, Any]:
-    """Counts of what the two sides share. `valid` when all that was asked for is 0."""
+def certificate(train: Facts, validation: Facts, by_author: bool, near: float | None = None) -> dict[str, Any]:
+    """Counts of what the two sides share. `valid` when all that was asked for is 0. near: threshold for near duplicates."""
     shared = {
         name: len(np.intersect1d(np.array(values, dtype=np.uint64), np.array(validation.hashes[name], dtype=np.uint64)))
         for name, values in train.hashes.items()
     }
     asked = [name for name in shared if name != "authors" or by_author]
-    return {"shared": shared, "asked": asked, "valid": all(shared[name] == 0 for name in asked)}
+    if near is not None:
+        left, right = train.signatures(), validation.signatures()
+        pairs = near_pairs(np.concatenate([left, right]), near)
+        shared["near_duplicates"] = int(np.sum((pairs[:, 0] < len(left)) & (pairs[:, 1] >= len(left))))
+        asked.append("near_duplicates")
+    return {"shared": shared, "asked": asked, "near": near, "valid": all(shared[name] == 0 for name in asked)}

@@ -24,6 +24,7 @@ from chatmill.data.dedup import text_hash
 from chatmill.data.importers.raw_file import RawFile
 from chatmill.data.importers.registry import read_file
 from chatmill.data.ledger import Ledger
+from chatmill.data.near_duplicates import dialogue_text, signatures
 from chatmill.data.pair import make_samples
 from chatmill.data.recipe import DataRecipe
 from chatmill.data.shard_index import write_durably
@@ -85,6 +86,7 @@ class PrepareChunk:
         recipe = self.work.recipe
         cleaner, clean, pair = Cleaner(recipe.clean), Ledger("conversations"), Ledger("samples")
         lines, exact, thread, authors, author_counts = list[bytes](), list[int](), list[int](), list[int](), list[int]()
+        texts = list[str]()
         for conversation in read_lines(self.work.path("import", f"{name}.jsonl")):
             cleaned = cleaner.apply(conversation, clean)
             if cleaned is None:
@@ -96,13 +98,17 @@ class PrepareChunk:
                 found = author_hashes(sample)
                 authors += found
                 author_counts.append(len(found))
+                if recipe.dedup.near is not None:
+                    texts.append(dialogue_text(sample))
         write_durably(self.work.path("prepare", f"{name}.jsonl"), b"".join(lines))
+        near = {} if recipe.dedup.near is None else {"signature": signatures(texts)}
         save_arrays(
             self.work.path("prepare", f"{name}.npz"),
             exact=np.array(exact, dtype=np.uint64),
             thread=np.array(thread, dtype=np.uint64),
             authors=np.array(authors, dtype=np.uint64),
             author_counts=np.array(author_counts, dtype=np.int64),
+            **near,
         )
         return {"samples": len(lines), "clean": clean.to_dict(), "pair": pair.to_dict()}
 

@@ -63,11 +63,12 @@ def verify_dataset(
             problems.append(f"tokenizer: {tokenizer.vocab_size} tokens, the manifest says {manifest['vocab_size']}")
     except ConfigError as error:
         problems.append(str(error))
-    facts = {split: Facts() for split in manifest["splits"]}
+    near = manifest["certificate"].get("near")
+    facts = {split: Facts(near=near is not None) for split in manifest["splits"]}
     for split in manifest["splits"]:
         problems += _check_split(folder, manifest, split, tokenizer, facts[split], (encoded, proven), damaged)
     if len(facts) == 2:
-        found = certificate(facts["train"], facts["validation"], "authors" in manifest["certificate"]["asked"])
+        found = certificate(facts["train"], facts["validation"], "authors" in manifest["certificate"]["asked"], near)
         if not found["valid"]:
             shared = ", ".join(f"{found['shared'][name]} {name}" for name in found["asked"] if found["shared"][name])
             problems.append(f"split: train and validation share {shared.replace('_', ' ')}")
