@@ -57,6 +57,16 @@ def where(run: str | Path, uid: str) -> list[Use]:
     return uses_of(schedule, uid, last_step(Path(run)))
 
 
+def table(uses: Iterable[Use]) -> str:
+    """Uses as lines for people: step, pack, uid, raw place, tokens."""
+    lines = [f"{'step':>8} {'pack':>5} {'tokens':>7} {'loss':>7}  {'uid':<36} origin"]
+    for use in uses:
+        piece = f" from token {use.start}" if use.start else ""
+        uid = f"{use.data}/{use.uid}" if use.data != "data" else use.uid
+        lines.append(f"{use.step:>8} {use.pack:>5} {use.tokens:>7} {use.loss_tokens:>7}  {uid:<36} {use.origin}{piece}")
+    return "\n".join(lines)
+
+
 def uses_at(schedule: Schedule, step: int, saved: Iterable[Position] = ()) -> list[Use]:
     """What a schedule uses in step `step` (from 1), found from the latest of the saved positions before it."""
     if step < 1:

@@ -18,7 +18,7 @@ from chatmill.data.schedule import Schedule
 from chatmill.data.shards import MANIFEST, ShardWriter, TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.data.synthetic import MemoryDataset
-from chatmill.data.usage import at, uses_of, where
+from chatmill.data.usage import at, table, uses_of, where
 
 STEPS = 30
 
@@ -61,6 +61,10 @@ def test_at_names_the_dialogues_tokens_and_raw_lines_of_a_step(run: tuple[Path, 
         sum(use.tokens for use in uses) == first.step_tokens and sum(use.loss_tokens for use in uses) == first.step_loss_tokens
     )
     assert {use.pack for use in uses} == set(range(6))
+    lines = table(uses).splitlines()
+    assert len(lines) == len(uses) + 1 and all(
+        use.uid in line and use.origin in line for use, line in zip(uses, lines[1:], strict=True)
+    )
     assert all(use.origin == f"raw/chats.jsonl:{int(use.uid[1:]) + 1}" and use.source == "chats" for use in uses)
 
 
