@@ -64,7 +64,8 @@ class UnionFind:
         return np.array([self.find(i) for i in range(len(self.parent))], dtype=np.int64)
 
 
-EXACT, NEAR = 1, 2
+EXACT, NEAR, CONTAMINATED = 1, 2, 3
+REASONS = {EXACT: "exact duplicate", NEAR: "near duplicate", CONTAMINATED: "shares text with an evaluation set"}
 
 
 def deduplicate(

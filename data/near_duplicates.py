@@ -26,9 +26,14 @@ SHINGLE = 3
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\u0e00-\u0e7f]|[^\W_]+")
 
 
+def words_of(text: str) -> list[str]:
+    """Words of the canonical text, without punctuation."""
+    return _TOKEN.findall(canonical(text))
+
+
 def shingles(text: str) -> set[str]:
     """Word triples of the canonical text; shorter texts are one shingle."""
-    words = _TOKEN.findall(canonical(text))
+    words = words_of(text)
     return {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
 
 

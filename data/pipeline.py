@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
 from chatmill.data.conversation import TokenizedDialogue, load_line
-from chatmill.data.dedup import EXACT, deduplicate
+from chatmill.data.decontaminate import benchmark_files, benchmark_hashes
+from chatmill.data.dedup import CONTAMINATED, REASONS, deduplicate
 from chatmill.data.dialogue_shards import DialogueWriter
 from chatmill.data.executor import run_tasks
 from chatmill.data.importers.raw_file import RawFile
@@ -137,6 +138,10 @@ class _Build:
         return [chunk for result in results for chunk in result["chunks"]]
 
     def _prepare(self, chunks: list[str]) -> list[int]:
+        dedup = self.recipe.dedup
+        if dedup.decontaminate and not self.work.path("prepare", "benchmarks.npz").is_file():
+            hashes = benchmark_hashes(dedup.decontaminate, dedup.overlap_words)
+            save_arrays(self.work.path("prepare", "benchmarks.npz"), hashes=hashes)
         results = run_tasks(
             self.work.folder / "prepare", chunks, PrepareChunk(self.work), self.workers, self._tick("clean + pair")
         )
@@ -157,11 +162,12 @@ class _Build:
         signature = np.concatenate([part["signature"] for part in parts]) if near else None
         pairs = near_pairs(signature, near.threshold) if near and signature is not None else None
         reason, cluster = deduplicate(exact, self.recipe.dedup.exact, pairs)
+        reason[np.concatenate([part["contaminated"] for part in parts])] = CONTAMINATED
         keep = reason == 0
         ledger = Ledger("samples", kept=int(keep.sum()))
         bounds = np.cumsum([0, *samples])
         for i in np.flatnonzero(~keep).tolist():
-            name = "exact duplicate" if reason[i] == EXACT else "near duplicate"
+            name = REASONS[int(reason[i])]
             ledger.drop(name, self._text_of(chunks, bounds, i) if ledger.dropped[name] < 3 else "")
         self._note("dedup", ledger)
         self.progress("dedup", 1, 1)
@@ -340,7 +346,9 @@ def _digest(
         importer(kind)
         inputs.append({"source": number, "file": file.label, "format": kind, "bytes": _input_bytes(file), "sha256": sha})
     template = _template_source(recipe.tokenizer.template) if tokenizer is None else None
-    facts = [BUILD_VERSION, FORMAT_VERSION, _recipe_facts(recipe), inputs, tokenizer.fingerprint if tokenizer else template]
+    benchmarks = [_input_sha256(file) for file in benchmark_files(recipe.dedup.decontaminate)]
+    tokens = tokenizer.fingerprint if tokenizer else template
+    facts = [BUILD_VERSION, FORMAT_VERSION, _recipe_facts(recipe), inputs, benchmarks, tokens]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), inputs
 
 
@@ -362,6 +370,7 @@ def _recipe_facts(recipe: DataRecipe) -> dict[str, Any]:
     for source in facts["sources"]:
         source.pop("path")
     facts["tokenizer"].pop("path")
+    facts["dedup"].pop("decontaminate")
     return facts
 
 

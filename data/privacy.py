@@ -3,8 +3,9 @@
     Privacy(PrivacySection(mode="surrogate")).apply(turns, note)      # the same address becomes the same stand-in in a dialogue
 
 E-mail, phone, IP, payment card (Luhn), IBAN (mod 97), credentials in URLs, API keys and private keys. Stand-ins come from
-ranges that are reserved for examples (RFC 2606, RFC 5737, 555-01xx), so they can be nobody's. Code fences are searched too: keys
-live there. Names and street addresses are not found: that needs a model, and its mistakes. Reports never quote what was found.
+ranges that are reserved for examples (RFC 2606, RFC 5737, 555-01xx), so they can be nobody's. Code fences are searched too:
+keys live there. Names and street addresses are not found: that needs a model, and its mistakes. Reports never quote what
+was found.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _CARD = re.compile(r"(?<![\d.,-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\d-]|[.,]\d)")
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 _PHONE = re.compile(
     r"(?<![\w.+/=-])(?:\+\d{1,3}[\s.-]?(?:\(\d{1,4}\)[\s.-]?)?\d{1,4}(?:[\s./-]?\d{2,4}){1,4}"
-    r"|(?:\+?1[\s.-]?)?(?:\(\d{3}\)\s?|\d{3}[.-])\d{3}[\s.-]\d{4}|(?:1 )?\d{3} \d{3} \d{4}|\(?0\d{2,4}\)?[\s/-]\d{3,4}[\s-]?\d{3,5})(?![\w/=-]|\.\d)"
+    r"|(?:\+?1[\s.-]?)?(?:\(\d{3}\)\s?|\d{3}[.-])\d{3}[\s.-]\d{4}|(?:1 )?\d{3} \d{3} \d{4}"
+    r"|\(?0\d{2,4}\)?[\s/-]\d{3,4}[\s-]?\d{3,5})(?![\w/=-]|\.\d)"
 )
 _SPOKEN_PHONE = re.compile(
     r"\b(?:call|phone|ring|text|tel|telephone|mobile|cell|whats ?app|handy|number is|numéro)\b"

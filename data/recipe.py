@@ -93,8 +93,8 @@ class NearSection(Section):
 class DedupSection(Section):
     """exact: of dialogues equal up to case and blanks, the first stays. near: the same for near duplicates (MinHash).
 
-    decontaminate: files or folders of evaluation sets (any format an importer knows); training samples that share a run of
-    `overlap_words` words with one of their texts are dropped.
+    decontaminate: files or folders of evaluation sets, in any format an importer knows; samples that share a run of
+    overlap_words words with one of their texts are dropped.
     """
 
     exact: bool = True

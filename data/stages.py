@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from chatmill.config import ConfigError
 from chatmill.data.clean import Cleaner
 from chatmill.data.conversation import Conversation, dump_line, load_line
+from chatmill.data.decontaminate import contaminated
 from chatmill.data.dedup import text_hash
 from chatmill.data.importers.raw_file import RawFile
 from chatmill.data.importers.registry import read_file
@@ -45,6 +46,12 @@ class Work:
     def path(self, stage: str, name: str) -> Path:
         """File of a stage."""
         return self.folder / stage / name
+
+    def benchmarks(self) -> NDArray[np.uint64] | None:
+        """Hashes of the evaluation sets to keep out, if there are any."""
+        if not self.recipe.dedup.decontaminate:
+            return None
+        return load_arrays(self.path("prepare", "benchmarks.npz"))["hashes"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,8 @@ class PrepareChunk:
         recipe = self.work.recipe
         cleaner, clean, pair = Cleaner(recipe.clean), Ledger("conversations"), Ledger("samples")
         lines, exact, thread, authors, author_counts = list[bytes](), list[int](), list[int](), list[int](), list[int]()
-        texts = list[str]()
+        texts, foul = list[str](), list[bool]()
+        known = self.work.benchmarks()
         for conversation in read_lines(self.work.path("import", f"{name}.jsonl")):
             cleaned = cleaner.apply(conversation, clean)
             if cleaned is None:
@@ -98,6 +106,7 @@ class PrepareChunk:
                 found = author_hashes(sample)
                 authors += found
                 author_counts.append(len(found))
+                foul.append(known is not None and contaminated(sample, known, recipe.dedup.overlap_words))
                 if recipe.dedup.near is not None:
                     texts.append(dialogue_text(sample))
         write_durably(self.work.path("prepare", f"{name}.jsonl"), b"".join(lines))
@@ -108,6 +117,7 @@ class PrepareChunk:
             thread=np.array(thread, dtype=np.uint64),
             authors=np.array(authors, dtype=np.uint64),
             author_counts=np.array(author_counts, dtype=np.int64),
+            contaminated=np.array(foul, dtype=bool),
             **near,
         )
         return {"samples": len(lines), "clean": clean.to_dict(), "pair": pair.to_dict()}

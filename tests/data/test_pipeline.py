@@ -322,6 +322,23 @@ def test_what_cannot_be_built_says_why_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_samples_that_quote_an_evaluation_set_are_dropped(tmp_path: Path) -> None:
+    records = chats(60)
+    quote = "Which of the seven lamps on the long northern road was lit before the snow came down that year"
+    said = [
+        {"role": "user", "content": "I read: " + quote.upper() + "!"},
+        {"role": "assistant", "content": "a fine sentence, that"},
+    ]
+    raw = write_jsonl(tmp_path / "raw.jsonl", [*records, {"messages": said}])
+    question = [{"role": "user", "content": quote.replace(" ", "  ") + "?"}, {"role": "assistant", "content": "tea"}]
+    write_jsonl(tmp_path / "eval.jsonl", [{"messages": question}])
+    built = recipe(raw, dedup={"decontaminate": [str(tmp_path / "eval.jsonl")], "overlap_words": 10})
+    stages = {stage["name"]: stage for stage in build_dataset(built, tmp_path / "out")["stages"]}
+    assert stages["dedup"]["dropped"]["shares text with an evaluation set"] == 1
+    assert "raw.jsonl:61" in stages["dedup"]["examples"]["shares text with an evaluation set"][0]
+    assert verify_dataset(tmp_path / "out") == []
+
+
 def test_single_stages_stop_where_they_are_told(tmp_path: Path) -> None:
     raw = write_jsonl(tmp_path / "raw.jsonl", chats(200))
     for k, stage in enumerate(STAGES[:-1]):

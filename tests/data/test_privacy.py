@@ -100,7 +100,7 @@ HARMLESS: list[Plant] = [
     lambda r: "localhost is 127.0.0.1 or ::1",
     lambda r: f"https://example.com/a:{digits(r, 3)}/b@c",
     lambda r: (
-        f"from {r.randint(1900, 1999)} to {r.randint(2000, 2024)}, {r.randint(1, 9)} {r.randint(100, 999)} {r.randint(100, 999)} people"
+        f"from {r.randint(1900, 1999)} to {r.randint(2000, 2024)}, {r.randint(1, 9)} {digits(r, 3)} {digits(r, 3)} people"
     ),
 ]
 
