@@ -128,6 +128,7 @@ class PackedStream(IterableDataset[PackedBatch]):
             (0 <= rank < world_size, f"rank={rank}: expected 0..{world_size - 1} (world_size={world_size})"),
             (overlong in ("truncate", "split", "drop"), f"overlong={overlong!r}: expected truncate, split or drop"),
             (0 <= overlap < sequence_length, f"overlap={overlap}: expected 0..{sequence_length - 1}"),
+            (dataset.vocab_size <= 1 << 31, f"vocab_size={dataset.vocab_size}: token ids must fit Int32"),
             (epochs is None or epochs >= 1, f"epochs={epochs}: expected at least 1, or None for ever"),
             (
                 global_batch is None or 1 <= global_batch <= slots,

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from webdataset import TarWriter, WebDataset
 
@@ -267,7 +266,6 @@ def bench(
     scale: int = 10_000_000,
 ) -> dict[str, Any]:
     """Everything measured, as plain JSON values."""
-    torch.set_num_threads(1)
     logging.getLogger("streaming").setLevel(logging.ERROR)
     if data is None:
         made = MemoryDataset.random(dialogues, mean=mean, spread=1.0, longest=min(lengths))
