@@ -177,7 +177,7 @@ def draw(
         high = calm + 2 * typical
     if zero:
         low = min(0.0, low)
-    if high == low:
+    if high - low <= 1e-9 * max(abs(high), abs(low)):  # a constant, smoothed perhaps with rounding errors
         pad = abs(high) * 0.1 or 1.0
         low, high = (low if zero and low == 0 else low - pad), high + pad
     else:
