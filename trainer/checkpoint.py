@@ -58,6 +58,10 @@ class CheckpointWriter:
         self._pending: dict[str, dict[str, Tensor]] = {}
         self._counts: dict[str, int] = {}
         self._tensors: dict[str, str] = {}
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{self.folder} holds other things than a checkpoint: it is not replaced. Choose another folder."
+            )
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
         self.add_file("config.json", (config.model_dump_json(indent=2) + "\n").encode())
@@ -83,6 +87,7 @@ class CheckpointWriter:
         self._counts[group] = self._counts.get(group, 0) + 1
         name = f"{group}-{self._counts[group]:05d}.safetensors"
         save_file(pending, self._temporary / name)
+        (self._temporary / name).chmod(0o666 & ~_umask())  # safetensors writes 0600: nobody else on a cluster could read it
         self._tensors.update(dict.fromkeys(pending, name))
 
     def _publish(self) -> None:
@@ -264,6 +269,12 @@ def _open_folder(path: Path, verify: bool) -> Checkpoint:
         raise CheckpointError("damaged checkpoint: " + "; ".join(problems))
     config = validate(ModelConfig, json.loads((path / "config.json").read_text(encoding="utf-8")), str(path / "config.json"))
     return Checkpoint(path, config, manifest["meta"], manifest)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

@@ -97,7 +97,7 @@ def _train(
     model.activation_checkpointing = recipe.train.activation_checkpointing
     if resume is None and base is None:
         model.init_weights(recipe.train.seed)
-    engine = Engine(recipe, model, world)
+    engine = build_engine(recipe, model, world)
     stream = training_stream(recipe, config, dataset, world)
     step, tokens, loss_tokens = 0, 0, 0
     start = resume or base
@@ -206,6 +206,15 @@ def _train(
             else ""
         )
     return step
+
+
+def build_engine(recipe: Recipe, model: Decoder, world: World) -> Engine:
+    """The engine that parallel.strategy names."""
+    if recipe.parallel.strategy.startswith("zero"):
+        from chatmill.trainer.zero_engine import ZeroEngine
+
+        return ZeroEngine(recipe, model, world)
+    return Engine(recipe, model, world)
 
 
 def training_stream(recipe: Recipe, config: ModelConfig, dataset: TokenDataset, world: World) -> PackedStream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from chatmill.config import merge
 from chatmill.data.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
+from chatmill.trainer.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOUNS = ("cat", "dog", "boat", "tree", "river", "lamp", "stone", "bird", "cloud", "road")
@@ -84,6 +86,13 @@ def write_recipe(tiny_data: Path, tmp_path: Path):
         return path
 
     return write
+
+
+def cut_back(run: Path, step: int) -> None:
+    """Delete the checkpoints after `step`, as if the run had been killed before they were written."""
+    for folder in list_checkpoints(run):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
 
 
 def launch(recipe: Path, processes: int, *overrides: str, launcher: str = "torchrun", timeout_s: float = 240) -> str:

@@ -87,3 +87,17 @@ def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
         write(tmp_path / "checkpoints" / f"step-{step:08d}")
     prune(tmp_path, keep=2, protect=frozenset({"step-00000001"}))
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000003", "step-00000004"]
+
+
+def test_a_folder_with_other_things_in_it_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="other things"):
+        write(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    write(tmp_path / "c")
+    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "c").iterdir()}
+    assert len(modes) == 1

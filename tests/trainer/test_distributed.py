@@ -13,7 +13,7 @@ from chatmill.trainer.config import load_recipe
 from chatmill.trainer.loop import train
 from chatmill.trainer.run_folder import read_lines
 
-from .conftest import launch, start
+from .conftest import cut_back, launch, start
 
 
 def losses(run: Path) -> list[float]:
@@ -66,21 +66,14 @@ def test_a_run_continues_with_another_engine_and_another_world_size(
     recipe = write_recipe("moved")
     run = tmp_path / "runs" / "moved"
 
-    def cut_back_to(step: int) -> None:
-        folder = run / "checkpoints" / "step-00000008"
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-        assert open_checkpoint(run).meta["step"] == step
-
     launch(recipe, 2, "parallel.strategy=fsdp2", "train.accumulation=2")
-    cut_back_to(4)
+    cut_back(run, 4)
     launch(recipe, 4, "parallel.strategy=ddp", "train.accumulation=1")
     assert losses(run) == pytest.approx(reference, rel=2e-5)
-    cut_back_to(4)
+    cut_back(run, 4)
     launch(recipe, 1, launcher="python")
     assert losses(run) == pytest.approx(reference, rel=2e-5)
-    cut_back_to(4)
+    cut_back(run, 4)
     launch(recipe, 2, "parallel.strategy=fsdp2", "train.accumulation=1", "train.micro_batch=2")
     assert losses(run) == pytest.approx(reference, rel=2e-5)
 

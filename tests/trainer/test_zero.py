@@ -1,0 +1,80 @@
+"""DeepSpeed ZeRO on gloo: the losses of the single process, and checkpoints that every engine reads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from chatmill.trainer.checkpoint import open_checkpoint
+from chatmill.trainer.config import load_recipe
+from chatmill.trainer.loop import train
+from chatmill.trainer.run_folder import read_lines
+
+from .conftest import cut_back, launch
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (make .venv/.deepspeed)"
+    ),
+]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_trains_as_the_single_process_does(stage: int, write_recipe, tmp_path: Path) -> None:
+    train(load_recipe(str(write_recipe("reference"))))
+    recipe = write_recipe("zero", parallel={"strategy": f"zero{stage}"}, train={"accumulation": 2})
+    out = launch(recipe, 2)
+    run = tmp_path / "runs" / "zero"
+    assert f"strategy zero{stage} (DeepSpeedEngine/" in out
+    assert f"sharded {20 if stage == 3 else 0} of 20" in out
+    assert losses(run) == pytest.approx(losses(tmp_path / "runs" / "reference"), rel=2e-5)
+    expected = open_checkpoint(tmp_path / "runs" / "reference")
+    found = open_checkpoint(run)
+    for group in ("model", "optimizer"):
+        tensors = dict(expected.tensors(group))
+        assert set(found.names(group)) == set(tensors)
+        for name, tensor in found.tensors(group):
+            torch.testing.assert_close(tensor, tensors[name], rtol=2e-3, atol=5e-5, msg=name)
+
+
+def test_a_checkpoint_moves_between_zero_and_the_other_engines(write_recipe, tmp_path: Path) -> None:
+    train(load_recipe(str(write_recipe("reference"))))
+    expected = losses(tmp_path / "runs" / "reference")
+    recipe = write_recipe("moved")
+    run = tmp_path / "runs" / "moved"
+    launch(recipe, 2, "parallel.strategy=zero3", "train.accumulation=2")
+    cut_back(run, 4)
+    launch(recipe, 1, launcher="python")
+    assert losses(run) == pytest.approx(expected, rel=2e-5)
+    cut_back(run, 4)
+    launch(recipe, 2, "parallel.strategy=zero1", "train.accumulation=2")
+    assert losses(run) == pytest.approx(expected, rel=2e-5)
+    cut_back(run, 4)
+    launch(recipe, 4, "parallel.strategy=zero3", "train.accumulation=1")
+    assert losses(run) == pytest.approx(expected, rel=2e-5)
+    cut_back(run, 4)
+    launch(recipe, 2, "parallel.strategy=fsdp2", "train.accumulation=2")
+    assert losses(run) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_bf16_keeps_fp32_masters_and_follows_ddp(strategy: str, write_recipe, tmp_path: Path) -> None:
+    settings = {"accumulation": 2, "precision": "bf16"}
+    launch(write_recipe("ddp", parallel={"strategy": "ddp"}, train=settings), 2)
+    launch(write_recipe("zero", parallel={"strategy": strategy}, train=settings), 2)
+    ddp, zero = losses(tmp_path / "runs" / "ddp"), losses(tmp_path / "runs" / "zero")
+    assert zero == pytest.approx(ddp, rel=5e-3)
+    tensor = open_checkpoint(tmp_path / "runs" / "zero").tensor("layers.0.mlp.up.weight")
+    assert tensor.dtype == torch.float32
+    assert not torch.equal(tensor, tensor.bfloat16().float()), "the masters were rounded to bf16"
+    environment = json.loads((tmp_path / "runs" / "zero" / "environment.json").read_text())
+    assert environment["compute_dtype"] == "bfloat16"

@@ -1,0 +1,195 @@
+"""DeepSpeed ZeRO stages 1, 2 and 3 behind the same interface as the other engines.
+
+    stage 1 shards the optimizer's state over ranks, stage 2 the gradients too, stage 3 the parameters too
+
+DeepSpeed's own checkpoint format is tied to the world size that wrote it. Here the full fp32 weights and Adam moments are
+gathered one tensor at a time, so that a checkpoint is the same as every other engine's and loads into any of them.
+Source: Rajbhandari et al., "ZeRO", arXiv:1910.02054. Install: pip install 'chatmill[gpu]'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chatmill.config import ConfigError
+from chatmill.data.stream import PackedBatch
+from chatmill.trainer.config import Recipe
+from chatmill.trainer.engine import Engine, StepSums
+from chatmill.trainer.model import Decoder
+from chatmill.trainer.optimizer import build_optimizer
+from chatmill.trainer.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def zero_config(recipe: Recipe, stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a recipe."""
+    bf16 = recipe.train.precision == "bf16"
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch,
+        "gradient_accumulation_steps": recipe.train.accumulation,
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": False},
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW, as in every other engine
+        "communication_data_type": "fp32",
+        "steps_per_print": 1 << 30,
+        "bf16": {"enabled": bf16},
+    }
+    if bf16:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if recipe.optimizer.clip_norm is not None:
+        config["gradient_clipping"] = recipe.optimizer.clip_norm
+    return config
+
+
+class ZeroEngine(Engine):
+    """A model in a DeepSpeedEngine; torch's AdamW steps on the local shards."""
+
+    def __init__(self, recipe: Recipe, model: Decoder, world: World) -> None:
+        self.recipe, self.world, self.decoder = recipe, world, model
+        self.stage = int(recipe.parallel.strategy.removeprefix("zero"))
+        deepspeed = _import_deepspeed()
+        model.to(world.device)
+        optimizer = build_optimizer(model, recipe.optimizer)
+        self.names = [name for name, _ in model.named_parameters()]
+        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config(recipe, self.stage))
+        self.model: nn.Module = engine
+        self.deepspeed = engine
+        self.zero = engine.optimizer
+        self.optimizer = optimizer
+
+    def describe(self) -> dict[str, Any]:
+        """The proof of the start; refuses an engine that is not the stage that was asked for."""
+        found = self.deepspeed.zero_optimization_stage()
+        if found != self.stage:
+            raise ConfigError(f"DeepSpeed runs ZeRO stage {found}, the recipe asks for stage {self.stage}")
+        parameters = list(self.decoder.parameters())
+        sharded = sum(hasattr(p, "ds_id") for p in parameters)
+        if sharded != (len(parameters) if self.stage == 3 else 0):
+            raise ConfigError(f"ZeRO stage {self.stage}: {sharded} of {len(parameters)} parameters are sharded")
+        return {
+            "strategy": self.recipe.parallel.strategy,
+            "engine": f"{type(self.deepspeed).__name__}/{type(self.zero).__name__}",
+            "world_size": self.world.world_size,
+            "backend": self.world.backend,
+            "device": self.device_name(),
+            "sharded_parameters": f"{sharded} of {len(parameters)}",
+            "parameter_dtype": "float32",
+            "compute_dtype": {"bf16": "bfloat16", "fp32": "float32"}[self.recipe.train.precision],
+            "reduce_dtype": "float32",
+            "optimizer": type(self.optimizer).__name__ + f" (fp32 state, ZeRO-{self.stage})",
+            "threads": torch.get_num_threads(),
+        }
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """DeepSpeed holds the bf16 copy of the weights itself."""
+        return contextlib.nullcontext()
+
+    def forward_backward(self, batches: Sequence[PackedBatch]) -> StepSums:
+        """Gradients of one step; DeepSpeed reduces on the last micro-batch. The last `step` call updates."""
+        self.model.train()
+        scale = self.world.world_size / max(1, batches[0].step_loss_tokens)
+        sums: StepSums | None = None
+        for i, batch in enumerate(batches):
+            output = self.forward(batch)
+            self.deepspeed.backward(output.loss_sum * scale, scale_wrt_gas=False)
+            loss, correct = output.loss_sum.detach(), output.correct.detach()
+            sums = StepSums(loss, correct) if sums is None else StepSums(sums.loss_sum + loss, sums.correct + correct)
+            if i + 1 < len(batches):
+                self.deepspeed.step()  # counts the micro-batch; nothing is updated before the last one
+        assert sums is not None
+        return sums
+
+    def step(self, lr: float) -> float:
+        """Clip, update, zero (all inside DeepSpeed); returns the gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm())
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(group, name, full fp32 tensor) of the weights and moments; every rank must iterate."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        named = list(zip(self.names, self.decoder.parameters(), strict=True))
+        for name, parameter in named:
+            yield "model", name, safe_get_full_fp32_param(parameter).detach().reshape(_shape(parameter))
+        if not self._has_state():
+            return
+        self._link_states()
+        steps = next(iter(self._states()))["step"]
+        for name, parameter in named:
+            for key in MOMENTS:
+                full = safe_get_full_optimizer_state(parameter, key)
+                yield "optimizer", f"{name}.{key}", full.detach().reshape(_shape(parameter))
+            yield "optimizer", f"{name}.step", torch.as_tensor(float(steps))
+
+    def load_model(self, read: Iterator[tuple[str, Tensor]]) -> None:
+        """Set the fp32 master weights exactly, and the low-precision copies from them."""
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        named = dict(zip(self.names, self.decoder.parameters(), strict=True))
+        for name, tensor in read:
+            parameter = named[name]
+            value = tensor.to(self.world.device, torch.float32)
+            safe_set_full_fp32_param(parameter, value)
+            if self.stage == 3:
+                with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                    parameter.data.copy_(value)
+            else:
+                parameter.data.copy_(value)
+
+    def load_optimizer(self, read: dict[str, Tensor]) -> None:
+        """Restore moments and step counts from full tensors, whoever wrote them."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        steps = read[f"{self.names[0]}.step"]
+        for flat in self._flat_partitions():
+            zeros = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
+            self.optimizer.state[flat] = {"step": steps.to(flat.device).clone(), **zeros}
+        self._link_states()
+        for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, read[f"{name}.{key}"].to(self.world.device), key)
+
+    def _flat_partitions(self) -> list[Tensor]:
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return list(next(getattr(self.zero, name) for name in names if hasattr(self.zero, name)))
+
+    def _link_states(self) -> None:
+        """Let DeepSpeed find the moments of each parameter; it links them once, and torch's AdamW makes them later than that."""
+        if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _states(self) -> list[dict[str, Tensor]]:
+        return [self.optimizer.state[flat] for flat in self._flat_partitions() if flat in self.optimizer.state]
+
+    def _has_state(self) -> bool:
+        return any("exp_avg" in state for state in self._states())
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Full shape of a parameter, also where ZeRO-3 keeps a shard only."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _import_deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            "parallel.strategy=zero* needs DeepSpeed, which is not installed.\n"
+            "Install it with: DS_BUILD_OPS=0 pip install --no-build-isolation 'chatmill[gpu]', or use parallel.strategy=fsdp2."
+        ) from error
+    if not torch.cuda.is_available():
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False  # would compile C++ for a minute at the first start on a CPU
+    return deepspeed
