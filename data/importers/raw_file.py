@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
+import importlib
 import io
 import lzma
 import re
@@ -119,7 +120,7 @@ class RawFile:
 @contextmanager
 def _open_zstd(path: Path) -> Iterator[IO[bytes]]:
     try:
-        import zstandard
+        zstandard = importlib.import_module("zstandard")
     except ImportError as error:
         raise ConfigError(
             f"{path}: reading .zst needs the package zstandard (pip install zstandard), or unpack the file"
