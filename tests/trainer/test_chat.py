@@ -175,19 +175,35 @@ def test_a_foreign_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> Non
         load_chat_model(tmp_path / "bad")
 
 
+# The real loop and loading, with replies slow enough to be interrupted for certain.
+SLOW_CHAT = """
+import sys, time
+from chatmill.trainer import chat_terminal
+from chatmill.trainer.generation import Reply
+
+def answer_with(chat_model):
+    def answer(messages, settings, on_text):
+        for number in range(settings.max_new_tokens):
+            on_text(f"{number} ")
+            time.sleep(0.1)
+        return Reply("", "stop", 1, settings.max_new_tokens)
+    return answer
+
+chat_terminal.answer_with = answer_with
+sys.exit(chat_terminal.run_chat(sys.argv[1], max_new_tokens=2000))
+"""
+
+
 @pytest.mark.slow
 def test_a_real_terminal_streams_and_ctrl_c_stops_the_reply_not_the_program(checkpoint: Path) -> None:
     master, slave = pty.openpty()
-    code = (
-        "import sys; from chatmill.trainer.chat_terminal import run_chat; sys.exit(run_chat(sys.argv[1], max_new_tokens=200))"
-    )
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
         "TERM": "dumb",
         "CUDA_VISIBLE_DEVICES": "",
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(checkpoint)],
+        [sys.executable, "-c", SLOW_CHAT, str(checkpoint)],
         stdin=slave,
         stdout=slave,
         stderr=slave,
@@ -209,7 +225,7 @@ def test_a_real_terminal_streams_and_ctrl_c_stops_the_reply_not_the_program(chec
     try:
         wait_for("you ")
         os.write(master, b"hello\n")
-        wait_for("tiny ")
+        wait_for("tiny 0 1 2")
         process.send_signal(signal.SIGINT)
         wait_for("stopped")
         os.write(master, b"/params max_new_tokens=3\n")
