@@ -38,6 +38,12 @@ def add_commands(commands: Any) -> None:
     command = _add(commands, "resume", _resume, "start a stopped run again as it was launched last")
     command.add_argument("run_dir", metavar="RUN")
     command.add_argument("--detach", action="store_true", help="leave it running in the background (not for Slurm jobs)")
+    command = _add(commands, "sweep", _sweep, "hyper-parameter search over a recipe's fields, here or as a Slurm array")
+    command.add_argument("sweep", metavar="SWEEP.yaml", help="recipe, space, sampler, pruning: see launcher/sweep_config.py")
+    command.add_argument("--on", choices=("local", "slurm"), default="local")
+    command.add_argument("--workers", type=int, help="trials at the same time (default: the file's)")
+    command.add_argument("--report", action="store_true", help="only write table, best.yaml and report.html again")
+    command.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
     command = _add(commands, "doctor", _doctor, "what this machine can do, what is missing, and what to do about it")
     command.add_argument("--folder", default=".", help="where runs and data live: its disk is measured")
     command.add_argument("--json", action="store_true", help="findings as JSON")
@@ -105,6 +111,12 @@ def _resume(options: argparse.Namespace) -> int:
     from chatmill.launcher.runs import resume
 
     return resume(options.run_dir, detach=options.detach)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from chatmill.launcher.sweep import sweep
+
+    return sweep(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -25,6 +25,26 @@ USAGE = """\
 # CHATMILL_HANG_S. This file is written by launcher/slurm.py (tests compare them): change it there.
 """
 
+SWEEP_USAGE = """\
+# One worker of a sweep per element of the job array; each takes trials until none are left.
+#
+#   sbatch --array=1-8 slurm/sweep.sh SWEEP.yaml
+#   sbatch --array=1-8 --gpus-per-node=1 --cpus-per-task=12 --time=12:00:00 slurm/sweep.sh SWEEP.yaml
+#
+# Needs optuna (pip install 'chatmill[sweep]'). Near the time limit a worker puts its trial back and requeues itself; the trial
+# goes on from its checkpoint. This file is written by launcher/slurm.py (tests compare them): change it there.
+"""
+
+SWEEP_BODY = r"""
+set -euo pipefail
+trap '' USR1                                  # until the worker takes over
+(( $# == 1 )) || { echo "usage: sbatch --array=1-8 slurm/sweep.sh SWEEP.yaml" >&2; exit 2; }
+cd "$SLURM_SUBMIT_DIR"
+if [[ -d $CHATMILL_CODE/src/chatmill ]]; then export PYTHONPATH=$CHATMILL_CODE/src${PYTHONPATH:+:$PYTHONPATH}; fi
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+exec "$CHATMILL_PYTHON" -m chatmill.launcher.sweep_worker "$@"
+"""
+
 BODY = r"""
 set -euo pipefail
 trap '' USR1                                  # until the supervisor takes over at the end of this script
@@ -80,6 +100,14 @@ def render_sbatch(spec: JobSpec) -> str:
     return "#!/bin/bash\n" + USAGE + "\n".join(header(spec)) + "\n\n" + "\n".join(settings(spec)) + "\n" + BODY
 
 
+def render_sweep(spec: JobSpec, workers: int | None = None) -> str:
+    """A job array of sweep workers; without `workers` the array is given on sbatch's command line (slurm/sweep.sh)."""
+    array = [f"#SBATCH --array=1-{workers}"] if workers else []
+    given = [f"set -- {shlex.join(spec.arguments)}"] if spec.arguments else []
+    lines = [*site_settings(spec), *given]
+    return "#!/bin/bash\n" + SWEEP_USAGE + "\n".join([*header(spec), *array]) + "\n\n" + "\n".join(lines) + "\n" + SWEEP_BODY
+
+
 def header(spec: JobSpec) -> list[str]:
     """#SBATCH lines. Slurm stops reading them at the first command."""
     by_hand = not spec.arguments
@@ -110,21 +138,25 @@ def header(spec: JobSpec) -> list[str]:
     return lines
 
 
-def settings(spec: JobSpec) -> list[str]:
-    """Values the body reads, each quoted; modules, variables and commands of the site."""
+def site_settings(spec: JobSpec) -> list[str]:
+    """Modules, variables and commands of the site; where code and Python are. Every value is quoted."""
     lines = [f"module load {shlex.quote(module)}" for module in spec.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.environment.items())]
     lines += [f': "${{{name}:?export {name} in the shell that submits this job}}"' for name in spec.secrets]
     lines += list(spec.setup)
     code = "${CHATMILL_CODE:-$SLURM_SUBMIT_DIR}" if spec.code is None else shlex.quote(spec.code)
     lines.append(f"export CHATMILL_CODE={code}")
-    if spec.python is None:
-        lines.append("if [[ -z ${CHATMILL_PYTHON:-} && -x $CHATMILL_CODE/.venv/bin/python ]]; then")
-        lines.append("  CHATMILL_PYTHON=$CHATMILL_CODE/.venv/bin/python")
-        lines.append("fi")
-        lines.append("export CHATMILL_PYTHON=${CHATMILL_PYTHON:-python3}")
-    else:
-        lines.append(f"export CHATMILL_PYTHON={shlex.quote(spec.python)}")
+    if spec.python is not None:
+        return [*lines, f"export CHATMILL_PYTHON={shlex.quote(spec.python)}"]
+    lines.append("if [[ -z ${CHATMILL_PYTHON:-} && -x $CHATMILL_CODE/.venv/bin/python ]]; then")
+    lines.append("  CHATMILL_PYTHON=$CHATMILL_CODE/.venv/bin/python")
+    lines.append("fi")
+    return [*lines, "export CHATMILL_PYTHON=${CHATMILL_PYTHON:-python3}"]
+
+
+def settings(spec: JobSpec) -> list[str]:
+    """Everything that the body of train.sh reads."""
+    lines = site_settings(spec)
     if spec.arguments:
         lines.append(f"export CHATMILL_PROCESSES={spec.processes}")
         lines.append(f"set -- {shlex.join(spec.arguments)}")

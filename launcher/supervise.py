@@ -39,6 +39,7 @@ from chatmill.launcher.run_state import (
     needed_lead_s,
     newest_step,
     now,
+    read_jsonl,
 )
 from chatmill.launcher.slurm_job import SlurmJob
 
@@ -103,13 +104,17 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
         (run_dir / PREEMPTED).unlink(missing_ok=True)
         before = newest_step(run_dir)
         nodes = slurm.nodes if slurm else [socket.gethostname()]
-        began = {"time": now(), "event": "begin", "attempt": number, "job": job, "nodes": nodes, "step": before, "port": port}
+        since = now()
+        began = {"time": since, "event": "begin", "attempt": number, "job": job, "nodes": nodes, "step": before, "port": port}
         append_jsonl(run_dir / ATTEMPTS, began | {"pid": os.getpid(), "host": socket.gethostname(), "log": own_output()})
         say(f"attempt {number} on {' '.join(nodes)}, {describe_step(before)}, rendezvous port {port}, logs in {logs}")
         deadline = _early_stop(run_dir, slurm, lead_s)
         environment = os.environ | {"CHATMILL_ATTEMPT": str(number), "CHATMILL_LOGS": str(logs), "MASTER_PORT": str(port)}
         words = [word.replace(LOGS, str(logs)) for word in command]
         code = run_attempt(words, environment, signals, slurm, run_dir, deadline, hang_s)
+        if code and is_finished(run_dir, since):
+            say(f"exit code {code}, but the run had finished before: a signal met processes that were on their way out")
+            code = 0
         after = newest_step(run_dir)
         preempted = (run_dir / PREEMPTED).is_file()
         cause: Cause | None = None
@@ -188,8 +193,9 @@ def run_attempt(
 ) -> int:
     """Start the command, forward stop signals until it ends; returns its exit code (negative: killed by that signal).
 
-    Under Slurm the signal goes to the job's steps again and again until they end: ranks that are still loading cannot hear the
-    first one. Locally one SIGTERM goes to the launcher, which hands it to its workers; a second Ctrl-C kills.
+    Under Slurm the signal goes to the job's steps again and again until they have saved: ranks that are still loading cannot
+    hear the first one, and one that is leaving Python would die of a further one. Locally one SIGTERM goes to the launcher,
+    which hands it to its workers; a second Ctrl-C kills.
     """
     child = subprocess.Popen(command, env=environment, start_new_session=slurm is None)
     forwarded, last_sent, kills = 0, 0.0, 0
@@ -201,7 +207,8 @@ def run_attempt(
             pass
         if deadline is not None and time.monotonic() >= deadline:
             signals.stop, deadline = True, None
-        if signals.stop and slurm is not None and time.monotonic() - last_sent >= 5.0:
+        obeyed = bool(last_sent) and ((run_dir / PREEMPTED).exists() or is_finished(run_dir, started))
+        if signals.stop and slurm is not None and not obeyed and time.monotonic() - last_sent >= 5.0:
             if not last_sent:
                 say("asking all ranks to save and stop")
             slurm.signal_steps()
@@ -221,6 +228,11 @@ def run_attempt(
                 slurm.signal_steps("KILL")
             child.kill()
             kill_workers(run_dir)
+
+
+def is_finished(run_dir: Path, since: float) -> bool:
+    """Whether the trainer wrote that it is done (its last checkpoint is then published) after the time `since`."""
+    return any(e.get("event") == "finished" and e.get("time", 0.0) >= since for e in read_jsonl(run_dir / "events.jsonl"))
 
 
 def kill_workers(run_dir: Path) -> None:

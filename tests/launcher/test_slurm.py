@@ -179,8 +179,10 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_in_the_next_one(
         fresh = Bench(cluster, bench.folder, bench.vocab)
         time.sleep(7)
         job, run = fresh.submit("limited", "--time=1", "--signal=B:USR1@10", steps=LONG)
-        until("stopped by the signal", lambda: any(a.outcome for a in attempts(run)), 60)
+        until("stopped by the signal", lambda: any(a.outcome for a in attempts(run)), 120)
         at_step, since = last_step(run), (attempts(run)[0].ended or 0.0)
+        cluster.wait_until(job, ("PENDING",), 30)
+        cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # one interruption is enough
         state = cluster.wait(job, 240)
     assert state == "COMPLETED", fresh.output("limited", job)
     assert attempts(run)[0].outcome == "preempted"

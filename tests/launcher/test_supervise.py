@@ -50,6 +50,10 @@ if behaviour == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN); (run / "ready").touch()
     time.sleep(60)
 if behaviour == "finish": save(start + 1)
+if behaviour == "die-after-the-end":
+    save(start + 1)
+    (run / "events.jsonl").write_text('{"event": "finished", "time": %f}' % time.time())
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -123,6 +127,11 @@ def test_a_second_signal_ends_a_run_that_does_not_listen(tmp_path: Path) -> None
 def test_an_attempt_that_writes_nothing_for_too_long_is_killed(tmp_path: Path) -> None:
     done = supervise(tmp_path, "deaf", "--hang", "1", "--max-no-progress", "1")
     assert done.returncode == 1 and outcomes(tmp_path) == ["failed"] and "nothing was written" in done.stdout
+
+
+def test_a_process_that_dies_after_the_run_has_finished_does_not_start_it_again(tmp_path: Path) -> None:
+    done = supervise(tmp_path, "die-after-the-end")
+    assert done.returncode == 0 and outcomes(tmp_path) == ["finished"]
 
 
 def test_an_old_preempted_mark_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
