@@ -100,9 +100,8 @@ def attention_forward(
         return attention_forward_torch(q, k, v, _bounds(cu_seqlens), Rules(causal, window, softcap, scale))
     from chatmill.kernels.attention_triton import attention_forward_triton
 
-    return attention_forward_triton(
-        q, k, v, _plan(q, v, cu_seqlens, plan, header, causal, window), causal, window, softcap, scale
-    )
+    tiles = _plan(q, v, cu_seqlens, plan, header, causal, window)
+    return attention_forward_triton(q, k, v, tiles, softcap, scale)
 
 
 @attention_forward.register_fake
@@ -149,7 +148,7 @@ def attention_backward(
     from chatmill.kernels.attention_triton import attention_backward_triton
 
     tiles = _plan(q, v, cu_seqlens, plan, header, causal, window)
-    return attention_backward_triton(q, k, v, out, lse, dout, dlse, tiles, causal, window, softcap, scale)
+    return attention_backward_triton(q, k, v, out, lse, dout, dlse, tiles, softcap, scale)
 
 
 @attention_backward.register_fake

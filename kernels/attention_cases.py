@@ -2,50 +2,83 @@
 
     python -m chatmill.kernels.cross_compile chatmill.kernels.attention_cases [--arch 90] [--match D128]
 
-The tile sizes come from the shipped table (tuning/attention.json); SPILLS holds the measured, accepted spills.
+One case per kernel, tile shape, head dimension class and GPU generation of the shipped table (tuning/attention.json) in bf16;
+the variants (soft-cap, fp16, fp32) once each on Hopper. Windows and causality are not in the binary. SPILLS holds what the
+compiler was seen to spill where it could not be avoided: a build may not get worse.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from chatmill.kernels.attention_config import TileConfig, padded
+from chatmill.kernels.attention_config import KernelConfig, TileConfig, kernel_config, padded
 from chatmill.kernels.attention_triton import attention_dkdv_kernel, attention_dq_kernel, attention_forward_kernel
 from chatmill.kernels.cross_compile import Case
 
+KERNELS = {"forward": attention_forward_kernel, "dkdv": attention_dkdv_kernel, "dq": attention_dq_kernel}
+# generations that ship: A100, Hopper, Blackwell; (D, Dv, with the small tiles of short documents too)
+ARCHS = (80, 90, 100)
+DIMS = ((64, 64, True), (80, 80, False), (128, 128, True), (192, 128, False), (256, 256, False))
+# (kernel, D, arch, short documents) -> bytes; accumulators of dk and dv at D = 256 alone take half of the register file
+SPILLS: dict[tuple[str, int, int, bool], int] = {}
+
+
+def shipped_cases() -> list[Case]:
+    """What must compile clean."""
+    cases = []
+    for arch in ARCHS:
+        for D, DV, has_short in DIMS:
+            for short in (False, True) if has_short else (False,):
+                config = kernel_config(arch, 2, max(D, DV), short)
+                for kernel in KernelConfig._fields:
+                    budget = SPILLS.get((kernel, D, arch, short), 0)
+                    cases.append(
+                        compile_case(kernel, getattr(config, kernel), arch=arch, D=D, DV=DV, short=short, spill_bytes=budget)
+                    )
+    hopper, exact = kernel_config(90, 2, 64, False), kernel_config(90, 4, 64, False)
+    for kernel in KernelConfig._fields:
+        tiles = getattr(hopper, kernel)
+        cases.append(compile_case(kernel, tiles, arch=90, D=64, DV=64, cap=True, spill_bytes=VARIANT_SPILLS))
+        cases.append(compile_case(kernel, tiles, arch=90, D=64, DV=64, element="fp16"))
+        cases.append(compile_case(kernel, getattr(exact, kernel), arch=90, D=64, DV=64, element="fp32", spill_bytes=1 << 16))
+    return cases
+
+
+VARIANT_SPILLS = 0
+
 
 def compile_case(
-    kernel: str, config: TileConfig, *, arch: int, D: int, DV: int, element: str = "bf16", causal: bool = True,
-    window: bool = False, cap: bool = False, short: bool = False, spill_bytes: int = 0,
+    kernel: str, config: TileConfig, *, arch: int, D: int, DV: int, element: str = "bf16",
+    cap: bool = False, short: bool = False, spill_bytes: int = 0,
 ) -> Case:  # fmt: skip
-    """One configuration of forward, dkdv or dq for cross_compile, with dense rows of 16 heads."""
-    function = {"forward": attention_forward_kernel, "dkdv": attention_dkdv_kernel, "dq": attention_dq_kernel}[kernel]
-    floats, integers = ("scale", "scale2", "cap2"), ("T", "heads", "kv_heads", "group", "window")
-    types, aligned = {}, []
-    for name in function.arg_names:
-        if name in ("LSE", "DELTA"):
-            types[name] = "*fp32"
-        elif name in ("TILES", "BOUNDS"):
-            types[name] = "*i32"
-        elif name in floats:
-            types[name] = "fp32"
-        elif name in integers:
-            types[name] = "i32"
-        elif name.endswith("_head"):
-            types[name] = "i32"
-            aligned.append(name)
-        elif name in ("Q", "K", "V", "OUT", "DOUT", "DK", "DV_OUT", "DQ"):
-            types[name] = f"*{element}"
-    rows = {name: 16 * (DV if name in ("v_row", "o_row", "do_row", "dv_row") else D) for name in function.arg_names}
-    constants: dict[str, Any] = {name: stride for name, stride in rows.items() if name.endswith("_row")}
-    constants |= {
+    """One configuration of forward, dkdv or dq, with dense rows of 16 heads."""
+    function = KERNELS[kernel]
+    types = {name: _type_of(name, element) for name in function.arg_names}
+    rows = {name: 16 * (DV if name in ("v_row", "o_row", "do_row", "dv_row") else D) for name in types if name.endswith("_row")}
+    constants: dict[str, Any] = rows | {
         "D": D, "DV": DV, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "CAUSAL": causal, "HAS_WINDOW": window, "HAS_CAP": cap, "PRECISION": "ieee" if element == "fp32" else "tf32",
+        "HAS_CAP": cap, "PRECISION": "ieee" if element == "fp32" else "tf32",
     }  # fmt: skip
-    words = (("window", window), ("cap", cap), ("short", short), ("bidirectional", not causal))
-    extras = "".join(f" {word}" for word, on in words if on)
+    extras = " cap" * cap + " short" * short
     return Case(
-        f"{kernel} D{D if D == DV else f'{D}/{DV}'} {element}{extras}", function, types, constants, arch=arch,
-        num_warps=config.num_warps, num_stages=config.num_stages, aligned=tuple(aligned), spill_bytes=spill_bytes,
+        f"{kernel} D{D if D == DV else f'{D}/{DV}'} {element}{extras}",
+        function,
+        {name: kind for name, kind in types.items() if name not in constants},
+        constants,
+        arch=arch,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=tuple(name for name in types if name.endswith("_head")),
+        spill_bytes=spill_bytes,
         tensor_cores=element != "fp32",
-    )  # fmt: skip
+    )
+
+
+def _type_of(name: str, element: str) -> str:
+    if name in ("LSE", "DELTA"):
+        return "*fp32"
+    if name in ("TILES", "BOUNDS"):
+        return "*i32"
+    if name in ("scale", "scale2", "cap2"):
+        return "fp32"
+    return f"*{element}" if name in ("Q", "K", "V", "OUT", "DOUT", "DK", "DV_OUT", "DQ") else "i32"

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from chatmill.kernels.attention_plan import COLUMNS, make_plan, row_bounds
+from chatmill.kernels.attention_plan import COLUMNS, make_plan, visible_intervals
 from chatmill.kernels.dispatch import capability
 
 TABLE = Path(__file__).resolve().parent / "tuning" / "attention.json"
@@ -73,7 +73,7 @@ def kernel_config(arch: int, element_bytes: int, head_dim: int, short: bool) -> 
 class DevicePlan:
     """Tile lists of one batch as a single int32 tensor, so that one copy moves them.
 
-    data: the three tile lists (forward, dkdv, dq; COLUMNS numbers a tile), then row_bounds (2 x T).
+    data: the three tile lists (forward, dkdv, dq; COLUMNS numbers a tile), then visible_intervals (4 x T).
     header: tiles of the three lists, T, causal, window, then the tile sizes of the three kernels: 18 numbers.
     """
 
@@ -153,6 +153,6 @@ def plan_attention(
         make_plan(bounds, config.dkdv.block_n, config.dkdv.block_m, window, causal=causal, side="key", T=T),
         make_plan(bounds, config.dq.block_m, config.dq.block_n, window, causal=causal, T=T),
     ]
-    data = np.concatenate([x.ravel() for x in (*lists, row_bounds(bounds, T))])
+    data = np.concatenate([x.ravel() for x in (*lists, visible_intervals(bounds, T, window, causal=causal))])
     header = (*(len(x) for x in lists), T, int(causal), window or 0, *config.forward, *config.dkdv, *config.dq)
     return DevicePlan(torch.from_numpy(data), header)

@@ -37,15 +37,23 @@ SHARED_HISTORY_STEPS = 4
 Side = Literal["query", "key"]
 
 
-def row_bounds(cu_seqlens: NDArray[np.integer], T: int) -> NDArray[np.int32]:
-    """Int32 (2, T): first row and end of each row's document; rows of no document get (T, 0)."""
+def visible_intervals(
+    cu_seqlens: NDArray[np.integer], T: int, window: int | None = None, *, causal: bool = True
+) -> NDArray[np.int32]:
+    """Int32 (4, T): first key and end of the keys that each query sees, first query and end of those that see each key.
+
+    Rows of no document get the empty interval [0, 0).
+    """
     bounds = np.asarray(cu_seqlens, dtype=np.int64)
-    lengths = np.diff(bounds)
-    out = np.empty((2, T), dtype=np.int32)
-    out[0], out[1] = T, 0
-    covered = slice(int(bounds[0]), int(bounds[-1]))
-    out[0, covered] = np.repeat(bounds[:-1], lengths)
-    out[1, covered] = np.repeat(bounds[1:], lengths)
+    lengths, rows = np.diff(bounds), np.arange(int(bounds[0]), int(bounds[-1]))
+    first, end = np.repeat(bounds[:-1], lengths), np.repeat(bounds[1:], lengths)
+    reach = window or T + 1
+    out = np.zeros((4, T), dtype=np.int32)
+    inside = out[:, rows[0] : rows[-1] + 1] if rows.size else out[:, :0]
+    inside[0] = np.maximum(first, rows - reach + 1)
+    inside[1] = rows + 1 if causal else np.minimum(end, rows + reach)
+    inside[2] = rows if causal else np.maximum(first, rows - reach + 1)
+    inside[3] = np.minimum(end, rows + reach)
     return out
 
 

@@ -4,9 +4,10 @@
     dv = P^T dout;  dk = scale * dS^T q;  dq = scale * dS k;      delta = sum(dout * out) - dlse
 
 One program takes one tile of a plan (attention_plan.py) and one head: the steps in which every pair is seen run without a mask,
-the few at documents' edges and on the diagonal with one. The backward is split in two kernels, so nothing is added atomically:
-runs are bitwise equal, at the price of 7 matrix products instead of 5. Exponentials are base 2 with the scale folded in;
-statistics and accumulators are fp32. Tile rows are placed by 64-bit offsets.
+the few at documents' edges and on the diagonal with one. What a row sees is one interval, whatever the rule: causality, windows
+and documents live in the plan, and one build serves them all. The backward is split in two kernels, so nothing is added
+atomically: runs are bitwise equal, at the price of 7 matrix products instead of 5. Exponentials are base 2, scale folded
+in; statistics and accumulators are fp32. Tile rows are placed by 64-bit offsets.
 
 Row strides are compile-time constants: one build per model layout, and 30 registers less in dk and dv at D = 128.
 
@@ -59,24 +60,17 @@ def _capped(scores, cap2, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _seen(query, key, other, first, last, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Whether a query sees a key, broadcast; first and last bound the document of one, `other` is the other of the two."""
-    seen = (other >= first) & (other < last)
-    if CAUSAL:
-        seen = seen & (key <= query)
-    if HAS_WINDOW:
-        seen = seen & (query - key < window)
-        if not CAUSAL:
-            seen = seen & (key - query < window)
-    return seen
+def _seen(row, first, count):
+    """Whether a row number lies in [first, first + count): one unsigned comparison; operands broadcast."""
+    return (row - first).to(tl.uint32) < count.to(tl.uint32)
 
 
 @triton.jit
 def _forward_step(
-    acc, total, top, q, k_base, v_base, n, key_stride: tl.constexpr, value_stride: tl.constexpr, rows, first, last, high,
-    window, scale2, cap2,
+    acc, total, top, q, k_base, v_base, n, key_stride: tl.constexpr, value_stride: tl.constexpr, first, count, high,
+    scale2, cap2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One key step of the online softmax."""
     at = tl.arange(0, BLOCK_N)
@@ -89,9 +83,7 @@ def _forward_step(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
     scores = _capped(scores, cap2, HAS_CAP)
     if MASKED:
-        keys = (n + at)[None, :]
-        seen = _seen(rows[:, None], keys, keys, first[:, None], last[:, None], window, CAUSAL, HAS_WINDOW)
-        scores = tl.where(seen, scores, NEVER)
+        scores = tl.where(_seen((n + at)[None, :], first[:, None], count[:, None]), scores, NEVER)
     new_top = tl.maximum(top, tl.max(scores, 1))
     p = tl.math.exp2(scores - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
@@ -107,11 +99,11 @@ def _forward_step(
 
 @triton.jit
 def attention_forward_kernel(
-    Q, K, V, OUT, LSE, TILES, BOUNDS, T, heads, group, window, scale2, cap2,
+    Q, K, V, OUT, LSE, TILES, BOUNDS, T, heads, group, scale2, cap2,
     q_row: tl.constexpr, q_head, k_row: tl.constexpr, k_head, v_row: tl.constexpr, v_head, o_row: tl.constexpr, o_head,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out (T, Hq, Dv) and lse (Hq, T) of one query tile and head. scale2: scale * log2(e); cap2: softcap * log2(e)."""
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
@@ -128,7 +120,7 @@ def attention_forward_kernel(
     channel = tl.arange(0, BLOCK_D)
     value_channel = tl.arange(0, BLOCK_DV)
     first = tl.load(BOUNDS + rows, mask=inside, other=0)
-    last = tl.load(BOUNDS + T + rows, mask=inside, other=0)
+    count = tl.load(BOUNDS + T + rows, mask=inside, other=0) - first
     q_base = Q + start.to(tl.int64) * q_row + head.to(tl.int64) * q_head
     q = _load_tile(q_base, at[:, None] * q_row + channel[None, :], inside, channel, D, BLOCK_D, True)
     k_base = K + (head // group).to(tl.int64) * k_head
@@ -138,14 +130,14 @@ def attention_forward_kernel(
     top = tl.full([BLOCK_M], NEVER, tl.float32)
     for i in tl.range(0, full):
         acc, total, top = _forward_step(
-            acc, total, top, q, k_base, v_base, low + (lead + i) * BLOCK_N, k_row, v_row, rows, first, last, high, window,
-            scale2, cap2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, HAS_WINDOW, HAS_CAP, False, PRECISION,
+            acc, total, top, q, k_base, v_base, low + (lead + i) * BLOCK_N, k_row, v_row, first, count, high, scale2, cap2,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_CAP, False, PRECISION,
         )  # fmt: skip
     for i in tl.range(0, lead + tail):
         step = tl.where(i < lead, i, i + full)
         acc, total, top = _forward_step(
-            acc, total, top, q, k_base, v_base, low + step * BLOCK_N, k_row, v_row, rows, first, last, high, window,
-            scale2, cap2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, HAS_WINDOW, HAS_CAP, True, PRECISION,
+            acc, total, top, q, k_base, v_base, low + step * BLOCK_N, k_row, v_row, first, count, high, scale2, cap2,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_CAP, True, PRECISION,
         )  # fmt: skip
     some = total > 0.0  # no step at all: a row of no document
     acc = acc / tl.where(some, total, 1.0)[:, None]
@@ -187,10 +179,10 @@ def _cap_slope(scores, cap2, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, q_base, do_base, lse_base, delta_base, m, q_row: tl.constexpr, do_row: tl.constexpr, keys,
-    first, last, high, window, scale2, cap2,
+    dk, dv, k, v, q_base, do_base, lse_base, delta_base, m, q_row: tl.constexpr, do_row: tl.constexpr, first, count,
+    high, scale2, cap2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query step of dk and dv; scores are transposed, (keys, queries). Rows from `high` on have P = exp2(-inf) = 0."""
     at = tl.arange(0, BLOCK_M)
@@ -204,9 +196,7 @@ def _key_step(
     scores = _capped(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2, cap2, HAS_CAP)
     p = tl.math.exp2(scores - lse2[None, :])
     if MASKED:
-        queries = rows[None, :]
-        seen = _seen(queries, keys[:, None], queries, first[:, None], last[:, None], window, CAUSAL, HAS_WINDOW)
-        p = tl.where(seen, p, 0.0)
+        p = tl.where(_seen(rows[None, :], first[:, None], count[:, None]), p, 0.0)
     do = _load_tile(
         do_base + wide * do_row, at[:, None] * do_row + value_channel[None, :], inside, value_channel, DV, BLOCK_DV, True
     )
@@ -220,12 +210,12 @@ def _key_step(
 
 @triton.jit
 def attention_dkdv_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DK, DV_OUT, TILES, BOUNDS, T, kv_heads, group, window, scale, scale2, cap2,
+    Q, K, V, DOUT, LSE, DELTA, DK, DV_OUT, TILES, BOUNDS, T, kv_heads, group, scale, scale2, cap2,
     q_row: tl.constexpr, q_head, k_row: tl.constexpr, k_head, v_row: tl.constexpr, v_head, do_row: tl.constexpr, do_head,
     dk_row: tl.constexpr, dk_head, dv_row: tl.constexpr, dv_head,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile and key head, summed over its query heads in a fixed order."""
     tile, kv_head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
@@ -241,8 +231,8 @@ def attention_dkdv_kernel(
     inside = keys < end
     channel = tl.arange(0, BLOCK_D)
     value_channel = tl.arange(0, BLOCK_DV)
-    first = tl.load(BOUNDS + keys, mask=inside, other=0)
-    last = tl.load(BOUNDS + T + keys, mask=inside, other=0)
+    first = tl.load(BOUNDS + 2 * T + keys, mask=inside, other=0)
+    count = tl.load(BOUNDS + 3 * T + keys, mask=inside, other=0) - first
     wide_start, wide_head = start.to(tl.int64), kv_head.to(tl.int64)
     k = _load_tile(
         K + wide_start * k_row + wide_head * k_head, at[:, None] * k_row + channel[None, :], inside, channel, D, BLOCK_D, True
@@ -258,9 +248,9 @@ def attention_dkdv_kernel(
         head = (kv_head * group + i // full).to(tl.int64)
         m = low + (lead + i % full) * BLOCK_M
         dk, dv = _key_step(
-            dk, dv, k, v, Q + head * q_head, DOUT + head * do_head, LSE + head * T, DELTA + head * T, m, q_row, do_row, keys,
-            first, last, high, window, scale2, cap2,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, HAS_WINDOW, HAS_CAP, False, PRECISION,
+            dk, dv, k, v, Q + head * q_head, DOUT + head * do_head, LSE + head * T, DELTA + head * T, m, q_row, do_row,
+            first, count, high, scale2, cap2,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_CAP, False, PRECISION,
         )  # fmt: skip
     masked = lead + tail
     for i in tl.range(0, masked * group):
@@ -268,9 +258,9 @@ def attention_dkdv_kernel(
         step = i % masked
         m = low + tl.where(step < lead, step, step + full) * BLOCK_M
         dk, dv = _key_step(
-            dk, dv, k, v, Q + head * q_head, DOUT + head * do_head, LSE + head * T, DELTA + head * T, m, q_row, do_row, keys,
-            first, last, high, window, scale2, cap2,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, HAS_WINDOW, HAS_CAP, True, PRECISION,
+            dk, dv, k, v, Q + head * q_head, DOUT + head * do_head, LSE + head * T, DELTA + head * T, m, q_row, do_row,
+            first, count, high, scale2, cap2,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_CAP, True, PRECISION,
         )  # fmt: skip
     dk_base = DK + wide_start * dk_row + wide_head * dk_head
     tl.store(
@@ -288,10 +278,9 @@ def attention_dkdv_kernel(
 
 @triton.jit
 def _query_step(
-    dq, q, do, lse2, delta, k_base, v_base, n, k_row: tl.constexpr, v_row: tl.constexpr, rows, first, last, high,
-    window, scale2, cap2,
+    dq, q, do, lse2, delta, k_base, v_base, n, k_row: tl.constexpr, v_row: tl.constexpr, first, count, high, scale2, cap2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One key step of dq."""
     at = tl.arange(0, BLOCK_N)
@@ -306,9 +295,7 @@ def _query_step(
     scores = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2, cap2, HAS_CAP)
     p = tl.math.exp2(scores - lse2[:, None])
     if MASKED:
-        keys = (n + at)[None, :]
-        seen = _seen(rows[:, None], keys, keys, first[:, None], last[:, None], window, CAUSAL, HAS_WINDOW)
-        p = tl.where(seen, p, 0.0)
+        p = tl.where(_seen((n + at)[None, :], first[:, None], count[:, None]), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None]) * _cap_slope(scores, cap2, HAS_CAP)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -316,12 +303,12 @@ def _query_step(
 
 @triton.jit
 def attention_dq_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DQ, TILES, BOUNDS, T, heads, group, window, scale, scale2, cap2,
+    Q, K, V, DOUT, LSE, DELTA, DQ, TILES, BOUNDS, T, heads, group, scale, scale2, cap2,
     q_row: tl.constexpr, q_head, k_row: tl.constexpr, k_head, v_row: tl.constexpr, v_head, do_row: tl.constexpr, do_head,
     dq_row: tl.constexpr, dq_head,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile and head."""
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
@@ -338,7 +325,7 @@ def attention_dq_kernel(
     channel = tl.arange(0, BLOCK_D)
     value_channel = tl.arange(0, BLOCK_DV)
     first = tl.load(BOUNDS + rows, mask=inside, other=0)
-    last = tl.load(BOUNDS + T + rows, mask=inside, other=0)
+    count = tl.load(BOUNDS + T + rows, mask=inside, other=0) - first
     wide_start, wide_head, kv_head = start.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
     q = _load_tile(
         Q + wide_start * q_row + wide_head * q_head, at[:, None] * q_row + channel[None, :], inside, channel, D, BLOCK_D, True
@@ -353,14 +340,14 @@ def attention_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(0, full):
         dq = _query_step(
-            dq, q, do, lse2, delta, k_base, v_base, low + (lead + i) * BLOCK_N, k_row, v_row, rows, first, last, high, window,
-            scale2, cap2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, HAS_WINDOW, HAS_CAP, False, PRECISION,
+            dq, q, do, lse2, delta, k_base, v_base, low + (lead + i) * BLOCK_N, k_row, v_row, first, count, high, scale2, cap2,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_CAP, False, PRECISION,
         )  # fmt: skip
     for i in tl.range(0, lead + tail):
         step = tl.where(i < lead, i, i + full)
         dq = _query_step(
-            dq, q, do, lse2, delta, k_base, v_base, low + step * BLOCK_N, k_row, v_row, rows, first, last, high, window,
-            scale2, cap2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, HAS_WINDOW, HAS_CAP, True, PRECISION,
+            dq, q, do, lse2, delta, k_base, v_base, low + step * BLOCK_N, k_row, v_row, first, count, high, scale2, cap2,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_CAP, True, PRECISION,
         )  # fmt: skip
     dq_base = DQ + wide_start * dq_row + wide_head * dq_head
     tl.store(
@@ -379,12 +366,12 @@ def _dense_channels(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _shared(q: Tensor, v: Tensor, causal: bool, window: int, softcap: float, scale: float) -> tuple[list[Any], dict[str, Any]]:
+def _shared(q: Tensor, v: Tensor, softcap: float, scale: float) -> tuple[list[Any], dict[str, Any]]:
     """scale2 and cap2; constants that all kernels take."""
     D, DV = q.shape[2], v.shape[2]
     constants = {
         "D": D, "DV": DV, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV),
-        "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_CAP": softcap > 0,
+        "HAS_CAP": softcap > 0,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     return [scale * LOG2E, max(softcap, 1e-6) * LOG2E], constants
@@ -400,15 +387,15 @@ def _blocks(config: TileConfig) -> dict[str, int]:
 
 
 def attention_forward_triton(
-    q: Tensor, k: Tensor, v: Tensor, plan: DevicePlan, causal: bool, window: int, softcap: float, scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: DevicePlan, softcap: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out (T, Hq, Dv) in q's dtype and lse (Hq, T) fp32."""
     q, k, v = (_dense_channels(x) for x in (q, k, v))
     T, heads, _ = q.shape
     out, lse = q.new_empty(T, heads, v.shape[2]), q.new_empty(heads, T, dtype=torch.float32)
-    scales, constants = _shared(q, v, causal, window, softcap, scale)
+    scales, constants = _shared(q, v, softcap, scale)
     attention_forward_kernel[(plan.forward.shape[0] * heads,)](
-        q, k, v, out, lse, plan.forward, plan.bounds, T, heads, heads // k.shape[1], window, *scales,
+        q, k, v, out, lse, plan.forward, plan.bounds, T, heads, heads // k.shape[1], *scales,
         *_strides(q, k, v, out), **constants, **_blocks(plan.config.forward),
     )  # fmt: skip
     return out, lse
@@ -416,25 +403,25 @@ def attention_forward_triton(
 
 def attention_backward_triton(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, plan: DevicePlan,
-    causal: bool, window: int, softcap: float, scale: float,
+    softcap: float, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dense, in the dtypes of q, k and v."""
     q, k, v, out, dout = (_dense_channels(x) for x in (q, k, v, out, dout))
     T, heads, _ = q.shape
     kv_heads = k.shape[1]
     delta = torch.empty_like(lse)
-    scales, constants = _shared(q, v, causal, window, softcap, scale)
+    scales, constants = _shared(q, v, softcap, scale)
     attention_delta_kernel[(triton.cdiv(T, 64) * heads,)](
         out, dout, lse if dlse is None else dlse.contiguous(), delta, T, heads, *_strides(out, dout),
         DV=constants["DV"], BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=64, HAS_DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     attention_dkdv_kernel[(plan.dkdv.shape[0] * kv_heads,)](
-        q, k, v, dout, lse, delta, dk, dv, plan.dkdv, plan.bounds, T, kv_heads, heads // kv_heads, window, scale, *scales,
+        q, k, v, dout, lse, delta, dk, dv, plan.dkdv, plan.bounds, T, kv_heads, heads // kv_heads, scale, *scales,
         *_strides(q, k, v, dout, dk, dv), **constants, **_blocks(plan.config.dkdv),
     )  # fmt: skip
     attention_dq_kernel[(plan.dq.shape[0] * heads,)](
-        q, k, v, dout, lse, delta, dq, plan.dq, plan.bounds, T, heads, heads // kv_heads, window, scale, *scales,
+        q, k, v, dout, lse, delta, dq, plan.dq, plan.bounds, T, heads, heads // kv_heads, scale, *scales,
         *_strides(q, k, v, dout, dq), **constants, **_blocks(plan.config.dq),
     )  # fmt: skip
     return dq, dk, dv

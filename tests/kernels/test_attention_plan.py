@@ -18,7 +18,7 @@ from chatmill.kernels.attention_plan import (
     STEPS,
     TAIL,
     make_plan,
-    row_bounds,
+    visible_intervals,
     visited_pairs,
 )
 
@@ -101,9 +101,15 @@ def test_short_chats_share_tiles(longest: int, bound: float) -> None:
     assert visited_pairs(make_plan(bounds, 128, 64), 128, 64) < bound * alone
 
 
-def test_row_bounds_name_each_rows_document() -> None:
-    bounds = row_bounds(np.array([0, 2, 2, 5]), 6)
-    assert bounds.tolist() == [[0, 0, 2, 2, 2, 6], [2, 2, 5, 5, 5, 0]]
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_visible_intervals_are_the_mask(causal: bool, window: int | None) -> None:
+    bounds, T = [0, 2, 2, 9], 11
+    seen = seen_pairs(bounds, T, causal, window)
+    intervals = visible_intervals(np.array(bounds), T, window, causal=causal)
+    columns = np.arange(T)[None]
+    assert np.array_equal((columns >= intervals[0][:, None]) & (columns < intervals[1][:, None]), seen)
+    assert np.array_equal((columns >= intervals[2][:, None]) & (columns < intervals[3][:, None]), seen.T)
 
 
 @pytest.mark.parametrize("bad", [[1, 5], [0, 5, 3], [0, 9], [0]])

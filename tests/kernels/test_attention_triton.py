@@ -177,11 +177,11 @@ def test_nothing_outside_is_read_or_written(dims: tuple[int, int]) -> None:
     q, k, v = (x.detach() for x in inputs(T, (4, 2), dims, torch.float32))
     dout, config = torch.randn_like(q[..., :1].expand(T, 4, dims[1])), SMALL
     plan = plan_attention(bounds, T, head_dim=max(dims), config=config).to(DEVICE)
-    out, lse = tier.attention_forward_triton(q, k, v, plan, True, 0, 0.0, 0.25)
-    expected = tier.attention_backward_triton(q, k, v, out, lse, dout, None, plan, True, 0, 0.0, 0.25)
+    out, lse = tier.attention_forward_triton(q, k, v, plan, 0.0, 0.25)
+    expected = tier.attention_backward_triton(q, k, v, out, lse, dout, None, plan, 0.0, 0.25)
     with canaries(q, k, v, dout) as (q2, k2, v2, dout2):
-        out2, lse2 = tier.attention_forward_triton(q2, k2, v2, plan, True, 0, 0.0, 0.25)
-        found = tier.attention_backward_triton(q2, k2, v2, out2, lse2, dout2, None, plan, True, 0, 0.0, 0.25)
+        out2, lse2 = tier.attention_forward_triton(q2, k2, v2, plan, 0.0, 0.25)
+        found = tier.attention_backward_triton(q2, k2, v2, out2, lse2, dout2, None, plan, 0.0, 0.25)
     assert torch.equal(out, out2)
     assert torch.equal(lse, lse2)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
@@ -195,9 +195,9 @@ def test_outputs_stay_inside_their_buffers() -> None:
     plan = plan_attention([0, 11, 30], T, head_dim=D, config=SMALL).to(DEVICE)
     with canaries(torch.zeros_like(q)) as (out,):
         lse = torch.full((heads + 2, T), CANARY, device=DEVICE)
-        scales, constants = tier._shared(q, v, True, 0, 0.0, 0.2)
+        scales, constants = tier._shared(q, v, 0.0, 0.2)
         tier.attention_forward_kernel[(plan.forward.shape[0] * heads,)](
-            q, k, v, out, lse[1:-1], plan.forward, plan.bounds, T, heads, 1, 0, *scales, *tier._strides(q, k, v, out),
+            q, k, v, out, lse[1:-1], plan.forward, plan.bounds, T, heads, 1, *scales, *tier._strides(q, k, v, out),
             **constants, **tier._blocks(plan.config.forward),
         )  # fmt: skip
         assert error(out[:30], attention_reference(*(x[:30] for x in (q, k, v)), scale=0.2,
@@ -233,7 +233,7 @@ def test_offsets_beyond_32_bits_are_reached(monkeypatch: pytest.MonkeyPatch) -> 
     out, lse = (x.detach() for x in attention(near, near, near, plan=plan, impl="triton", return_lse=True))
     from chatmill.kernels.attention_triton import attention_backward_triton
 
-    rest = (out, lse, near, None, plan, True, 0, 0.0, 0.25)
+    rest = (out, lse, near, None, plan, 0.0, 0.25)
     mine, expected = (attention_backward_triton(x, near, x, *rest) for x in (far, near))
     assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
 
