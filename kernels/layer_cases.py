@@ -91,19 +91,18 @@ def rope_cases() -> list[Case]:
 
 def swiglu_cases() -> list[Case]:
     """SwiGLU."""
-    constants = {"DOUBLE": False, "BLOCK": swiglu_triton.BLOCK}
-    forward = dict.fromkeys(("GATE", "UP", "Y"), "*bf16") | dict.fromkeys(("width", "gate_stride", "up_stride"), "i32")
+    forward = dict.fromkeys(("GATE", "UP", "Y"), "*bf16")
+    forward |= dict.fromkeys(("n_rows", "width", "gate_stride", "up_stride"), "i32")
     backward = dict.fromkeys(("GATE", "UP", "DY", "DGATE", "DUP"), "*bf16")
-    backward |= dict.fromkeys(("width", "gate_stride", "up_stride", "dy_stride"), "i32")
+    backward |= dict.fromkeys(("n_rows", "width", "gate_stride", "up_stride", "dy_stride"), "i32")
     strides = ("width", "gate_stride", "up_stride")
-    return [
-        Case("swiglu forward", swiglu_triton.swiglu_forward_kernel, forward, constants, aligned=strides, tensor_cores=False),
-        Case(
-            "swiglu backward",
-            swiglu_triton.swiglu_backward_kernel,
-            backward,
-            constants,
-            aligned=(*strides, "dy_stride"),
-            tensor_cores=False,
-        ),
-    ]
+    cases = []
+    for width in (1536, 8192):
+        rows, block = swiglu_triton.tile(width)
+        constants = {"DOUBLE": False, "ROWS": rows, "BLOCK": block}
+        for name, kernel, types, aligned in (
+            ("forward", swiglu_triton.swiglu_forward_kernel, forward, strides),
+            ("backward", swiglu_triton.swiglu_backward_kernel, backward, (*strides, "dy_stride")),
+        ):
+            cases.append(Case(f"swiglu {width} {name}", kernel, types, constants, aligned=aligned, tensor_cores=False))
+    return cases

@@ -17,15 +17,18 @@ from torch import Tensor
 from chatmill.kernels.cross_compile import Case
 from chatmill.kernels.interpreter import install, is_interpreting
 
-BLOCK = 2048
+# elements of one program
+TILE = 2048
 
 
 @triton.jit
-def swiglu_forward_kernel(GATE, UP, Y, width, gate_stride, up_stride, DOUBLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Y (N, F) contiguous = silu(GATE) * UP; one program: BLOCK columns of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < width
+def swiglu_forward_kernel(
+    GATE, UP, Y, n_rows, width, gate_stride, up_stride, DOUBLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Y (N, F) contiguous = silu(GATE) * UP; one program: BLOCK columns of ROWS rows."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    mask = (row < n_rows) & (columns < width)
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     gate = tl.load(GATE + row * gate_stride + columns, mask=mask, other=0.0).to(WIDE)
     up = tl.load(UP + row * up_stride + columns, mask=mask, other=0.0).to(WIDE)
@@ -35,12 +38,24 @@ def swiglu_forward_kernel(GATE, UP, Y, width, gate_stride, up_stride, DOUBLE: tl
 
 @triton.jit
 def swiglu_backward_kernel(
-    GATE, UP, DY, DGATE, DUP, width, gate_stride, up_stride, dy_stride, DOUBLE: tl.constexpr, BLOCK: tl.constexpr
+    GATE,
+    UP,
+    DY,
+    DGATE,
+    DUP,
+    n_rows,
+    width,
+    gate_stride,
+    up_stride,
+    dy_stride,
+    DOUBLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """DGATE, DUP (N, F) contiguous."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < width
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    mask = (row < n_rows) & (columns < width)
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     gate = tl.load(GATE + row * gate_stride + columns, mask=mask, other=0.0).to(WIDE)
     up = tl.load(UP + row * up_stride + columns, mask=mask, other=0.0).to(WIDE)
@@ -55,9 +70,18 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up for (N, F)."""
     gate, up = _prepare(gate), _prepare(up)
     y = gate.new_empty(gate.shape)
+    rows, block = tile(gate.shape[1])
     if y.numel():
-        swiglu_forward_kernel[_grid(gate)](
-            gate, up, y, gate.shape[1], gate.stride(0), up.stride(0), DOUBLE=gate.dtype is torch.float64, BLOCK=_block(gate)
+        swiglu_forward_kernel[triton.cdiv(gate.shape[0], rows), triton.cdiv(gate.shape[1], block)](
+            gate,
+            up,
+            y,
+            *gate.shape,
+            gate.stride(0),
+            up.stride(0),
+            DOUBLE=gate.dtype is torch.float64,
+            ROWS=rows,
+            BLOCK=block,
         )
     return y
 
@@ -66,19 +90,21 @@ def backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """(d_gate, d_up) for (N, F)."""
     gate, up, dy = _prepare(gate), _prepare(up), _prepare(dy)
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    rows, block = tile(gate.shape[1])
     if gate.numel():
-        swiglu_backward_kernel[_grid(gate)](
+        swiglu_backward_kernel[triton.cdiv(gate.shape[0], rows), triton.cdiv(gate.shape[1], block)](
             gate,
             up,
             dy,
             d_gate,
             d_up,
-            gate.shape[1],
+            *gate.shape,
             gate.stride(0),
             up.stride(0),
             dy.stride(0),
             DOUBLE=gate.dtype is torch.float64,
-            BLOCK=_block(gate),
+            ROWS=rows,
+            BLOCK=block,
         )
     return d_gate, d_up
 
@@ -90,12 +116,10 @@ def _prepare(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _block(x: Tensor) -> int:
-    return min(BLOCK, triton.next_power_of_2(x.shape[1]))
-
-
-def _grid(x: Tensor) -> tuple[int, int]:
-    return x.shape[0], triton.cdiv(x.shape[1], _block(x))
+def tile(width: int) -> tuple[int, int]:
+    """(rows, columns) of one program."""
+    block = min(TILE, triton.next_power_of_2(width))
+    return TILE // block, block
 
 
 def shipped_cases() -> list[Case]:

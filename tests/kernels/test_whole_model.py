@@ -142,7 +142,7 @@ def test_bf16_gradients_err_at_most_twice_as_much_as_pytorchs(shape: str, batche
 def test_twenty_steps_with_all_kernels_follow_the_reference_curve(batches: list[dict[str, Tensor]]) -> None:
     curves = []
     for kernels in (ALL_TRITON, REFERENCE):
-        decoder = model(SHAPES["tied, like SmolLM2"], kernels, torch.float32)
+        decoder = model({"layers": 1, "heads": 2}, kernels, torch.float32)
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
         curve = []
         for step in range(20):
