@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from chatmill.config import ConfigError
 from chatmill.data.mixture import Mixture, largest_deficit
+from chatmill.data.order import Order
 from chatmill.data.schedule import Position, Schedule, StepPlan
 from chatmill.data.synthetic import MemoryDataset
 
@@ -20,6 +22,16 @@ LONG = MemoryDataset.random(400, mean=60, longest=300, block=16, seed=1, name="l
 SHORT = MemoryDataset.random(300, mean=25, longest=200, block=8, seed=2, name="short")
 RARE = MemoryDataset.random(40, mean=40, block=8, seed=3, name="rare")
 ALL = {"long": LONG, "short": SHORT, "rare": RARE}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_windows() -> Iterator[None]:
+    """Several windows per epoch, as in data sets of a real size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chatmill.data.order.WINDOW_DIALOGUES", 130)
+        patch.setattr("chatmill.data.order.WINDOW_PACKS", 1)
+        assert Order.of(LONG, capacity=128, seed=0, shuffle=True).windows == 3
+        yield
 
 
 def schedule(weights: Any, sources: Any = None, **options: Any) -> Schedule:
@@ -111,15 +123,16 @@ def test_mixing_curriculum_and_exclusion_resume_at_any_step(cuts: list[int], see
 def test_excluded_dialogues_are_gone_from_their_step_on_and_only_they() -> None:
     gone = set(LONG.uids[:40])
     plain, _ = take(schedule({"long": 1}), 30)
-    without, _ = take(schedule({"long": 1}, exclude={6: gone}), 30)
-    assert plain[:6] == without[:6] and gone & {uid for step in without[:6] for pack in step for uid in pack}
-    assert not gone & {uid for step in without[6:] for pack in step for uid in pack}
-    # The window that was open at step 6 keeps its packs, with holes; later ones are packed anew without the excluded.
-    per_window = schedule({"long": 1}).orders[0]
-    assert per_window.windows == 1
-    first_epoch = next(i for i, planned in enumerate(schedule({"long": 1}).steps()) if planned.end.cursors[0].epoch == 1)
-    for with_all, with_holes in zip(plain[6:first_epoch], without[6:first_epoch], strict=True):
+    without, _ = take(schedule({"long": 1}, exclude={3: gone}), 30)
+    assert plain[:3] == without[:3] and gone & {uid for step in without[:3] for pack in step for uid in pack}
+    assert not gone & {uid for step in without[3:] for pack in step for uid in pack}
+    # The window that is open at step 3 keeps its packs, with holes; later ones are packed anew without the excluded.
+    ends = [planned.end.cursors[0].window for planned, _ in zip(schedule({"long": 1}).steps(), range(30), strict=False)]
+    same = next(step for step in range(3, 30) if ends[step] != ends[2])
+    assert same > 3
+    for with_all, with_holes in zip(plain[3:same], without[3:same], strict=True):
         assert [[uid for uid in pack if uid not in gone] for pack in with_all] == with_holes
+    assert all(pack for step in without[same + 1 :] for pack in step)
 
 
 def test_counts_of_a_step_with_holes_are_those_of_what_is_left() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice, pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from chatmill.config import ConfigError
 from chatmill.data.mixture import Mixture
+from chatmill.data.order import Order
 from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.data.synthetic import MemoryDataset
 
@@ -29,6 +31,16 @@ LAYOUTS = [  # world size, micro-batch, accumulation: 24 packs per step
 
 
 Layout = tuple[int, int, int]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_windows() -> Iterator[None]:
+    """Several windows per epoch, as in data sets of a real size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chatmill.data.order.WINDOW_DIALOGUES", 130)
+        patch.setattr("chatmill.data.order.WINDOW_PACKS", 1)
+        assert Order.of(SOURCE, capacity=128, seed=0, shuffle=True).windows == 5
+        yield
 
 
 def stream(source: Any = SOURCE, **options: Any) -> PackedStream:
@@ -137,7 +149,7 @@ def test_200_global_batches_are_equal_for_every_division_of_the_work(mixed: bool
         assert global_batches(source, 200, layout, **options) == (expected, end), layout
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 3),
     mixed=st.booleans(),
