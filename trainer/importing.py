@@ -28,5 +28,5 @@ def import_any(source: str, out: Path, force: bool = False) -> Checkpoint:
     else:
         from chatmill.trainer.gguf_import import import_gguf
 
-        import_gguf(source, out)
+        import_gguf(source if path.is_file() else source.replace("-", "_"), out)
     return open_checkpoint(out)
