@@ -7,6 +7,7 @@ Green tokens carry loss: they are what the model learns to say. Grey ones are re
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from chatmill.data.html_report import html_report
 from chatmill.data.pack import pack_best_fit
 from chatmill.data.shards import TokenDataset
 from chatmill.data.tokenizer import ChatTokenizer
@@ -66,8 +68,13 @@ def mask_preview(dataset: TokenDataset, tokenizer: ChatTokenizer, number: int, l
     return text
 
 
-def inspect_dataset(path: str | Path, samples: int = 2, console: Console | None = None) -> dict[str, Any]:
-    """Print counts, lengths and fill of every split and a few dialogues of train; returns the figures by split."""
+def inspect_dataset(
+    path: str | Path, samples: int = 2, console: Console | None = None, html: str | Path | None = None
+) -> dict[str, Any]:
+    """Print counts, lengths and fill of every split and a few dialogues of train; returns the figures by split.
+
+    html: also write the data set's page there, made anew (the build leaves one as report.html).
+    """
     console = console or Console()
     splits = open_splits(path)
     facts = {split: dataset_facts(dataset) for split, dataset in splits.items()}
@@ -95,4 +102,7 @@ def inspect_dataset(path: str | Path, samples: int = 2, console: Console | None 
         number = k * len(dataset) // samples
         console.print(f"\n[bold]dialogue {number}[/bold] {dataset.uid(number)} (green: carries loss)")
         console.print(mask_preview(dataset, tokenizer, number))
+    if html is not None:
+        report = json.loads((Path(path) / "report.json").read_text(encoding="utf-8"))
+        Path(html).write_text(html_report(report, splits, tokenizer), encoding="utf-8")
     return facts

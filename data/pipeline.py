@@ -29,6 +29,7 @@ from chatmill.data.decontaminate import benchmark_files, benchmark_hashes
 from chatmill.data.dedup import CONTAMINATED, REASONS, deduplicate
 from chatmill.data.dialogue_shards import DialogueWriter
 from chatmill.data.executor import run_tasks
+from chatmill.data.html_report import html_report
 from chatmill.data.importers.raw_file import RawFile
 from chatmill.data.importers.registry import importer, recognise, source_files
 from chatmill.data.ledger import Ledger, shorten
@@ -36,7 +37,7 @@ from chatmill.data.near_duplicates import near_pairs
 from chatmill.data.publish import publish
 from chatmill.data.recipe import DataRecipe
 from chatmill.data.shard_index import sha256_file, write_durably
-from chatmill.data.shards import FORMAT_VERSION, MANIFEST, ShardWriter, read_manifest
+from chatmill.data.shards import FORMAT_VERSION, MANIFEST, ShardWriter, TokenDataset, read_manifest
 from chatmill.data.split import Facts, assign, certificate, group
 from chatmill.data.stages import ImportFile, PrepareChunk, TokenizeChunk, Work, load_arrays, save_arrays
 from chatmill.data.template import TEMPLATES
@@ -47,7 +48,7 @@ STAGES: tuple[Stage, ...] = ("import", "clean", "pair", "dedup", "split", "token
 SPLITS = ("train", "validation")
 Progress = Callable[[str, int, int], None]
 # Raised whenever the same recipe would now give other bytes, so that old data sets are rebuilt.
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 
 
 def build_dataset(
@@ -274,8 +275,7 @@ class _Build:
         public = {key: splits[key] | {"shards": len(splits[key]["shards"])} for key in splits}
         stages = {"name": self.recipe.name, "stages": self.stages, "splits": public, "certificate": proof}
         write_durably(final / "report.json", (json.dumps(stages, ensure_ascii=False, indent=1) + "\n").encode())
-        names = sorted(p.relative_to(final).as_posix() for p in [*(final / "tokenizer").iterdir(), final / "report.json"])
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "name": self.recipe.name,
             "recipe_sha256": self.digest,
@@ -285,9 +285,14 @@ class _Build:
             "vocab_size": self.tokenizer.vocab_size,
             "splits": splits,
             "dialogues": dialogues,
-            "files": {name: sha256_file(final / name) for name in names},
             "certificate": proof,
         }
+        datasets = {split: TokenDataset.from_manifest(final, manifest, split) for split in SPLITS}
+        write_durably(final / "report.html", html_report(stages, datasets, self.tokenizer).encode())
+        for dataset in datasets.values():
+            dataset.close()
+        loose = [*(final / "tokenizer").iterdir(), final / "report.json", final / "report.html"]
+        manifest["files"] = {path.relative_to(final).as_posix(): sha256_file(path) for path in sorted(loose)}
         write_durably(final / "timings.json", (json.dumps(self.seconds, indent=1) + "\n").encode())
         write_durably(final / MANIFEST, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
         publish(final, self.out)

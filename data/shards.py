@@ -214,7 +214,11 @@ class TokenDataset:
     def open(cls, path: str | Path, split: str) -> TokenDataset:
         """Open one split of a data-set folder. Raises ConfigError naming what is missing or damaged."""
         folder = Path(path)
-        manifest = read_manifest(folder)
+        return cls.from_manifest(folder, read_manifest(folder), split)
+
+    @classmethod
+    def from_manifest(cls, folder: Path, manifest: dict[str, Any], split: str) -> TokenDataset:
+        """open() with a manifest that is at hand, or not yet written."""
         if split not in manifest["splits"]:
             raise ConfigError(f"data set {folder}: no split {split!r}; it has {', '.join(manifest['splits'])}")
         indices = []

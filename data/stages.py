@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ class TokenizeChunk:
     work: Work
 
     def __call__(self, name: str) -> dict[str, Any]:
-        tokenizer = ChatTokenizer.load(self.work.folder / "tokenizer")
+        folder = self.work.folder / "tokenizer"
+        tokenizer = _tokenizer(str(folder), (folder / "tokenizer.json").stat().st_mtime_ns)
         sides = load_arrays(self.work.path("assign", f"{name}.npz"))["side"]
         ledger = Ledger("samples")
         ids, masks, rows = list[NDArray[np.uint32]](), list[NDArray[np.bool_]](), list[list[Any]]()
@@ -157,6 +159,12 @@ class TokenizeChunk:
 
     def _read(self, name: str) -> Iterator[Conversation]:
         return read_lines(self.work.path("prepare", f"{name}.jsonl"))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: str, written_ns: int) -> ChatTokenizer:
+    """One per process: a large vocabulary takes longer to load than a chunk to encode."""
+    return ChatTokenizer.load(folder)
 
 
 def _reason(error: ConfigError) -> str:

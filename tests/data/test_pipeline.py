@@ -359,6 +359,17 @@ def test_inspect_prints_counts_and_fill(built: Path, capsys: pytest.CaptureFixtu
     assert "tokens with loss" in printed and "<|im_start|>" in printed
 
 
+def test_the_page_of_a_data_set_shows_its_data_and_runs_none_of_it(tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    records = [{"messages": [{"role": r, "content": f"{attack} {i} {r}"} for r in ("user", "assistant")]} for i in range(40)]
+    build_dataset(recipe(write_jsonl(tmp_path / "raw.jsonl", records)), tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page
+    assert "<b>" in page and "Split certificate: <strong>valid" in page and "raw.jsonl:" in page
+    inspect_dataset(tmp_path / "out", html=tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_shipped_recipe_loads(name: str) -> None:
     loaded = load_data_recipe(name, ["split.validation=0.1"])
