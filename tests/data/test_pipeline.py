@@ -271,6 +271,15 @@ def test_split_keeps_a_conversation_and_its_twins_on_one_side(tmp_path: Path) ->
     assert manifest["certificate"]["valid"] and verify_dataset(tmp_path / "out") == []
 
 
+def test_threads_that_share_one_sample_stay_together_with_all_their_samples() -> None:
+    # Samples 0, 1 of one conversation and 2, 3 of another; 2 says what 0 says. 4 stands alone.
+    cluster, threads = np.array([0, 1, 0, 3, 4]), np.array([90, 90, 7, 7, 5], dtype=np.uint64)
+    assert split_module.group(cluster, threads, None).tolist() == [0, 0, 0, 0, 4]
+    alone, twins = np.arange(5), np.array([1, 2, 3, 4, 5], dtype=np.uint64)
+    assert split_module.group(alone, twins, None).tolist() == [0, 1, 2, 3, 4]
+    assert split_module.group(alone, twins, [[8], [9], [9], [], [8]]).tolist() == [0, 1, 1, 3, 0]
+
+
 def test_the_side_of_a_dialogue_does_not_depend_on_the_others(tmp_path: Path) -> None:
     keys = np.random.default_rng(0).integers(0, 2**63, 5000).astype(np.uint64)
     config = split_module.SplitSection(validation=0.1)
