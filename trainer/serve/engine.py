@@ -1,0 +1,220 @@
+"""One thread that answers many requests: it advances every active reply by one token in turn.
+
+    engine = Engine(chat)
+    engine.submit(job)              raises BusyError when the queue is full; events arrive through job.emit
+    job.cancel()                    the reply is dropped before its next token, and its cache with it
+
+Replies start in order of arrival, at most `max_active` at once. A reply depends on its own request only: never on
+what else runs (each has its own cache and random generator).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from chatmill.trainer.chat_model import ChatModel
+from chatmill.trainer.generation import FinishReason, Generation, TextStream, TokenStep
+from chatmill.trainer.sampling import Sampling
+
+
+class BusyError(Exception):
+    """The waiting line is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that became certain, with the tokens generated since the last piece."""
+
+    text: str
+    steps: tuple[TokenStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of a reply. completion_tokens: generated ones, the stop id not among them."""
+
+    finish_reason: FinishReason
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The reply could not be finished."""
+
+    kind: Literal["timeout", "error"]
+    message: str
+
+
+Event = Piece | Done | Failed
+
+
+@dataclass(slots=True)
+class Job:
+    """One request. emit is called on the engine's thread and must not block."""
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    emit: Callable[[Event], None]
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_strings: Sequence[str] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+    deadline: float = float("inf")  # time.monotonic()
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Stop working on it; nothing more is emitted after the token in progress."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Nobody waits for it any more."""
+        return self._cancelled.is_set()
+
+
+@dataclass(slots=True)
+class _Active:
+    job: Job
+    steps: Generation
+    text: TextStream
+    held: list[TokenStep] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Totals since the start, for /metrics."""
+
+    requests: int = 0
+    refused: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class Engine:
+    """Owns the model while it runs. close() ends the thread and fails whatever is unfinished."""
+
+    def __init__(self, chat: ChatModel, *, max_active: int = 8, max_waiting: int = 64) -> None:
+        self.chat = chat
+        self.max_active, self.max_waiting = max_active, max_waiting
+        self.counts = Counts()
+        self._waiting: deque[Job] = deque()
+        self._active: list[_Active] = []
+        self._news = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="chatmill-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """(active, waiting) requests."""
+        return len(self._active), len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Put a job in the line."""
+        with self._news:
+            if self._closed:
+                raise BusyError("the server is shutting down.")
+            if len(self._waiting) >= self.max_waiting and any(j.is_cancelled for j in self._waiting):
+                self._waiting = deque(j for j in self._waiting if not j.is_cancelled)
+            if len(self._waiting) >= self.max_waiting:
+                self.counts.refused += 1
+                raise BusyError(f"{self.max_waiting} requests are waiting already; try again later.")
+            self.counts.requests += 1
+            self._waiting.append(job)
+            self._news.notify()
+
+    def close(self) -> None:
+        """Stop; every unfinished job gets a Failed."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        self._thread.join(timeout=30)
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                while not (self._waiting or self._active or self._closed):
+                    self._news.wait()
+                if self._closed:
+                    break
+                room = self.max_active - len(self._active)
+                admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            for job in admitted:
+                self._admit(job)
+            self._active = [active for active in self._active if self._advance(active)]
+        for job in [active.job for active in self._active] + list(self._waiting):
+            job.emit(Failed("error", "the server is shutting down."))
+        self._active = []
+        self._waiting.clear()
+
+    def _admit(self, job: Job) -> None:
+        if self._is_over(job):
+            return
+        try:
+            steps = Generation(
+                self.chat.model,
+                job.prompt_ids,
+                max_new_tokens=job.max_new_tokens,
+                sampling=job.sampling,
+                stop_ids=self.chat.tokenizer.stop_ids,
+                seed=job.seed,
+                logprobs=job.logprobs,
+            )
+            self._active.append(_Active(job, steps, TextStream(self.chat.tokenizer.decode, job.stop_strings)))
+            self.counts.prompt_tokens += len(job.prompt_ids)
+        except Exception as error:  # one bad request must not end the thread that serves all others
+            self._fail(job, error)
+
+    def _advance(self, active: _Active) -> bool:
+        """One token for one reply; False when the reply is over."""
+        job = active.job
+        if self._is_over(job):
+            return False
+        try:
+            step = next(active.steps, None)
+            if step is None:
+                return self._finish(active)
+            self.counts.generated_tokens += 1
+            active.held.append(step)
+            text = active.text.push(step.id)
+            if active.text.stopped:
+                active.steps.stop()
+                return self._finish(active, text)
+            if text:
+                job.emit(Piece(text, tuple(active.held)))
+                active.held.clear()
+            return True
+        except Exception as error:  # out of memory, damaged weights: this reply ends, the server goes on
+            self._fail(job, error)
+            return False
+
+    def _finish(self, active: _Active, text: str = "") -> bool:
+        text += active.text.finish()
+        if text or active.held:
+            active.job.emit(Piece(text, tuple(active.held)))
+        assert active.steps.finish_reason is not None
+        self.counts.finished += 1
+        active.job.emit(Done(active.steps.finish_reason, len(active.steps.ids)))
+        return False
+
+    def _is_over(self, job: Job) -> bool:
+        if job.is_cancelled:
+            self.counts.cancelled += 1
+            return True
+        if time.monotonic() > job.deadline:
+            self.counts.failed += 1
+            job.emit(Failed("timeout", "the reply took longer than the server allows."))
+            return True
+        return False
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self.counts.failed += 1
+        job.emit(Failed("error", f"{type(error).__name__}: {error}"))
