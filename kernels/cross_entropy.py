@@ -135,13 +135,15 @@ def _run(
             install()
         z = logits if logits.stride(1) == 1 else logits.contiguous()
         stats = kernels.statistics(z, labels, softcap, label_smoothing > 0)
-        lse, losses, hits = finish_rows(stats, vocabulary, label_smoothing, z_loss)
+        rows = finish_rows(stats, vocabulary, label_smoothing, z_loss)
         if out is not None and coefficients is not None:
             into = out if out.stride(1) == 1 else torch.empty_like(z)
-            kernels.to_gradient(z, vocabulary, labels, stats.own, lse, coefficients, label_smoothing, z_loss, softcap, out=into)
+            kernels.to_gradient(
+                z, vocabulary, labels, stats.own, rows, coefficients, label_smoothing, z_loss, softcap, out=into
+            )
             if into is not out:
                 out.copy_(into)
-        return losses, lse, hits
+        return rows.losses, rows.lse, rows.hits
     losses = logits.new_empty(n_rows, dtype=wide)
     lse, hits = torch.empty_like(losses), logits.new_empty(n_rows, dtype=torch.bool)
     size = max(1, CHUNK_BYTES // (vocabulary * losses.element_size()))

@@ -22,7 +22,7 @@ def shipped_cases() -> list[Case]:
     """Every tile of the tables as it is launched on a GPU, for the cross-compilation gates."""
     cases = [case for arch, narrow in TILES for case in _product_cases(arch, narrow, TILES[arch, narrow], arch >= 90, True)]
     cases += _product_cases(90, True, UNALIGNED, False, False)
-    rows = dict.fromkeys(("OWN", "LSE", "P_SCALE", "HIT_SCALE", "FLOOR"), "*fp32")
+    rows = dict.fromkeys(("OWN", "TOP", "P_SCALE", "HIT_SCALE", "FLOOR"), "*fp32")
     for softcap in (0.0, 30.0):
         numbers = dict.fromkeys(("vocabulary", "logits_stride", "out_stride"), "i32")
         types = {"LOGITS": "*bf16", "OUT": "*bf16", "LABELS": "*i64", **rows, **numbers}

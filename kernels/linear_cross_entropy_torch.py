@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chatmill.kernels.vocabulary_shard import Statistics, VocabularyShard, finish_rows, sum_over
+from chatmill.kernels.vocabulary_shard import Statistics, VocabularyShard, finish_rows, row_losses, sum_over
 
 # 256 rows of a 49k vocabulary: on a CPU a softmax into a fresh buffer of that size costs ten times one in place
 CHUNK_BYTES = 48 << 20
@@ -89,20 +89,18 @@ def consume_logits(
         shift = torch.where(rival == float("-inf"), 0.0, rival)[:, None]
         rivals = torch.exp(z - shift).sum(1, keepdim=True)
         z.scatter_(1, label, picked[:, None])
-        lse, losses, hits = finish_rows(
-            Statistics(rival[:, None], rivals, total, own), shard.vocabulary, label_smoothing, z_loss, shard
-        )
-        z.sub_(lse[:, None]).exp_()
+        stats = Statistics(rival[:, None], rivals, total, own)
+        lse, losses, hits, top, sum_exp = finish_rows(stats, shard.vocabulary, label_smoothing, z_loss, shard)
+        z.sub_(top[:, None]).exp_().div_(sum_exp[:, None])
     else:
         z.scatter_(1, label, picked[:, None])
         hits = own > rival
         top = torch.maximum(rival, own)
         torch.softmax(z, 1, out=z)
-        # the largest probability is 1 / sum exp(z - top): the log-sum-exp costs no second exponential
-        lse = top - z.amax(1).log()
-        losses = (1 - label_smoothing) * (lse - own) + z_loss * lse.square()
-        if total is not None:
-            losses += label_smoothing * (lse - total.squeeze(1) / z.shape[1])
+        sum_exp = 1 / z.amax(1)  # the largest probability is 1 / sum exp(z - top): no second exponential
+        lse = top + sum_exp.log()
+        mean = None if total is None else total.squeeze(1) / z.shape[1]
+        losses = row_losses(top, sum_exp, own, mean, label_smoothing, z_loss)
     if coefficients is not None:
         scale = coefficients[:, None]
         z.mul_(scale * (1 + 2 * z_loss * lse[:, None]))

@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chatmill.kernels.cross_compile import Case
 from chatmill.kernels.interpreter import install, is_interpreting
-from chatmill.kernels.vocabulary_shard import Statistics, VocabularyShard, finish_rows, sum_over
+from chatmill.kernels.vocabulary_shard import Rows, Statistics, VocabularyShard, finish_rows, sum_over
 
 # 4096 rows of a 128k vocabulary in bf16: large enough for full-speed products, the whole extra memory of a short batch
 LOGITS_BYTES = 1 << 30
@@ -173,7 +173,7 @@ def gradient_kernel(
     OUT,
     LABELS,
     OWN,
-    LSE,
+    TOP,
     P_SCALE,
     HIT_SCALE,
     FLOOR,
@@ -184,7 +184,7 @@ def gradient_kernel(
     SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """OUT = (P_SCALE * softmax - HIT_SCALE * [is target] - FLOOR) * softcap', 0 in a row with P_SCALE 0; OUT may be LOGITS."""
+    """OUT = (P_SCALE * exp(z - TOP) - HIT_SCALE * [is target] - FLOOR) * softcap', 0 where P_SCALE is 0; OUT may be LOGITS."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocabulary
@@ -197,7 +197,7 @@ def gradient_kernel(
     # the target's logit before it was rounded for storage: probability - 1 is the largest entry of the row
     z = tl.where(is_own, tl.load(OWN + row), z)
     scale = tl.load(P_SCALE + row)
-    gradient = scale * tl.exp(z - tl.load(LSE + row)) - tl.where(is_own, tl.load(HIT_SCALE + row), 0.0)
+    gradient = scale * tl.exp(z - tl.load(TOP + row)) - tl.where(is_own, tl.load(HIT_SCALE + row), 0.0)
     if SMOOTHING:
         gradient -= tl.load(FLOOR + row)
     if SOFTCAP > 0:
@@ -278,11 +278,12 @@ def run_triton(
         part = slice(start, min(start + size, n_rows))
         logits = None if buffer is None else buffer[: part.stop - start]
         stats = project(x[part], projection, labels[part], logits, softcap, label_smoothing > 0)
-        lse[part], losses[part], hits[part] = finish_rows(stats, total, label_smoothing, z_loss, shard)
+        rows = finish_rows(stats, total, label_smoothing, z_loss, shard)
+        lse[part], losses[part], hits[part] = rows[:3]
         if logits is None or coefficients is None:
             continue
         gradient = logits[:, :vocabulary]
-        to_gradient(gradient, total, labels[part], stats.own, lse[part], coefficients[part], label_smoothing, z_loss, softcap)
+        to_gradient(gradient, total, labels[part], stats.own, rows, coefficients[part], label_smoothing, z_loss, softcap)
         if need_x:
             torch.mm(gradient, projection, out=d_x[part])
         if d_weight is not None:
@@ -364,7 +365,7 @@ def to_gradient(
     vocabulary: int,
     labels: Tensor,
     own: Tensor,
-    lse: Tensor,
+    rows: Rows,
     coefficients: Tensor,
     label_smoothing: float,
     z_loss: float,
@@ -377,7 +378,7 @@ def to_gradient(
     """
     columns = logits.shape[1]
     out = logits if out is None else out
-    p_scale = coefficients * (1 + 2 * z_loss * lse)
+    p_scale = coefficients * (1 + 2 * z_loss * rows.lse) / rows.sum_exp
     hit_scale = coefficients * (1 - label_smoothing)
     floor = coefficients * (label_smoothing / vocabulary) if label_smoothing else hit_scale
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(columns))
@@ -386,7 +387,7 @@ def to_gradient(
         out,
         labels,
         own,
-        lse,
+        rows.top,
         torch.where(coefficients == 0, 0.0, p_scale),
         hit_scale,
         floor,

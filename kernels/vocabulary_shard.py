@@ -10,6 +10,7 @@ columns; d_hidden is summed over the group once, d_weight stays where its shard 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,10 +43,23 @@ class Statistics:
     own: Tensor
 
 
+class Rows(NamedTuple):
+    """What is known of each row once its statistics are together, (R,) each; the same on every rank of a sharded head.
+
+    softmax = exp(z - top) / sum_exp: more exact than exp(z - lse) where all logits share a large offset.
+    """
+
+    lse: Tensor
+    losses: Tensor
+    hits: Tensor
+    top: Tensor
+    sum_exp: Tensor
+
+
 def finish_rows(
     stats: Statistics, vocabulary: int, label_smoothing: float, z_loss: float, shard: VocabularyShard | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse, loss, hit) per row from the tiles' statistics, the same on every rank of a sharded head."""
+) -> Rows:
+    """The rows' results from their tiles' statistics."""
     rival, own = stats.tile_max.amax(1), stats.own
     if shard is not None:
         both = torch.stack((rival, own))
@@ -59,11 +73,18 @@ def finish_rows(
         sum_over(shard, sums)
         others, total = sums[0], None if total is None else sums[1]
     top = torch.maximum(shift, own)
-    lse = top + torch.log(others * torch.exp(shift - top) + torch.exp(own - top))
-    losses = (1 - label_smoothing) * (lse - own) + z_loss * lse.square()
-    if total is not None:
-        losses += label_smoothing * (lse - total / vocabulary)
-    return lse, losses, own > rival
+    sum_exp = others * torch.exp(shift - top) + torch.exp(own - top)
+    mean = None if total is None else total / vocabulary
+    return Rows(top + sum_exp.log(), row_losses(top, sum_exp, own, mean, label_smoothing, z_loss), own > rival, top, sum_exp)
+
+
+def row_losses(top: Tensor, sum_exp: Tensor, own: Tensor, mean: Tensor | None, label_smoothing: float, z_loss: float) -> Tensor:
+    """Loss per row; differences of logits are taken before the small logarithm is added."""
+    log_sum = sum_exp.log()
+    losses = (1 - label_smoothing) * (log_sum + (top - own))
+    if mean is not None:
+        losses += label_smoothing * (log_sum + (top - mean))
+    return losses + z_loss * (top + log_sum).square() if z_loss else losses
 
 
 def sum_over(shard: VocabularyShard, values: Tensor) -> None:

@@ -231,8 +231,26 @@ def test_large_logits_neither_overflow_nor_lose_the_loss(impl: str) -> None:
     expected.backward()
     assert (x64 @ w64.T).abs().max() > 1000, "exp of such a logit overflows fp32"
     assert x.grad is not None and w.grad is not None and x64.grad is not None and w64.grad is not None
-    # a logit of 1000 has 6e-5 of rounding in fp32, and so has the exponent of a probability
+    # a logit of 1000 is rounded to 6e-5 in fp32
     assert max(error(loss.detach(), expected.detach()), error(x.grad, x64.grad), error(w.grad, w64.grad)) < 1e-4
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_an_offset_common_to_all_logits_changes_nothing(impl: str) -> None:
+    """pytorch pull request 195829: lse - logit, both near 4096, keeps three digits of the loss."""
+    hidden, weight, targets = problem(19, 16, 61, torch.float32)
+    hidden[:, 0], weight[:, 0] = 64.0, 64.0
+    weight[:, 1:] = (weight[:, 1:] * 4).round() / 4  # exact logits: fp32 has 11 bits behind the point at 4096
+    hidden[:, 1:] = (hidden[:, 1:] * 4).round() / 4
+    x, w = leaves(hidden, weight)
+    loss = linear_cross_entropy(x, w, targets, impl=impl)
+    loss.backward()
+    x64, w64 = leaves(hidden, weight, torch.float64)
+    expected = F.cross_entropy(x64 @ w64.T, targets)
+    expected.backward()
+    assert x.grad is not None and x64.grad is not None and w.grad is not None and w64.grad is not None
+    assert error(loss.detach(), expected.detach()) < 1e-6
+    assert error(x.grad[:, 1:], x64.grad[:, 1:]) < 2e-6 and error(w.grad[:, 1:], w64.grad[:, 1:]) < 2e-6
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
