@@ -24,7 +24,7 @@ from chatmill.kernels import attention_library as library
 from chatmill.kernels.attention_config import DevicePlan, plan_attention
 from chatmill.kernels.attention_library import why_not
 from chatmill.kernels.attention_torch import Rules, attention_backward_torch, attention_forward_torch
-from chatmill.kernels.dispatch import choose, why_no_triton
+from chatmill.kernels.dispatch import capability, choose, why_no_triton
 
 # largest head dimension of the Triton kernels
 MAX_HEAD_DIM = 256
@@ -98,9 +98,13 @@ def attention_forward(
     """out (T, Hq, Dv) and lse (Hq, T). window 0 and softcap 0.0 mean none; plan, header: DevicePlan's. impl: torch, triton."""
     if impl == "torch":
         return attention_forward_torch(q, k, v, _bounds(cu_seqlens), Rules(causal, window, softcap, scale))
+    tiles = _plan(q, v, cu_seqlens, plan, header, causal, window, impl)
+    if impl == "hopper":
+        from chatmill.kernels.attention_hopper import attention_forward_hopper
+
+        return attention_forward_hopper(q, k, v, tiles, scale)
     from chatmill.kernels.attention_triton import attention_forward_triton
 
-    tiles = _plan(q, v, cu_seqlens, plan, header, causal, window)
     return attention_forward_triton(q, k, v, tiles, softcap, scale)
 
 
@@ -147,7 +151,7 @@ def attention_backward(
         return attention_backward_torch(q, k, v, out, lse, dout, dlse, _bounds(cu_seqlens), rules)
     from chatmill.kernels.attention_triton import attention_backward_triton
 
-    tiles = _plan(q, v, cu_seqlens, plan, header, causal, window)
+    tiles = _plan(q, v, cu_seqlens, plan, header, causal, window, impl)
     return attention_backward_triton(q, k, v, out, lse, dout, dlse, tiles, softcap, scale)
 
 
@@ -194,19 +198,28 @@ def _bounds(cu_seqlens: Tensor) -> tuple[int, ...]:
 
 
 def _plan(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor, plan: Tensor | None, header: Sequence[int], causal: bool, window: int
+    q: Tensor, v: Tensor, cu_seqlens: Tensor, plan: Tensor | None, header: Sequence[int], causal: bool, window: int, impl: str
 ) -> DevicePlan:
     """The caller's plan, or one made here: reading cu_seqlens then waits for the GPU."""
     if plan is not None:
         return DevicePlan(plan, tuple(header))
-    return _made_plan(_bounds(cu_seqlens), q.shape[0], max(q.shape[2], v.shape[2]), q.dtype, window, causal, q.device)
+    return _made_plan(_bounds(cu_seqlens), q.shape[0], max(q.shape[2], v.shape[2]), q.dtype, window, causal, q.device, impl)
 
 
 @functools.lru_cache(maxsize=32)
 def _made_plan(
-    bounds: tuple[int, ...], T: int, head_dim: int, dtype: torch.dtype, window: int, causal: bool, device: torch.device
+    bounds: tuple[int, ...],
+    T: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    window: int,
+    causal: bool,
+    device: torch.device,
+    impl: str,
 ) -> DevicePlan:
-    plan = plan_attention(bounds, T, head_dim=head_dim, dtype=dtype, window=window or None, causal=causal, device=device)
+    plan = plan_attention(
+        bounds, T, head_dim=head_dim, dtype=dtype, window=window or None, causal=causal, device=device, impl=impl
+    )
     return plan.to(device)
 
 
@@ -221,6 +234,7 @@ def _decide(
     softcap: float,
     needs_lse: bool,
     packed: bool,
+    causal: bool,
 ) -> str:
     """Implementation by dispatch's table; plain arguments, so that torch.compile takes the answer as a constant."""
     where, kind = torch.device(device), getattr(torch, dtype)
@@ -232,8 +246,23 @@ def _decide(
     call = {"device": where, "dtype": kind, "head_dim": head_dim, "value_dim": value_dim}
     call |= {"window": window, "softcap": softcap, "needs_lse": needs_lse, "packed": packed}
     obstacles = {name: why_not(name, **call) for name in ("flash", "sdpa", "flex")}
-    obstacles |= {"triton": triton, "hopper": "this tier is not built yet", "torch": None, "reference": None}
+    obstacles |= {
+        "triton": triton,
+        "hopper": triton or _why_no_hopper(where, kind, head_dim, value_dim, softcap, causal),
+        "torch": None,
+        "reference": None,
+    }
     return choose("attention", impl, where, obstacles, packed=packed)
+
+
+def _why_no_hopper(
+    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float, causal: bool
+) -> str | None:
+    if device.type == "cuda" and not 90 <= capability(device) < 100:
+        return f"the Hopper tier needs compute capability 90, this GPU has {capability(device)}"
+    from chatmill.kernels.attention_hopper import why_not_hopper
+
+    return why_not_hopper(dtype, head_dim, value_dim, softcap, causal)
 
 
 def _check(
@@ -338,6 +367,7 @@ def attention(
         softcap or 0.0,
         return_lse or sinks is not None,
         cu_seqlens is not None and cu_seqlens.numel() > 2,
+        causal,
     )
     if engine == "reference":
         out, lse = attention_reference(

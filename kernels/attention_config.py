@@ -74,7 +74,7 @@ class DevicePlan:
     """Tile lists of one batch as a single int32 tensor, so that one copy moves them.
 
     data: the three tile lists (forward, dkdv, dq; COLUMNS numbers a tile), then visible_intervals (4 x T).
-    header: tiles of the three lists, T, causal, window, then the tile sizes of the three kernels: 18 numbers.
+    header: tiles of the three lists, T, causal, window, the tile sizes of the three kernels, shared: 19 numbers.
     """
 
     data: Tensor
@@ -104,6 +104,11 @@ class DevicePlan:
     def config(self) -> KernelConfig:
         numbers = self.header[6:18]
         return KernelConfig(*(TileConfig(*numbers[i : i + 4]) for i in (0, 4, 8)))
+
+    @property
+    def shared(self) -> bool:
+        """Whether a query tile of the forward may hold several documents."""
+        return bool(self.header[18])
 
     def _list(self, i: int) -> Tensor:
         first = sum(self.header[:i])
@@ -136,11 +141,12 @@ def plan_attention(
     causal: bool = True,
     device: torch.device | None = None,
     config: KernelConfig | None = None,
+    impl: str = "auto",
 ) -> DevicePlan:
     """Plan of one batch, on the CPU.
 
     head_dim: the larger of the key and value channels. device: where the kernels will run (its generation sets the tile sizes).
-    config: tile sizes to use in place of the table's.
+    config: tile sizes to use in place of the table's. impl="hopper": for that tier.
     """
     bounds: NDArray[np.int64] = np.asarray(cu_seqlens, dtype=np.int64)
     if config is None:
@@ -149,10 +155,19 @@ def plan_attention(
         arch = 0 if device is None else capability(device)
         config = kernel_config(arch, dtype.itemsize, head_dim, short)
     lists = [
-        make_plan(bounds, config.forward.block_m, config.forward.block_n, window, causal=causal, T=T),
+        make_plan(bounds, config.forward.block_m, config.forward.block_n, window, causal=causal, T=T, share=impl != "hopper"),
         make_plan(bounds, config.dkdv.block_n, config.dkdv.block_m, window, causal=causal, side="key", T=T),
         make_plan(bounds, config.dq.block_m, config.dq.block_n, window, causal=causal, T=T),
     ]
     data = np.concatenate([x.ravel() for x in (*lists, visible_intervals(bounds, T, window, causal=causal))])
-    header = (*(len(x) for x in lists), T, int(causal), window or 0, *config.forward, *config.dkdv, *config.dq)
+    header = (
+        *(len(x) for x in lists),
+        T,
+        int(causal),
+        window or 0,
+        *config.forward,
+        *config.dkdv,
+        *config.dq,
+        int(impl != "hopper"),
+    )
     return DevicePlan(torch.from_numpy(data), header)
