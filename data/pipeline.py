@@ -31,7 +31,7 @@ from chatmill.data.dialogue_shards import DialogueWriter
 from chatmill.data.executor import run_tasks
 from chatmill.data.html_report import html_report
 from chatmill.data.importers.raw_file import RawFile
-from chatmill.data.importers.registry import importer, recognise, source_files
+from chatmill.data.importers.registry import importer, recognise, source_files, spans
 from chatmill.data.ledger import Ledger, shorten
 from chatmill.data.near_duplicates import near_pairs
 from chatmill.data.publish import publish
@@ -66,7 +66,8 @@ def build_dataset(
         return json.loads((folder / "report.json").read_text(encoding="utf-8")) | {"built": False, "out": str(folder)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
-        work = Work(folder.parent / f".{folder.name}.work-{digest[:12]}", recipe, tuple(files))
+        parts = [(n, part) for (n, file), found in zip(files, inputs, strict=True) for part in _spans(recipe, n, file, found)]
+        work = Work(folder.parent / f".{folder.name}.work-{digest[:12]}", recipe, tuple(parts))
         for stage in ("import", "prepare", "assign", "tokenize"):
             (work.folder / stage).mkdir(parents=True, exist_ok=True)
         build = _Build(work, folder, digest, inputs, tokenizer, progress or (lambda stage, done, total: None))
@@ -355,6 +356,10 @@ def _digest(
     tokens = tokenizer.fingerprint if tokenizer else template
     facts = [BUILD_VERSION, FORMAT_VERSION, _recipe_facts(recipe), inputs, benchmarks, tokens]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), inputs
+
+
+def _spans(recipe: DataRecipe, number: int, file: RawFile, found: dict[str, Any]) -> list[RawFile]:
+    return spans(file, found["format"], recipe.sources[number])
 
 
 def _input_sha256(file: RawFile) -> str:

@@ -21,7 +21,10 @@ def json_lines(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[i
     """(line number from 1, object); for an array, (element number from 1, object). What is not an object is counted."""
     with file.open() as raw:
         start = raw.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    numbered = _array(file, encoding, ledger) if start.startswith(b"[") else _lines(file, encoding, ledger)
+    # A span was cut at line ends: it never is an array.
+    numbered = (
+        _array(file, encoding, ledger) if start.startswith(b"[") and file.span is None else _lines(file, encoding, ledger)
+    )
     for number, value in numbered:
         if isinstance(value, dict):
             yield number, value
@@ -30,14 +33,13 @@ def json_lines(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[i
 
 
 def _lines(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[int, Any]]:
-    with file.text(encoding) as text:
-        for number, line in enumerate(text, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                ledger.drop("not JSON", f"{file.label}:{number}: {error}")
+    for number, line in file.lines(encoding):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            ledger.drop("not JSON", f"{file.label}:{number}: {error}")
 
 
 def _array(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[int, Any]]:

@@ -28,10 +28,14 @@ _SLACK_LISTS = re.compile(r"(^|/)(users|channels|groups|dms|mpims|integration_lo
 
 @dataclass(frozen=True, slots=True)
 class RawFile:
-    """A file on disk, or `member` of the zip at path."""
+    """A file on disk, or `member` of the zip at path.
+
+    span: only these whole lines of a line-by-line file: first byte, byte after the last, number of lines before.
+    """
 
     path: Path
     member: str | None = None
+    span: tuple[int, int, int] | None = None
 
     @property
     def label(self) -> str:
@@ -76,6 +80,37 @@ class RawFile:
         with self.open() as raw:
             name = "utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding
             yield io.TextIOWrapper(raw, encoding=name, errors="replace", newline="")
+
+    def lines(self, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+        """(line number from 1, line) of the file or of its span; undecodable bytes become U+FFFD."""
+        with self.open() as raw:
+            first, end, before = self.span or (0, None, 0)
+            if first:
+                raw.seek(first)
+            left = None if end is None else end - first
+            for number, line in enumerate(raw, before + 1):
+                if left is not None:
+                    if left <= 0:
+                        return
+                    left -= len(line)
+                text = line.decode(encoding, "replace")
+                yield number, text.removeprefix("\ufeff") if number == 1 else text
+
+    def spans(self, size: int) -> list[RawFile]:
+        """The file as spans of about `size` bytes that several processes can read; itself where it cannot be cut."""
+        if self.member is not None or not self.path.is_file() or self.path.stat().st_size <= size:
+            return [self]
+        if self.path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst"):
+            return [self]
+        found: list[RawFile] = []
+        first = lines = 0
+        with self.path.open("rb") as raw:
+            while piece := raw.read(size):
+                piece += raw.readline()
+                end = first + len(piece)
+                found.append(RawFile(self.path, None, (first, end, lines)))
+                first, lines = end, lines + piece.count(b"\n")
+        return found
 
     def parts(self) -> list[RawFile]:
         """The files of a folder (or of a folder inside a zip), sorted; a plain file is its own only part."""

@@ -39,6 +39,11 @@ IMPORTERS: dict[str, str] = {
 }
 
 
+# Formats whose records stand alone, one per line: a large file is read by several processes.
+LINE_FORMATS = ("openai", "sharegpt", "alpaca", "documents")
+SPAN_BYTES = 32 << 20
+
+
 class Importer(Protocol):
     """What an importer module offers."""
 
@@ -74,6 +79,13 @@ def source_files(options: SourceSection) -> list[RawFile]:
 
         return [installed_file()]
     return find_files(options.path)
+
+
+def spans(file: RawFile, kind: str, options: SourceSection) -> list[RawFile]:
+    """A large file in pieces for parallel reading, where its format allows; the conversations are the same either way."""
+    lines = kind in LINE_FORMATS and options.limit is None and file.stem.lower().endswith((".jsonl", ".ndjson", ".json"))
+    array = lines and file.head(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return file.spans(SPAN_BYTES) if lines and not array else [file]
 
 
 def read_file(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[Conversation]:

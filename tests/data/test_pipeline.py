@@ -154,6 +154,20 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, monkey
     assert tree(tmp_path / "1") == tree(tmp_path / "3")
 
 
+def test_a_large_file_read_in_spans_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from chatmill.data.importers import registry
+
+    raw = write_jsonl(tmp_path / "raw.jsonl", chats(400))
+    raw.write_text("\ufeff" + raw.read_text().rstrip("\n") + "\n\nnot json\n")
+    build_dataset(recipe(raw), tmp_path / "whole")
+    for size in (5_000, 33_333):
+        monkeypatch.setattr(registry, "SPAN_BYTES", size)
+        files = registry.spans(registry.find_files(str(raw))[0], "openai", recipe(raw).sources[0])
+        assert len(files) >= 3
+        build_dataset(recipe(raw, workers=2), tmp_path / f"spans{size}")
+        assert tree(tmp_path / f"spans{size}") == tree(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     raw = write_jsonl(tmp_path / "raw.jsonl", chats(6000))
