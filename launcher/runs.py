@@ -303,6 +303,9 @@ def cancel(name: str, *, now: bool) -> int:
             return 0
         (run_dir / CANCEL).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / CANCEL).touch()
+        array = tried[-1].lines.get("array") if tried else None
+        if array:  # the wall times that have not begun yet would continue the run
+            subprocess.run(["scancel", "--state=PENDING", str(array)], capture_output=True, check=False)
         gentle = state == "RUNNING" and not now
         command = ["scancel", "--batch", "--signal=USR1", job] if gentle else ["scancel", job]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

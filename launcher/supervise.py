@@ -106,7 +106,8 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
         nodes = slurm.nodes if slurm else [socket.gethostname()]
         since = now()
         began = {"time": since, "event": "begin", "attempt": number, "job": job, "nodes": nodes, "step": before, "port": port}
-        append_jsonl(run_dir / ATTEMPTS, began | {"pid": os.getpid(), "host": socket.gethostname(), "log": own_output()})
+        place = {"pid": os.getpid(), "host": socket.gethostname(), "log": own_output()}
+        append_jsonl(run_dir / ATTEMPTS, began | place | {"array": os.environ.get("SLURM_ARRAY_JOB_ID")})
         say(f"attempt {number} on {' '.join(nodes)}, {describe_step(before)}, rendezvous port {port}, logs in {logs}")
         deadline = _early_stop(run_dir, slurm, lead_s)
         environment = os.environ | {"CHATMILL_ATTEMPT": str(number), "CHATMILL_LOGS": str(logs), "MASTER_PORT": str(port)}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests marked `slurm` need: Debian's or Ubuntu's Slurm and munge (a few MB, as root, no daemon is left running).
+# Installs what the tests marked `slurm` need: Debian's or Ubuntu's Slurm, munge and iproute2 (a few MB, as root, no daemon is left running).
 # Where it cannot, it says why and ends 0: those tests are then skipped with the reason.
 set -euo pipefail
 if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then
@@ -16,7 +16,7 @@ printf '#!/bin/sh\nexit 101\n' >/tmp/policy-rc.d.$$ && chmod +x /tmp/policy-rc.d
 added=""
 if [ ! -e /usr/sbin/policy-rc.d ]; then cp /tmp/policy-rc.d.$$ /usr/sbin/policy-rc.d && added=yes; fi
 rm -f /tmp/policy-rc.d.$$
-if apt-get update -q >/dev/null && apt-get install -y -q --no-install-recommends slurm-wlm munge >/dev/null; then
+if apt-get update -q >/dev/null && apt-get install -y -q --no-install-recommends slurm-wlm munge iproute2 >/dev/null; then
   echo "installed: $(slurmctld -V)"
 else
   echo "Slurm could not be installed (no network?). The tests marked slurm will be skipped."

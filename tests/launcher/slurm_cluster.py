@@ -7,10 +7,14 @@
 Needs root and Debian's slurm-wlm and munge (tests/launcher/install_slurm.sh), but no systemd; touches nothing outside `folder`.
 Each node n1, n2 ... has 8 CPUs and 4 GPUs that are char devices like /dev/null: with plain files Slurm would set no
 CUDA_VISIBLE_DEVICES. Partitions: `gpu` (the default) and `urgent`, whose jobs preempt those of `gpu` by requeueing them.
+
+With isolated=True every node has a network namespace, a host name and an address (10.77.0.1x) of its own behind one bridge, and
+cut(node) takes its cable out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -25,7 +29,7 @@ from types import TracebackType
 
 CONF = """\
 ClusterName=ci
-SlurmctldHost=localhost(127.0.0.1)
+SlurmctldHost={controller}
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
@@ -53,12 +57,21 @@ ReturnToService=2
 KillWait={kill_wait_s}
 MinJobAge=3600
 SlurmctldTimeout=30
-SlurmdTimeout=30
+SlurmdTimeout={slurmd_timeout_s}
 SlurmdParameters=config_overrides
 GresTypes=gpu
 MailProg=/bin/true
 PropagateResourceLimits=NONE
 """
+
+
+def missing_network() -> str:
+    """Why nodes cannot have networks of their own here, in words; empty where they can."""
+    absent = [name for name in ("ip", "nsenter", "unshare") if _which(name) is None]
+    if absent:
+        return f"no {', '.join(absent)} on this machine: install Debian's iproute2 and util-linux"
+    made = subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False)
+    return "" if made.returncode == 0 else "this machine does not allow network namespaces"
 
 
 def missing_programs() -> str:
@@ -91,11 +104,62 @@ def free_base_port(count: int) -> int:
     raise OSError("no free range of ports for a Slurm")
 
 
+class Network:
+    """Namespaces PREFIXctl and PREFIXn1, n2 ... on a bridge inside the first: the machine's own network is not touched."""
+
+    def __init__(self, prefix: str, folder: Path, nodes: int) -> None:
+        self.prefix, self.folder, self.nodes = prefix, folder, nodes
+        self.hosts = ["ctl", *(f"n{i + 1}" for i in range(nodes))]
+
+    def build(self) -> None:
+        """Make namespaces, bridge and cables."""
+        addresses = ["127.0.0.1 localhost", "10.77.0.1 ctl", *(f"10.77.0.{10 + i} n{i}" for i in range(1, self.nodes + 1))]
+        (self.folder / "hosts").write_text("\n".join(addresses) + "\n")
+        for host in self.hosts:
+            _ip("netns", "add", self.prefix + host)
+            _ip("-n", self.prefix + host, "link", "set", "lo", "up")
+        control = self.prefix + "ctl"
+        _ip("-n", control, "link", "add", "br0", "type", "bridge")
+        _ip("-n", control, "addr", "add", "10.77.0.1/24", "dev", "br0")
+        _ip("-n", control, "link", "set", "br0", "up")
+        for i in range(1, self.nodes + 1):
+            node = f"{self.prefix}n{i}"
+            _ip("-n", control, "link", "add", f"v{i}", "type", "veth", "peer", "name", "eth0", "netns", node)
+            _ip("-n", control, "link", "set", f"v{i}", "master", "br0", "up")
+            _ip("-n", node, "addr", "add", f"10.77.0.{10 + i}/24", "dev", "eth0")
+            _ip("-n", node, "link", "set", "eth0", "up")
+
+    def inside(self, host: str, words: list[str]) -> list[str]:
+        """Words that run a command on a host, under its name. (`ip netns exec` would remount /sys, and slurmd dies of it.)"""
+        prepare = f'hostname {host}; mount --bind {self.folder}/hosts /etc/hosts; exec "$@"'
+        return ["nsenter", f"--net=/run/netns/{self.prefix}{host}", "unshare", "-um", "bash", "-c", prepare, "bash", *words]
+
+    def cut(self, i: int) -> None:
+        """The bridge's end of node i's cable goes down."""
+        _ip("-n", self.prefix + "ctl", "link", "set", f"v{i}", "down")
+
+    def remove(self) -> None:
+        """End what still runs in the namespaces (jobs on a node that was cut off), and the namespaces."""
+        for host in self.hosts:
+            pids = subprocess.run(["ip", "netns", "pids", self.prefix + host], capture_output=True, text=True, check=False)
+            for pid in pids.stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", self.prefix + host], capture_output=True, check=False)
+
+
+def _ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+
+
 class SlurmCluster:
     """Context manager around the daemons. `environment` is what Slurm's commands need to find them."""
 
-    def __init__(self, folder: Path, nodes: int = 4, gpus: int = 4, kill_wait_s: int = 20) -> None:
+    def __init__(self, folder: Path, nodes: int = 4, gpus: int = 4, kill_wait_s: int = 20, isolated: bool = False) -> None:
         self.folder, self.nodes, self.gpus, self.kill_wait_s = folder, nodes, gpus, kill_wait_s
+        self.network = Network(f"cm{os.getpid()}", folder, nodes) if isolated else None
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "SLURM_TIME_FORMAT": "%s"}
         self._daemons: list[subprocess.Popen[bytes]] = []
         self.start_seconds = 0.0
@@ -103,6 +167,9 @@ class SlurmCluster:
     def __enter__(self) -> SlurmCluster:
         began = time.monotonic()
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.network:
+                self.network.build()
             self._write_files()
             self._start_daemons()
         except BaseException:
@@ -119,12 +186,14 @@ class SlurmCluster:
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o400)
         port = free_base_port(self.nodes + 1)
-        conf, gres = CONF.format(port=port, folder=self.folder, kill_wait_s=self.kill_wait_s), ""
+        controller, timeout_s = ("ctl(10.77.0.1)", 10) if self.network else ("localhost(127.0.0.1)", 30)
+        values = {"controller": controller, "slurmd_timeout_s": timeout_s, "kill_wait_s": self.kill_wait_s}
+        conf, gres = CONF.format(port=port, folder=self.folder, **values), ""
         for i in range(1, self.nodes + 1):
             for g in range(self.gpus):
                 os.mknod(self.folder / f"gpu{i}-{g}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
             conf += (
-                f"NodeName=n{i} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port + i} CPUs=8 Boards=1 SocketsPerBoard=1 "
+                f"NodeName=n{i} {self._address(i)} Port={port + i} CPUs=8 Boards=1 SocketsPerBoard=1 "
                 f"CoresPerSocket=8 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:{self.gpus} State=UNKNOWN\n"
             )
             gres += f"NodeName=n{i} Name=gpu Count={self.gpus} File={self.folder}/gpu{i}-[0-{self.gpus - 1}]\n"
@@ -133,26 +202,35 @@ class SlurmCluster:
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "gres.conf").write_text(gres)
 
+    def _address(self, i: int) -> str:
+        return f"NodeAddr=10.77.0.{10 + i}" if self.network else "NodeHostname=localhost NodeAddr=127.0.0.1"
+
+    def cut(self, node: str) -> None:
+        """Take the network cable of an isolated node out."""
+        assert self.network is not None
+        self.network.cut(int(node.removeprefix("n")))
+
     def _start_daemons(self) -> None:
         run = self.folder / "run"
         munged = ["munged", "--foreground", "--force", "--num-threads=2", f"--socket={run}/munge.sock"]
         munged += [f"--key-file={self.folder}/munge.key", f"--pid-file={run}/munged.pid"]
         self._spawn([*munged, f"--seed-file={run}/munge.seed"], "munged")
         self._until("munged", lambda: (run / "munge.sock").exists())
-        self._spawn(["slurmctld", "-D", "-c"], "slurmctld")
+        self._spawn(["slurmctld", "-D", "-c"], "slurmctld", "ctl")
         for i in range(1, self.nodes + 1):
-            self._spawn(["slurmd", "-D", "-N", f"n{i}"], f"slurmd.n{i}")
+            self._spawn(["slurmd", "-D", "-N", f"n{i}"], f"slurmd.n{i}", f"n{i}")
         self._until(
             "all nodes idle", lambda: self.call("sinfo", "-h", "-t", "idle", "-o", "%D", check=False) == str(self.nodes)
         )
 
-    def _spawn(self, command: list[str], name: str) -> None:
+    def _spawn(self, command: list[str], name: str, host: str = "") -> None:
         program = _which(command[0])
         assert program is not None
+        words = [program, *command[1:]]
+        if self.network and host:
+            words = self.network.inside(host, words)
         with (self.folder / "log" / name).open("wb") as log:
-            self._daemons.append(
-                subprocess.Popen([program, *command[1:]], env=self.environment, stdout=log, stderr=subprocess.STDOUT)
-            )
+            self._daemons.append(subprocess.Popen(words, env=self.environment, stdout=log, stderr=subprocess.STDOUT))
 
     def _until(self, what: str, done: object, timeout_s: float = 30.0) -> None:
         assert callable(done)
@@ -185,11 +263,14 @@ class SlurmCluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons = []
+        if self.network:
+            self.network.remove()
 
     def call(self, *command: str, cwd: Path | None = None, extra: Mapping[str, str] | None = None, check: bool = True) -> str:
         """Output of one of Slurm's commands."""
+        words = self.network.inside("ctl", list(command)) if self.network else list(command)
         done = subprocess.run(
-            command, env=self.environment | dict(extra or {}), cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+            words, env=self.environment | dict(extra or {}), cwd=cwd, capture_output=True, text=True, timeout=60, check=False
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip()}")

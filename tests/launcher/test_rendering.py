@@ -81,6 +81,12 @@ def test_the_script_for_hands_is_what_the_launcher_renders() -> None:
     assert os.access(ROOT / "slurm" / "train.sh", os.X_OK)
 
 
+def test_the_example_of_a_cluster_uses_every_kind_of_field_and_renders() -> None:
+    fields = yaml.safe_load((ROOT / "slurm" / "cluster.example.yaml").read_text(encoding="utf-8"))
+    script = render_sbatch(validate(JobSpec, fields, "cluster.example.yaml"))
+    assert "#SBATCH --time=24:00:00\n" in script and "#SBATCH --array=1-4%1\n" in script and "apptainer exec --nv" in script
+
+
 def test_commands_are_as_agreed() -> None:
     spec, large = SPECS["one_node_no_gpu"], SPECS["four_gpu_nodes"]
     several = spec.model_copy(update={"processes_per_node": 2})

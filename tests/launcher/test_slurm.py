@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from tests.launcher.conftest import Recovery
-from tests.launcher.slurm_cluster import SlurmCluster, missing_programs
+from tests.launcher.slurm_cluster import SlurmCluster, missing_network, missing_programs
 from tests.launcher.tiny_run import make_data, write_recipe
 
 from chatmill.launcher.__main__ import main
@@ -189,6 +189,23 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_in_the_next_one(
     assert "requeued" in fresh.output("limited", job)
     assert_same_losses(run, undisturbed, LONG)
     recoveries.append(recovered("time limit", run, at_step, since))
+
+
+@pytest.mark.skipif(bool(missing_network()), reason=missing_network())
+def test_a_run_goes_on_without_a_node_whose_link_was_cut(
+    bench: Bench, undisturbed: dict[int, float], recoveries: list[Recovery], tmp_path: Path
+) -> None:
+    with SlurmCluster(tmp_path / "cluster", nodes=3, isolated=True) as cluster:
+        isolated = Bench(cluster, bench.folder, bench.vocab)
+        job, run = isolated.submit("cut")
+        until("half way to the second checkpoint", lambda: last_step(run) >= EVERY + EVERY // 2)
+        at_step, since = last_step(run), time.time()
+        cluster.cut("n2")
+        state = cluster.wait(job, 240)
+    assert state == "COMPLETED", isolated.output("cut", job)
+    assert [attempt.nodes for attempt in attempts(run)] == [("n1", "n2"), ("n1", "n3")]
+    assert_same_losses(run, undisturbed)
+    recoveries.append(recovered("link cut to a node", run, at_step, since))
 
 
 def test_a_recipe_that_cannot_work_ends_the_job_before_any_process_starts(bench: Bench) -> None:

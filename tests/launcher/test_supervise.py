@@ -16,6 +16,7 @@ import pytest
 from chatmill.launcher.first_cause import find_cause
 from chatmill.launcher.run_state import (
     ATTEMPTS,
+    CANCEL,
     append_jsonl,
     attempts,
     failures_without_progress,
@@ -43,7 +44,7 @@ if behaviour == "crash": sys.exit(1)
 if behaviour == "refuse": sys.exit(2)
 if behaviour == "crash-once-per-step": save(start + 1); sys.exit(0 if start + 1 == 5 else 1)
 if behaviour == "wait":
-    (run / "ready").touch()
+    (run / "pid").write_text(str(os.getpid())); (run / "ready").touch()
     while not stop: time.sleep(0.01)
     save(start + 1); (run / "PREEMPTED").write_text("x")
 if behaviour == "deaf":
@@ -132,6 +133,37 @@ def test_an_attempt_that_writes_nothing_for_too_long_is_killed(tmp_path: Path) -
 def test_a_process_that_dies_after_the_run_has_finished_does_not_start_it_again(tmp_path: Path) -> None:
     done = supervise(tmp_path, "die-after-the-end")
     assert done.returncode == 0 and outcomes(tmp_path) == ["finished"]
+
+
+@pytest.mark.parametrize("how", ["job", "array", "cancelled"])
+def test_under_slurm_a_saved_run_is_requeued_unless_a_chain_continues_it_or_it_was_cancelled(tmp_path: Path, how: str) -> None:
+    calls, run = tmp_path / "calls", tmp_path / "run"
+    programs = {
+        "scontrol": 'case "$1 $2" in "show hostnames") echo a1; echo a2;; "show job") echo JobState=RUNNING;; esac',
+        "scancel": f"kill -TERM $(cat {run}/pid)",  # a signal to the job's steps
+        "squeue": "echo UNLIMITED",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{calls}\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    variables = environment() | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "a[1-2]",
+    }
+    if how == "array":
+        variables |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "70"}
+    process = subprocess.Popen(command(tmp_path, "wait"), env=variables, stdout=subprocess.PIPE, text=True)
+    wait_for(run / "ready")
+    if how == "cancelled":
+        (run / CANCEL).touch()
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=20)
+    (attempt,) = attempts(run)
+    assert process.returncode == 0 and (attempt.job, attempt.nodes, attempt.outcome) == ("77", ("a1", "a2"), "preempted")
+    assert "scancel --signal=USR1 77" in calls.read_text()
+    assert ("scontrol requeue 77" in calls.read_text()) == (how == "job")
+    assert {"job": "requeued", "array": "next element", "cancelled": "stopped; `chatmill resume`"}[how] in said
 
 
 def test_an_old_preempted_mark_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
