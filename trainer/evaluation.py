@@ -40,12 +40,22 @@ def validation_batches(
 
 
 @torch.no_grad()
-def evaluate(forward: Callable[[PackedBatch], LossOutput], batches: Iterable[PackedBatch], world: World) -> dict[str, float]:
-    """Loss (nats), perplexity, accuracy and the number of supervised tokens, over all ranks."""
+def evaluate(
+    forward: Callable[[PackedBatch], LossOutput],
+    batches: Iterable[PackedBatch],
+    world: World,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Loss (nats), perplexity, accuracy and the number of supervised tokens, over all ranks.
+
+    stopped: asked before each batch; where any rank says yes, every rank breaks off and gets None.
+    """
     loss: Tensor | None = None
     correct: Tensor | None = None
     count = 0
     for batch in batches:
+        if world.any(stopped()):
+            return None
         output = forward(batch)
         loss = output.loss_sum.double() + (loss if loss is not None else 0.0)
         correct = output.correct + (correct if correct is not None else 0)
@@ -98,7 +108,9 @@ def evaluate_checkpoint(
     batches = validation_batches(
         dataset, sequence_length=length, micro_batch=micro_batch, world=world, max_dialogues=max_dialogues
     )
-    return {"checkpoint": str(checkpoint.path), "data": str(folder), "split": split, **evaluate(forward, batches, world)}
+    figures = evaluate(forward, batches, world)
+    assert figures is not None
+    return {"checkpoint": str(checkpoint.path), "data": str(folder), "split": split, **figures}
 
 
 def check_tokenizer(checkpoint: Checkpoint, dataset: TokenDataset) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from chatmill.config import ConfigError, dump_yaml
 from chatmill.data.shards import TokenDataset
@@ -41,6 +42,7 @@ from chatmill.trainer.world import World, end_world, start_world
 
 def train(recipe: Recipe) -> int:
     """Run (or continue) the recipe; returns the number of steps done. Raises ConfigError before anything is written."""
+    stop = StopSignal()  # from here on a signal ends the run in order, whatever it is doing
     dataset = TokenDataset.open(recipe.data.path, "train")
     validation = TokenDataset.open(recipe.data.path, "validation")
     tokenizer = ChatTokenizer.load(dataset.path / "tokenizer")
@@ -50,7 +52,7 @@ def train(recipe: Recipe) -> int:
     folder.check_same(recipe)
     world = start_world(recipe)
     try:
-        return _train(recipe, config, base, dataset, validation, tokenizer, folder, world)
+        return _train(recipe, config, base, dataset, validation, tokenizer, folder, world, stop)
     finally:
         end_world()
 
@@ -90,6 +92,7 @@ def _train(
     tokenizer: ChatTokenizer,
     folder: RunFolder,
     world: World,
+    stop: StopSignal,
 ) -> int:
     torch.manual_seed(recipe.train.seed)
     resume = open_checkpoint(folder.path) if list_checkpoints(folder.path) else None
@@ -110,6 +113,10 @@ def _train(
         torch.set_rng_state(resume.tensor("rng.cpu"))
         step, tokens, loss_tokens = state["step"], state["tokens"], state["loss_tokens"]
     proof = engine.describe()
+    if world.any(world.is_main and folder.is_finished(recipe.train.steps) and step >= recipe.train.steps):
+        if world.is_main:
+            print(f"{folder.path} is finished: {step} of {recipe.train.steps} steps. Raise train.steps to go on.")
+        return step
     with StepDisplay(recipe.train.steps, step, quiet=not world.is_main) as display:
         if world.is_main:
             folder.create(recipe, proof | {"parameters": config.parameter_counts(), **describe_environment()})
@@ -118,9 +125,6 @@ def _train(
         say_proof(display, proof, config, recipe)
         if resume is not None:
             display.say(f"continuing {folder.path} from step {step} ({resume.path.name})")
-        if step >= recipe.train.steps:
-            display.say(f"{folder.path} is finished: {step} of {recipe.train.steps} steps. Raise train.steps to go on.")
-            return step
 
         def validate(at: int) -> None:
             batches = validation_batches(
@@ -132,7 +136,10 @@ def _train(
             )
             engine.model.eval()
             began = time.monotonic()
-            result = evaluate(engine.forward, batches, world)
+            result = evaluate(engine.forward, batches, world, lambda: stop.asked)
+            if result is None:
+                display.say(f"validation at step {at} was cut short by a signal")
+                return
             if world.is_main:
                 folder.metric(step=at, eval=result, seconds=round(time.monotonic() - began, 3))
             display.say(
@@ -144,19 +151,40 @@ def _train(
                     folder.sample(step=at, prompt=prompt, reply=reply)
                 display.say(f"  > {prompt}\n  < {reply}")
 
-        def save(at: int) -> None:
+        def save(at: int) -> bool:
             began = time.monotonic()
-            save_checkpoint(folder, engine, config, tokenizer, recipe, stream, at, tokens, loss_tokens, world)
-            if world.is_main:
+            problem = save_checkpoint(folder, engine, config, tokenizer, recipe, stream, at, tokens, loss_tokens, world)
+            if problem:
+                display.say(f"{problem}\ntraining goes on; the checkpoints before it are whole.")
+                if world.is_main:
+                    folder.event("checkpoint_failed", step=at, reason=problem)
+            elif world.is_main:
                 prune(folder.path, recipe.checkpoint.keep)
                 folder.event("checkpoint", step=at, seconds=round(time.monotonic() - began, 3))
+            return not problem
+
+        def save_last(at: int) -> None:
+            if not save(at):
+                raise ConfigError(
+                    f"{folder.path}: the last checkpoint (step {at}) could not be written; free some disk and run again."
+                )
+
+        def preempted(at: int) -> int:
+            if world.is_main:
+                why = f"{stop.name or 'signal on another rank'} at step {at}\n"
+                (folder.path / PREEMPTED).write_text(why, encoding="utf-8")
+                folder.event("preempted", step=at, signal=stop.name)
+            display.say(f"stopped by a signal after step {at}; the same command continues.")
+            return at
 
         if step == 0 and recipe.evaluation.at_start:
             validate(0)
-        stop = StopSignal()
+        if step == 0 and world.any(stop.asked):
+            return preempted(0)
         meter = StepMeter(config, world)
         batches = iter(stream)
-        saved = evaluated = step
+        saved = step
+        evaluated = step if resume is None else -1  # a run killed in its last validation still owes it
         while step < recipe.train.steps:
             waited = time.monotonic()
             micro = take(batches, recipe.train.accumulation)
@@ -181,30 +209,19 @@ def _train(
                 evaluated = step
                 meter.restart()
             if step % recipe.checkpoint.every_steps == 0:
-                save(step)
-                saved = step
+                saved = step if save(step) else saved
                 meter.restart()
             if world.any(stop.asked):
                 if saved != step:
-                    save(step)
-                if world.is_main:
-                    (folder.path / PREEMPTED).write_text(
-                        f"{stop.name or 'signal on another rank'} at step {step}\n", encoding="utf-8"
-                    )
-                    folder.event("preempted", step=step, signal=stop.name)
-                display.say(f"stopped by a signal after step {step}; the same command continues.")
-                return step
+                    save_last(step)
+                return preempted(step)
         if recipe.evaluation.at_end and evaluated != step:
             validate(step)
         if saved != step:
-            save(step)
+            save_last(step)
         if world.is_main:
             folder.event("finished", step=step, tokens=tokens, loss_tokens=loss_tokens)
-        display.say(
-            f"finished: {step} steps, {tokens:,} tokens, checkpoint {list_checkpoints(folder.path)[-1]}"
-            if world.is_main
-            else ""
-        )
+            display.say(f"finished: {step} steps, {tokens:,} tokens, checkpoint {list_checkpoints(folder.path)[-1]}")
     return step
 
 
@@ -264,30 +281,36 @@ def save_checkpoint(
     tokens: int,
     loss_tokens: int,
     world: World,
-) -> None:
-    """One full checkpoint, written by rank 0 from tensors gathered one at a time; every rank takes part."""
-    if not world.is_main:
-        for _ in engine.tensors():
-            pass
-        world.barrier()
-        return
-    state = {"step": step, "tokens": tokens, "loss_tokens": loss_tokens, "stream": stream.state_dict()}
-    meta = {
-        "step": step,
-        "tokens": tokens,
-        "run": recipe.run.name,
-        "data": recipe.data.path,
-        "data_fingerprint": stream.dataset.fingerprint,
-    }
-    with CheckpointWriter(folder.path / "checkpoints" / f"step-{step:08d}", config, meta) as writer:
-        for group, name, tensor in engine.tensors():
-            writer.add(name, tensor, group)
-        writer.add("rng.cpu", torch.get_rng_state(), "rng")
-        writer.add_file("state.json", (json.dumps(state, indent=1) + "\n").encode())
-        writer.add_file("recipe.yaml", dump_yaml(recipe).encode())
-        for name, data in tokenizer.files().items():
-            writer.add_file(name, data)
-    world.barrier()
+) -> str:
+    """One full checkpoint, written by rank 0 from tensors gathered one at a time; every rank takes part.
+
+    Returns why it could not be written (disk full, say), on every rank alike; the checkpoints before it are untouched.
+    """
+    tensors = engine.tensors()
+    problem = ""
+    if world.is_main:
+        state = {"step": step, "tokens": tokens, "loss_tokens": loss_tokens, "stream": stream.state_dict()}
+        meta = {
+            "step": step,
+            "tokens": tokens,
+            "run": recipe.run.name,
+            "data": recipe.data.path,
+            "data_fingerprint": stream.dataset.fingerprint,
+        }
+        try:
+            with CheckpointWriter(folder.path / "checkpoints" / f"step-{step:08d}", config, meta) as writer:
+                for group, name, tensor in tensors:
+                    writer.add(name, tensor, group)
+                writer.add("rng.cpu", torch.get_rng_state(), "rng")
+                writer.add_file("state.json", (json.dumps(state, indent=1) + "\n").encode())
+                writer.add_file("recipe.yaml", dump_yaml(recipe).encode())
+                for name, data in tokenizer.files().items():
+                    writer.add_file(name, data)
+        except (OSError, SafetensorError) as error:
+            problem = f"checkpoint of step {step} could not be written: {error}"
+    for _ in tensors:  # the other ranks' part, and the rest of rank 0's when writing broke off: gathering is collective
+        pass
+    return problem or ("rank 0 could not write the checkpoint" if world.any(bool(problem)) else "")
 
 
 def say_proof(display: StepDisplay, proof: dict[str, Any], config: ModelConfig, recipe: Recipe) -> None:

@@ -77,12 +77,16 @@ class RunFolder:
         with (self.path / name).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(values) + "\n")
 
+    def is_finished(self, steps: int) -> bool:
+        """Whether the run has ended at so many steps, its last validation and checkpoint included."""
+        return any(e.get("event") == "finished" and e.get("step") == steps for e in read_lines(self.path / "events.jsonl"))
+
     def forget_after(self, step: int) -> None:
         """Drop metrics and samples later than `step`: the resumed run writes them again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.path / name
             if file.is_file():
-                kept = [line for line in read_lines(file) if line.get("step", 0) <= step]
+                kept = [line for line in read_lines(file) if line.get("step", 0) <= step]  # a torn last line goes too
                 _write(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -228,3 +230,59 @@ def test_eval_of_a_checkpoint_repeats_the_figures_of_the_run(write_recipe, tmp_p
         found = evaluate_checkpoint(str(tmp_path / "runs" / "base"), sequence_length=length, micro_batch=micro)
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["loss_tokens"] == expected["loss_tokens"]
+
+
+def test_a_full_disk_stops_no_training_and_leaves_the_old_checkpoint_whole(write_recipe, tmp_path: Path) -> None:
+    """The limit on file sizes stands for the disk: weights fit, the optimizer's moments of the second checkpoint do not."""
+    recipe = write_recipe("full", checkpoint={"every_steps": 2}, train={"steps": 6})
+    run = tmp_path / "runs" / "full"
+    process = start(recipe, 1, "train.steps=2", launcher="python")
+    process.communicate(timeout=120)
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); "
+        "from chatmill.trainer.train import main; sys.exit(main(sys.argv[1:]))"
+    )
+    # steps=2 fixed the schedule; another length is another run, so the same two steps are trained again in a new folder
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(recipe), "run.name=limited"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    limited = tmp_path / "runs" / "limited"
+    assert done.returncode == 2
+    assert "could not be written" in done.stderr
+    assert len(losses(limited)) == 6, "training went on to its end"
+    assert [e["event"] for e in read_lines(limited / "events.jsonl")].count("checkpoint_failed") >= 3
+    assert list_checkpoints(limited) == []
+    assert not list((limited / "checkpoints").iterdir()), "nothing half-written is left"
+    assert open_checkpoint(run).meta["step"] == 2
+
+
+def test_a_signal_during_validation_is_heard_there(write_recipe, tmp_path: Path) -> None:
+    recipe = write_recipe("early", evaluation={"at_start": True})
+    process = start(recipe, 1, "evaluation.micro_batch=1", "data.sequence_length=128", launcher="python")
+    run = tmp_path / "runs" / "early"
+    deadline = time.monotonic() + 120
+    while not (run / "events.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "the same command continues" in out
+    launch(recipe, 1, "evaluation.micro_batch=1", "data.sequence_length=128", launcher="python")
+    assert len(losses(run)) == 8
+    assert "eval" in list(read_lines(run / "metrics.jsonl"))[-1]
+
+
+def test_a_run_killed_in_its_last_validation_still_gives_it(write_recipe, tmp_path: Path) -> None:
+    recipe = write_recipe("late", checkpoint={"every_steps": 8})
+    train(load_recipe(str(recipe)))
+    run = tmp_path / "runs" / "late"
+    expected = last_eval(run)
+    for name, word in (("metrics.jsonl", '"eval"'), ("events.jsonl", '"finished"')):
+        lines = [line for line in (run / name).read_text().splitlines() if word not in line]
+        (run / name).write_text("".join(line + "\n" for line in lines))
+    train(load_recipe(str(recipe)))
+    assert last_eval(run) == pytest.approx(expected)
