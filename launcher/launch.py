@@ -101,6 +101,8 @@ def describe(plan: Plan) -> str:
     packs = spec.world_size * recipe.train.accumulation * recipe.train.micro_batch
     step_tokens = packs * recipe.data.sequence_length
     lines = [f"note: {note}" for note in plan.resolved.notes]
+    if plan.on == "slurm" and spec.cpus_per_task is None and "--exclusive" not in spec.options:
+        lines.append("note: no --cpus-per-task: each node's processes share what this cluster gives by default, often one CPU")
     lines.append(f"run         {plan.resolved.run_dir}")
     lines.append(f"processes   {spec.world_size} = {spec.nodes} node(s) x {spec.processes}, {recipe.parallel.strategy}")
     if shape is None:

@@ -141,7 +141,7 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
                 say("the same start would fail again: not restarted")
                 return 2
         if stale >= max_no_progress:
-            say(f"given up: {stale} attempts in a row brought no checkpoint newer than {describe_step(before)}")
+            say(f"given up: {stale} attempts in a row brought no newer checkpoint ({describe_step(after)})")
             return 1
         if outcome in ("preempted", "terminated"):
             return _hand_back(slurm, signals, outcome, (run_dir / CANCEL).is_file())
