@@ -82,7 +82,9 @@ def test_strided_inputs_and_gradients_are_read_as_they_lie(impl: str) -> None:
     slanted = random(64, 9, seed=2, dtype=torch.float64)
     leaf, b = fused.clone().requires_grad_(), w.clone().requires_grad_()
     leaf64, b64 = fused.clone().requires_grad_(), w.clone().requires_grad_()
-    for y in (rms_norm(leaf[:, 64:128], b[::2], impl=impl), truth(leaf64[:, 64:128], b64[::2], 1e-6)):
+    ys = (rms_norm(leaf[:, 64:128], b[::2], impl=impl), truth(leaf64[:, 64:128], b64[::2], 1e-6))
+    torch.testing.assert_close(*ys)
+    for y in ys:
         (y.T * slanted).sum().backward(retain_graph=True)
         y.mean(0).sum().backward(retain_graph=True)  # expanded: stride 0
         y[:, ::2].cumsum(1).sum().backward()
