@@ -87,15 +87,36 @@ class Generation:
         return self
 
     def __next__(self) -> TokenStep:
+        if self.is_over:
+            raise StopIteration
+        step = self.accept(self.read())
+        if step is None:
+            raise StopIteration
+        return step
+
+    @property
+    def is_over(self) -> bool:
+        """No further token is wanted; finish_reason tells why."""
         if self.finish_reason is None and len(self.ids) >= self._room:
             self.finish_reason = "length"
-        if self.finish_reason is not None:
-            raise StopIteration
-        logits = self._forward()
+        return self.finish_reason is not None
+
+    @property
+    def pending(self) -> Tensor:
+        """Int64["n"]: tokens that the model has not read yet; the prompt at first, then one at a time."""
+        return self._pending
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of the tokens read so far."""
+        return self._cache
+
+    def accept(self, logits: Tensor) -> TokenStep | None:
+        """Choose from the logits Float["V"] after the pending tokens, which are in the cache; None at a stop id."""
         chosen = next_token(logits, self.sampling, self._seen, self._generator)
         if chosen in self.stop_ids:
             self.finish_reason = "stop"
-            raise StopIteration
+            return None
         self.ids.append(chosen)
         self._pending = torch.tensor([chosen], dtype=torch.long, device=self._device)
         if self.sampling.repetition_penalty != 1.0:
@@ -112,7 +133,7 @@ class Generation:
         self.finish_reason = "stop"
 
     @torch.no_grad()
-    def _forward(self) -> Tensor:
+    def read(self) -> Tensor:
         """Logits Float["V"] after the pending tokens, which enter the cache."""
         logits: Tensor | None = None
         for chunk in self._pending.split(PREFILL_CHUNK):

@@ -15,6 +15,7 @@ from transformers.generation import logits_process
 
 from chatmill.config import ConfigError
 from chatmill.data.tokenizer import ChatTokenizer, train_bpe
+from chatmill.trainer.batched_decoding import next_steps
 from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.generation import Generation, TextStream, fit_messages, generate, reply_to
@@ -122,6 +123,36 @@ def test_the_same_seed_repeats_a_reply_and_another_does_not(model: Decoder) -> N
         return list(generate(model, [1, 2, 3], max_new_tokens=40, temperature=1.5, seed=seed))
 
     assert reply(7) == reply(7) != reply(8)
+
+
+# -- many at once
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"qk_norm": True, "sliding_window": 8, "tied_embeddings": False}, {"logit_softcap": 9.0}]
+)
+def test_replies_made_together_are_those_made_alone(extra: dict[str, Any]) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "layers": 3, "heads": 4, "kv_heads": 2, "context": 64}
+    model = Decoder(ModelConfig(vocab_size=97, initializer_range=0.4, **shape, **extra))
+    model.init_weights(2)
+    prompts = [[(5 * i + k) % 97 for i in range(2 + 7 * k)] for k in range(6)]
+    lengths = (3, 40, 17, 1, 60, 25)
+
+    def start(k: int) -> Generation:
+        knobs = Sampling(0.0) if k % 2 else Sampling(0.9, top_k=20, repetition_penalty=1.1)
+        return Generation(model, prompts[k], max_new_tokens=lengths[k], sampling=knobs, seed=k, logprobs=1)
+
+    alone = [list(start(k)) for k in range(6)]
+    generations = [start(k) for k in range(6)]
+    together: list[list[Any]] = [[] for _ in generations]
+    for turn in range(200):
+        joined = [k for k in range(6) if turn >= 2 * k]  # they arrive one after another
+        for k, step in zip(joined, next_steps(model, [generations[k] for k in joined]), strict=True):
+            together[k] += [step] if step is not None else []
+    assert [[s.id for s in steps] for steps in together] == [[s.id for s in steps] for steps in alone]
+    for mine, theirs in zip(together, alone, strict=True):
+        assert [s.logprob for s in mine] == pytest.approx([s.logprob for s in theirs], abs=1e-4)
+    assert {g.finish_reason for g in generations} == {"length"}
 
 
 # -- text

@@ -1,11 +1,11 @@
-"""One thread that answers many requests: it advances every active reply by one token in turn.
+"""One thread that answers many requests: at every step all active replies get their next token together.
 
     engine = Engine(chat)
     engine.submit(job)              raises BusyError when the queue is full; events arrive through job.emit
     job.cancel()                    the reply is dropped before its next token, and its cache with it
 
-Replies start in order of arrival, at most `max_active` at once. A reply depends on its own request only: never on
-what else runs (each has its own cache and random generator).
+Replies start in order of arrival, at most `max_active` at once; one joins or leaves between any two steps. Each has its
+own cache and random generator: what else runs can touch it only through the rounding of a wider matrix product.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from chatmill.trainer.batched_decoding import joint_logits
 from chatmill.trainer.chat_model import ChatModel
 from chatmill.trainer.generation import FinishReason, Generation, TextStream, TokenStep
 from chatmill.trainer.sampling import Sampling
@@ -149,7 +150,7 @@ class Engine:
                 admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
             for job in admitted:
                 self._admit(job)
-            self._active = [active for active in self._active if self._advance(active)]
+            self._active = self._advance([active for active in self._active if not self._is_over(active.job)])
         for job in [active.job for active in self._active] + list(self._waiting):
             job.emit(Failed("error", "the server is shutting down."))
         self._active = []
@@ -173,28 +174,36 @@ class Engine:
         except Exception as error:  # one bad request must not end the thread that serves all others
             self._fail(job, error)
 
-    def _advance(self, active: _Active) -> bool:
-        """One token for one reply; False when the reply is over."""
-        job = active.job
-        if self._is_over(job):
-            return False
+    def _advance(self, group: list[_Active]) -> list[_Active]:
+        """One token for each reply; returns those that go on. An error ends the replies that it concerns, not the server."""
         try:
-            step = next(active.steps, None)
-            if step is None:
-                return self._finish(active)
-            self.counts.generated_tokens += 1
-            active.held.append(step)
-            text = active.text.push(step.id)
-            if active.text.stopped:
-                active.steps.stop()
-                return self._finish(active, text)
-            if text:
-                job.emit(Piece(text, tuple(active.held)))
-                active.held.clear()
-            return True
-        except Exception as error:  # out of memory, damaged weights: this reply ends, the server goes on
-            self._fail(job, error)
-            return False
+            rows = joint_logits(self.chat.model, [active.steps for active in group])
+        except Exception:  # out of memory for all at once, say: then one by one, which finds out whose fault it is
+            rows = {}
+        going = []
+        for i, active in enumerate(group):
+            try:
+                step = active.steps.accept(rows[i]) if i in rows else next(active.steps, None)
+                if self._take(active, step):
+                    going.append(active)
+            except Exception as error:
+                self._fail(active.job, error)
+        return going
+
+    def _take(self, active: _Active, step: TokenStep | None) -> bool:
+        """Pass a token on; False when the reply is over."""
+        if step is None:
+            return self._finish(active)
+        self.counts.generated_tokens += 1
+        active.held.append(step)
+        text = active.text.push(step.id)
+        if active.text.stopped:
+            active.steps.stop()
+            return self._finish(active, text)
+        if text:
+            active.job.emit(Piece(text, tuple(active.held)))
+            active.held.clear()
+        return True
 
     def _finish(self, active: _Active, text: str = "") -> bool:
         text += active.text.finish()
