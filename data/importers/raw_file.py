@@ -162,7 +162,7 @@ def _open_zstd(path: Path) -> Iterator[IO[bytes]]:
         ) from error
     # Reddit's dumps use a 2 GiB window.
     with path.open("rb") as raw, zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(raw) as reader:
-        yield reader
+        yield io.BufferedReader(reader, 1 << 20)  # the reader itself knows no lines
 
 
 def find_files(pattern: str) -> list[RawFile]:
