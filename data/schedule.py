@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
 from chatmill.data.mixture import Mixture, largest_deficit
-from chatmill.data.order import DialogueSource, Order
+from chatmill.data.order import DialogueBlock, DialogueSource, Order
 from chatmill.data.pack import Overlong, WindowPlan, plan_window
 
 STATE_VERSION = 1
@@ -62,7 +62,7 @@ class OpenWindow:
         self.source = source
         self._numbers = order.blocks(epoch, window)
         self._dialogues = order.dialogues
-        self._blocks: dict[int, tuple[NDArray[np.int32], Sequence[str], NDArray[np.int64]]] = {}
+        self._blocks: dict[int, DialogueBlock] = {}
         self._holes: dict[frozenset[str], NDArray[np.bool_]] = {}
         will_read = getattr(source, "will_read", None)
         if will_read is not None:  # a remote data set fetches ahead: this window, then the next one
@@ -81,8 +81,8 @@ class OpenWindow:
         totals = plan.pack_tokens.tolist(), plan.pack_loss.tolist()
         self.packs: list[tuple[int, ...]] = list(zip(starts[:-1], starts[1:], *totals, strict=True))
 
-    def block(self, block: int) -> tuple[NDArray[np.int32], Sequence[str], NDArray[np.int64]]:
-        """Tokens of a block, Int32, ~id where supervised; its uids; where its dialogues start."""
+    def block(self, block: int) -> DialogueBlock:
+        """A block, read when it is first needed."""
         found = self._blocks.get(block)
         if found is None:
             data = self.source.read_block(block)
@@ -92,9 +92,7 @@ class OpenWindow:
                     f"data.stream: block {block} disagrees with the index on the lengths of its dialogues.\n"
                     "Shards and index do not belong together: run `chatmill data verify`, then build the data set again."
                 )
-            signed = data.ids.astype(np.int32)
-            np.bitwise_xor(signed, np.negative(data.loss_mask.view(np.int8)), out=signed)
-            found = self._blocks[block] = signed, data.uids, data.offsets
+            found = self._blocks[block] = data
         return found
 
     def hole(self, uids: frozenset[str]) -> NDArray[np.bool_]:
@@ -111,14 +109,14 @@ class OpenWindow:
         out = set()
         for number in self._numbers.tolist():
             first = int(self.source.block_starts[number])
-            names = self.block(number)[1]
+            names = self.block(number).uids
             if not uids.isdisjoint(names):
                 out |= {first + place for place, name in enumerate(names) if name in uids}
         return out
 
     def _loss_mask(self, block: int, place: int) -> NDArray[np.bool_]:
-        signed, _, starts = self.block(block)
-        return signed[starts[place] : starts[place + 1]] < 0
+        data = self.block(block)
+        return data.loss_mask[data.offsets[place] : data.offsets[place + 1]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,7 +222,8 @@ class PackedStream(IterableDataset[PackedBatch]):
         T = self.micro_batch * self.sequence_length
         first = (micro * self.world_size + self.rank) * self.micro_batch
         packs = planned.packs[first : first + self.micro_batch]
-        signed = np.zeros(T + 1, np.int32)  # id, or ~id where supervised; one more so that every token has a next
+        tokens = np.zeros(T + 1, np.int32)  # one more, so that every token has a next
+        supervised = np.zeros(T + 1, np.bool_)
         lengths: list[int] = []
         uids: list[str] = []
         at = 0
@@ -232,26 +233,24 @@ class PackedStream(IterableDataset[PackedBatch]):
                 pack = packs[k]
                 read = pack.window.block
                 for block, local, offset, length, context in pack.pieces():
-                    ids, names, _ = read(block)
-                    signed[at : at + length] = ids[offset : offset + length]
+                    data, stop = read(block), offset + length
+                    tokens[at : at + length] = data.ids[offset:stop]
+                    supervised[at : at + length] = data.loss_mask[offset:stop]
                     if context:
-                        head = signed[at : at + context]
-                        head ^= head >> 31
+                        supervised[at : at + context] = False
                     at += length
                     lengths.append(length)
-                    uids.append(names[local])
+                    uids.append(data.uids[local])
             if at < end:
                 lengths.append(end - at)
                 at = end
         cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=cu_seqlens[1:])
         starts = cu_seqlens[:-1]
-        signed[starts] ^= signed[starts] >> 31  # the first token of a segment has nothing to be predicted from
-        tokens = signed ^ (signed >> 31)
-        supervised = signed[1:] < 0
+        supervised[starts] = False  # the first token of a segment has nothing to be predicted from
         targets = np.full(T, IGNORE, np.int64)
-        np.copyto(targets, tokens[1:], where=supervised)
-        valid = np.flatnonzero(supervised)
+        np.copyto(targets, tokens[1:], where=supervised[1:])
+        valid = np.flatnonzero(supervised[1:])
         loss = sum(pack.loss_tokens for pack in packs)
         if len(valid) != loss:
             raise ConfigError(
