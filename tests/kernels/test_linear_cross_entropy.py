@@ -3,6 +3,9 @@
 On a machine without a GPU the Triton engine runs interpreted; with one, compiled.
 """
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -454,3 +457,30 @@ def test_misuse_is_refused_in_words(change: dict[str, Any], words: str) -> None:
     }
     with pytest.raises(ValueError, match=words):
         linear_cross_entropy(**{**arguments, **change})
+
+
+def test_the_public_modules_work_where_triton_is_not_installed() -> None:
+    program = """
+import sys
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, NoTriton())
+import torch
+from chatmill.kernels import cross_entropy, linear_cross_entropy, rms_norm, rope, swiglu
+x = torch.randn(5, 8, requires_grad=True)
+y = rms_norm.rms_norm(x, torch.ones(8))
+y = swiglu.swiglu(y, y)
+loss = linear_cross_entropy.linear_cross_entropy(y, torch.randn(11, 8), torch.arange(5))
+loss.backward()
+assert "triton" not in sys.modules and x.grad.isfinite().all()
+try:
+    swiglu.swiglu(y, y, impl="triton")
+except ValueError as error:
+    print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "triton is not installed" in done.stdout
