@@ -92,7 +92,7 @@ class _Build:
     ) -> None:
         self.work, self.out, self.digest, self.inputs, self.progress = work, out, digest, inputs, progress
         self.recipe, self.tokenizer = work.recipe, tokenizer
-        self.workers = work.recipe.workers or len(os.sched_getaffinity(0))
+        self.workers = work.recipe.workers or _cores()
         self.stages: list[dict[str, Any]] = []
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
@@ -314,6 +314,11 @@ class _Build:
                 tokens[side].add(TokenizedDialogue(uid, arrays["ids"][span], mask[span]), source, origin)
                 texts[side].add(uid, line)
                 row, k = next(rows, None), k + 1
+
+
+def _cores() -> int:
+    """Cores this process may use; a batch system often grants fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _given_tokenizer(recipe: DataRecipe) -> ChatTokenizer | None:
