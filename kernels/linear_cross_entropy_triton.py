@@ -16,8 +16,6 @@ Proof:  TRITON_INTERPRET=1 pytest tests/kernels/test_linear_cross_entropy_triton
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (triton.jit functions have no Python types)
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -475,8 +473,7 @@ def tiles(*matrices: Tensor) -> tuple[Tile, Tile]:
     if not all(is_aligned(m) for m in matrices):
         return UNALIGNED
     generation = min(torch.cuda.get_device_capability(first.device)[0] * 10, 100)
-    narrow = first.element_size() == 2
-    return TILES.get((generation, narrow)) or TILES[80, narrow]
+    return TILES.get((generation, first.element_size() == 2)) or TILES[80, first.element_size() == 2]
 
 
 def is_aligned(matrix: Tensor) -> bool:
@@ -486,10 +483,8 @@ def is_aligned(matrix: Tensor) -> bool:
 
 def has_descriptors(*matrices: Tensor) -> bool:
     """Whether these matrices can be read by the tensor memory accelerator (sm_90 and later; 16-byte rows)."""
-    device = matrices[0].device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
-        return False
-    return all(m.element_size() == 2 and m.numel() > 0 and is_aligned(m) for m in matrices)
+    old = matrices[0].is_cuda and torch.cuda.get_device_capability(matrices[0].device)[0] < 9
+    return not old and all(m.element_size() == 2 and m.numel() > 0 and is_aligned(m) for m in matrices)
 
 
 def precision(dtype: torch.dtype) -> str:
