@@ -200,9 +200,10 @@ def _bounds(cu_seqlens: Tensor) -> tuple[int, ...]:
 def _plan(
     q: Tensor, v: Tensor, cu_seqlens: Tensor, plan: Tensor | None, header: Sequence[int], causal: bool, window: int, impl: str
 ) -> DevicePlan:
-    """The caller's plan, or one made here: reading cu_seqlens then waits for the GPU."""
-    if plan is not None:
-        return DevicePlan(plan, tuple(header))
+    """The caller's plan where it fits the tier, or one made here: reading cu_seqlens then waits for the GPU."""
+    given = None if plan is None else DevicePlan(plan, tuple(header))
+    if given is not None and not (impl == "hopper" and given.shared):
+        return given
     return _made_plan(_bounds(cu_seqlens), q.shape[0], max(q.shape[2], v.shape[2]), q.dtype, window, causal, q.device, impl)
 
 

@@ -19,7 +19,7 @@ KERNELS = {"forward": attention_forward_kernel, "dkdv": attention_dkdv_kernel, "
 # generations that ship: A100, Hopper, Blackwell; (D, Dv, with the small tiles of short documents too)
 ARCHS = (80, 90, 100)
 DIMS = ((64, 64, True), (80, 80, False), (128, 128, True), (192, 128, False), (256, 256, False))
-# bytes spilled, by kernel, D and generation, where the compiler (triton 3.7.1) goes past FEW; accumulators of dk and dv at D = 256
+# bytes spilled, by kernel, D and generation, where triton 3.7.1 goes past FEW; the accumulators of dk and dv at D = 256
 # alone take half of Hopper's registers
 SPILLS = {("dkdv", 80, 90): 192, ("dkdv", 128, 90): 192, ("dkdv", 192, 90): 576, ("dkdv", 256, 90): 2048}
 FEW = 32  # saved once, outside the loops

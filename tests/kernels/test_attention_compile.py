@@ -1,0 +1,48 @@
+"""Every attention build that ships, compiled for A100, Hopper and Blackwell: the gates of cross_compile."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import chatmill.kernels.cross_compile as gates
+
+SOURCE = Path(gates.__file__).resolve().parents[1]
+
+
+def compiled(arch: int, match: str = "") -> tuple[int, list[dict[str, Any]], str]:
+    """Exit status, rows and stderr of the command line, in a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE / "src"), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "chatmill.kernels.cross_compile", "chatmill.kernels.attention_cases", "--json"]
+    done = subprocess.run(
+        [*command, "--arch", str(arch), "--match", match], env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, json.loads(done.stdout or "[]"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_shipped_build_passes_its_gates(arch: int) -> None:
+    status, rows, stderr = compiled(arch)
+    broken = {row["name"]: row["violations"] for row in rows if row["violations"]}
+    assert not broken
+    assert status == 0, stderr
+    assert len(rows) >= 21
+
+
+@pytest.mark.slow
+def test_the_hopper_tier_is_really_specialised() -> None:
+    status, rows, stderr = compiled(90, "hopper")
+    assert status == 0, stderr
+    assert len(rows) == 2
+    for row in rows:
+        assert row["sass"]["USETMAXREG"] > 0
+        assert row["sass"]["UTMALDG"] > 0
+        assert row["warps"] > 4, "a producer group besides the compute groups"
