@@ -9,15 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chatmill import __version__
 from chatmill.launcher.commands import add_commands
-
-if TYPE_CHECKING:
-    from chatmill.data.usage import Use
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -153,6 +150,7 @@ def _add_data(commands: Any) -> None:
     inspect = add("inspect", _data_inspect, "counts, lengths, loss share, coloured mask preview, packing fill")
     inspect.add_argument("path", metavar="DIR")
     inspect.add_argument("--samples", type=int, default=2, help="dialogues to show (default 2)")
+    inspect.add_argument("--html", metavar="FILE", help="also write the page with coloured tokens")
     verify = add("verify", _data_verify, "recompute hashes, masks and the split certificate; exit 1 where anything is off")
     verify.add_argument("path", metavar="DIR")
     at = add("at", _data_at, "which dialogues a run used in a step, with raw file and line")
@@ -276,7 +274,7 @@ def _data_build(options: argparse.Namespace) -> int:
 def _data_inspect(options: argparse.Namespace) -> int:
     from chatmill.data.inspection import inspect_dataset
 
-    inspect_dataset(options.path, options.samples)
+    inspect_dataset(options.path, options.samples, html=options.html)
     return 0
 
 
@@ -291,21 +289,16 @@ def _data_verify(options: argparse.Namespace) -> int:
 
 
 def _data_at(options: argparse.Namespace) -> int:
-    from chatmill.data.usage import at
+    from chatmill.data.usage import at, table
 
-    return _print_uses(at(options.run_dir, options.step))
+    print(table(at(options.run_dir, options.step)))
+    return 0
 
 
 def _data_where(options: argparse.Namespace) -> int:
-    from chatmill.data.usage import where
+    from chatmill.data.usage import table, where
 
-    return _print_uses(where(options.run_dir, options.uid))
-
-
-def _print_uses(uses: Sequence[Use]) -> int:
-    print("step\tpack\tuid\tfirst token\ttokens\twith loss\torigin")
-    for use in uses:
-        print(f"{use.step}\t{use.pack}\t{use.uid}\t{use.start}\t{use.tokens}\t{use.loss_tokens}\t{use.source}: {use.origin}")
+    print(table(where(options.run_dir, options.uid)))
     return 0
 
 
