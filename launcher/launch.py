@@ -219,9 +219,10 @@ def local_command(plan: Plan, spec: JobSpec, folder: Path, node_rank: int) -> li
     """Words of the training processes on this machine."""
     python = spec.python or sys.executable
     if plan.starter == "accelerate":
+        beside = Path(python).with_name("accelerate")
         return accelerate_command(
             spec,
-            accelerate=str(Path(python).with_name("accelerate")),
+            accelerate=str(beside) if beside.exists() else "accelerate",
             config_file=str(folder / "accelerate.yaml"),
             script=str(folder / "code" / "trainer" / "train.py"),
             node_rank=node_rank,

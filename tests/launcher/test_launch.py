@@ -20,7 +20,8 @@ from chatmill.launcher.runs import all_runs, describe, find_run, query_slurm
 
 
 def chatmill(cwd: Path, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | {"OMP_NUM_THREADS": "1"}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PYTHON"))}
+    variables["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "chatmill.launcher", *words]
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
 
