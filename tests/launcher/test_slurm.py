@@ -105,9 +105,9 @@ def last_step(run: Path) -> int:
 def assert_same_losses(run: Path, undisturbed: dict[int, float], steps: int = SHORT) -> None:
     mine = losses(run)
     assert sorted(mine) == list(range(1, steps + 1))
-    # Up to the first interruption the bits agree. After it fp32 rounding differs: over four ranks the order of DDP's sums depends
-    # on its buckets, which it lays out anew after the first step of each start (with two ranks all bits agree). That drifts
-    # to 6e-6 in 380 steps; a lost or repeated batch shows as 1e-2.
+    # Up to the first interruption the bits agree. After it fp32 rounding differs: over four ranks the order of DDP's sums
+    # depends on its buckets, which it lays out anew after the first step of each start (with two ranks all bits agree). That
+    # drifts to 6e-6 in 380 steps; a lost or repeated batch shows as 1e-2.
     resumed = [event["step"] for event in read_jsonl(run / "events.jsonl") if event["event"] == "resume"]
     assert all(mine[step] == undisturbed[step] for step in range(1, min([*resumed, steps]) + 1))
     assert mine == pytest.approx({step: undisturbed[step] for step in range(1, steps + 1)}, rel=1e-4)
