@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import chatmill.kernels.cross_compile as gates
 from chatmill.kernels.cross_compile import Case, CompileReport, violations
 
 GOOD = CompileReport("gemm", 90, 168, 0, 0, 100_000, 4, False, 8, 1.0, {"HGMMA": 8, "USETMAXREG": 3})
@@ -56,7 +57,9 @@ def test_each_gate_turns_red(change: dict, words: str) -> None:
 
 def test_a_module_is_compiled_for_three_generations_and_a_bad_tile_is_caught(tmp_path: Path) -> None:
     (tmp_path / "gemm_sample.py").write_text(MODULE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(tmp_path)}
+    source = Path(gates.__file__).resolve().parents[1] / "src"  # found without an installation, too
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(source)])
     command = [sys.executable, "-m", "chatmill.kernels.cross_compile", "gemm_sample", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
