@@ -53,7 +53,7 @@ def run_rank(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_with_a_shard_each_equal_one_with_the_whole_head(world: int, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, str(world), str(tmp_path)]
     processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(world)]
     assert [process.wait(timeout=300) for process in processes] == [0] * world

@@ -198,7 +198,7 @@ def test_no_tensor_as_large_as_all_logits_is_ever_made(monkeypatch: pytest.Monke
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", ["linear_cross_entropy_cases", "layer_cases"])
 def test_every_shipped_configuration_compiles_within_its_gates(cases: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "chatmill.kernels.cross_compile", f"chatmill.kernels.{cases}", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     rows = json.loads(done.stdout)
