@@ -107,10 +107,13 @@ def assert_same_losses(run: Path, undisturbed: dict[int, float], steps: int = SH
     assert sorted(mine) == list(range(1, steps + 1))
     # Up to the first interruption the bits agree. After it fp32 rounding differs: over four ranks the order of DDP's sums
     # depends on its buckets, which it lays out anew after the first step of each start (with two ranks all bits agree). That
-    # drifts to 6e-6 in 380 steps; a lost or repeated batch shows as 1e-2.
+    # drift reached 1e-3 in 240 steps; the losses of neighbouring batches differ by 1e-1.
     resumed = [event["step"] for event in read_jsonl(run / "events.jsonl") if event["event"] == "resume"]
     assert all(mine[step] == undisturbed[step] for step in range(1, min([*resumed, steps]) + 1))
-    assert mine == pytest.approx({step: undisturbed[step] for step in range(1, steps + 1)}, rel=1e-4)
+    after = min([*resumed, steps])
+    near = {step: undisturbed[step] for step in range(1, min(after + 40, steps) + 1)}
+    assert {step: mine[step] for step in near} == pytest.approx(near, rel=1e-5)
+    assert mine == pytest.approx({step: undisturbed[step] for step in range(1, steps + 1)}, rel=1e-2)
 
 
 def test_two_nodes_of_two_processes_are_one_run_of_world_size_four(bench: Bench, undisturbed: dict[int, float]) -> None:
