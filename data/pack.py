@@ -230,7 +230,8 @@ def plan_window(
         tokens, losses = (np.add.reduceat(columns[k], pack_starts[:-1]) for k in (4, 6))
     else:
         tokens = losses = np.zeros(0, np.int64)
-    return WindowPlan(*columns, pack_starts, tokens, losses, counts)
+    dialogue, block, local, offset, length, context, loss = columns
+    return WindowPlan(dialogue, block, local, offset, length, context, loss, pack_starts, tokens, losses, counts)
 
 
 def _mask_reader(source: DialogueSource) -> Callable[[int, int], NDArray[np.bool_]]:

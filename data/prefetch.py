@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ def _produce(items: Iterator[T], shared: _Shared[T]) -> None:
             shared.changed.notify_all()
 
 
-def _stop(shared: _Shared[object], thread: threading.Thread) -> None:
+def _stop(shared: _Shared[Any], thread: threading.Thread) -> None:
     with shared.changed:
         shared.stopped = True
         shared.ready.clear()

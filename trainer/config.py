@@ -202,7 +202,7 @@ class ParallelSection(Section):
 class KernelSection(Section):
     """Which implementation of each hot operation; `auto` picks by device and shape."""
 
-    attention: Literal["auto", "hopper", "triton", "flash", "sdpa", "flex", "reference"] = "auto"
+    attention: Literal["auto", "hopper", "triton", "flash", "sdpa", "flex", "torch", "reference"] = "auto"
     cross_entropy: Literal["auto", "triton", "torch", "reference"] = "auto"
     elementwise: Literal["auto", "triton", "reference"] = "auto"
 

@@ -239,7 +239,15 @@ def training_stream(recipe: Recipe, config: ModelConfig, dataset: TokenDataset, 
 
     def plans(cu_seqlens: NDArray[np.int32], length: int) -> AttentionPlans:
         def plan(window: int | None) -> DevicePlan:
-            return plan_attention(cu_seqlens, length, head_dim=config.d_head, dtype=dtype, window=window, device=world.device)
+            return plan_attention(
+                cu_seqlens,
+                length,
+                head_dim=config.d_head,
+                dtype=dtype,
+                window=window,
+                device=world.device,
+                impl=recipe.kernels.attention,
+            )
 
         return AttentionPlans({window: plan(window) for window in windows})
 

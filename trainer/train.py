@@ -7,6 +7,7 @@ torchrun --nproc-per-node N -m chatmill.trainer.train RECIPE ...
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -33,4 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(record(main)())  # torchrun then finds each rank's error in a file of its own
+    code = record(main)()  # torchrun then finds each rank's error in a file of its own
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the run is saved: a late signal must not turn its exit into a failure
+    sys.exit(code)

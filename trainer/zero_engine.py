@@ -162,7 +162,7 @@ class ZeroEngine(Engine):
         return list(next(getattr(self.zero, name) for name in names if hasattr(self.zero, name)))
 
     def _link_states(self) -> None:
-        """Let DeepSpeed find the moments of each parameter; it links them once, and torch's AdamW makes them later than that."""
+        """Let DeepSpeed find each parameter's moments: it links once, and AdamW makes them later than that."""
         if self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
