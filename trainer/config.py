@@ -217,7 +217,7 @@ class CheckpointSection(Section):
 class EvaluationSection(Section):
     """Validation inside training, every so many steps (0: never) and at both ends.
 
-    prompts: answered (greedily) at each validation; the replies go to samples.jsonl and the report.
+    prompts: answered at each validation (sampled, with a fixed seed); the replies go to samples.jsonl and the report.
     """
 
     every_steps: int = Field(default=0, ge=0)

@@ -31,8 +31,10 @@ from chatmill.trainer.config import Recipe
 from chatmill.trainer.generation import reply_to
 from chatmill.trainer.model import Decoder, LossOutput
 from chatmill.trainer.optimizer import build_optimizer
+from chatmill.trainer.sampling import Sampling
 from chatmill.trainer.world import World
 
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.15)  # small models repeat themselves when greedy
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -159,7 +161,7 @@ class Engine:
         return value
 
     def replies(self, tokenizer: ChatTokenizer, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[str, str]]:
-        """Greedy replies to single questions: on rank 0, or on every rank alike where the parameters are sharded."""
+        """Replies to single questions, sampled with a fixed seed: on rank 0, or on every rank alike where they are sharded."""
         if not (self.world.is_main or isinstance(self.model, FSDPModule)):
             return
         self.decoder.eval()
