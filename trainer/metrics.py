@@ -48,7 +48,7 @@ class StepMeter:
     def restart(self) -> None:
         """Forget the time since the last line (an evaluation or a save came between)."""
         self._since = time.monotonic()
-        self._tokens = self._loss_tokens = 0
+        self._tokens = self._loss_tokens = self._capacity = 0
         self._squares = self._positions = 0.0
         self._wait_s = 0.0
 
@@ -60,6 +60,7 @@ class StepMeter:
         """Count one step from this rank's micro-batches (their step_* counts are over all ranks)."""
         self._tokens += micro[0].step_tokens
         self._loss_tokens += micro[0].step_loss_tokens
+        self._capacity += self.world.world_size * sum(batch.tokens.numel() for batch in micro)
         for batch in micro:
             lengths = batch.cu_seqlens.diff().double()
             self._squares += float((lengths * lengths).sum())
@@ -78,6 +79,8 @@ class StepMeter:
             "loss_tokens": self._loss_tokens,
             "total_tokens": total_tokens,
             "tokens_per_s": rate,
+            "loss_share": self._loss_tokens / max(1, self._tokens),
+            "padding_share": 1.0 - self._tokens / max(1, self._capacity),
             "data_wait_share": self._wait_s / seconds,
             "time": round(time.time(), 3),
         }

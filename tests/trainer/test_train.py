@@ -63,6 +63,8 @@ def test_a_run_learns_and_leaves_a_whole_folder(write_recipe, tmp_path: Path) ->
     assert {"step", "eval"} <= set(line)
     step = next(x for x in read_lines(run / "metrics.jsonl") if "loss" in x)
     assert {"step", "loss", "lr", "grad_norm", "tokens", "loss_tokens", "tokens_per_s"} <= set(step)
+    assert step["padding_share"] == pytest.approx(1 - step["tokens"] / (8 * 128))
+    assert step["loss_share"] == step["loss_tokens"] / step["tokens"]
 
 
 def test_training_goes_below_the_unigram_entropy(write_recipe, tiny_data: Path, tmp_path: Path) -> None:
