@@ -167,7 +167,14 @@ class Engine:
         self.decoder.eval()
         for prompt in prompts:
             with self.autocast():
-                reply = reply_to(self.decoder, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens=max_new_tokens)
+                reply = reply_to(
+                    self.decoder,
+                    tokenizer,
+                    [{"role": "user", "content": prompt}],
+                    max_new_tokens=max_new_tokens,
+                    sampling=SAMPLING,
+                    seed=self.recipe.train.seed,
+                )
             yield prompt, reply.text
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
