@@ -62,16 +62,15 @@ class Engine:
         if strategy == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        if strategy == "fsdp2":
-            mesh = init_device_mesh(world.device.type, (world.world_size,))
-            bf16 = self.recipe.train.precision == "bf16"
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-            for layer in model.layers:
-                fully_shard(layer, mesh=mesh, mp_policy=policy)
-            fully_shard(model, mesh=mesh, mp_policy=policy)
-            register_fsdp_forward_method(model, "cached_logits")
-            return model
-        raise ConfigError(f"parallel.strategy={strategy} is not built into this version; use single, ddp or fsdp2.")
+        assert strategy == "fsdp2", strategy  # zero* has an engine of its own (zero_engine.py)
+        mesh = init_device_mesh(world.device.type, (world.world_size,))
+        bf16 = self.recipe.train.precision == "bf16"
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "cached_logits")
+        return model
 
     def describe(self) -> dict[str, Any]:
         """What is sharded how and in which dtypes: the proof printed at the start and kept in environment.json."""

@@ -244,7 +244,6 @@ def test_a_full_disk_stops_no_training_and_leaves_the_old_checkpoint_whole(write
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); "
         "from chatmill.trainer.train import main; sys.exit(main(sys.argv[1:]))"
     )
-    # steps=2 fixed the schedule; another length is another run, so the same two steps are trained again in a new folder
     done = subprocess.run(
         [sys.executable, "-c", script, str(recipe), "run.name=limited"],
         capture_output=True,
