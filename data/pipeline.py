@@ -426,10 +426,14 @@ def _why(ledger: Ledger) -> str:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One build of a folder at a time."""
+    """One build of a folder at a time.
+
+    A record lock, which worker processes do not inherit: one that is still dying in a disk write after `kill -9` of the whole
+    group would otherwise hold it against the next build.
+    """
     with (folder.parent / f".{folder.name}.lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(f"data set {folder}: another build of it is running") from error
         yield

@@ -200,8 +200,49 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
             shutil.rmtree(tmp_path / "again")
     assert killed
     process = start(tmp_path / "again")
-    assert process.wait() == 0
+    assert process.wait() == 0, process.stderr.read().decode() if process.stderr else ""
     assert tree(tmp_path / "again") == tree(tmp_path / "whole")
+
+
+def test_a_worker_that_outlives_a_killed_build_does_not_keep_the_next_one_out(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from chatmill.data import pipeline\n"
+        "with pipeline._lock(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child: print(child, flush=True); os._exit(1)\n"
+        "    time.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(RECIPES.parents[1] / "src")}
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+    assert process.stdout
+    worker = int(process.stdout.readline())
+    try:
+        assert process.wait() == 1
+        raw = write_jsonl(tmp_path / "raw.jsonl", chats(80))
+        assert build_dataset(recipe(raw), tmp_path / "out")["built"]
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        process.stdout.close()
+
+
+def test_a_second_build_of_the_same_folder_is_refused(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from chatmill.data import pipeline\n"
+        "with pipeline._lock(Path(sys.argv[1])):\n"
+        "    print('held', flush=True); time.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(RECIPES.parents[1] / "src")}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], env=environment, stdout=subprocess.PIPE)
+    assert process.stdout and process.stdout.readline() == b"held\n"
+    try:
+        raw = write_jsonl(tmp_path / "raw.jsonl", chats(80))
+        with pytest.raises(ConfigError, match="another build of it is running"):
+            build_dataset(recipe(raw), tmp_path / "out")
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def flip(path: Path, position: int) -> None:
