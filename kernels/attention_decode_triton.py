@@ -90,6 +90,11 @@ def decode_merge_kernel(PART, TOP, TOTAL, OUT, splits, DV: tl.constexpr, BLOCK_D
     tl.store(OUT + row * DV + channel, out.to(OUT.dtype.element_ty), mask=channel < DV)
 
 
+def stages(D: int, DV: int, element_bytes: int) -> int:
+    """Pipeline depth that the shared memory of every generation holds."""
+    return 3 if max(D, DV) <= 128 and element_bytes <= 2 else 2
+
+
 def decode_attention_triton(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int, softcap: float, scale: float, splits: int | None
 ) -> Tensor:
@@ -109,7 +114,7 @@ def decode_attention_triton(
         window, scale * LOG2E, max(softcap, 1e-6) * LOG2E, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
         D=D, DV=DV, BLOCK_D=padded(D), BLOCK_DV=padded(DV), BLOCK_G=padded(heads // kv_heads), BLOCK_N=BLOCK_N,
         HAS_WINDOW=window > 0, HAS_CAP=softcap > 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=3 if max(D, DV) <= 128 and q.dtype != torch.float32 else 2,
+        num_warps=4, num_stages=stages(D, DV, q.element_size()),
     )  # fmt: skip
     decode_merge_kernel[(B * heads,)](
         part, top, total, out, splits, DV=DV, BLOCK_DV=padded(DV), BLOCK_S=max(2, 1 << (splits - 1).bit_length()), num_warps=4

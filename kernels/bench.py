@@ -34,7 +34,9 @@ from chatmill.kernels.dispatch import is_installed
 # kernel -> module with bench_cases(), module with shipped_cases() for cross_compile
 REGISTRY = {
     "attention": ("chatmill.kernels.bench_attention", "chatmill.kernels.attention_cases"),
+    "decode_attention": ("chatmill.kernels.bench_decode", "chatmill.kernels.decode_cases"),
     "linear_cross_entropy": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.linear_cross_entropy_cases"),
+    "cross_entropy": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.linear_cross_entropy_cases"),
     "rms_norm": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.layer_cases"),
     "rope": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.layer_cases"),
     "swiglu": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.layer_cases"),

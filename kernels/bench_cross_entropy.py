@@ -1,10 +1,11 @@
-"""Benchmark cases of the linear cross-entropy, and those of the rest of the layer (bench_layer.py).
+"""Benchmark cases of the linear and the plain cross-entropy, and those of the rest of the layer (bench_layer.py).
 
-    python -m chatmill.kernels.bench linear_cross_entropy [--match V128256]
+    python -m chatmill.kernels.bench linear_cross_entropy cross_entropy [--match V128256]
 
 Work counted: 2 x rows with loss x H x V FLOPs forward (loss only), three times that with gradients. Rows without loss are no
 required work, so an implementation that computes them shows a lower rate. The harness adds time as a fraction of the
-measured matrix-product rate, and peak memory.
+measured matrix-product rate, and peak memory. The plain form is bound by memory: its required work is the logits read once
+(forward), and read and overwritten by their gradient once (both).
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from torch import Tensor
 
 from chatmill.kernels.bench import BenchCase, Phases
 from chatmill.kernels.bench_layer import layer_cases
+from chatmill.kernels.cross_entropy import cross_entropy
 from chatmill.kernels.linear_cross_entropy import Impl, linear_cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets, rows -> mean
+PlainLoss = Callable[[Tensor, Tensor], Tensor]  # logits, targets -> mean
 
 
 def bench_cases() -> list[BenchCase]:
     """Vocabularies 32k to 256k at loss shares of 100, 50 and 20 percent; the published shapes; the layer's kernels."""
-    return [*_cases(), *layer_cases()]
+    return [*_cases(), *_plain_cases(), *layer_cases()]
 
 
 def _cases() -> Iterator[BenchCase]:
@@ -59,6 +62,36 @@ def _prepare(loss: Loss, N: int, H: int, V: int, share: float) -> Callable[[torc
             "forward": forward,
             "both": lambda: torch.autograd.grad(loss(hidden, weight, targets, rows), (hidden, weight)),
         }
+
+    return prepare
+
+
+def _plain_cases() -> Iterator[BenchCase]:
+    for N, V in ((8192, 32000), (8192, 128256), (4096, 256000)):
+        moved = 2.0 * N * V
+        yield BenchCase(
+            "cross_entropy",
+            f"plain N{N} V{V} bf16",
+            {name: _prepare_plain(loss, N, V) for name, loss in PLAIN.items()},
+            bytes={"forward": moved, "both": 2 * moved},
+        )
+
+
+def _prepare_plain(make: Callable[[], PlainLoss], N: int, V: int) -> Callable[[torch.device], Phases]:
+    def prepare(device: torch.device) -> Phases:
+        loss = make()
+        logits = torch.randn(N, V, device=device, dtype=torch.bfloat16, requires_grad=True)
+        targets = torch.randint(0, V, (N,), device=device)
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return loss(logits, targets)
+
+        def both() -> tuple[Tensor, ...]:
+            # a detour of its own: the in-place form overwrites what it is given
+            return torch.autograd.grad(loss(logits * 1, targets), logits)
+
+        return {"forward": forward, "both": both}
 
     return prepare
 
@@ -126,4 +159,29 @@ CONTENDERS: dict[str, Callable[[], Loss]] = {
     "liger": _liger,
     "cut": _cut_cross_entropy,
     "quack": _quack,
+}
+
+
+def _plain_eager(z: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(z.float(), t)
+
+
+def _plain_liger() -> PlainLoss:
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    found: PlainLoss = LigerCrossEntropyLoss()
+    return found
+
+
+def _plain_compiled() -> PlainLoss:
+    return torch.compile(_plain_eager, dynamic=False)
+
+
+PLAIN: dict[str, Callable[[], PlainLoss]] = {
+    "triton": lambda: lambda z, t: cross_entropy(z, t, impl="triton")[0],
+    "triton in place": lambda: lambda z, t: cross_entropy(z, t, impl="triton", inplace=z.grad_fn is not None)[0],
+    "torch chunked": lambda: lambda z, t: cross_entropy(z, t, impl="torch")[0],
+    "torch eager": lambda: _plain_eager,
+    "torch.compile": _plain_compiled,
+    "liger": _plain_liger,
 }

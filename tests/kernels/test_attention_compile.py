@@ -16,11 +16,11 @@ import chatmill.kernels.cross_compile as gates
 SOURCE = Path(gates.__file__).resolve().parents[1]
 
 
-def compiled(arch: int, match: str = "") -> tuple[int, list[dict[str, Any]], str]:
+def compiled(arch: int, match: str = "", cases: str = "attention_cases") -> tuple[int, list[dict[str, Any]], str]:
     """Exit status, rows and stderr of the command line, in a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE / "src"), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "chatmill.kernels.cross_compile", "chatmill.kernels.attention_cases", "--json"]
+    command = [sys.executable, "-m", "chatmill.kernels.cross_compile", f"chatmill.kernels.{cases}", "--json"]
     done = subprocess.run(
         [*command, "--arch", str(arch), "--match", match], env=environment, capture_output=True, text=True, check=False
     )
@@ -46,3 +46,13 @@ def test_the_hopper_tier_is_really_specialised() -> None:
         assert row["sass"]["USETMAXREG"] > 0
         assert row["sass"]["UTMALDG"] > 0
         assert row["warps"] > 4, "a producer group besides the compute groups"
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_build_of_the_decoding_form_passes_its_gates(arch: int) -> None:
+    status, rows, stderr = compiled(arch, cases="decode_cases")
+    assert status == 0, stderr
+    stretches = [row for row in rows if row["name"].startswith("stretch")]
+    assert len(stretches) == 7 and len(rows) == 9
+    # 16 query rows are one mma tile, too few for a warp group's
+    assert all(row["sass"]["HMMA"] > 0 and row["spill_bytes"] == 0 for row in stretches)

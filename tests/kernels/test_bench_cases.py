@@ -1,12 +1,13 @@
 """The benchmark's contenders compute one and the same thing, on small shapes on this machine; no time is taken."""
 
+import importlib
 import os
 import sys
 
 import pytest
 import torch
 
-from chatmill.kernels import bench_cross_entropy, bench_layer
+from chatmill.kernels import bench, bench_cross_entropy, bench_decode, bench_layer
 
 CPU = torch.device("cpu")
 HERE = ["triton", "torch chunked", "torch eager"]
@@ -32,6 +33,33 @@ def test_cases_cover_the_vocabularies_and_loss_shares_of_the_targets() -> None:
             assert any(f"V{vocabulary} loss {share}" in name for name in names)
     half = next(c for c in bench_cross_entropy.bench_cases() if c.name == "N8192 H2048 V128256 loss 50% bf16")
     assert half.flops["both"] == 6 * 4096 * 2048 * 128256, "only rows with loss are required work"
+
+
+def test_contenders_of_the_plain_form_compute_the_same_loss_and_gradient() -> None:
+    results = []
+    for name in ("triton", "triton in place", "torch chunked", "torch eager"):
+        torch.manual_seed(0)
+        phases = bench_cross_entropy._prepare_plain(bench_cross_entropy.PLAIN[name], 20, 301)(CPU)
+        results.append((phases["forward"](), *phases["both"]()))
+    for found in results[1:]:
+        for a, b in zip(results[0], found, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-4)
+
+
+def test_contenders_of_the_decoding_form_compute_the_same_output() -> None:
+    outs = []
+    for name in ("triton", "torch", "sdpa"):
+        torch.manual_seed(0)
+        outs.append(bench_decode._prepare(bench_decode.CONTENDERS[name], 2, 70, 4, 2, 32)(CPU)["forward"]())
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("kernel", bench.REGISTRY)
+def test_every_registered_kernel_has_cases_to_time_and_builds_to_compile(kernel: str) -> None:
+    cases, builds = (importlib.import_module(name) for name in bench.REGISTRY[kernel])
+    assert any(case.kernel == kernel for case in cases.bench_cases())
+    assert hasattr(builds, "shipped_cases")
 
 
 def test_layer_contenders_run_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
