@@ -48,6 +48,13 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--folder", default=".", help="where runs and data live: its disk is measured")
     command.add_argument("--json", action="store_true", help="findings as JSON")
     command.add_argument("--quick", action="store_true", help="skip kernels and disk")
+    parity = command.add_argument_group("parity of the engines (instead of the findings; 1 when a case is off)")
+    parity.add_argument("--parity", action="store_true", help="same losses and gradients from every engine, measured here")
+    parity.add_argument("--full", action="store_true", help="every combination instead of a covering set")
+    parity.add_argument("--engines", help="only these, for example ddp,fsdp2")
+    parity.add_argument("--world-sizes", help="only these (default 1,2,4)")
+    parity.add_argument("--kernels", help="only these: reference, torch, triton (interpreted on a CPU), auto")
+    parity.add_argument("--out", help="also write the table as JSON to this file")
 
 
 def _add(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -120,6 +127,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from chatmill.launcher.doctor import doctor
+    from chatmill.launcher.doctor import doctor, parity
 
+    if options.parity:
+        return parity(options)
     return doctor(options.folder, as_json=options.json, quick=options.quick)

@@ -1,6 +1,7 @@
 """`chatmill doctor`: what this machine can do, what is missing or does not fit together, and what to do about each finding.
 
     chatmill doctor [--folder /scratch/me] [--json] [--quick]
+    chatmill doctor --parity [--full]          same losses and gradients from every engine (trainer/parity.py)
 
 Marks: ok, note (nothing to mend), warn (something will be slower or missing), bad (training will fail: exit code 1).
 Every check is a function from facts to findings; heavy imports run in a process of their own, so a broken extension is reported
@@ -9,6 +10,7 @@ and not died of.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -64,6 +66,17 @@ def doctor(folder: str = ".", *, as_json: bool = False, quick: bool = False) -> 
         bad, warn = (sum(f.mark == mark for f in found) for mark in ("bad", "warn"))
         print(f"\n{len(found)} findings: {bad} bad, {warn} to look at" + ("" if bad else "; training works here"))
     return int(any(finding.mark == "bad" for finding in found))
+
+
+def parity(options: argparse.Namespace) -> int:
+    """Run the parity table (trainer/parity.py) in a process of its own: this one never imports torch."""
+    words = [f"--{name}" for name in ("full", "json") if getattr(options, name)]
+    for name in ("engines", "world_sizes", "kernels", "out"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", value]
+    # -c, not -m: the ranks are forked from a server that would run a module's file once more
+    program = "import sys; from chatmill.trainer.parity import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", program, *words], check=False).returncode
 
 
 def show(finding: Finding) -> str:
