@@ -61,7 +61,9 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a data set or its name does; weights are not part of it."""
+        """Changes when a data set or its name does; weights are not part of it. Of one data set: that data set's own."""
+        if len(self.sources) == 1:
+            return next(iter(self.sources.values())).fingerprint
         text = "\n".join(f"{name}={source.fingerprint}" for name, source in self.sources.items())
         return hashlib.sha256(text.encode()).hexdigest()
 

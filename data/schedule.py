@@ -136,6 +136,10 @@ class Pack:
         indices = np.arange(self.first, self.last)
         return indices if self.hole is None else indices[~self.hole[self.first : self.last]]
 
+    def uids(self) -> list[str]:
+        """Its dialogues in order, one entry per piece."""
+        return [self.window.block(block).uids[local] for block, local, *_ in self.pieces()]
+
     def pieces(self) -> list[tuple[int, ...]]:
         """Its pieces as in OpenWindow.pieces."""
         if self.hole is None:
@@ -194,6 +198,11 @@ class Schedule:
         self.counts: Counter[str] = Counter()
         self._exclude = [(int(step), frozenset(uids)) for step, uids in sorted((exclude or {}).items())]
         self._uids: dict[tuple[int, int], frozenset[str]] = {}
+
+    def exclude(self, step: int, uids: Collection[str]) -> None:
+        """Leave dialogues out from a step on. It must not have been taken yet: whoever holds the position checks that."""
+        self._exclude = sorted([*self._exclude, (int(step), frozenset(uids))], key=lambda item: item[0])
+        self._uids.clear()
 
     @property
     def start(self) -> Position:

@@ -188,6 +188,29 @@ class PackedStream(IterableDataset[PackedBatch]):
         self._position, self._ended = position, False
         self._base = state.get("base")
 
+    def exclude(self, step: int, uids: Collection[str]) -> None:
+        """Leave dialogues out once `step` steps are done; holds for the next iteration. The past is refused (ConfigError).
+
+        To leave out what came after a saved position: load_state_dict(state), then exclude(state["step"], uids).
+        """
+        done = self._position.step + bool(self._position.micro)
+        if step < done:
+            raise ConfigError(
+                f"data.stream: cannot exclude from step {step} on: {done} steps are done, and the past cannot change.\n"
+                f"Exclude from step {done} on, or load the state of an earlier step first."
+            )
+        self.schedule.exclude(step, uids)
+
+    def uids_between(self, state: Mapping[str, Any], first: int, last: int) -> list[str]:
+        """The dialogues of steps first .. last, counted from 1 as in metrics.jsonl; `state` was saved before them."""
+        out: list[str] = []
+        for planned in self.schedule.steps(self.schedule.position(state)):
+            if planned.step >= last:
+                break
+            if planned.step >= first - 1:
+                out += [uid for pack in planned.packs for uid in pack.uids()]
+        return out
+
     def __iter__(self) -> Iterator[PackedBatch]:
         """Batches from the present position on; once a pass has ended, from the beginning."""
         if self._ended:

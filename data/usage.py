@@ -21,10 +21,10 @@ import yaml
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
-from chatmill.data.mixture import Mixture
 from chatmill.data.order import DialogueSource
 from chatmill.data.schedule import Pack, Position, Schedule
-from chatmill.data.shards import TokenDataset
+from chatmill.data.stream_config import SourcesSection
+from chatmill.data.training_data import exclusions, open_mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +129,18 @@ def run_schedule(run: Path) -> tuple[Schedule, list[Position]]:
         packs = int(states[-1]["global_batch"])
     else:
         packs = int(_json(run / "environment.json").get("world_size", 1)) * train["micro_batch"] * train["accumulation"]
-    dataset = TokenDataset.open(data["path"], "train")
+    sources = SourcesSection.model_validate({name: data[name] for name in SourcesSection.model_fields if name in data})
     schedule = Schedule(
-        Mixture.of(dataset),
+        open_mixture(sources),
         sequence_length=data["sequence_length"],
         global_batch=packs,
         seed=train["seed"],
         overlong=data.get("overlong", "truncate"),
         overlap=data.get("overlap", 0),
+        epochs=train.get("epochs"),
+        max_tokens=train.get("tokens"),
         max_dialogues=data.get("max_dialogues"),
+        exclude=exclusions(sources, run),
     )
     return schedule, [schedule.position(state) for state in states]
 

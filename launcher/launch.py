@@ -114,7 +114,12 @@ def describe(plan: Plan) -> str:
         flops = shape.flops_per_token(recipe.data.sequence_length / 2) * step_tokens
         lines.append(f"per step    {flops:.3g} FLOPs at most (whole packs, mean context of half a pack)")
     lines.append(f"tokens      {packs} packs x {recipe.data.sequence_length} = {step_tokens:,} per step at most")
-    lines.append(f"steps       {recipe.train.steps:,}, {step_tokens * recipe.train.steps:,} tokens at most")
+    train = recipe.train
+    if train.epochs is None and train.tokens is None:
+        lines.append(f"steps       {train.steps:,}, {step_tokens * train.steps:,} tokens at most")
+    else:
+        budgets = [f"{n:,} {what}" for n, what in ((train.epochs, "epoch(s)"), (train.tokens, "tokens")) if n is not None]
+        lines.append(f"steps       counted at the start, for {' or '.join(budgets)}")
     return "\n".join(lines)
 
 
@@ -155,8 +160,9 @@ def check_inputs(plan: Plan) -> None:
         raise ConfigError(f"secrets: {', '.join(missing)} is not set in this shell; export it before launching")
     if plan.spec.container:
         return  # paths are those inside the image
-    if not (Path(recipe.data.path) / "manifest.json").is_file():
-        raise ConfigError(f"data.path: {recipe.data.path} is no finished data set (no manifest.json); run: chatmill data build")
+    for path in recipe.data.paths.values():
+        if not (Path(path) / "manifest.json").is_file():
+            raise ConfigError(f"data.path: {path} is no finished data set (no manifest.json); run: chatmill data build")
     if model_shape(recipe) is None:
         raise ConfigError(f"model.checkpoint: {recipe.model.checkpoint} holds no config.json")
 

@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from chatmill.config import Section, load_section
+from chatmill.data.stream_config import SourcesSection
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -139,8 +140,8 @@ class RunSection(Section):
     dir: str = "runs"
 
 
-class DataSection(Section):
-    """The token shards to train on.
+class DataSection(SourcesSection):
+    """The token shards to train on: path, or mix, curriculum and exclude (data/stream_config.py, docs/stream.md).
 
     path: a data-set folder made by `chatmill data build` (it holds train/ and validation/).
     sequence_length: tokens per pack. overlong: dialogues longer than that are cut at a whole turn, split into pieces that
@@ -148,7 +149,6 @@ class DataSection(Section):
     max_dialogues: use only the first so many dialogues of the training order's population (None: all).
     """
 
-    path: str = "corpora/chitchat"
     sequence_length: int = Field(default=1024, gt=1)
     overlong: Literal["truncate", "split", "drop"] = "truncate"
     overlap: int = Field(default=0, ge=0)
@@ -181,10 +181,14 @@ class ScheduleSection(Section):
 class TrainSection(Section):
     """The loop. One step = world size x accumulation x micro_batch packs of data.sequence_length tokens.
 
+    epochs, tokens: instead of steps, how often each data set is used, or how many tokens (padding not counted) in all; the
+    steps are then counted from the order before the first one. Where several are given the first to be reached counts.
     cpu_threads: threads of each process on a CPU (None: all cores, divided among the machine's processes).
     """
 
     steps: int = Field(default=100, gt=0)
+    epochs: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
     micro_batch: int = Field(default=1, gt=0)
     accumulation: int = Field(default=1, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -217,10 +221,13 @@ class CheckpointSection(Section):
 class EvaluationSection(Section):
     """Validation inside training, every so many steps (0: never) and at both ends.
 
+    data: names of data.mix, or data-set folders, whose validation splits are measured (empty: those of all training data sets).
+    With several the figures are those of all their tokens together, and each one's own stand beside them.
     prompts: answered at each validation (sampled, with a fixed seed); the replies go to samples.jsonl and the report.
     """
 
     every_steps: int = Field(default=0, ge=0)
+    data: tuple[str, ...] = ()
     max_dialogues: int | None = Field(default=None, gt=0)
     micro_batch: int | None = Field(default=None, gt=0)
     prompts: tuple[str, ...] = ()

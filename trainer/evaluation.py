@@ -9,7 +9,7 @@ Every dialogue is counted once whatever the world size: ranks take packs in turn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from chatmill.data.shards import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.trainer.checkpoint import Checkpoint, open_checkpoint
+from chatmill.trainer.config import Recipe
 from chatmill.trainer.model import Decoder, LossOutput
 from chatmill.trainer.world import World
 
@@ -37,6 +38,23 @@ def validation_batches(
         epochs=1,
         max_dialogues=max_dialogues,
     )
+
+
+def validation_sets(recipe: Recipe) -> dict[str, TokenDataset]:
+    """The validation splits that evaluation.data names, by name: those of all training data sets where it names none."""
+    known = recipe.data.paths
+    chosen = {name: known.get(name, name) for name in recipe.evaluation.data} or known
+    return {name: TokenDataset.open(path, "validation") for name, path in chosen.items()}
+
+
+def pooled(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Figures over the tokens of several data sets together, from the figures of each."""
+    if len(results) == 1:
+        return dict(results[0])
+    count = sum(result["loss_tokens"] for result in results)
+    loss, accuracy = (sum(result[name] * result["loss_tokens"] for result in results) / count for name in ("loss", "accuracy"))
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"loss": loss, "perplexity": perplexity, "accuracy": accuracy, "loss_tokens": count}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from types import FrameType
 from typing import Any
@@ -24,14 +24,17 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from chatmill.config import ConfigError, dump_yaml
+from chatmill.data.mixture import Mixture
 from chatmill.data.shards import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.data.training_data import exclusions, open_mixture
 from chatmill.kernels.attention_config import DevicePlan, plan_attention
+from chatmill.trainer.budget import in_steps
 from chatmill.trainer.checkpoint import Checkpoint, CheckpointWriter, list_checkpoints, open_checkpoint, prune
 from chatmill.trainer.config import ModelConfig, Recipe
 from chatmill.trainer.engine import Engine
-from chatmill.trainer.evaluation import check_tokenizer, evaluate, validation_batches
+from chatmill.trainer.evaluation import check_tokenizer, evaluate, pooled, validation_batches, validation_sets
 from chatmill.trainer.metrics import StepMeter
 from chatmill.trainer.model import Decoder
 from chatmill.trainer.optimizer import learning_rate
@@ -44,15 +47,18 @@ def train(recipe: Recipe) -> int:
     """Run (or continue) the recipe; returns the number of steps done. Raises ConfigError before anything is written."""
     stop = StopSignal()  # from here on a signal ends the run in order, whatever it is doing
     dataset = TokenDataset.open(recipe.data.path, "train")
-    validation = TokenDataset.open(recipe.data.path, "validation")
+    mixture = open_mixture(recipe.data)
+    validation = validation_sets(recipe)
     tokenizer = ChatTokenizer.load(dataset.path / "tokenizer")
     base = open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint else None
     config = choose_shape(recipe, base, dataset)
     folder = RunFolder(recipe.run_dir)
-    folder.check_same(recipe)
+    exclude = exclusions(recipe.data, folder.path)
     world = start_world(recipe)
     try:
-        return _train(recipe, config, base, dataset, validation, tokenizer, folder, world, stop)
+        recipe = in_steps(recipe, mixture, exclude, world.world_size, folder.path)
+        folder.check_same(recipe)
+        return _train(recipe, config, base, mixture, exclude, validation, tokenizer, folder, world, stop)
     finally:
         end_world()
 
@@ -87,8 +93,9 @@ def _train(
     recipe: Recipe,
     config: ModelConfig,
     base: Checkpoint | None,
-    dataset: TokenDataset,
-    validation: TokenDataset,
+    mixture: Mixture,
+    exclude: Mapping[int, frozenset[str]],
+    validation: Mapping[str, TokenDataset],
     tokenizer: ChatTokenizer,
     folder: RunFolder,
     world: World,
@@ -101,7 +108,7 @@ def _train(
     if resume is None and base is None:
         model.init_weights(recipe.train.seed)
     engine = build_engine(recipe, model, world)
-    stream = training_stream(recipe, config, dataset, world)
+    stream = training_stream(recipe, config, mixture, exclude, world)
     step, tokens, loss_tokens = 0, 0, 0
     start = resume or base
     if start is not None:
@@ -127,21 +134,26 @@ def _train(
             display.say(f"continuing {folder.path} from step {step} ({resume.path.name})")
 
         def validate(at: int) -> None:
-            batches = validation_batches(
-                validation,
-                sequence_length=recipe.data.sequence_length,
-                micro_batch=recipe.evaluation.micro_batch or recipe.train.micro_batch,
-                world=world,
-                max_dialogues=recipe.evaluation.max_dialogues,
-            )
             engine.model.eval()
             began = time.monotonic()
-            result = evaluate(engine.forward, batches, world, lambda: stop.asked)
-            if result is None:
-                display.say(f"validation at step {at} was cut short by a signal")
-                return
+            results: dict[str, dict[str, float]] = {}
+            for name, split in validation.items():
+                batches = validation_batches(
+                    split,
+                    sequence_length=recipe.data.sequence_length,
+                    micro_batch=recipe.evaluation.micro_batch or recipe.train.micro_batch,
+                    world=world,
+                    max_dialogues=recipe.evaluation.max_dialogues,
+                )
+                figures = evaluate(engine.forward, batches, world, lambda: stop.asked)
+                if figures is None:
+                    display.say(f"validation at step {at} was cut short by a signal")
+                    return
+                results[name] = figures
+            result = pooled(list(results.values()))
             if world.is_main:
-                folder.metric(step=at, eval=result, seconds=round(time.monotonic() - began, 3))
+                each = {"eval_by_data": results} if len(results) > 1 else {}
+                folder.metric(step=at, eval=result, **each, seconds=round(time.monotonic() - began, 3))
             display.say(
                 f"validation at step {at}: loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
                 f"accuracy {100 * result['accuracy']:.2f} %  ({result['loss_tokens']:,} tokens)"
@@ -188,6 +200,8 @@ def _train(
         while step < recipe.train.steps:
             waited = time.monotonic()
             micro = take(batches, recipe.train.accumulation)
+            if not micro:  # exclusions made since the steps were counted left less to learn from
+                break
             meter.waited(time.monotonic() - waited)
             lr = learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule)
             sums = engine.forward_backward(micro)
@@ -234,8 +248,10 @@ def build_engine(recipe: Recipe, model: Decoder, world: World) -> Engine:
     return Engine(recipe, model, world)
 
 
-def training_stream(recipe: Recipe, config: ModelConfig, dataset: TokenDataset, world: World) -> PackedStream:
-    """The endless shuffled stream of this rank; on a GPU with the attention kernel's tile plans, made beside the batches."""
+def training_stream(
+    recipe: Recipe, config: ModelConfig, mixture: Mixture, exclude: Mapping[int, frozenset[str]], world: World
+) -> PackedStream:
+    """The shuffled stream of this rank; on a GPU with the attention kernel's tile plans, made beside the batches."""
 
     def plans(cu_seqlens: NDArray[np.int32], length: int) -> AttentionPlans:
         def plan(window: int | None) -> DevicePlan:
@@ -255,7 +271,7 @@ def training_stream(recipe: Recipe, config: ModelConfig, dataset: TokenDataset, 
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     wants_plans = world.device.type == "cuda" and recipe.kernels.attention in ("auto", "triton", "hopper")
     return PackedStream(
-        dataset,
+        mixture,
         sequence_length=recipe.data.sequence_length,
         micro_batch=recipe.train.micro_batch,
         accumulation=recipe.train.accumulation,
@@ -264,17 +280,20 @@ def training_stream(recipe: Recipe, config: ModelConfig, dataset: TokenDataset, 
         seed=recipe.train.seed,
         overlong=recipe.data.overlong,
         overlap=recipe.data.overlap,
+        epochs=recipe.train.epochs,
+        max_tokens=recipe.train.tokens,
         max_dialogues=recipe.data.max_dialogues,
+        exclude=exclude,
         annotate=plans if wants_plans else None,
         pin=world.device.type == "cuda",
     )
 
 
 def take(batches: Iterator[PackedBatch], count: int) -> list[PackedBatch]:
-    """The next micro-batches of one step."""
+    """The next micro-batches of one step; none where an epoch or token budget is used up."""
     micro = list(islice(batches, count))
-    if len(micro) != count:
-        raise ConfigError("the training stream ended inside a step: the training split is empty")
+    if micro and len(micro) != count:
+        raise ConfigError("the training stream ended inside a step")
     return micro
 
 

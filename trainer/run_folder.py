@@ -24,6 +24,8 @@ from chatmill.trainer.config import Recipe
 # What may differ between the attempts of one run without changing what it computes.
 FREE = ("run", "logging", "checkpoint", "evaluation", "parallel", "kernels")
 FREE_TRAIN = ("micro_batch", "accumulation", "activation_checkpointing", "cpu_threads")
+# Weights and exclusions of steps to come may change; the position in the checkpoint refuses a change of those already taken.
+FREE_DATA = ("mix", "curriculum", "exclude")
 PREEMPTED = "PREEMPTED"
 
 
@@ -48,12 +50,15 @@ class RunFolder:
         if not file.is_file():
             return
         old, new = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.model_dump(mode="json")
+        free_data = (*FREE_DATA, "path") if recipe.data.mix and old.get("data", {}).get("mix") else FREE_DATA
         differing = [
             f"  {section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
             for section, fields in new.items()
             if section not in FREE
             for key, value in fields.items()
-            if not (section == "train" and key in FREE_TRAIN) and old.get(section, {}).get(key) != value
+            if not (section == "train" and key in FREE_TRAIN)
+            and not (section == "data" and key in free_data)
+            and old.get(section, {}).get(key) != value
         ]
         if differing:
             raise ConfigError(

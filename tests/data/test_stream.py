@@ -403,3 +403,22 @@ def test_a_stateful_loader_resumes_its_workers_without_losing_or_repeating_a_bat
                 later = [k for k in range(number, 40, workers) if k >= cut]
                 got += list(zip(later, [rows_of(batch) for batch in islice(again, len(later))], strict=True))
             assert [row for _, row in sorted(got)] == expected, (workers, cut)
+
+
+def test_what_came_after_a_saved_state_can_be_named_and_left_out() -> None:
+    run = stream(mixture(), micro_batch=4)
+    states, used = [run.state_dict()], []
+    for batch in islice(run, 40):
+        used.append(list(batch.uids))
+        states.append(run.state_dict())
+    assert run.uids_between(states[20], 25, 27) == used[24] + used[25] + used[26]
+    with pytest.raises(ConfigError, match="40 steps are done"):
+        run.exclude(20, used[24])
+    run.load_state_dict(states[20])
+    run.exclude(20, used[24])
+    again = [list(batch.uids) for batch in islice(run, 20)]
+    assert not {uid for uids in again for uid in uids} & set(used[24])
+    assert again != used[20:]
+    fresh = stream(mixture(), micro_batch=4, exclude={20: used[24]})
+    assert [list(batch.uids) for batch in islice(fresh, 40)] == used[:20] + again
+    assert run.state_dict() == fresh.state_dict()
