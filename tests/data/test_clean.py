@@ -69,9 +69,9 @@ def test_deleted_and_empty_turns_go_and_are_counted() -> None:
         (talk("x" * 50, "y"), {"max_turn_chars": 40}, "a turn longer than 40 characters"),
         (talk("q", "same\n" * 12), {}, "repeated lines"),
         (talk("q", "so " + "a" * 90), {}, "one character over and over"),
-        (talk("q", "As an AI language model, I cannot"), {"drop_refusals": True}, "refusal or provider identity"),
-        (talk("q", "I was trained by OpenAI."), {"drop_refusals": True}, "refusal or provider identity"),
-        (talk("q", "I'm sorry, but I can't help with that."), {"drop_refusals": True}, "refusal or provider identity"),
+        (talk("q", "As an AI language model, I cannot"), {"drop_provider_identity": True}, "provider identity"),
+        (talk("q", "I was trained by OpenAI."), {"drop_provider_identity": True}, "provider identity"),
+        (talk("q", "I'm sorry, but I can't help with that."), {"drop_refusals": True}, "refusal"),
         (talk("buy now", "ok"), {"drop_patterns": ["(?i)BUY NOW"]}, "pattern (?i)BUY NOW"),
         (talk("[deleted]", ""), {}, "nothing left"),
     ],
@@ -84,14 +84,21 @@ def test_a_dialogue_rule_drops_and_says_why(conversation: Conversation, config: 
 @pytest.mark.parametrize(
     "conversation",
     [
-        talk("same\n" * 12, "what the user repeats is not learned"),
+        talk("same" + "\nsame" * 12, "what the user repeats is not learned"),
         talk("q", "```\n" + "=" * 90 + "\n```"),
         talk("are you an AI?", "I am sorry to hear that; tell me more about OpenAI."),
         talk("q", "haha" * 3 + "!" * 20),
+        talk("q", "```\n" + "row\n" * 60 + "```"),
+        talk("q", "ha ha ha ha ha"),
+        talk("who made Android?", "Android is made by Google, I think. Sorry, I can't come on Friday."),
+        talk("are you a bot?", "I am a robot maker. Copy code from there?\nTen 1 / 2 of it"),
+        talk("why", "The network error came back; you have reached me too late."),
     ],
 )
 def test_rules_spare_what_only_resembles(conversation: Conversation) -> None:
-    assert clean(conversation, drop_refusals=True)[0] is not None
+    judges = {"drop_refusals": True, "drop_provider_identity": True, "drop_bots": True, "drop_provider_errors": True}
+    kept, _ = clean(conversation, **judges, boilerplate=True, repetition={})
+    assert kept == [turn.content for turn in conversation.turns]
 
 
 def test_boilerplate_lines_go_and_bad_patterns_are_named() -> None:

@@ -1,0 +1,38 @@
+"""Between traditional and simplified Chinese, by OpenCC's dictionaries (package opencc).
+
+    chinese_rule("t2s")("漢字轉換")  ->  "汉字转换"
+
+The directions are OpenCC's own names: s simplified, t traditional, tw Taiwan, hk Hong Kong, jp Japanese; a last p also swaps
+regional words (软件 / 軟體). Texts with kana are Japanese: only the directions from and to jp touch them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+
+from chatmill.config import ConfigError
+
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_KANA = re.compile("[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f]")
+
+
+def chinese_rule(direction: str) -> Callable[[str], str]:
+    """Text rule of `clean.chinese`."""
+    try:
+        converter = importlib.import_module("opencc").OpenCC(direction)
+    except ImportError as error:
+        raise ConfigError(
+            f"clean.chinese={direction} needs the package opencc (pip install 'chatmill[data]'), or set clean.chinese=null"
+        ) from error
+    except RuntimeError as error:  # an OpenCC without this dictionary
+        raise ConfigError(f"clean.chinese={direction}: the installed opencc does not know this direction ({error})") from error
+    japanese = "jp" in direction
+
+    def rule(text: str) -> str:
+        if _HAN.search(text) is None or (not japanese and _KANA.search(text) is not None):
+            return text
+        return str(converter.convert(text))
+
+    return rule
