@@ -60,7 +60,7 @@ def html_report(report: Mapping[str, Any], datasets: Mapping[str, TokenDataset],
     parts.append('<h2>Samples</h2><p class="soft">Coloured tokens carry loss: they are what the model learns to say.</p>')
     first = datasets.get("train") or next(iter(datasets.values()))
     for k in range(min(SAMPLES, len(first))):
-        parts.append(sample(first, tokenizer, k * len(first) // SAMPLES))
+        parts.append(sample(first, tokenizer, first.readable(k * len(first) // SAMPLES)))
     body = "\n".join(parts)
     title = f"Data set {escape(str(report['name']))}"
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'

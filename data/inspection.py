@@ -99,7 +99,7 @@ def inspect_dataset(
     tokenizer = ChatTokenizer.load(Path(path) / "tokenizer")
     dataset = splits.get("train") or next(iter(splits.values()))
     for k in range(min(samples, len(dataset))):
-        number = k * len(dataset) // samples
+        number = dataset.readable(k * len(dataset) // samples)
         console.print(f"\n[bold]dialogue {number}[/bold] {dataset.uid(number)} (green: carries loss)")
         console.print(mask_preview(dataset, tokenizer, number))
     if html is not None:

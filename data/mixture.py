@@ -68,6 +68,12 @@ class Mixture:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
+    def identity(self) -> str:
+        """Changes with the fingerprint, and with what is held back in a quarantine (data/quarantine.py)."""
+        parts = [f"{name}={getattr(source, 'identity', source.fingerprint)}" for name, source in self.sources.items()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
     def vocab_size(self) -> int:
         """The vocabulary that all data sets share."""
         return next(iter(self.sources.values())).vocab_size

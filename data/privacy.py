@@ -49,6 +49,9 @@ _KEY = re.compile(
 _VERSION = re.compile(r"(?:\b(?:version|release|build|firmware|v|ver|section|chapter|driver)\.?\s*)$", re.I)
 
 
+MAX_PASSES = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """text[start:end] is of this kind."""
@@ -68,6 +71,20 @@ def find(text: str, kinds: frozenset[str] | None = None) -> list[Finding]:
             if all(end <= other.start or start >= other.end for other in taken):
                 taken.append(Finding(kind, start, end))
     return sorted(taken, key=lambda finding: finding.start)
+
+
+# What the stand-ins below look like: private to nobody.
+_STAND_IN = {
+    "email": re.compile(r"person\d+@example\.org"),
+    "phone": re.compile(r"\+1-202-555-01\d\d"),
+    "ip": re.compile(r"192\.0\.2\.\d{1,3}"),
+    "credentials": re.compile(r"user\d+:password"),
+}
+
+
+def is_stand_in(kind: str, found: str) -> bool:
+    """Is this one of the stand-ins that Privacy writes?"""
+    return kind in _STAND_IN and _STAND_IN[kind].fullmatch(found) is not None
 
 
 def luhn(digits: str) -> bool:
@@ -99,13 +116,24 @@ class Privacy:
         counts: dict[str, int] = {}
         out = []
         for turn in turns:
-            pieces, position = [], 0
-            for finding in self._find(turn.content):
-                pieces += [turn.content[position : finding.start], self._stand_in(finding, turn.content, known, counts)]
-                position = finding.end
-                note(finding.kind)
-            out.append(replace(turn, content="".join([*pieces, turn.content[position:]])) if pieces else turn)
+            text = turn.content
+            # A replacement may uncover what stood next to it: go over the text until nothing is left.
+            for _ in range(MAX_PASSES):
+                findings = self.leftovers(text)
+                if not findings:
+                    break
+                pieces, position = [], 0
+                for finding in findings:
+                    pieces += [text[position : finding.start], self._stand_in(finding, text, known, counts)]
+                    position = finding.end
+                    note(finding.kind)
+                text = "".join([*pieces, text[position:]])
+            out.append(replace(turn, content=text) if text != turn.content else turn)
         return out
+
+    def leftovers(self, text: str) -> list[Finding]:
+        """What apply() would replace: nothing where it has gone over the text already."""
+        return [f for f in self._find(text) if self.mode == "redact" or not is_stand_in(f.kind, text[f.start : f.end])]
 
     def _find(self, text: str) -> Iterator[Finding]:
         position = 0

@@ -27,8 +27,9 @@ import numpy as np
 
 from chatmill.config import ConfigError
 from chatmill.data.cache import PieceCache, with_retries
+from chatmill.data.quarantine import QUARANTINE, parse_quarantine
 from chatmill.data.shard_index import DamagedShardError, ShardIndex, TokenBlock, block_hash, decode_block
-from chatmill.data.shards import MANIFEST, TokenDataset
+from chatmill.data.shards import MANIFEST, TokenDataset, fingerprints, parse_manifest
 
 TIMEOUT_S = 60
 
@@ -102,7 +103,15 @@ class RemoteDataset(TokenDataset):
 
     @classmethod
     def open(  # type: ignore[override]
-        cls, path: str, split: str, *, cache: str | Path, limit_bytes: int = 100 << 30, threads: int = 8, attempts: int = 5
+        cls,
+        path: str,
+        split: str,
+        *,
+        cache: str | Path,
+        limit_bytes: int = 100 << 30,
+        threads: int = 8,
+        attempts: int = 5,
+        damaged_blocks: float = 0.0,
     ) -> RemoteDataset:
         """Open one split below a URL. Raises ConfigError in words, RemoteReadError where the network fails for good."""
         read = range_reader(path)
@@ -112,7 +121,7 @@ class RemoteDataset(TokenDataset):
             raw = with_retries(lambda: read(MANIFEST), _is_json, name, attempts=attempts)
         except OSError as error:
             raise ConfigError(f"data set {path}: {MANIFEST} cannot be read ({error}).\nGive the folder's URL.") from error
-        manifest = json.loads(raw)
+        manifest = parse_manifest(raw, name)
         if split not in manifest["splits"]:
             raise ConfigError(f"data set {path}: no split {split!r}; it has {', '.join(manifest['splits'])}")
         indices = []
@@ -123,6 +132,12 @@ class RemoteDataset(TokenDataset):
         dataset = cls(Path(path), split, manifest, indices)
         dataset.url, dataset._cache, dataset._read, dataset._threads = path, store, read, threads
         dataset._pool, dataset._pool_process, dataset._coming = None, 0, {}
+        try:
+            listed = with_retries(lambda: read(QUARANTINE), _is_json, f"{path}/{QUARANTINE}", attempts=attempts)
+        except FileNotFoundError:
+            return dataset
+        held = parse_quarantine(listed, f"{path}/{QUARANTINE}", fingerprints(manifest)).get(split, ())
+        dataset.hold(held, damaged_blocks)
         return dataset
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,6 +145,8 @@ class RemoteDataset(TokenDataset):
 
     def read_block(self, b: int) -> TokenBlock:
         """Block b, from the cache or by one range request, its xxh3 checked."""
+        if b in self.quarantined:
+            raise DamagedShardError(f"{self.url}, block {b}: in the quarantine of the data set; nobody may read it.")
         coming = self._coming.get(b) if self._pool_process == os.getpid() else None
         if coming is not None:
             wait([coming])

@@ -62,16 +62,18 @@ class OpenWindow:
         self.source = source
         self._numbers = order.blocks(epoch, window)
         self._dialogues = order.dialogues
+        self._unreadable: frozenset[int] = getattr(source, "quarantined", frozenset())
         self._blocks: dict[int, DialogueBlock] = {}
-        self._holes: dict[frozenset[str], NDArray[np.bool_]] = {}
+        self._holes: dict[tuple[frozenset[str], frozenset[int]], NDArray[np.bool_]] = {}
         will_read = getattr(source, "will_read", None)
         if will_read is not None:  # a remote data set fetches ahead: this window, then the next one
-            will_read(self._numbers.tolist())
+            will_read([number for number in self._numbers.tolist() if number not in self._unreadable])
             if window + 1 < order.windows:
-                will_read(order.blocks(epoch, window + 1).tolist())
-        excluded = self._indices(options["excluded"])
+                will_read([n for n in order.blocks(epoch, window + 1).tolist() if n not in self._unreadable])
+        options = dict(options)
+        excluded = self._indices(options.pop("excluded")) | self._members(options.pop("held"))
         self.plan: WindowPlan = plan_window(
-            source, order, epoch, window, loss_mask_of=self._loss_mask, **{**options, "excluded": excluded}
+            source, order, epoch, window, loss_mask_of=self._loss_mask, excluded=excluded, **options
         )
         plan = self.plan
         columns = (plan.block, plan.local, plan.offset, plan.length, plan.context)
@@ -85,6 +87,12 @@ class OpenWindow:
         """A block, read when it is first needed."""
         found = self._blocks.get(block)
         if found is None:
+            if block in self._unreadable:
+                raise ConfigError(
+                    f"data.stream: block {block} came into the quarantine after the window that the run is in was planned, and "
+                    "one of its dialogues is longer than a pack: where it was cut is not known any more.\n"
+                    "Restore the block (chatmill data verify DIR --repair), or start a new run from the checkpoint."
+                )
             data = self.source.read_block(block)
             low, high = self.source.block_starts[block : block + 2]
             if not np.array_equal(np.diff(data.offsets), self.source.lengths[low:high]):
@@ -95,19 +103,28 @@ class OpenWindow:
             found = self._blocks[block] = data
         return found
 
-    def hole(self, uids: frozenset[str]) -> NDArray[np.bool_]:
-        """Bool["U"]: which pieces of the plan belong to dialogues excluded after the window was planned."""
-        found = self._holes.get(uids)
+    def hole(self, uids: frozenset[str], blocks: frozenset[int] = frozenset()) -> NDArray[np.bool_]:
+        """Bool["U"]: which pieces of the plan belong to dialogues or blocks excluded after the window was planned."""
+        found = self._holes.get((uids, blocks))
         if found is None:
-            indices = self._indices(uids)
-            found = self._holes[uids] = np.isin(self.plan.dialogue, np.fromiter(indices, np.int64, len(indices)))
+            indices = self._indices(uids) | self._members(blocks)
+            found = np.isin(self.plan.dialogue, np.fromiter(indices, np.int64, len(indices)))
+            self._holes[uids, blocks] = found
         return found
+
+    def _members(self, blocks: frozenset[int]) -> set[int]:
+        """The dialogues of these blocks, as far as they are in this window."""
+        starts = self.source.block_starts
+        inside = [number for number in self._numbers.tolist() if number in blocks] if blocks else []
+        return {dialogue for number in inside for dialogue in range(int(starts[number]), int(starts[number + 1]))}
 
     def _indices(self, uids: frozenset[str]) -> set[int]:
         if not uids:
             return set()
         out = set()
         for number in self._numbers.tolist():
+            if number in self._unreadable:  # left out as a whole
+                continue
             first = int(self.source.block_starts[number])
             names = self.block(number).uids
             if not uids.isdisjoint(names):
@@ -169,6 +186,9 @@ class Schedule:
     global_batch: packs per step. epochs: each data set is used so many times, then left out (None: for ever). max_tokens: no
     step begins once so many tokens were used. exclude: {first step: uids}: from that step on these dialogues are not used. A
     window planned before keeps its other dialogues where they are; the place of the excluded ones becomes padding.
+
+    Blocks in the quarantine of a data set (`quarantined`) are excluded in the same way: by a new run from its first step on, by
+    one that is continued from the step at which it first met them. The state names them, so that the past can be planned again.
     """
 
     def __init__(
@@ -198,6 +218,10 @@ class Schedule:
         self.counts: Counter[str] = Counter()
         self._exclude = [(int(step), frozenset(uids)) for step, uids in sorted((exclude or {}).items())]
         self._uids: dict[tuple[int, int], frozenset[str]] = {}
+        # (first step, blocks) by data set
+        self._held: list[list[tuple[int, frozenset[int]]]] = [
+            [(0, held)] if (held := _quarantined(source)) else [] for source in self.sources
+        ]
 
     def exclude(self, step: int, uids: Collection[str]) -> None:
         """Leave dialogues out from a step on. It must not have been taken yet: whoever holds the position checks that."""
@@ -247,9 +271,10 @@ class Schedule:
             if opened is None:
                 if cursor.pack == 0:
                     cursor = replace(cursor, opened=step)
-                options = {"capacity": self.sequence_length, "overlong": self.overlong, "overlap": self.overlap}
-                excluded = self._excluded(cursor.opened)
-                opened = OpenWindow(self.sources[number], order, cursor.epoch, cursor.window, options | {"excluded": excluded})
+                options: dict[str, Any] = {"capacity": self.sequence_length, "overlong": self.overlong, "overlap": self.overlap}
+                options["excluded"] = self._excluded(cursor.opened)
+                options["held"] = self._held_since(number, -1, cursor.opened)
+                opened = OpenWindow(self.sources[number], order, cursor.epoch, cursor.window, options)
                 self.counts.update(opened.plan.counts)
             index, last_index = cursor.pack, len(opened.packs) - 1
             pack = self._pack(number, opened, index, cursor.opened, step) if index <= last_index else None
@@ -270,10 +295,11 @@ class Schedule:
 
     def _pack(self, number: int, window: OpenWindow, index: int, opened: int, step: int) -> Pack:
         first, last, tokens, loss = window.packs[index]
-        late = self._excluded_since(opened, step) if self._exclude else None
-        if late:
+        late = self._excluded_since(opened, step) if self._exclude else frozenset[str]()
+        late_blocks = self._held_since(number, opened, step)
+        if late or late_blocks:
             plan = window.plan
-            hole = window.hole(late)
+            hole = window.hole(late, late_blocks)
             out = hole[first:last]
             if out.any():
                 tokens -= int(plan.length[first:last][out].sum())
@@ -293,6 +319,11 @@ class Schedule:
             self._uids[before, now] = frozenset[str]().union(*(uids for _, uids in self._exclude[:now])) - old
         return self._uids[before, now]
 
+    def _held_since(self, number: int, opened: int, step: int) -> frozenset[int]:
+        """The blocks of a data set left out at `step` that were not yet so at `opened`."""
+        entries = self._held[number]
+        return frozenset[int]().union(*(blocks for first, blocks in entries if opened < first <= step)) if entries else _NONE
+
     # ---------------------------------------------------------------- position
 
     def state(self, position: Position) -> dict[str, Any]:
@@ -308,6 +339,7 @@ class Schedule:
                 name: self._source_identity(i)
                 | {key: getattr(position.cursors[i], key) for key in _CURSOR}
                 | {"taken": position.taken[i]}
+                | self._past_quarantine(i, past)
                 for i, name in enumerate(self.mixture.sources)
             },
         }
@@ -318,6 +350,8 @@ class Schedule:
             _same(name, state, value)
         saved = state["sources"]
         cursors, taken = [], []
+        past = int(state["step"]) + bool(int(state["micro"]))
+        held = list(self._held)
         for i, name in enumerate(self.mixture.sources):
             if name not in saved:  # a data set that later weights bring in
                 cursors.append(Cursor())
@@ -330,16 +364,19 @@ class Schedule:
                 raise ConfigError(f"data.stream: the saved position lies outside the data set: {cursor}.")
             cursors.append(cursor)
             taken.append(int(saved[name]["taken"]))
+            history = [(int(first), frozenset(map(int, blocks))) for first, blocks in saved[name].get("quarantine", ())]
+            new = _quarantined(self.sources[i]).difference(*(blocks for _, blocks in history))
+            held[i] = [*history, (past, new)] if new else history
         gone = sorted(set(saved) - set(self.mixture.sources))
         if gone:
             raise ConfigError(
                 f"data.stream: cannot resume: data set {gone[0]!r} is missing. Keep it, with weight 0 from now on."
             )
         step, micro = int(state["step"]), int(state["micro"])
-        past = step + bool(micro)
         if len(self.sources) > 1:
             _same("weights", state, self.mixture.past(past), f" before step {past}")
         _same("excluded", state, self._past_exclusions(past), f" before step {past}")
+        self._held = held  # what the run has left out so far, and what it meets now
         return Position(step, micro, int(state["tokens"]), tuple(cursors), tuple(taken))
 
     def _settings(self) -> dict[str, Any]:
@@ -353,12 +390,23 @@ class Schedule:
         known = {name: manifest[name] for name in names if name in manifest}
         return known | {"dialogues": self.orders[number].dialogues, "fingerprint": source.fingerprint}
 
+    def _past_quarantine(self, number: int, step: int) -> dict[str, Any]:
+        entries = [[first, sorted(blocks)] for first, blocks in self._held[number] if first < step]
+        return {"quarantine": entries} if entries else {}
+
     def _past_exclusions(self, step: int) -> list[list[Any]]:
         return [
             [first, len(uids), hashlib.sha256("\n".join(sorted(uids)).encode()).hexdigest()]
             for first, uids in self._exclude
             if first < step
         ]
+
+
+_NONE: frozenset[int] = frozenset()
+
+
+def _quarantined(source: DialogueSource) -> frozenset[int]:
+    return frozenset(getattr(source, "quarantined", _NONE))
 
 
 def _same(name: str, saved: Mapping[str, Any], value: Any, where: str = "") -> None:

@@ -5,6 +5,7 @@
 
 Contract: `webdataset.WebDataset(shard)` reads every sample of every shard; this reader needs one pread per block, checks its
 xxh3, and never yields fewer dialogues than the manifest promises: damage is an error that names the file, never a short read.
+Blocks in the data set's quarantine (data/quarantine.py) are left out where the reader agrees to it, and only those.
 Layout of a shard and of its sidecar index: data/shard_index.py.
 """
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
 from chatmill.data.conversation import TokenizedDialogue
+from chatmill.data.quarantine import HeldBlock, check_consent, read_quarantine
 from chatmill.data.shard_index import (
     TAR_END,
     DamagedShardError,
@@ -38,6 +41,8 @@ from chatmill.data.shard_index import (
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+# What a manifest may call a shard: a file of its own folder. No path, no `pipe:` or URL, nothing hidden.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 
 
 def id_dtype(vocab_size: int) -> type[np.generic]:
@@ -173,14 +178,39 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         what = "has no manifest.json" if path.is_dir() else "does not exist"
         raise ConfigError(f"data set {path}: {what}. Build it with: chatmill data build RECIPE")
+    return parse_manifest(file.read_bytes(), str(file))
+
+
+def parse_manifest(raw: bytes, where: str) -> dict[str, Any]:
+    """A manifest whose format is known and whose names stay inside the data-set folder."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(raw)
     except ValueError as error:
-        raise DamagedShardError(f"{file}: not JSON ({error}). Rebuild the data set.") from error
+        raise DamagedShardError(f"{where}: not JSON ({error}). Rebuild the data set.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ConfigError(f"{file}: format {found!r}, this version reads {FORMAT_VERSION}. Rebuild the data set.")
+        raise ConfigError(f"{where}: format {found!r}, this version reads {FORMAT_VERSION}. Rebuild the data set.")
+    for name in _names(manifest):
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise DamagedShardError(f"{where}: names a file outside of the folder: {name!r}. Rebuild the data set.")
     return manifest
+
+
+def _names(manifest: Mapping[str, Any]) -> Iterator[Any]:
+    """Every file or folder name in a manifest, path part by path part."""
+    for split, part in manifest.get("splits", {}).items():
+        yield split
+        for record in part["shards"]:
+            yield from (record["name"], record["index"])
+    for records in manifest.get("dialogues", {}).values():
+        yield from (record["name"] for record in records)
+    for path in manifest.get("files", {}):
+        yield from path.split("/")
+
+
+def fingerprints(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """fingerprint() of every split."""
+    return {split: fingerprint(manifest, split) for split in manifest["splits"]}
 
 
 def fingerprint(manifest: Mapping[str, Any], split: str) -> str:
@@ -209,35 +239,72 @@ class TokenDataset:
         self._size = np.concatenate([np.zeros(0, np.int64), *(i.size for i in indices)])
         self._xxh3 = np.concatenate([np.zeros(0, np.uint64), *(i.xxh3 for i in indices)])
         self._files: dict[int, int] = {}
+        self.held: tuple[HeldBlock, ...] = ()
+        self.quarantined: frozenset[int] = frozenset()
 
     @classmethod
-    def open(cls, path: str | Path, split: str) -> TokenDataset:
-        """Open one split of a data-set folder. Raises ConfigError naming what is missing or damaged."""
+    def open(cls, path: str | Path, split: str, *, damaged_blocks: float = 0.0) -> TokenDataset:
+        """Open one split of a data-set folder. Raises ConfigError naming what is missing or damaged.
+
+        damaged_blocks: largest share of the split's blocks that its quarantine may leave out (data/quarantine.py).
+        """
         folder = Path(path)
-        return cls.from_manifest(folder, read_manifest(folder), split)
+        manifest = read_manifest(folder)
+        held = read_quarantine(folder, fingerprints(manifest)).get(split, ())
+        return cls.from_manifest(folder, manifest, split, held, damaged_blocks)
 
     @classmethod
-    def from_manifest(cls, folder: Path, manifest: dict[str, Any], split: str) -> TokenDataset:
-        """open() with a manifest that is at hand, or not yet written."""
+    def from_manifest(
+        cls,
+        folder: Path,
+        manifest: dict[str, Any],
+        split: str,
+        held: tuple[HeldBlock, ...] = (),
+        damaged_blocks: float = 0.0,
+    ) -> TokenDataset:
+        """open() with a manifest and a quarantine that are at hand, or not yet written."""
         if split not in manifest["splits"]:
             raise ConfigError(f"data set {folder}: no split {split!r}; it has {', '.join(manifest['splits'])}")
         indices = []
+        advice = f"Run: chatmill data verify {folder} --repair, or rebuild the data set."
         for record in manifest["splits"][split]["shards"]:
             shard, index_file = folder / split / record["name"], folder / split / record["index"]
+            known = {block.block for block in held if block.shard == record["name"]}
             for file in (shard, index_file):
-                if not file.is_file():
-                    raise ConfigError(f"data set {folder}: {file.relative_to(folder)} is missing. Rebuild the data set.")
-            size = shard.stat().st_size
-            if size != record["bytes"]:
-                raise DamagedShardError(f"{shard}: {size} bytes, the manifest says {record['bytes']}. Rebuild the data set.")
+                if not file.is_file() and not (file is shard and known):
+                    raise ConfigError(f"data set {folder}: {file.relative_to(folder)} is missing. {advice}")
+            size = shard.stat().st_size if shard.is_file() else 0
+            if size != record["bytes"] and not known:
+                raise DamagedShardError(f"{shard}: {size} bytes, the manifest says {record['bytes']}. {advice}")
             raw = index_file.read_bytes()
             if hashlib.sha256(raw).hexdigest() != record["index_sha256"]:
-                raise DamagedShardError(f"{index_file}: not the index that was written. Rebuild the data set.")
-            indices.append(ShardIndex.from_bytes(raw, str(index_file)))
+                raise DamagedShardError(f"{index_file}: not the index that was written. {advice}")
+            index = ShardIndex.from_bytes(raw, str(index_file))
+            lost = [b for b in np.flatnonzero(index.offset + index.size > size).tolist() if b not in known]
+            if lost:
+                raise DamagedShardError(f"{shard}: cut short before block {lost[0]}, not in its quarantine. {advice}")
+            indices.append(index)
         dataset = cls(folder, split, manifest, indices)
         if len(dataset.lengths) == 0:
             raise ConfigError(f"data set {folder}: split {split!r} is empty")
+        dataset.hold(held, damaged_blocks)
         return dataset
+
+    def hold(self, held: tuple[HeldBlock, ...], damaged_blocks: float) -> None:
+        """Leave these blocks out; ConfigError where they are more than the share agreed to."""
+        if held:
+            check_consent(str(self.path), self.split, held, self.n_blocks, damaged_blocks)
+        first, starts = 0, {}
+        for record in self.manifest["splits"][self.split]["shards"]:
+            starts[record["name"]] = first
+            first += int(np.count_nonzero(self._block_shard == len(starts) - 1))
+        self.held = held
+        self.quarantined = frozenset(starts[block.shard] + block.block for block in held)
+
+    @property
+    def identity(self) -> str:
+        """sha256 over the fingerprint and the quarantine: equal on two machines that would train on the same."""
+        return hashlib.sha256(f"{self.fingerprint}\n{sorted(self.quarantined)}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -255,9 +322,14 @@ class TokenDataset:
         shard = int(self._block_shard[b])
         path = self._shards[shard]
         where = f"{path}, block {b}"
+        if b in self.quarantined:
+            raise DamagedShardError(f"{where}: in the quarantine of the data set; nobody may read it.")
         data = os.pread(self._descriptor(shard), int(self._size[b]), int(self._offset[b]))
         if len(data) != self._size[b] or block_hash(data) != int(self._xxh3[b]):
-            raise DamagedShardError(f"{where}: bytes differ from those written (xxh3). Run: chatmill data verify {self.path}")
+            raise DamagedShardError(
+                f"{where}: bytes differ from those written (xxh3).\nRestore it: chatmill data verify {self.path} --repair\n"
+                f"or go on without it: chatmill data verify {self.path} --quarantine SHARE"
+            )
         block = decode_block(data, where)
         first, last = int(self.block_starts[b]), int(self.block_starts[b + 1])
         if not np.array_equal(np.diff(block.offsets), self.lengths[first:last]):
@@ -268,6 +340,14 @@ class TokenDataset:
         """Id of dialogue i in population order (reads its block)."""
         b = int(np.searchsorted(self.block_starts, i, side="right")) - 1
         return self.read_block(b).uids[i - int(self.block_starts[b])]
+
+    def readable(self, i: int) -> int:
+        """Dialogue i, or where its block is in the quarantine, the first one after it (around the end) whose block is not."""
+        b = int(np.searchsorted(self.block_starts, i, side="right")) - 1
+        for k in range(self.n_blocks):
+            if (b + k) % self.n_blocks not in self.quarantined:
+                return i if k == 0 else int(self.block_starts[(b + k) % self.n_blocks])
+        raise DamagedShardError(f"data set {self.path}: every block of {self.split} is in its quarantine.")
 
     def check_shards(self) -> list[str]:
         """One line for every shard whose sha256 is not the manifest's."""

@@ -62,12 +62,14 @@ class SourcesSection(Section):
     """path: a data-set folder made by `chatmill data build`. mix: several, by weight; it takes the place of path.
 
     curriculum: other weights from given steps on. exclude: dialogues that are left out from given steps on.
+    damaged_blocks: largest share of a split's blocks that may be in the quarantine of its data set (data/quarantine.py).
     """
 
     path: str = "corpora/chitchat"
     mix: tuple[MixItem, ...] = ()
     curriculum: tuple[CurriculumStage, ...] = ()
     exclude: tuple[Exclusion, ...] = ()
+    damaged_blocks: float = Field(default=0.0, ge=0, lt=1)
 
     @property
     def paths(self) -> dict[str, str]:

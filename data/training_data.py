@@ -23,10 +23,14 @@ from chatmill.data.stream_config import SourcesSection
 RECORD = "excluded.jsonl"
 
 
-def open_mixture(config: SourcesSection, split: str = "train") -> Mixture:
-    """The training data sets with their weights. Raises ConfigError where they do not belong together."""
+def open_mixture(config: SourcesSection, split: str = "train", damaged_blocks: float | None = None) -> Mixture:
+    """The training data sets with their weights. Raises ConfigError where they do not belong together.
+
+    damaged_blocks: instead of the recipe's share, for those who only look.
+    """
+    allowed = config.damaged_blocks if damaged_blocks is None else damaged_blocks
     # By name: the order in which a recipe lists them must not decide which pack comes first.
-    datasets = {name: TokenDataset.open(path, split) for name, path in sorted(config.paths.items())}
+    datasets = {name: TokenDataset.open(path, split, damaged_blocks=allowed) for name, path in sorted(config.paths.items())}
     first_name, first = next(iter(datasets.items()))
     for name, dataset in datasets.items():
         for field in ("tokenizer_sha256", "template_sha256"):

@@ -104,6 +104,10 @@ def _uses(schedule: Schedule, step: int, place: int, pack: Pack, pieces: NDArray
     name = list(schedule.mixture.sources)[pack.source]
     for i in pieces.tolist():
         block, local = int(plan.block[i]), int(plan.local[i])
+        if block in getattr(source, "quarantined", ()):  # used before it was damaged; its names went with it
+            sizes = int(plan.length[i]), int(plan.loss[i])
+            yield Use(step, place, name, "?", "", f"block {block}, in the quarantine since", 0, *sizes)
+            continue
         data = source.read_block(block)
         kind, origin = getattr(data, "sources", {local: ("", "")})[local]
         start = int(plan.offset[i]) - int(data.offsets[local])
@@ -111,7 +115,10 @@ def _uses(schedule: Schedule, step: int, place: int, pack: Pack, pieces: NDArray
 
 
 def _indices(source: DialogueSource, uid: str) -> Iterator[int]:
+    quarantined = getattr(source, "quarantined", frozenset())
     for block in range(len(source.block_starts) - 1):
+        if block in quarantined:
+            continue
         names = source.read_block(block).uids
         if uid in names:
             yield from (int(source.block_starts[block]) + k for k, name in enumerate(names) if name == uid)
@@ -131,7 +138,7 @@ def run_schedule(run: Path) -> tuple[Schedule, list[Position]]:
         packs = int(_json(run / "environment.json").get("world_size", 1)) * train["micro_batch"] * train["accumulation"]
     sources = SourcesSection.model_validate({name: data[name] for name in SourcesSection.model_fields if name in data})
     schedule = Schedule(
-        open_mixture(sources),
+        open_mixture(sources, damaged_blocks=1.0),
         sequence_length=data["sequence_length"],
         global_batch=packs,
         seed=train["seed"],

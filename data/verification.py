@@ -3,21 +3,24 @@
     problems = verify_dataset(Path("corpora/chitchat"))     # [] when all is well
 
 Nothing of the manifest is believed but the hashes it names: tars are walked, every token block is decoded, dialogues are
-encoded again with the tokenizer in the folder and compared token by token, some masks are proven by prefix rendering, and the
-certificate is computed anew from the texts in the dialogue shards.
+encoded again with the tokenizer in the folder and compared token by token, some masks are proven by prefix rendering, the
+certificate is computed anew from the texts in the dialogue shards, and where the recipe took private data out, they are
+searched for it again. Blocks in the quarantine are known to be damaged: they are not reported again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation, TokenizedDialogue
 from chatmill.data.dialogue_shards import read_dialogues
+from chatmill.data.privacy import leftovers
+from chatmill.data.quarantine import QUARANTINE, HeldBlock, Quarantine, find_damage, read_quarantine, write_quarantine
 from chatmill.data.shard_index import (
     TAR_END,
     ShardIndex,
@@ -28,12 +31,12 @@ from chatmill.data.shard_index import (
     sha256_file,
     walk_members,
 )
-from chatmill.data.shards import MANIFEST, TokenDataset, read_manifest
+from chatmill.data.shards import MANIFEST, TokenDataset, fingerprints, read_manifest
 from chatmill.data.split import Facts, certificate
 from chatmill.data.tokenizer import ChatTokenizer
 
 MAX_PROBLEMS = 50
-FREE_FILES = {MANIFEST, "timings.json"}
+FREE_FILES = {MANIFEST, QUARANTINE, "timings.json"}
 
 
 def verify_dataset(
@@ -51,7 +54,14 @@ def verify_dataset(
         return [str(error)]
     except (KeyError, TypeError) as error:
         return [f"{folder / MANIFEST}: incomplete, {error} is missing. Rebuild the data set."]
-    problems = _check_files(folder, expected, progress)
+    problems: list[str] = []
+    held: Quarantine = {}
+    try:
+        held = read_quarantine(folder, fingerprints(manifest))
+    except ConfigError as error:
+        problems.append(str(error))
+    excused = {f"{split}/{block.shard}" for split, blocks in held.items() for block in blocks}
+    problems += _check_files(folder, expected, excused, progress)
     damaged = {line.split(":")[0] for line in problems}
     tokenizer = None
     try:
@@ -66,7 +76,8 @@ def verify_dataset(
     near = manifest["certificate"].get("near")
     facts = {split: Facts(near=near is not None) for split in manifest["splits"]}
     for split in manifest["splits"]:
-        problems += _check_split(folder, manifest, split, tokenizer, facts[split], (encoded, proven), damaged)
+        known = {(block.shard, block.block) for block in held.get(split, ())}
+        problems += _check_split(folder, manifest, split, tokenizer, facts[split], (encoded, proven), damaged, known)
     if len(facts) == 2:
         found = certificate(facts["train"], facts["validation"], "authors" in manifest["certificate"]["asked"], near)
         if not found["valid"]:
@@ -90,12 +101,14 @@ def expected_files(manifest: dict[str, Any]) -> dict[str, str]:
     return files
 
 
-def _check_files(folder: Path, expected: dict[str, str], progress: Callable[[str, int, int], None] | None) -> list[str]:
+def _check_files(
+    folder: Path, expected: dict[str, str], excused: set[str], progress: Callable[[str, int, int], None] | None
+) -> list[str]:
     problems = []
     for number, (name, sha) in enumerate(sorted(expected.items())):
         file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            problems.append(f"{name}: the manifest names a file outside of the folder")
+        if name in excused:  # its other blocks are checked one by one
+            pass
         elif not file.is_file():
             problems.append(f"{name}: missing")
         elif sha256_file(file) != sha:
@@ -115,12 +128,14 @@ def _check_split(
     facts: Facts,
     limits: tuple[int, int],
     damaged: set[str],
+    known: set[tuple[str, int]],
 ) -> list[str]:
     """Blocks against their index, dialogues against their tokens; fills facts from the dialogues' texts."""
     problems: list[str] = []
+    private = _removed_kinds(manifest)
     total = sum(record["dialogues"] for record in manifest["splits"][split]["shards"])
     strides = [max(1, -(-total // limit)) if limit else 0 for limit in limits]
-    tokens = _tokens(folder, manifest, split, problems)
+    tokens = _tokens(folder, manifest, split, problems, known)
     texts = read_dialogues(folder, manifest["dialogues"][split])
     number = 0
     while len(problems) < MAX_PROBLEMS:
@@ -134,6 +149,10 @@ def _check_split(
             break
         if conversation is not None:
             facts.add(conversation)
+            problems += _private(split, conversation, private, number)
+        if dialogue is UNREADABLE:  # its block was named
+            number += 1
+            continue
         if conversation is None or dialogue is None:
             # The damage itself was named above; count on only for the certificate.
             if not problems and not damaged:
@@ -141,9 +160,25 @@ def _check_split(
             if conversation is None:
                 break
             continue
+        assert isinstance(dialogue, TokenizedDialogue)
         problems += _compare(split, conversation, dialogue, tokenizer, number, strides)
         number += 1
     return problems
+
+
+def _removed_kinds(manifest: dict[str, Any]) -> frozenset[str] | None:
+    """The kinds of private data that the recipe took out; None where it left them in."""
+    privacy = manifest.get("recipe", {}).get("clean", {}).get("privacy", {"mode": "off"})
+    return None if privacy["mode"] == "off" else frozenset(privacy["kinds"])
+
+
+def _private(split: str, conversation: Conversation, kinds: frozenset[str] | None, number: int) -> list[str]:
+    """Private data that should be gone; what was found is never quoted."""
+    if kinds is None:
+        return []
+    found = sorted({finding.kind for turn in conversation.turns for finding in leftovers(turn.content, kinds)})
+    where = f"{split}, dialogue {number} ({conversation.uid}, {conversation.origin})"
+    return [f"{where}: private data that the recipe says is removed: {', '.join(found)}"] if found else []
 
 
 def _compare(
@@ -173,35 +208,59 @@ def _compare(
     return []
 
 
-def _tokens(folder: Path, manifest: dict[str, Any], split: str, problems: list[str]) -> Iterator[TokenizedDialogue]:
-    """Dialogues of all readable blocks; what cannot be read is added to problems."""
+UNREADABLE: Literal["unreadable"] = "unreadable"
+
+
+def _tokens(
+    folder: Path, manifest: dict[str, Any], split: str, problems: list[str], known: set[tuple[str, int]]
+) -> Iterator[TokenizedDialogue | Literal["unreadable"]]:
+    """Dialogues of all readable blocks, UNREADABLE for every other one; what cannot be read is added to problems.
+
+    known: (shard, block) in the quarantine.
+    """
     for record in manifest["splits"][split]["shards"]:
-        file = folder / split / record["name"]
+        file, name = folder / split / record["name"], f"{split}/{record['name']}"
+        try:
+            index = ShardIndex.from_bytes((folder / split / record["index"]).read_bytes(), str(file))
+        except (ConfigError, OSError) as error:
+            problems.append(f"{name}: {error}")
+            yield from [UNREADABLE] * record["dialogues"]
+            continue
+        data = b""
         try:
             data = file.read_bytes()
-            index = ShardIndex.from_bytes((folder / split / record["index"]).read_bytes(), str(file))
-            names = [name for name, _, _ in walk_members(data, f"{split}/{record['name']}")]
-            if not data.endswith(TAR_END):
-                problems.append(f"{split}/{record['name']}: the end marker is missing; the file is cut short")
-            if len(names) != 5 * len(index.offset) + 1:
-                problems.append(f"{split}/{record['name']}: {len(names)} members, the index knows {5 * len(index.offset) + 1}")
+            if not any(shard == record["name"] for shard, _ in known):
+                _check_members(data, name, index, problems)
         except (ConfigError, OSError) as error:
-            problems.append(f"{split}/{record['name']}: {error}")
-            continue
+            problems += [f"{name}: {error}"] if file.is_file() or not known else []
         first = 0
         for b in range(len(index.offset)):
-            where = f"{split}/{record['name']}, block {b}"
+            where = f"{name}, block {b}"
             start, size, count = int(index.offset[b]), int(index.size[b]), int(index.dialogues[b])
             piece = data[start : start + size]
-            if block_hash(piece) != int(index.xxh3[b]):
-                problems.append(f"{where}: xxh3 is not the index's")
-                first += count
-                continue
-            try:
-                yield from _block_dialogues(decode_block(piece, where), index, first, where, problems)
-            except ConfigError as error:
-                problems.append(str(error))
             first += count
+            if (record["name"], b) in known:
+                yield from [UNREADABLE] * count
+            elif block_hash(piece) != int(index.xxh3[b]):
+                problems.append(f"{where}: xxh3 is not the index's")
+                yield from [UNREADABLE] * count
+            else:
+                try:
+                    block = decode_block(piece, where)
+                except ConfigError as error:
+                    problems.append(str(error))
+                    yield from [UNREADABLE] * count
+                    continue
+                yield from _block_dialogues(block, index, first - count, where, problems)
+
+
+def _check_members(data: bytes, name: str, index: ShardIndex, problems: list[str]) -> None:
+    """The tar as a whole: every header, the number of members, the end marker."""
+    names = [member for member, _, _ in walk_members(data, name)]
+    if not data.endswith(TAR_END):
+        problems.append(f"{name}: the end marker is missing; the file is cut short")
+    if len(names) != 5 * len(index.offset) + 1:
+        problems.append(f"{name}: {len(names)} members, the index knows {5 * len(index.offset) + 1}")
 
 
 def _block_dialogues(
@@ -215,8 +274,46 @@ def _block_dialogues(
         yield TokenizedDialogue(uid, ids, mask)
 
 
-def open_splits(path: str | Path) -> dict[str, TokenDataset]:
-    """Every split of a data set that holds dialogues."""
+def quarantine_dataset(path: str | Path, budget: float) -> list[str]:
+    """Name the damaged blocks of every split in quarantine.json; ConfigError, and nothing written, above the budget.
+
+    budget: largest share of a split's blocks. Returns a line per block; where none is damaged an older list goes.
+    """
     folder = Path(path)
     manifest = read_manifest(folder)
-    return {split: TokenDataset.open(folder, split) for split, part in manifest["splits"].items() if part["dialogues"]}
+    found = {split: tuple(find_damage(folder, manifest, split)) for split in manifest["splits"]}
+    for split, blocks in found.items():
+        total = sum(record["blocks"] for record in manifest["splits"][split]["shards"])
+        if len(blocks) > budget * total:
+            names = "; ".join(f"{block.where}: {block.reason}" for block in blocks[:5])
+            share = len(blocks) / total
+            raise ConfigError(
+                f"{split}: {len(blocks)} of {total} blocks ({share:.3%}) are damaged, the budget is {budget:.3%}: {names}.\n"
+                "Nothing was written. Try --repair, give a larger budget, or rebuild the data set."
+            )
+    write_quarantine(folder, found, fingerprints(manifest))
+    return quarantine_lines(found)
+
+
+def listed_quarantine(path: str | Path) -> list[str]:
+    """quarantine_lines of a data-set folder; empty where the list cannot be read, which verify_dataset reports."""
+    try:
+        return quarantine_lines(read_quarantine(Path(path), fingerprints(read_manifest(Path(path)))))
+    except ConfigError:
+        return []
+
+
+def quarantine_lines(held: Mapping[str, Sequence[HeldBlock]]) -> list[str]:
+    """What a quarantine holds, for people."""
+    return [
+        f"{split}/{block.where}: in quarantine, {block.dialogues} dialogues, {block.tokens} tokens ({block.reason})"
+        for split, blocks in held.items()
+        for block in blocks
+    ]
+
+
+def open_splits(path: str | Path) -> dict[str, TokenDataset]:
+    """Every split of a data set that holds dialogues, whatever its quarantine holds back."""
+    folder = Path(path)
+    splits = read_manifest(folder)["splits"]
+    return {split: TokenDataset.open(folder, split, damaged_blocks=1.0) for split, part in splits.items() if part["dialogues"]}

@@ -153,6 +153,13 @@ def _add_data(commands: Any) -> None:
     inspect.add_argument("--html", metavar="FILE", help="also write the page with coloured tokens")
     verify = add("verify", _data_verify, "recompute hashes, masks and the split certificate; exit 1 where anything is off")
     verify.add_argument("path", metavar="DIR")
+    verify.add_argument("--repair", action="store_true", help="first make damaged token shards anew from the dialogue shards")
+    verify.add_argument(
+        "--quarantine",
+        type=float,
+        metavar="SHARE",
+        help="name the damaged blocks in DIR/quarantine.json, at most this share of a split; training may then do without",
+    )
     at = add("at", _data_at, "which dialogues a run used in a step, with raw file and line")
     at.add_argument("run_dir", metavar="RUN")
     at.add_argument("step", type=int)
@@ -279,9 +286,16 @@ def _data_inspect(options: argparse.Namespace) -> int:
 
 
 def _data_verify(options: argparse.Namespace) -> int:
-    from chatmill.data.verification import verify_dataset
+    from chatmill.data.repair import repair_dataset
+    from chatmill.data.verification import listed_quarantine, quarantine_dataset, verify_dataset
 
+    for line in repair_dataset(options.path) if options.repair else []:
+        print(line)
+    if options.quarantine is not None:
+        quarantine_dataset(options.path, options.quarantine)
     problems = verify_dataset(options.path)
+    for line in listed_quarantine(options.path):
+        print(line)
     for problem in problems:
         print(problem)
     print(f"{options.path}: {len(problems)} problem(s)" if problems else f"{options.path}: files whole, masks and split proven")

@@ -44,7 +44,8 @@ def validation_sets(recipe: Recipe) -> dict[str, TokenDataset]:
     """The validation splits that evaluation.data names, by name: those of all training data sets where it names none."""
     known = recipe.data.paths
     chosen = {name: known.get(name, name) for name in recipe.evaluation.data} or known
-    return {name: TokenDataset.open(path, "validation") for name, path in chosen.items()}
+    allowed = recipe.data.damaged_blocks
+    return {name: TokenDataset.open(path, "validation", damaged_blocks=allowed) for name, path in chosen.items()}
 
 
 def pooled(results: Sequence[Mapping[str, float]]) -> dict[str, float]:

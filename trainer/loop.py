@@ -29,6 +29,7 @@ from chatmill.data.shards import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.data.training_data import exclusions, open_mixture
+from chatmill.data.verification import quarantine_lines
 from chatmill.kernels.attention_config import DevicePlan, plan_attention
 from chatmill.trainer.budget import in_steps
 from chatmill.trainer.checkpoint import Checkpoint, CheckpointWriter, list_checkpoints, open_checkpoint, prune
@@ -46,7 +47,7 @@ from chatmill.trainer.world import World, end_world, start_world
 def train(recipe: Recipe) -> int:
     """Run (or continue) the recipe; returns the number of steps done. Raises ConfigError before anything is written."""
     stop = StopSignal()  # from here on a signal ends the run in order, whatever it is doing
-    dataset = TokenDataset.open(recipe.data.path, "train")
+    dataset = TokenDataset.open(recipe.data.path, "train", damaged_blocks=recipe.data.damaged_blocks)
     mixture = open_mixture(recipe.data)
     validation = validation_sets(recipe)
     tokenizer = ChatTokenizer.load(dataset.path / "tokenizer")
@@ -108,6 +109,7 @@ def _train(
     if resume is None and base is None:
         model.init_weights(recipe.train.seed)
     engine = build_engine(recipe, model, world)
+    check_same_data(mixture, world)
     stream = training_stream(recipe, config, mixture, exclude, world)
     step, tokens, loss_tokens = 0, 0, 0
     start = resume or base
@@ -129,6 +131,10 @@ def _train(
             folder.create(recipe, proof | {"parameters": config.parameter_counts(), **describe_environment()})
             folder.forget_after(step)
             folder.event("resume" if resume else "start", step=step, **proof)
+            for name, data in [*mixture.sources.items(), *validation.items()]:
+                for held in quarantine_lines({f"{name}/{data.split}": data.held} if isinstance(data, TokenDataset) else {}):
+                    folder.event("quarantine", step=step, block=held)
+                    display.say(held)
         say_proof(display, proof, config, recipe)
         if resume is not None:
             display.say(f"continuing {folder.path} from step {step} ({resume.path.name})")
@@ -246,6 +252,16 @@ def build_engine(recipe: Recipe, model: Decoder, world: World) -> Engine:
 
         return ZeroEngine(recipe, model, world)
     return Engine(recipe, model, world)
+
+
+def check_same_data(mixture: Mixture, world: World) -> None:
+    """Refuse to train where a machine's copy of a data set, or its quarantine, is another one. Raises ConfigError."""
+    mark = float(int(mixture.identity[:10], 16))  # 40 bits: sums of it are exact in float64
+    if world.sum([mark])[0] != mark * world.world_size:
+        raise ConfigError(
+            f"the ranks do not read the same data or quarantine ({', '.join(mixture.sources)}; here: {mixture.identity[:10]}).\n"
+            "Give every machine the same copy."
+        )
 
 
 def training_stream(

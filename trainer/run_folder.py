@@ -25,7 +25,7 @@ from chatmill.trainer.config import Recipe
 FREE = ("run", "logging", "checkpoint", "evaluation", "parallel", "kernels")
 FREE_TRAIN = ("micro_batch", "accumulation", "activation_checkpointing", "cpu_threads")
 # Weights and exclusions of steps to come may change; the position in the checkpoint refuses a change of those already taken.
-FREE_DATA = ("mix", "curriculum", "exclude")
+FREE_DATA = ("mix", "curriculum", "exclude", "damaged_blocks")
 PREEMPTED = "PREEMPTED"
 
 
