@@ -115,6 +115,8 @@ def walk_members(data: bytes | memoryview, where: str) -> Iterator[tuple[str, in
             )
         yield info.name, start, info.size
         position = start + info.size + (-info.size % 512)
+    if position > len(view):
+        raise DamagedShardError(f"{where}: cut short in the padding of its last member")
     if position != len(view):
         raise DamagedShardError(f"{where}: {len(view) - position} stray bytes after the last member")
 

@@ -228,12 +228,12 @@ def _tokens(
             continue
         data = b""
         try:
-            data = file.read_bytes()
-            if not any(shard == record["name"] for shard, _ in known):
+            data = file.read_bytes() if file.is_file() else b""
+            if data and not any(shard == record["name"] for shard, _ in known):
                 _check_members(data, name, index, problems)
         except (ConfigError, OSError) as error:
-            problems += [f"{name}: {error}"] if file.is_file() or not known else []
-        first = 0
+            problems.append(str(error))
+        first, bad = 0, list[str]()
         for b in range(len(index.offset)):
             where = f"{name}, block {b}"
             start, size, count = int(index.offset[b]), int(index.size[b]), int(index.dialogues[b])
@@ -242,7 +242,7 @@ def _tokens(
             if (record["name"], b) in known:
                 yield from [UNREADABLE] * count
             elif block_hash(piece) != int(index.xxh3[b]):
-                problems.append(f"{where}: xxh3 is not the index's")
+                bad.append(str(b))
                 yield from [UNREADABLE] * count
             else:
                 try:
@@ -252,6 +252,9 @@ def _tokens(
                     yield from [UNREADABLE] * count
                     continue
                 yield from _block_dialogues(block, index, first - count, where, problems)
+        if bad and file.is_file():  # a missing shard was named as such
+            numbers = ", ".join(bad[:8]) + (", …" if len(bad) > 8 else "")
+            problems.append(f"{name}, block{'s' if len(bad) > 1 else ''} {numbers}: xxh3 is not the index's")
 
 
 def _check_members(data: bytes, name: str, index: ShardIndex, problems: list[str]) -> None:
