@@ -115,7 +115,7 @@ def _uses(schedule: Schedule, step: int, place: int, pack: Pack, pieces: NDArray
 
 
 def _indices(source: DialogueSource, uid: str) -> Iterator[int]:
-    quarantined = getattr(source, "quarantined", frozenset())
+    quarantined: frozenset[int] = getattr(source, "quarantined", frozenset())
     for block in range(len(source.block_starts) - 1):
         if block in quarantined:
             continue

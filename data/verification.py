@@ -19,8 +19,9 @@ import numpy as np
 from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation, TokenizedDialogue
 from chatmill.data.dialogue_shards import read_dialogues
-from chatmill.data.privacy import leftovers
+from chatmill.data.privacy import Privacy
 from chatmill.data.quarantine import QUARANTINE, HeldBlock, Quarantine, find_damage, read_quarantine, write_quarantine
+from chatmill.data.recipe import PrivacySection
 from chatmill.data.shard_index import (
     TAR_END,
     ShardIndex,
@@ -132,7 +133,7 @@ def _check_split(
 ) -> list[str]:
     """Blocks against their index, dialogues against their tokens; fills facts from the dialogues' texts."""
     problems: list[str] = []
-    private = _removed_kinds(manifest)
+    private = _privacy(manifest)
     total = sum(record["dialogues"] for record in manifest["splits"][split]["shards"])
     strides = [max(1, -(-total // limit)) if limit else 0 for limit in limits]
     tokens = _tokens(folder, manifest, split, problems, known)
@@ -166,17 +167,19 @@ def _check_split(
     return problems
 
 
-def _removed_kinds(manifest: dict[str, Any]) -> frozenset[str] | None:
-    """The kinds of private data that the recipe took out; None where it left them in."""
-    privacy = manifest.get("recipe", {}).get("clean", {}).get("privacy", {"mode": "off"})
-    return None if privacy["mode"] == "off" else frozenset(privacy["kinds"])
+def _privacy(manifest: dict[str, Any]) -> Privacy | None:
+    """The search for private data as the recipe made it; None where it left them in."""
+    fields = manifest.get("recipe", {}).get("clean", {}).get("privacy", {})
+    known = {name: fields[name] for name in PrivacySection.model_fields if name in fields}
+    section = PrivacySection.model_validate(known)
+    return None if section.mode == "off" else Privacy(section)
 
 
-def _private(split: str, conversation: Conversation, kinds: frozenset[str] | None, number: int) -> list[str]:
+def _private(split: str, conversation: Conversation, privacy: Privacy | None, number: int) -> list[str]:
     """Private data that should be gone; what was found is never quoted."""
-    if kinds is None:
+    if privacy is None:
         return []
-    found = sorted({finding.kind for turn in conversation.turns for finding in leftovers(turn.content, kinds)})
+    found = sorted({finding.kind for turn in conversation.turns for finding in privacy.leftovers(turn.content)})
     where = f"{split}, dialogue {number} ({conversation.uid}, {conversation.origin})"
     return [f"{where}: private data that the recipe says is removed: {', '.join(found)}"] if found else []
 

@@ -259,7 +259,7 @@ def check_same_data(mixture: Mixture, world: World) -> None:
     mark = float(int(mixture.identity[:10], 16))  # 40 bits: sums of it are exact in float64
     if world.sum([mark])[0] != mark * world.world_size:
         raise ConfigError(
-            f"the ranks do not read the same data or quarantine ({', '.join(mixture.sources)}; here: {mixture.identity[:10]}).\n"
+            f"the ranks read different data or quarantines ({', '.join(mixture.sources)}; here: {mixture.identity[:10]}).\n"
             "Give every machine the same copy."
         )
 

@@ -23,8 +23,8 @@ from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation, Turn, dump_line, load_line
 from chatmill.data.dialogue_shards import DialogueWriter, read_dialogues
 from chatmill.data.pipeline import build_dataset
-from chatmill.data.privacy import _SURROGATES, leftovers
-from chatmill.data.recipe import DataRecipe
+from chatmill.data.privacy import _SURROGATES, Privacy
+from chatmill.data.recipe import DataRecipe, PrivacySection
 from chatmill.data.remote import RemoteDataset
 from chatmill.data.shard_index import TAR_END, DamagedShardError, ShardIndex, block_hash, tar_member, walk_members
 from chatmill.data.shards import MANIFEST, ShardWriter, TokenDataset, read_manifest
@@ -174,9 +174,18 @@ def test_planted_private_data_is_caught_and_not_quoted(copy: Path, kind: str, ca
 
 
 def test_stand_ins_are_nobody_s_and_their_neighbours_somebody_s() -> None:
+    privacy = Privacy(PrivacySection(mode="surrogate"))
     for kind, make in _SURROGATES.items():
-        assert not leftovers(f"say {make(1)} and {make(250)}"), kind
-    assert [f.kind for f in leftovers("person1@example.org, person1@example.com, 192.0.2.7, 192.0.3.7")] == ["email", "ip"]
+        assert not privacy.leftovers(f"say {make(1)} and {make(250)}"), kind
+    found = privacy.leftovers("person1@example.org, person1@example.com, 192.0.2.7, 192.0.3.7")
+    assert [finding.kind for finding in found] == ["email", "ip"]
+
+
+def test_what_a_replacement_uncovers_is_replaced_too() -> None:
+    privacy = Privacy(PrivacySection(mode="surrogate"))
+    text = "5555555555554444 020 7946 0958 0999 10.1.1.300.4.4.4.4 DE89370400440532013000 4012888888881881-1234"
+    cleaned = privacy.apply([Turn("user", text)], lambda kind: None)
+    assert not privacy.leftovers(cleaned[0].content)
 
 
 # ---------------------------------------------------------------- damaged and hostile files
