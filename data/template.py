@@ -3,8 +3,7 @@
     template = ChatTemplate(TEMPLATES["chatml"], {"eos_token": "<|im_end|>"})
     template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
 
-Templates are programs found in downloaded folders: they run in jinja2's immutable sandbox with a budget of loop rounds and
-of output characters, so a hostile one ends in a ConfigError, neither in a hang nor in a full memory.
+Templates are programs found in downloaded folders: they run in a sandbox with limits (data/sandbox.py).
 
 A reply is the text between the end of the prompt that inference would send for it and its end-of-turn token, that included:
 `reply_starts_by_prefix` takes that definition literally (one rendering per reply), `reply_starts` gets the same answer from one
@@ -13,25 +12,25 @@ rendering of the whole dialogue with markers in place of the contents, cached by
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from chatmill.data.sandbox import Sandbox, TemplateRefusedError
 
-from chatmill.config import ConfigError
+__all__ = ["TEMPLATES", "ChatTemplate", "Message", "TemplateRefusedError"]
 
 Message = Mapping[str, Any]
 
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Qwen2's: without a system turn it says one.
+_QWEN = (
+    "{% if messages and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}" + _CHATML
 )
 _LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"
@@ -42,69 +41,15 @@ _MISTRAL = (
     "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\\n\\n' %}"
     "{% elif message['role'] == 'user' %}{{ '[INST] ' + ns.system + message['content'] + ' [/INST]' }}{% set ns.system = '' %}"
-    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 _ZEPHYR = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-TEMPLATES: dict[str, str] = {"chatml": _CHATML, "qwen": _CHATML, "llama3": _LLAMA3, "mistral": _MISTRAL, "zephyr": _ZEPHYR}
+TEMPLATES: dict[str, str] = {"chatml": _CHATML, "qwen": _QWEN, "llama3": _LLAMA3, "mistral": _MISTRAL, "zephyr": _ZEPHYR}
 
-MAX_OUTPUT_CHARS = 16_000_000
-MAX_ROUNDS = 2_000_000
 _MARK = re.compile("\ue000([0-9]+)\ue001")
-
-
-class TemplateRefusedError(ConfigError):
-    """A template that does not compile, raises, or exceeds its limits."""
-
-
-class _GenerationTag(Extension):
-    """{% generation %} … {% endgeneration %} of newer templates: rendered as plain text."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox without the operators that turn a short template into gigabytes."""
-
-    intercepted_binops = frozenset(["*", "**", "%"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or not isinstance(left, int | float) or not isinstance(right, int | float):
-            if operator == "*" and max(_size(left) * _size(right), 0) <= 100_000:
-                return super().call_binop(context, operator, left, right)
-            raise TemplateRefusedError(f"chat template: operator {operator!r} on {type(left).__name__} is not allowed")
-        return super().call_binop(context, operator, left, right)
-
-
-def _size(value: Any) -> int:
-    return value if isinstance(value, int) else len(value)
-
-
-class _Budget:
-    """Counts loop rounds and macro calls of one rendering."""
-
-    def __init__(self) -> None:
-        self.left = MAX_ROUNDS
-
-    def __str__(self) -> str:  # printed by the compiled template: an ordinary call costs ten times as much in the sandbox
-        self.left -= 1
-        if self.left < 0:
-            raise TemplateRefusedError(f"chat template: more than {MAX_ROUNDS:,} loop rounds")
-        return ""
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 class ChatTemplate:
@@ -112,38 +57,15 @@ class ChatTemplate:
 
     def __init__(self, source: str, variables: Mapping[str, str | None]) -> None:
         self.source = source
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag])
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        # A date in the prompt would make two builds differ; templates that ask for one get a fixed day.
-        environment.globals["strftime_now"] = lambda layout: datetime(2024, 1, 1).strftime(layout)
-        try:
-            tree = environment.parse(source)
-            loops: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
-            for node in loops:
-                node.body.insert(0, nodes.Output([nodes.Name("_tick", "load")]))
-            self._template = environment.from_string(tree)
-        except TemplateError as error:
-            raise TemplateRefusedError(f"chat template: does not compile ({error})") from error
+        self._sandbox = Sandbox()
+        self._template = self._sandbox.compile_template(source)
         self._variables = {key: value or "" for key, value in variables.items()}
         self._skeleton = lru_cache(maxsize=4096)(self._make_skeleton)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The text of a dialogue; with the header of the reply to come when asked for."""
-        pieces, length = [], 0
-        try:
-            for piece in self._template.generate(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, _tick=_Budget(), **self._variables
-            ):
-                pieces.append(piece)
-                length += len(piece)
-                if length > MAX_OUTPUT_CHARS:
-                    raise TemplateRefusedError(f"chat template: more than {MAX_OUTPUT_CHARS:,} characters of output")
-        except TemplateRefusedError:
-            raise
-        except (TemplateError, TypeError, ValueError, KeyError, RecursionError, OverflowError, MemoryError) as error:
-            raise TemplateRefusedError(f"chat template: {type(error).__name__}: {error}") from error
-        return "".join(pieces)
+        variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **self._variables}
+        return self._sandbox.render(self._template, variables)
 
     def reply_starts_by_prefix(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         """(text, start of each assistant reply in it), one rendering per reply: the definition, slow.
