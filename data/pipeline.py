@@ -28,7 +28,7 @@ from chatmill.data.conversation import TokenizedDialogue, load_line
 from chatmill.data.decontaminate import benchmark_files, benchmark_hashes
 from chatmill.data.dedup import CONTAMINATED, REASONS, deduplicate
 from chatmill.data.dialogue_shards import DialogueWriter
-from chatmill.data.executor import run_tasks
+from chatmill.data.executor import Task, run_tasks
 from chatmill.data.html_report import html_report
 from chatmill.data.importers.raw_file import RawFile
 from chatmill.data.importers.registry import importer, recognise, source_files, spans
@@ -117,8 +117,10 @@ class _Build:
             return self._report()
         return self._shard(chunks, facts)
 
-    def _tick(self, stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.progress(stage, done, total)
+    def _run(self, name: str, shown: str, tasks: list[str], function: Task) -> list[dict[str, Any]]:
+        """A stage whose tasks are independent, by the recipe's executor."""
+        folder, executor = self.work.folder / name, self.recipe.executor
+        return run_tasks(folder, tasks, function, self.workers, lambda done, n: self.progress(shown, done, n), executor)
 
     def _note(self, name: str, ledger: Ledger) -> None:
         now = time.perf_counter()
@@ -132,7 +134,7 @@ class _Build:
 
     def _import(self) -> list[str]:
         names = [f"f{number:05d}" for number in range(len(self.work.files))]
-        results = run_tasks(self.work.folder / "import", names, ImportFile(self.work), self.workers, self._tick("import"))
+        results = self._run("import", "import", names, ImportFile(self.work))
         ledger = Ledger.total("conversations", (r["import"] for r in results))
         self._note("import", ledger)
         if not ledger.kept:
@@ -144,9 +146,7 @@ class _Build:
         if dedup.decontaminate and not self.work.path("prepare", "benchmarks.npz").is_file():
             hashes = benchmark_hashes(dedup.decontaminate, dedup.overlap_words)
             save_arrays(self.work.path("prepare", "benchmarks.npz"), hashes=hashes)
-        results = run_tasks(
-            self.work.folder / "prepare", chunks, PrepareChunk(self.work), self.workers, self._tick("clean + pair")
-        )
+        results = self._run("prepare", "clean + pair", chunks, PrepareChunk(self.work))
         for name, unit in (("clean", "conversations"), ("pair", "samples")):
             ledger = Ledger.total(unit, (r[name] for r in results))
             self._note(name, ledger)
@@ -226,9 +226,7 @@ class _Build:
             self.tokenizer.save(folder)
             write_durably(folder / "tokenizer.done", b"")
         self.tokenizer = ChatTokenizer.load(folder)
-        results = run_tasks(
-            self.work.folder / "tokenize", chunks, TokenizeChunk(self.work), self.workers, self._tick("tokenize")
-        )
+        results = self._run("tokenize", "tokenize", chunks, TokenizeChunk(self.work))
         ledger = Ledger.total("samples", (r["tokenize"] for r in results))
         self._note("tokenize", ledger)
         if not ledger.kept:
@@ -381,7 +379,7 @@ def _input_bytes(file: RawFile) -> int:
 
 def _recipe_facts(recipe: DataRecipe) -> dict[str, Any]:
     """The recipe without what does not shape the bytes: where files lie and how many processes work."""
-    facts = recipe.model_dump(mode="json", exclude={"out", "workers"})
+    facts = recipe.model_dump(mode="json", exclude={"out", "workers", "executor"})
     for source in facts["sources"]:
         source.pop("path")
     facts["tokenizer"].pop("path")

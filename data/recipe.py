@@ -209,8 +209,37 @@ class ShardSection(Section):
     shard_mb: float = Field(default=256.0, gt=0)
 
 
+SchedulerWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:&|()\[\]-]{0,99}$")]
+
+
+class ExecutorSection(Section):
+    """What runs the stages; the result does not depend on it.
+
+    local: processes of this machine (`workers`). datatrove: its LocalPipelineExecutor. slurm: its SlurmPipelineExecutor, one
+    job array per stage with at most `tasks` elements, `running` of them at a time, each with `cpus` CPUs of memory_gb GiB. The
+    data set's folder must be on a file system that all nodes share. setup: shell lines that each element runs first.
+    """
+
+    kind: Literal["local", "datatrove", "slurm"] = "local"
+    tasks: int = Field(default=16, gt=0, le=1000)
+    running: int | None = Field(default=None, gt=0)
+    cpus: int = Field(default=1, gt=0)
+    memory_gb: int = Field(default=2, gt=0)
+    time: str = Field(default="04:00:00", pattern=r"^[0-9:-]+$")
+    partition: SchedulerWord | None = None
+    account: SchedulerWord | None = None
+    qos: SchedulerWord | None = None
+    constraint: SchedulerWord | None = None
+    reservation: SchedulerWord | None = None
+    setup: list[str] = Field(default_factory=list)
+    poll_s: float = Field(default=5.0, gt=0)
+
+
 class DataRecipe(Section):
-    """A whole data build. workers: processes (None: one per core); the result does not depend on it."""
+    """A whole data build. workers: processes (None: one per core); the result does not depend on it.
+
+    out: folder or URL (s3://bucket/sets/name) of the data set.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     out: str | None = None
@@ -221,6 +250,7 @@ class DataRecipe(Section):
     split: SplitSection = SplitSection()
     tokenizer: TokenizerSection
     shards: ShardSection = ShardSection()
+    executor: ExecutorSection = ExecutorSection()
     workers: int | None = Field(default=None, gt=0)
 
     @property

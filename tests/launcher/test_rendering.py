@@ -17,7 +17,7 @@ import yaml
 
 from chatmill.config import ConfigError, validate
 from chatmill.launcher.job import Container, JobSpec
-from chatmill.launcher.slurm import render_sbatch, sbatch_command
+from chatmill.launcher.slurm import render_prepare, render_sbatch, sbatch_command
 from chatmill.launcher.torchrun import accelerate_command, accelerate_config, single_command, torchrun_command
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,6 +79,17 @@ def test_sbatch_scripts_are_as_agreed_and_bash_accepts_them(name: str) -> None:
 def test_the_script_for_hands_is_what_the_launcher_renders() -> None:
     assert (ROOT / "slurm" / "train.sh").read_text(encoding="utf-8") == render_sbatch(JobSpec())
     assert os.access(ROOT / "slurm" / "train.sh", os.X_OK)
+
+
+def test_the_script_that_prepares_data_is_what_the_launcher_renders() -> None:
+    script = render_prepare(JobSpec(name="chatmill-data", cpus_per_task=2, signal_lead_s=60))
+    path = ROOT / "slurm" / "prepare.sh"
+    if os.environ.get("CHATMILL_WRITE_GOLDEN"):
+        path.write_text(script, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == script and os.access(path, os.X_OK)
+    site = render_prepare(JobSpec(modules=("python",), environment={"A": "$(id)"}, partition="cpu"))
+    assert "\nmodule load python\nexport A='$(id)'\n" in site and "\n#SBATCH --partition=cpu\n" in site
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False).stderr == ""
 
 
 def test_the_example_of_a_cluster_uses_every_kind_of_field_and_renders() -> None:

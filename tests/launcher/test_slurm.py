@@ -218,24 +218,6 @@ def test_a_recipe_that_cannot_work_ends_the_job_before_any_process_starts(bench:
     assert re.search(r"optimizer\.rl: unknown key; did you mean 'lr'", bench.output("bad", job))
 
 
-def test_data_sets_are_built_as_elements_of_a_job_array(bench: Bench) -> None:
-    chat = {"messages": [{"role": "user", "content": "what do you see"}, {"role": "assistant", "content": "a red house"}]}
-    lines = [json.dumps(chat).replace("red", f"number {i}") for i in range(60)]
-    (bench.folder / "chats.jsonl").write_text("\n".join(lines))
-    for name in ("first", "second"):
-        source = f"{{format: openai, path: {bench.folder}/chats.jsonl}}"
-        text = f"name: {name}\nout: {bench.folder}/{name}\nsources: [{source}]\ntokenizer: {{train: {{vocab_size: 300}}}}\n"
-        (bench.folder / f"{name}.yaml").write_text(text)
-    words = ["--array=0-1", f"--output={bench.folder}/build-%a.out", "slurm/prepare.sh"]
-    recipes = [str(bench.folder / f"{name}.yaml") for name in ("first", "second")]
-    job = bench.cluster.sbatch(*words, *recipes, "split.validation=0.2", cwd=ROOT)
-    queue = ("squeue", "-h", "-j", job, "-t", "pending,running", "-o", "%i")
-    until("both data sets", lambda: not bench.cluster.call(*queue))
-    for i, name in enumerate(("first", "second")):
-        said = (bench.folder / f"build-{i}.out").read_text()
-        assert (bench.folder / name / "manifest.json").is_file(), said
-
-
 def test_a_run_that_never_gets_anywhere_is_given_up(bench: Bench) -> None:
     blocker = bench.folder / "runs" / "stuck" / "checkpoints"
     blocker.parent.mkdir(parents=True)
