@@ -6,7 +6,7 @@ The weights are read once for all: decoding is bound by reading them, so 8 repli
 Attention runs per reply over its own cache; prompts are read one reply at a time. Results equal those of separate
 replies up to the rounding of a wider matrix product.
 
-Shapes: B replies, H model width, Hq and Hk query and key heads, D channels per head.
+Shapes: B replies, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chatmill.kernels.rope import rope
 from chatmill.trainer.generation import Generation, TokenStep
-from chatmill.trainer.kv_cache import KVCache, cached_attention
-from chatmill.trainer.model import Attention, Block, Decoder
+from chatmill.trainer.kv_cache import KVCache
+from chatmill.trainer.model import Decoder
 
 
 def next_steps(model: Decoder, generations: Sequence[Generation]) -> list[TokenStep | None]:
@@ -47,34 +46,22 @@ def batched_logits(model: Decoder, tokens: Tensor, caches: Sequence[KVCache]) ->
     for cache in caches:
         cache.reserve(1)
     positions = torch.tensor([cache.length for cache in caches], device=tokens.device)
-    cu_seqlens = torch.arange(len(caches) + 1, dtype=torch.int32, device=tokens.device)
-    layout = model._layout(positions, cu_seqlens, 1, None)
-    x = model.embed(tokens, embed=True)
-    for block in model.layers:
-        assert isinstance(block, Block)
-        mixed = _attend(block.attention, block.attention_norm(x), layout.cos, layout.sin, caches)
-        normed, x = block.mlp_norm(mixed, residual=x)
-        x = x + block.mlp(normed)
+    logits = model.classify(model.hidden_states(tokens, positions, memory=CacheRows(caches)))
     for cache in caches:
         cache.length += 1
-    table = model.embed if model.head is None else model.head
-    logits: Tensor = table(model.norm(x))
     return logits
 
 
-def _attend(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[KVCache]) -> Tensor:
-    B, D = x.shape[0], attention.d_head
-    q = attention.q(x).view(B, -1, D)  # (B, Hq, D)
-    k = attention.k(x).view(B, -1, D)  # (B, Hk, D)
-    v = attention.v(x).view(B, -1, D)
-    if attention.q_norm is not None and attention.k_norm is not None:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k = rope(q, k, cos, sin, impl=attention.kernels.elementwise)
-    out = torch.empty_like(q)
-    for i, cache in enumerate(caches):
-        keys, values = cache.write(attention.layer, k[i : i + 1], v[i : i + 1])
-        out[i : i + 1] = cached_attention(
-            q[i : i + 1], keys.to(q.dtype), values.to(q.dtype), window=attention.window, softcap=attention.softcap
-        )
-    projected: Tensor = attention.o(out.reshape(B, -1))
-    return projected
+class CacheRows:
+    """The memory of a batch: row i attends over cache i, and only there."""
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        self._caches = caches
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
+        """Row by row; see `chatmill.trainer.model.Memory`."""
+        out = torch.empty_like(q)
+        for i, cache in enumerate(self._caches):
+            row = slice(i, i + 1)
+            out[row] = cache.attend(layer, q[row], k[row], v[row], window=window, softcap=softcap)
+        return out

@@ -53,6 +53,11 @@ class KVCache:
         self.v[layer, :, self.length : end] = v.transpose(0, 1)
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
+        """Store k and v, then causal attention of q over everything held; see `chatmill.trainer.model.Memory`."""
+        keys, values = self.write(layer, k, v)
+        return cached_attention(q, keys.to(q.dtype), values.to(q.dtype), window=window, softcap=softcap)
+
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, softcap: float | None = None) -> Tensor:
     """Causal attention of the newest tokens over everything cached.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,10 @@ from chatmill.kernels.rms_norm import rms_norm
 from chatmill.kernels.rope import rope
 from chatmill.kernels.swiglu import swiglu
 from chatmill.trainer.config import KernelSection, ModelConfig
-from chatmill.trainer.kv_cache import KVCache, cached_attention
+from chatmill.trainer.kv_cache import KVCache
 from chatmill.trainer.rotary import inverse_frequencies, rotary_tables
 
-__all__ = ["Decoder", "KVCache", "LossOutput"]
+__all__ = ["Decoder", "KVCache", "LossOutput", "Memory"]
 
 
 class LossOutput(NamedTuple):
@@ -46,12 +46,21 @@ class LossOutput(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # Int64[""], targets that are not -100; hides tuple.count
 
 
+class Memory(Protocol):
+    """What tokens without a pack attend to: one cache, a batch of caches, a prefix that several replies share.
+
+    attend: q ["T Hq D"], k, v ["T Hk D"] of one layer, rotated already; returns ["T Hq D"].
+    """
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor: ...
+
+
 class Layout(NamedTuple):
     """Where documents lie in the pack; the same for every layer."""
 
     cos: Tensor  # Float32["T D/2"]
     sin: Tensor  # Float32["T D/2"]
-    cu_seqlens: Tensor  # Int32["S+1"]
+    cu_seqlens: Tensor | None  # Int32["S+1"]; None where a memory takes the place of the pack
     max_seqlen: int | None
     plan: Any  # of kernels.attention_plan, or a mapping from window to plan, or None
 
@@ -97,7 +106,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
         self.k_norm = RMSNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
 
-    def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
         T, D = x.shape[0], self.d_head
         q = self.q(x).view(T, -1, D)  # (T, Hq, D)
         k = self.k(x).view(T, -1, D)  # (T, Hk, D)
@@ -105,7 +114,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope(q, k, layout.cos, layout.sin, impl=self.kernels.elementwise)
-        if cache is None:
+        if memory is None:
             plan = layout.plan.get(self.window) if isinstance(layout.plan, Mapping) else layout.plan
             out = attention(
                 q,
@@ -119,8 +128,7 @@ class Attention(nn.Module):
                 max_seqlen=layout.max_seqlen,
             )
         else:
-            keys, values = cache.write(self.layer, k, v)
-            out = cached_attention(q, keys.to(q.dtype), values.to(q.dtype), window=self.window, softcap=self.softcap)
+            out = memory.attend(self.layer, q, k, v, window=self.window, softcap=self.softcap)
         projected: Tensor = self.o(out.reshape(T, -1))
         return projected
 
@@ -150,8 +158,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels.elementwise)
         self.mlp = FeedForward(config, kernels.elementwise)
 
-    def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
-        mixed = self.attention(self.attention_norm(x), layout, cache)
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+        mixed = self.attention(self.attention_norm(x), layout, memory)
         normed, x = self.mlp_norm(mixed, residual=x)
         out: Tensor = x + self.mlp(normed)
         return out
@@ -235,12 +243,26 @@ class Decoder(nn.Module):
         cache.reserve(tokens.numel())
         start, end = cache.length, cache.length + tokens.numel()
         positions = torch.arange(start, end, device=tokens.device)
-        cu_seqlens = torch.tensor([0, tokens.numel()], dtype=torch.int32, device=tokens.device)
-        hidden = self._hidden(tokens, self._layout(positions, cu_seqlens, tokens.numel(), None), cache)
+        hidden = self.hidden_states(tokens, positions, memory=cache)
         cache.length = end
-        table = self.embed if self.head is None else self.head
-        logits: Tensor = table(hidden if all_positions else hidden[-1:])
+        logits = self.classify(hidden if all_positions else hidden[-1:])
         return logits if all_positions else logits[0]
+
+    def hidden_states(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None, *, memory: Memory | None = None
+    ) -> Tensor:
+        """Normed states ["T H"] of the last layer; the tokens attend within cu_seqlens, or as the memory says.
+
+        The parts that own parameters are called as in forward; only engines that gather in their root's hooks cannot use it.
+        """
+        if (cu_seqlens is None) == (memory is None):
+            raise ValueError("hidden_states: give either cu_seqlens, for packed documents, or a memory.")
+        return self._hidden(tokens, self._layout(positions, cu_seqlens, None, None), memory)
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Logits Float32["n V"] of hidden states ["n H"]."""
+        logits: Tensor = (self.embed if self.head is None else self.head)(hidden)
+        return logits
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -262,22 +284,22 @@ class Decoder(nn.Module):
                 std = self.config.initializer_range * (shrink if name.endswith((".o.weight", ".down.weight")) else 1.0)
                 parameter.copy_(values.normal_(0.0, std, generator=generator))
 
-    def _layout(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, plan: Any) -> Layout:
+    def _layout(self, positions: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, plan: Any) -> Layout:
         frequencies = self._frequencies_on.get(positions.device)
         if frequencies is None:
             frequencies = self._frequencies_on[positions.device] = self._frequencies.to(positions.device)
         cos, sin = rotary_tables(positions, frequencies, self._rotary_factor)
         return Layout(cos, sin, cu_seqlens, max_seqlen, plan)
 
-    def _hidden(self, tokens: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+    def _hidden(self, tokens: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
         """Normed hidden states ["T H"] of the last layer."""
         x = self.embed(tokens, embed=True)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         for block in self.layers:
-            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
+            if self.activation_checkpointing and memory is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, layout, cache)
+                x = block(x, layout, memory)
         return self.norm(x)
