@@ -99,6 +99,31 @@ class ChatTemplate:
             return self.reply_starts_by_prefix(messages)
         return text, starts
 
+    def content_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """(text, [start, end) of each message's content in it); an empty span where the template leaves the content out.
+
+        A content that the template strips is found as it was printed.
+        """
+        text, spans = self.render(messages), list[tuple[int, int]]()
+        skeleton = self._skeleton(tuple(message["role"] for message in messages))
+        if skeleton is not None:
+            literals, position = skeleton[0], len(skeleton[0][0])
+            for message, literal in zip(messages, literals[1:], strict=True):
+                spans.append((position, position + len(message["content"])))
+                position = spans[-1][1] + len(literal)
+            if position == len(text) and all(text[a:b] == m["content"] for m, (a, b) in zip(messages, spans, strict=True)):
+                return text, spans
+        spans, last = [], 0
+        for i, message in enumerate(messages):
+            # where a marker would stand: looking for the content itself would find "user" in the header of a user's turn
+            start = self.render([*messages[:i], {"role": message["role"], "content": "\ue0000\ue001"}]).find("\ue0000\ue001")
+            content = message["content"] if text.startswith(message["content"], start) else message["content"].strip()
+            if start < last or not text.startswith(content, start):
+                start, content = last, ""
+            last = start + len(content)
+            spans.append((start, last))
+        return text, spans
+
     def _make_skeleton(self, roles: tuple[str, ...]) -> tuple[list[str], list[int]] | None:
         """Literals around the contents, and how far before its content each reply starts; None if markers do not survive.
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation, TokenizedDialogue
@@ -148,6 +149,29 @@ class ChatTokenizer:
         text, starts = self.template.reply_starts(messages)
         return self._supervise(conversation, *self._encode_cut(text, starts))
 
+    def encode_turns(self, conversation: Conversation) -> tuple[TokenizedDialogue, NDArray[np.int32]]:
+        """The dialogue and, Int32["L"], the turn that each token belongs to; -1: the template's own tokens.
+
+        A turn has the tokens of its content and the end-of-turn token behind it; a supervised reply all that carries its loss.
+        """
+        dialogue = self.encode_dialogue(conversation)
+        turns = np.full(len(dialogue.ids), -1, dtype=np.int32)
+        if conversation.is_document:
+            turns[1:] = 0
+            return dialogue, turns
+        messages = self._clean([{"role": turn.role, "content": turn.content} for turn in conversation.turns])
+        text, spans = self.template.content_spans(messages)
+        pieces, _ = self._encodings(text, self.template.reply_starts(messages)[1])
+        lefts, rights = np.array([(at + a, at + b) for at, piece in pieces for a, b in piece.offsets], dtype=np.int64).T
+        stops = np.flatnonzero(np.isin(dialogue.ids, list(self.stop_ids)))
+        for i, (start, end) in enumerate(spans):
+            turns[(lefts < end) & (rights > start)] = i
+            following = spans[i + 1][0] if i + 1 < len(spans) else len(text) + 1
+            turns[stops[(lefts[stops] >= end) & (lefts[stops] < following)][:1]] = i
+        for at in np.flatnonzero(dialogue.loss_mask & (turns < 0))[::-1]:  # a blank between header and content, say
+            turns[at] = turns[at + 1] if at + 1 < len(turns) and turns[at + 1] >= 0 else turns[at - 1]
+        return dialogue, turns
+
     def prove_mask(self, conversation: Conversation) -> str | None:
         """None, or how encode_dialogue differs from its contract, recomputed turn by turn from prompt_ids."""
         got = self.encode_dialogue(conversation)
@@ -181,19 +205,27 @@ class ChatTokenizer:
 
     def _encode_cut(self, text: str, starts: Sequence[int]) -> tuple[list[int], list[int]]:
         """(ids, index of the first token of each reply)."""
+        pieces, firsts = self._encodings(text, starts)
+        return [i for _, piece in pieces for i in piece.ids], firsts
+
+    def _encodings(self, text: str, starts: Sequence[int]) -> tuple[list[tuple[int, Encoding]], list[int]]:
+        """([(its first character, encoding of a piece)], index of the first token of each reply)."""
         if not self._can_cut:
             whole = self._tokenizer.encode(text, add_special_tokens=False)
             found = [whole.char_to_token(start) for start in starts]
             spans = [whole.token_to_chars(first) for first in found if first is not None]
             if [span[0] for span in spans if span is not None] == list(starts):
-                return whole.ids, [first for first in found if first is not None]
-        ids: list[int] = []
+                return [(0, whole)], [first for first in found if first is not None]
+        pieces: list[tuple[int, Encoding]] = []
         firsts: list[int] = []
+        count = 0
         cuts = [0, *starts, len(text)]
         for k in range(len(cuts) - 1):
-            ids += self.encode(text[cuts[k] : cuts[k + 1]])
-            firsts.append(len(ids))
-        return ids, firsts[: len(starts)]
+            piece = self._tokenizer.encode(text[cuts[k] : cuts[k + 1]], add_special_tokens=False)
+            pieces.append((cuts[k], piece))
+            count += len(piece.ids)
+            firsts.append(count)
+        return pieces, firsts[: len(starts)]
 
     def _supervise(self, conversation: Conversation, ids: list[int], firsts: list[int]) -> TokenizedDialogue:
         array = np.array(ids, dtype=np.uint32)

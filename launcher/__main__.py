@@ -7,7 +7,6 @@ Exit codes: 0 done; 1 a check found problems; 2 unusable input (the message says
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 from chatmill import __version__
 from chatmill.launcher.commands import add_commands
+from chatmill.trainer.evaluation_options import add_arguments as add_evaluation_arguments
+from chatmill.trainer.evaluation_options import options_from
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -62,15 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("train", _train, "train a model in this process (one device); the same command resumes")
     _recipe(command)
 
-    command = add("eval", _eval, "validation loss, perplexity and token accuracy of a checkpoint")
+    command = add("eval", _eval, "loss, accuracy, BLEU, recall and more of a checkpoint, with intervals; or of two, compared")
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
-    command.add_argument("--data", help="data-set folder (default: the one it was trained on)")
-    command.add_argument("--split", default="validation", choices=("validation", "train"))
-    command.add_argument("--max-dialogues", type=int, help="measure only the first so many dialogues")
-    command.add_argument("--sequence-length", type=int, default=1024, help="tokens per pack (default 1024)")
-    command.add_argument("--micro-batch", type=int, default=1, help="packs per forward pass (default 1)")
-    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    command.add_argument("--json", dest="json_out", help="also write the figures to this file")
+    add_evaluation_arguments(command)
 
     command = add("chat", _chat, "talk to a checkpoint in the terminal")
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
@@ -180,22 +175,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from chatmill.trainer.evaluation import evaluate_checkpoint
+    from chatmill.trainer.evaluation_table import show
+    from chatmill.trainer.full_evaluation import run_evaluation
 
-    figures = evaluate_checkpoint(
-        options.checkpoint,
-        data=options.data,
-        split=options.split,
-        max_dialogues=options.max_dialogues,
-        sequence_length=options.sequence_length,
-        micro_batch=options.micro_batch,
-        precision=options.precision,
-    )
-    for name, value in figures.items():
-        print(f"{name:<16}{value:,.4f}" if isinstance(value, float) else f"{name:<16}{value}")
-    if options.json_out:
-        Path(options.json_out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return 0
+    return run_evaluation(options.checkpoint, options.against, options.out, options_from(options), show)
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -59,18 +59,29 @@ class KVCache:
         return cached_attention(q, keys.to(q.dtype), values.to(q.dtype), window=window, softcap=softcap)
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, softcap: float | None = None) -> Tensor:
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
     """Causal attention of the newest tokens over everything cached.
 
     q ["Tq Hq D"] belongs to the last Tq of the keys; k, v ["Hk Tk D"]. Returns ["Tq Hq D"].
+    seen: Bool ["Tq Tk"], which keys a query may look at, instead of the causal rule and the window.
     """
     Tq, Hq, D = q.shape
     Hk, Tk, _ = k.shape
-    if Tq == 1 and window is not None and Tk > window:
+    if seen is None and Tq == 1 and window is not None and Tk > window:
         k, v, Tk = k[:, Tk - window :], v[:, Tk - window :], window
     # the query heads that share a key head become rows of one query block: no copy of the keys per query head
     grouped = q.view(Tq, Hk, Hq // Hk, D).permute(1, 2, 0, 3).reshape(Hk, Hq // Hk * Tq, D)  # (Hk, G*Tq, D)
-    mask = None if Tq == 1 else _causal_mask(Tq, Tk, window, q.device).repeat(Hq // Hk, 1)  # (G*Tq, Tk)
+    if seen is None and Tq > 1:
+        seen = _causal_mask(Tq, Tk, window, q.device)
+    mask = None if seen is None else seen.repeat(Hq // Hk, 1)  # (G*Tq, Tk)
     if softcap is None:
         out = F.scaled_dot_product_attention(grouped.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask)[0]
     else:

@@ -1,0 +1,72 @@
+"""The choices of `chatmill eval`, without torch: the command line needs them before anything heavy is imported.
+
+options = EvaluationOptions(generate=64, select=16)
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationOptions:
+    """data: folders, by default the one the checkpoint was trained on. generate, select: dialogues for the slow parts.
+
+    None there: 256 on a GPU; 32 and 8 on a CPU. sequence_length: tokens of a dialogue that are read; None: the model's
+    context, 2048 at most. resamples: of the bootstrap.
+    """
+
+    data: tuple[str, ...] = ()
+    split: Literal["validation", "train"] = "validation"
+    max_dialogues: int | None = None
+    sequence_length: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    generate: int | None = None
+    select: int | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    resamples: int = 1000
+    bleu_tokenize: str = "13a"
+
+    def __post_init__(self) -> None:
+        from chatmill.config import ConfigError  # not at the top: it brings pydantic, which --help does without
+
+        least = {"max_dialogues": 1, "sequence_length": 2, "generate": 0, "select": 0, "max_new_tokens": 1, "resamples": 100}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least {low}.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: expected 0 or more.")
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of `chatmill eval`, the checkpoint left to the caller."""
+    add = command.add_argument
+    add("--against", metavar="CHECKPOINT", help="a second checkpoint (or its evaluation.json): paired differences to it")
+    add("--data", nargs="+", default=[], metavar="DIR", help="data-set folders (default: the one it was trained on)")
+    add("--split", default="validation", choices=("validation", "train"))
+    add("--max-dialogues", type=int, help="measure only the first so many dialogues of each data set")
+    add("--sequence-length", type=int, help="tokens of a dialogue that are read (default: the context, at most 2048)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--generate", type=int, metavar="N", help="dialogues to make a reply for (default 256 on a GPU, 32 on a CPU; 0: none)")
+    add("--select", type=int, metavar="N", help="dialogues to choose the real reply for (default 256, or 8; 0: none)")
+    add("--max-new-tokens", type=int, default=128, help="longest generated reply (default 128)")
+    add("--temperature", type=float, default=0.0, help="of generated replies (default 0: greedy)")
+    add("--top-p", type=float)
+    add("--repetition-penalty", type=float, default=1.0)
+    add("--seed", type=int, default=0, help="of turns, candidates, sampling and intervals (default 0)")
+    add("--resamples", type=int, default=1000, help="of the bootstrap (default 1000)")
+    add("--bleu-tokenize", default="13a", help="sacrebleu's tokenizer: 13a, intl, zh, char ... (default 13a)")
+    add("--out", "--json", dest="out", metavar="FILE", help="JSON to write (default: evaluation.json beside the checkpoint)")
+
+
+def options_from(found: argparse.Namespace) -> EvaluationOptions:
+    """The dataclass of parsed arguments."""
+    values: dict[str, Any] = {field.name: getattr(found, field.name) for field in fields(EvaluationOptions)}
+    return EvaluationOptions(**values | {"data": tuple(values["data"])})
