@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.trainer.batched_decoding import next_steps
+from chatmill.trainer.figure_names import CANDIDATES
 from chatmill.trainer.generation import Generation, TextStream, fit_messages
 from chatmill.trainer.held_out import HeldOut, choose_turn
 from chatmill.trainer.model import Decoder
@@ -34,7 +35,6 @@ from chatmill.trainer.world import World
 PACK_TOKENS = 2048
 GROUP = 16
 CHUNK = 256  # tokens whose logits exist at a time
-CANDIDATES = (10, 100)
 CANDIDATE_TOKENS = 256
 # replies 1, 2, 3, 4, 5 to 8 ... of a dialogue: the last bucket is open
 TURN_BUCKETS = ("1", "2", "3", "4", "5-8", "9-16", "17+")
@@ -66,7 +66,7 @@ class Work:
 
     def token_records(self, world: World) -> dict[str, Record]:
         """Sums over tokens by uid."""
-        return self._spread(world, "tokens", packs_of([len(d.ids) for d in self.dialogues]), self._measure_pack)
+        return self._spread(world, "tokens", packs_of([len(d.ids) for d in self.dialogues], PACK_TOKENS), self._measure_pack)
 
     def reply_records(self, world: World, count: int) -> dict[str, dict[str, Any]]:
         """Texts and sums of one generated reply for each of the first `count` dialogues that have one to give."""
@@ -178,7 +178,7 @@ class Work:
         return {dialogue.uid: selection_record(found)}
 
 
-def packs_of(lengths: Sequence[int], tokens: int = PACK_TOKENS) -> list[list[int]]:
+def packs_of(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Dialogues in their order, as many to a pack as fit; a longer one has a pack to itself."""
     packs: list[list[int]] = []
     room = 0

@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 
 from chatmill.trainer.report_charts import Chart, Series, draw, number, running_median, smooth
+from chatmill.trainer.report_evaluation import evaluation_section, evaluations_side_by_side
 from chatmill.trainer.report_reading import Run, flatten, read_run, real
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -77,7 +78,12 @@ def render(runs: Sequence[Run]) -> str:
         comparison=_comparison(runs) if len(runs) > 1 else None,
         samples=_samples(run.samples),
         eval_table=_eval_table(run),
-        evaluations={name: flatten(tree) for name, tree in run.evaluations.items()},
+        evaluations=[
+            evaluation_section(_label(runs, run) if len(runs) > 1 else "", name, tree)
+            for run in runs
+            for name, tree in run.evaluations.items()
+        ],
+        evaluations_beside=evaluations_side_by_side([(_label(runs, r), r) for r in runs]) if len(runs) > 1 else None,
         funnel=_funnel(run),
         data_facts=_data_facts(run),
         config={section: flatten(tree) if isinstance(tree, dict) else {"": str(tree)} for section, tree in run.config.items()},

@@ -77,7 +77,8 @@ def chrf_counts(reply: str, reference: str) -> dict[str, float]:
     for n in range(1, CHRF_ORDER + 1):
         a = Counter(mine[i : i + n] for i in range(len(mine) - n + 1))
         b = Counter(theirs[i : i + n] for i in range(len(theirs) - n + 1))
-        out |= {f"chrf_reply_{n}": float(a.total()), f"chrf_reference_{n}": float(b.total())}
+        # as sacrebleu has it: a reference too short for an order says nothing about the reply's n-grams of that order
+        out |= {f"chrf_reply_{n}": float(a.total() if b else 0), f"chrf_reference_{n}": float(b.total())}
         out[f"chrf_match_{n}"] = float((a & b).total())
     return out
 

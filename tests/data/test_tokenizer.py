@@ -230,3 +230,22 @@ def test_a_template_in_the_config_is_found(tmp_path: Path) -> None:
     loaded = ChatTokenizer.load(tmp_path)
     assert loaded.template_source == TEMPLATES["chatml"] and loaded.eos_id == TOKENIZERS["chatml"].eos_id
     assert np.array_equal(loaded.encode_dialogue(talk("a", "b")).ids, TOKENIZERS["chatml"].encode_dialogue(talk("a", "b")).ids)
+
+
+@pytest.mark.parametrize("name", ["chatml", "mistral", "zephyr"])
+def test_every_token_of_a_turn_is_told_from_the_template(name: str) -> None:
+    texts = ["user", " blanks around ", "<|im_end|> typed", "assistant", "你好 👍", "end"]
+    turns = tuple(Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts))
+    tokenizer = train_bpe(iter(texts), 300, template=TEMPLATES[name])
+    conversation = Conversation("u", (Turn("system", "user"), *turns), "s", "o")
+    dialogue, owner = tokenizer.encode_turns(conversation)
+    assert (dialogue.ids == tokenizer.encode_dialogue(conversation).ids).all()
+    for i, turn in enumerate(conversation.turns):
+        said = tokenizer.decode(dialogue.ids[owner == i], skip_special=True)
+        if turn.role != "system" or name != "mistral":  # mistral puts the system message into the user's turn
+            assert said.strip() == tokenizer.escape_special(turn.content).strip()
+        if turn.role == "assistant":
+            assert int(dialogue.ids[owner == i][-1]) in tokenizer.stop_ids
+            assert dialogue.loss_mask[owner == i].all()
+    assert (owner[dialogue.loss_mask] >= 0).all()
+    assert (owner < 0).any()
