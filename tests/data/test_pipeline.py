@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,40 +167,81 @@ def test_a_large_file_read_in_spans_gives_the_same_bytes(tmp_path: Path, monkeyp
         assert tree(tmp_path / f"spans{size}") == tree(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    raw = write_jsonl(tmp_path / "raw.jsonl", chats(6000))
-    code = (
-        "import sys; from pathlib import Path; from chatmill.data import stages, pipeline, recipe\n"
-        "stages.CHUNK_BYTES = 50_000\n"
-        "pipeline.build_dataset(recipe.DataRecipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]))\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(RECIPES.parents[1] / "src"), "OMP_NUM_THREADS": "1"}
+# Ends the whole process group at the MOMENT-th fsync (of a file or folder) that the processes of a build make together,
+# before or after it: what was written is then not yet under its name, or just is. Python imports a module of this name at the
+# start of every process, whichever way it was started.
+DIE_AT_FSYNC = """
+import os, signal
+real = os.fsync
+def fsync(descriptor):
+    if (tally := os.environ.get("TALLY")) is None:
+        return real(descriptor)
+    moment = int(os.environ["MOMENT"])
+    if moment % 2:
+        real(descriptor)
+    with open(tally, "ab") as file:  # one byte per fsync: appending is atomic
+        file.write(b".")
+        file.flush()
+        if file.tell() >= moment > 0:
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+    if not moment % 2:
+        real(descriptor)
+os.fsync = fsync
+"""
 
-    def start(out: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", code, recipe(raw, workers=2).model_dump_json(), str(out)]
-        return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+# Builds the whole data set, then starts the build of another one again and again, each time until its moment. One interpreter
+# imports everything and forks: ten starts of Python would take longer than the builds.
+TEN_KILLS = """
+import os, sys
+from pathlib import Path
+from chatmill.data import pipeline, recipe, stages
 
-    process = start(tmp_path / "whole")
-    begun = time.monotonic()
-    assert process.wait() == 0, process.stderr
-    whole_s = time.monotonic() - begun
-    killed = 0
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        process = start(tmp_path / "again")
-        time.sleep(float(rng.uniform(0.3, 0.9)) * whole_s)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            killed += 1
-        process.wait()
-        if (tmp_path / "again").exists():  # appears whole or not at all
-            assert verify_dataset(tmp_path / "again") == []
-            shutil.rmtree(tmp_path / "again")
-    assert killed
-    process = start(tmp_path / "again")
-    assert process.wait() == 0, process.stderr.read().decode() if process.stderr else ""
+stages.CHUNK_BYTES = 12_000
+folder = Path(sys.argv[1])
+
+def build(out, moment, workers):
+    tally = folder / "tally"
+    tally.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.environ.update(TALLY=str(tally), MOMENT=str(moment))
+        made = recipe.DataRecipe.model_validate_json(sys.argv[2]).model_copy(update={"workers": workers})
+        pipeline.build_dataset(made, folder / out)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return status, tally.stat().st_size
+
+status, total = build("whole", 0, 1)
+print(status, total, flush=True)
+moments = sorted(int(x) for x in (float(x) * (total - 8) for x in sys.argv[3].split(",")))
+done = 0
+for k, moment in enumerate(moments):
+    # What the builds before have made is not made again: this one makes at least total - done fsyncs, and so meets its own.
+    status, tally = build("again", max(1, moment - done), 1 + k % 2)
+    done += max(1, moment - done)
+    print(status, int((folder / "again").exists()), flush=True)
+print(*build("again", 0, 2), flush=True)
+"""
+
+
+def test_a_build_killed_at_ten_random_moments_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    raw = write_jsonl(tmp_path / "raw.jsonl", chats(900))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DIE_AT_FSYNC)
+    paths = f"{tmp_path / 'site'}{os.pathsep}{RECIPES.parents[1] / 'src'}"
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    moments = ",".join(f"{x:.4f}" for x in np.random.default_rng(0).uniform(0, 1, 10))
+    command = [sys.executable, "-c", TEN_KILLS, str(tmp_path), recipe(raw).model_dump_json(), moments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    first, *kills, last = [[int(word) for word in line.split()] for line in run.stdout.splitlines()]
+    assert first[0] == last[0] == 0 and first[1] > 60
+    assert kills == [[signal.SIGKILL, 0]] * 10  # every one hit, and nothing half-made stood under the data set's name
+    assert last[1] < first[1]  # it did go on rather than begin again
     assert tree(tmp_path / "again") == tree(tmp_path / "whole")
+    assert verify_dataset(tmp_path / "again") == []
+    assert not [path for path in tmp_path.iterdir() if "work" in path.name]
 
 
 def test_a_worker_that_outlives_a_killed_build_does_not_keep_the_next_one_out(tmp_path: Path) -> None:
