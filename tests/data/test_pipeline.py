@@ -168,23 +168,25 @@ def test_a_large_file_read_in_spans_gives_the_same_bytes(tmp_path: Path, monkeyp
 
 
 # Ends the whole process group at the MOMENT-th fsync (of a file or folder) that the processes of a build make together,
-# before or after it: what was written is then not yet under its name, or just is. Python imports a module of this name at the
+# after it or, TORN, before it and with half of the file's bytes: a kill in the middle of writing. Python imports a module of this name at the
 # start of every process, whichever way it was started.
 DIE_AT_FSYNC = """
-import os, signal
+import os, signal, stat
 real = os.fsync
 def fsync(descriptor):
     if (tally := os.environ.get("TALLY")) is None:
         return real(descriptor)
-    moment = int(os.environ["MOMENT"])
-    if moment % 2:
+    moment, torn = int(os.environ["MOMENT"]), os.environ["TORN"] == "1"
+    if not torn:
         real(descriptor)
     with open(tally, "ab") as file:  # one byte per fsync: appending is atomic
         file.write(b".")
         file.flush()
         if file.tell() >= moment > 0:
+            if torn and stat.S_ISREG(os.fstat(descriptor).st_mode):  # in the middle of writing this file, then
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
             os.killpg(os.getpgrp(), signal.SIGKILL)
-    if not moment % 2:
+    if torn:
         real(descriptor)
 os.fsync = fsync
 """
@@ -199,29 +201,29 @@ from chatmill.data import pipeline, recipe, stages
 stages.CHUNK_BYTES = 12_000
 folder = Path(sys.argv[1])
 
-def build(out, moment, workers):
+def build(out, moment, workers, torn):
     tally = folder / "tally"
     tally.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         os.setsid()
-        os.environ.update(TALLY=str(tally), MOMENT=str(moment))
+        os.environ.update(TALLY=str(tally), MOMENT=str(moment), TORN=str(int(torn)))
         made = recipe.DataRecipe.model_validate_json(sys.argv[2]).model_copy(update={"workers": workers})
         pipeline.build_dataset(made, folder / out)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return status, tally.stat().st_size
 
-status, total = build("whole", 0, 1)
+status, total = build("whole", 0, 1, False)
 print(status, total, flush=True)
 moments = sorted(int(x) for x in (float(x) * (total - 8) for x in sys.argv[3].split(",")))
 done = 0
 for k, moment in enumerate(moments):
     # What the builds before have made is not made again: this one makes at least total - done fsyncs, and so meets its own.
-    status, tally = build("again", max(1, moment - done), 1 + k % 2)
+    status, tally = build("again", max(1, moment - done), 1 + k % 2, k % 4 < 2)
     done += max(1, moment - done)
     print(status, int((folder / "again").exists()), flush=True)
-print(*build("again", 0, 2), flush=True)
+print(*build("again", 0, 2, False), flush=True)
 """
 
 
@@ -231,7 +233,7 @@ def test_a_build_killed_at_ten_random_moments_goes_on_to_the_same_bytes(tmp_path
     (tmp_path / "site" / "sitecustomize.py").write_text(DIE_AT_FSYNC)
     paths = f"{tmp_path / 'site'}{os.pathsep}{RECIPES.parents[1] / 'src'}"
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    moments = ",".join(f"{x:.4f}" for x in np.random.default_rng(0).uniform(0, 1, 10))
+    moments = ",".join(f"{x:.4f}" for x in np.random.default_rng(1).uniform(0, 1, 10))
     command = [sys.executable, "-c", TEN_KILLS, str(tmp_path), recipe(raw).model_dump_json(), moments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
