@@ -168,8 +168,8 @@ def test_a_large_file_read_in_spans_gives_the_same_bytes(tmp_path: Path, monkeyp
 
 
 # Ends the whole process group at the MOMENT-th fsync (of a file or folder) that the processes of a build make together,
-# after it or, TORN, before it and with half of the file's bytes: a kill in the middle of writing. Python imports a module of this name at the
-# start of every process, whichever way it was started.
+# after it or, TORN, before it and with half of the file's bytes: a kill in the middle of writing. Python imports a module of
+# this name at the start of every process, whichever way it was started.
 DIE_AT_FSYNC = """
 import os, signal, stat
 real = os.fsync
