@@ -155,27 +155,73 @@ class DataSection(SourcesSection):
     max_dialogues: int | None = Field(default=None, gt=0)
 
 
-class OptimizerSection(Section):
-    """AdamW (decoupled weight decay on matrices only; norms, biases and embeddings have none)."""
+class GroupRule(Section):
+    """What a group of parameters has instead of the common values: factors on optimizer.lr and optimizer.weight_decay."""
 
-    name: Literal["adamw"] = "adamw"
+    lr: float = Field(default=1.0, ge=0)
+    weight_decay: float = Field(default=1.0, ge=0)
+
+
+class MuonSection(Section):
+    """Muon on the matrices of the layers (arXiv:2502.16982); AdamW takes the rest.
+
+    iterations: Newton-Schulz steps. scale: `adamw` gives updates the size of AdamW's (0.2 sqrt(max(m, n))), so that one
+    learning rate and decay serve both; `spectral` is the original sqrt(max(1, m/n)), with a learning rate of its own size.
+    """
+
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    nesterov: bool = True
+    iterations: int = Field(default=5, gt=0, lt=100)
+    scale: Literal["adamw", "spectral"] = "adamw"
+
+
+class OptimizerSection(Section):
+    """AdamW, Muon (with AdamW beside it), or AdamW with 8-bit moments. Weight decay is decoupled.
+
+    decay_embeddings, decay_norms: also decay embeddings; norms and biases. groups: factors by parameter-name pattern
+    (`layers.0.*`, `*.attention.*`); the first pattern that fits counts. clip_norm: largest gradient norm (null: no clipping).
+    """
+
+    name: Literal["adamw", "muon", "adamw8bit"] = "adamw"
     lr: float = Field(default=3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
+    decay_embeddings: bool = False
+    decay_norms: bool = False
+    groups: dict[str, GroupRule] = Field(default_factory=dict)
+    muon: MuonSection = MuonSection()
     clip_norm: float | None = Field(default=1.0, gt=0)
 
 
 class ScheduleSection(Section):
-    """Learning rate over steps: linear warm-up, then the named decay down to min_ratio x lr.
+    """Learning rate over the run: linear warm-up, then the named decay down to min_ratio x lr.
 
-    wsd: warm-up, stable, then a linear decay over the last decay_fraction of the steps.
+    unit: `steps` (warmup_steps, train.steps) or `tokens` (warmup_tokens, total_tokens; padding does not count).
+    wsd: warm-up, stable, then a linear decay over the last decay_fraction. inverse_sqrt: lr sqrt(warm-up / position).
     """
 
-    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    name: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    unit: Literal["steps", "tokens"] = "steps"
     warmup_steps: int = Field(default=0, ge=0)
+    warmup_tokens: int = Field(default=0, ge=0)
+    total_tokens: int | None = Field(default=None, gt=0)
     min_ratio: float = Field(default=0.1, ge=0, le=1)
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check_unit(self) -> ScheduleSection:
+        if self.unit == "steps" and (self.warmup_tokens or self.total_tokens is not None):
+            raise ValueError("warmup_tokens and total_tokens need schedule.unit=tokens")
+        if self.unit == "tokens" and self.warmup_steps:
+            raise ValueError("schedule.unit=tokens takes warmup_tokens, not warmup_steps")
+        if self.unit == "tokens" and self.total_tokens is None:
+            raise ValueError("schedule.unit=tokens needs total_tokens, the tokens over which the rate falls")
+        if self.total_tokens is not None and self.warmup_tokens >= self.total_tokens:
+            raise ValueError(f"warmup_tokens={self.warmup_tokens} leaves nothing of total_tokens={self.total_tokens}")
+        if self.name == "inverse_sqrt" and not (self.warmup_steps or self.warmup_tokens):
+            raise ValueError("inverse_sqrt falls from the end of the warm-up: set warmup_steps (or warmup_tokens)")
+        return self
 
 
 class TrainSection(Section):
@@ -183,6 +229,9 @@ class TrainSection(Section):
 
     epochs, tokens: instead of steps, how often each data set is used, or how many tokens (padding not counted) in all; the
     steps are then counted from the order before the first one. Where several are given the first to be reached counts.
+    activation_checkpointing: recompute each layer in the backward pass: true or `full` keeps its input only, `selective`
+    keeps the attention's result too. compile: torch.compile each layer (compile_backend: `inductor` needs a C++ compiler).
+    ema: decay per step of an fp32 average of the weights, kept in checkpoints (null: none; 0.999 is usual).
     cpu_threads: threads of each process on a CPU (None: all cores, divided among the machine's processes).
     """
 
@@ -193,14 +242,41 @@ class TrainSection(Section):
     accumulation: int = Field(default=1, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = Field(default=0, ge=0)
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["full", "selective"] = False
+    compile: bool = False
+    compile_backend: str = "inductor"
+    ema: float | None = Field(default=None, gt=0, lt=1)
     cpu_threads: int | None = Field(default=None, gt=0)
 
 
 class ParallelSection(Section):
-    """Engine. `single` refuses to run as one of several processes; the others refuse to run silently alone."""
+    """Engine. `single` refuses to run as one of several processes; the others refuse to run silently alone.
+
+    replicas: fsdp2 only: copies of the model, each sharded over world size / replicas processes (HSDP, one copy per node).
+    reshard_after_forward: fsdp2 only: free the gathered weights between forward and backward (false: more memory, fewer
+    gathers; a number: keep them sharded over so many processes).
+    offload: where shards wait: `cpu` (fsdp2: parameters, gradients and optimizer; zero1, zero2: optimizer; zero3: both) or
+    `nvme` (zero3), in the folder nvme_path of every node.
+    """
 
     strategy: Strategy = "single"
+    replicas: int = Field(default=1, gt=0)
+    reshard_after_forward: bool | int = True
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> ParallelSection:
+        strategy, offload = self.strategy, self.offload
+        if strategy != "fsdp2" and (self.replicas != 1 or self.reshard_after_forward is not True):
+            raise ValueError(f"replicas and reshard_after_forward belong to strategy=fsdp2, not {strategy}")
+        if offload == "cpu" and strategy in ("single", "ddp"):
+            raise ValueError(f"strategy={strategy} has no offload: use fsdp2, zero1, zero2 or zero3")
+        if offload == "nvme" and strategy != "zero3":
+            raise ValueError(f"offload=nvme needs strategy=zero3, not {strategy}")
+        if (offload == "nvme") != (self.nvme_path is not None):
+            raise ValueError("offload=nvme and nvme_path (a folder on a local disk) belong together")
+        return self
 
 
 class KernelSection(Section):
@@ -224,10 +300,12 @@ class EvaluationSection(Section):
     data: names of data.mix, or data-set folders, whose validation splits are measured (empty: those of all training data sets).
     With several the figures are those of all their tokens together, and each one's own stand beside them.
     prompts: answered at each validation (sampled, with a fixed seed); the replies go to samples.jsonl and the report.
+    ema: measure the averaged weights (train.ema) too; their figures are `eval_ema` in metrics.jsonl.
     """
 
     every_steps: int = Field(default=0, ge=0)
     data: tuple[str, ...] = ()
+    ema: bool = False
     max_dialogues: int | None = Field(default=None, gt=0)
     micro_batch: int | None = Field(default=None, gt=0)
     prompts: tuple[str, ...] = ()
@@ -267,6 +345,20 @@ class Recipe(Section):
     def _check_lengths(self) -> Recipe:
         if self.model.checkpoint is None and self.data.sequence_length > self.model.context:
             raise ValueError(f"data.sequence_length={self.data.sequence_length} exceeds model.context={self.model.context}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Recipe:
+        zero = self.parallel.strategy.startswith("zero")
+        if zero and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"optimizer.name={self.optimizer.name} needs whole rows of each matrix, ZeRO flattens them: "
+                "use parallel.strategy=fsdp2, or optimizer.name=adamw"
+            )
+        if self.train.ema is not None and self.parallel.offload == "nvme":
+            raise ValueError("train.ema with parallel.offload=nvme is not supported: the average has no place in memory")
+        if self.evaluation.ema and self.train.ema is None:
+            raise ValueError("evaluation.ema needs train.ema, the decay of the average")
         return self
 
 

@@ -1,4 +1,4 @@
-"""One training engine for one device, DDP and FSDP2: what the loop needs and nothing else.
+"""One training engine for one device, DDP and FSDP2 (HSDP too): what the loop needs and nothing else.
 
     engine = Engine(recipe, model, world)
     loss = engine.forward_backward(batches)      # the gradients of one optimizer step
@@ -18,24 +18,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from chatmill.config import ConfigError
 from chatmill.data.stream import PackedBatch
 from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.trainer.averaging import GROUP, PREFIX, WeightAverage
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.generation import reply_to
 from chatmill.trainer.model import Decoder, LossOutput
-from chatmill.trainer.optimizer import build_optimizer
+from chatmill.trainer.optimizer import build_optimizer, restore_state, saved_state, set_rate, shard_like
 from chatmill.trainer.sampling import Sampling
 from chatmill.trainer.world import World
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.15)  # small models repeat themselves when greedy
-STATE_NAMES = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
@@ -51,49 +59,85 @@ class Engine:
 
     def __init__(self, recipe: Recipe, model: Decoder, world: World) -> None:
         self.recipe, self.world, self.decoder = recipe, world, model
-        model.to(world.device)
+        if recipe.parallel.strategy != "fsdp2":  # fully_shard moves and cuts layer by layer: a whole model need not fit
+            model.to(world.device)
+        if recipe.train.compile:
+            model.compile_layers(recipe.train.compile_backend)
         self.model: nn.Module = self._wrap(model)
-        self.optimizer = build_optimizer(model, recipe.optimizer)
+        copies = dist.group.WORLD if recipe.parallel.strategy == "ddp" else None
+        self.optimizer = build_optimizer(model, recipe.optimizer, recipe.train.precision, copies)
+        decay = recipe.train.ema
+        self.average = WeightAverage(list(model.parameters()), decay) if decay is not None else None
+        self._gradients_seen = False
 
     def _wrap(self, model: Decoder) -> nn.Module:
-        strategy, world = self.recipe.parallel.strategy, self.world
-        if strategy == "single":
+        parallel, world = self.recipe.parallel, self.world
+        if parallel.strategy == "single":
             return model
-        if strategy == "ddp":
+        if parallel.strategy == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        assert strategy == "fsdp2", strategy  # zero* has an engine of its own (zero_engine.py)
-        mesh = init_device_mesh(world.device.type, (world.world_size,))
+        assert parallel.strategy == "fsdp2", parallel.strategy  # zero* has an engine of its own (zero_engine.py)
+        mesh = shard_mesh(world, parallel.replicas)
         bf16 = self.recipe.train.precision == "bf16"
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+        pin = world.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pin) if parallel.offload == "cpu" else OffloadPolicy()
         for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+            reshard = parallel.reshard_after_forward
+            fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+        fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
         register_fsdp_forward_method(model, "cached_logits")
         return model
 
     def describe(self) -> dict[str, Any]:
         """What is sharded how and in which dtypes: the proof printed at the start and kept in environment.json."""
-        parameters = list(self.decoder.parameters())
+        recipe, parameters = self.recipe, list(self.decoder.parameters())
+        strategy = recipe.parallel.strategy
         sharded = sum(isinstance(p, DTensor) for p in parameters)
-        expected = len(parameters) if self.recipe.parallel.strategy == "fsdp2" else 0
+        expected = len(parameters) if strategy == "fsdp2" else 0
         if sharded != expected:
-            raise ConfigError(
-                f"{sharded} of {len(parameters)} parameters are sharded, {self.recipe.parallel.strategy} needs {expected}"
-            )
+            raise ConfigError(f"{sharded} of {len(parameters)} parameters are sharded, {strategy} needs {expected}")
+        layouts = {(str(p.placements), tuple(p.device_mesh.shape)) for p in parameters if isinstance(p, DTensor)}
+        homes = {p.device.type for p in parameters}
+        home = "cpu" if recipe.parallel.offload == "cpu" else self.world.device.type
+        if homes != {home} or len(layouts) > 1:
+            raise ConfigError(f"parameters lie on {sorted(homes)} in layouts {sorted(layouts)}; expected {home} and one layout")
+        copies = self.world.world_size if strategy == "ddp" else recipe.parallel.replicas
+        shards = self.world.world_size // copies if strategy == "fsdp2" else 1
+        return self.facts(
+            engine=type(self.model).__name__,
+            sharded_parameters=f"{sharded} of {len(parameters)}",
+            sharding=f"parameters, gradients and optimizer: {shards} shard(s) x {copies} copies",
+            optimizer=f"{type(self.optimizer).__name__} ({optimizer_dtype(recipe)} state)",
+        )
+
+    def facts(self, **proof: Any) -> dict[str, Any]:
+        """What every engine proves alike, with what one adds. Raises ConfigError where master weights are not fp32."""
+        recipe, dtypes = self.recipe, {p.dtype for p in self.masters()}
+        if dtypes != {torch.float32}:
+            raise ConfigError(f"master weights must be float32, found {sorted(map(str, dtypes))}: the engine downgraded them")
         return {
-            "strategy": self.recipe.parallel.strategy,
-            "engine": type(self.model).__name__,
+            "strategy": recipe.parallel.strategy,
             "world_size": self.world.world_size,
             "backend": self.world.backend,
             "device": self.device_name(),
-            "sharded_parameters": f"{sharded} of {len(parameters)}",
-            "parameter_dtype": str(parameters[0].dtype).removeprefix("torch."),
-            "compute_dtype": {"bf16": "bfloat16", "fp32": "float32"}[self.recipe.train.precision],
+            **proof,
+            "parameter_dtype": "float32",
+            "compute_dtype": {"bf16": "bfloat16", "fp32": "float32"}[recipe.train.precision],
+            "gradient_dtype": "float32",
             "reduce_dtype": "float32",
-            "optimizer": type(self.optimizer).__name__ + " (fp32 state, fused)",
+            "loss_dtype": "float32",
+            "offload": recipe.parallel.offload,
+            "activation_checkpointing": self.decoder.recompute,
+            "compile": recipe.train.compile_backend if recipe.train.compile else "none",
+            "ema": recipe.train.ema,
             "threads": torch.get_num_threads(),
         }
+
+    def masters(self) -> list[Tensor]:
+        """The weights that the optimizer updates (local shards where sharded by ZeRO)."""
+        return list(self.decoder.parameters())
 
     def device_name(self) -> str:
         """Name of the device, for people."""
@@ -147,17 +191,51 @@ class Engine:
 
     def step(self, lr: float) -> float:
         """Clip, update, zero; returns the gradient norm before clipping."""
+        self._check_gradients()
         clip = self.recipe.optimizer.clip_norm
         norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), clip if clip is not None else float("inf"))
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         value = float(norm)
         if value == value and value != float("inf"):  # a step with NaN or inf gradients is skipped on every rank alike
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_rate(self.optimizer, lr)
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
         return value
+
+    def _check_gradients(self) -> None:
+        """Before the first update: every weight has an fp32 gradient that lies as the weight does. Raises ConfigError."""
+        if self._gradients_seen:
+            return
+        for name, parameter in self.decoder.named_parameters():
+            grad = parameter.grad
+            if grad is None or grad.dtype != torch.float32 or type(grad) is not type(parameter.data):
+                found = "none" if grad is None else f"{type(grad).__name__} {grad.dtype}"
+                raise ConfigError(f"the gradient of {name} is {found}; expected {type(parameter.data).__name__} torch.float32")
+        self._gradients_seen = True
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within this context the model has the averaged weights (train.ema); the trained ones come back exactly."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        assert self.average is not None
+        self._reshard()
+        self.average.exchange()
+
+    def _reshard(self) -> None:
+        """Drop gathered weights. FSDP2 keeps the root's after a forward without backward (a validation): the module then has
+        other Parameter objects than the optimizer, and they would outlive a change of the shards."""
+        for module in self.decoder.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def replies(self, tokenizer: ChatTokenizer, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[str, str]]:
         """Replies to single questions, sampled with a fixed seed: on rank 0, or on every rank alike where they are sharded."""
@@ -177,40 +255,66 @@ class Engine:
             yield prompt, reply.text
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(group, name, full tensor) of the model and the optimizer, one at a time; every rank must iterate."""
-        for name, parameter in self.decoder.named_parameters():
-            yield "model", name, _full(parameter)
-        for name, parameter in self.decoder.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                yield "optimizer", f"{name}.{key}", _full(value)
+        """(group, name, full tensor) of model, optimizer and averaged weights, one at a time; every rank must iterate."""
+        for group, name, tensor in self.shards():
+            yield group, name, _full(tensor)
+
+    def shards(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(group, name, tensor) of all that a checkpoint keeps, as it lies here: a DTensor where it is sharded."""
+        self._reshard()
+        named = list(self.decoder.named_parameters())
+        for name, parameter in named:
+            yield "model", name, parameter.detach()
+        for name, parameter in named:
+            for key, value in saved_state(self.optimizer, parameter).items():
+                yield "optimizer", f"{name}.{key}", value
+        if self.average is not None:
+            for (name, _), tensor in zip(named, self.average.tensors, strict=True):
+                yield GROUP, PREFIX + name, tensor
 
     def load_optimizer(self, read: dict[str, Tensor]) -> None:
         """Restore the optimizer from full tensors (any engine or world size wrote them). Missing entries are an error."""
+        self._reshard()
         for name, parameter in self.decoder.named_parameters():
-            state = {}
-            for key in STATE_NAMES:
-                tensor = read[f"{name}.{key}"]
-                if key != "step":
-                    tensor = _like(tensor, parameter)
-                elif parameter.device.type == "cuda":
-                    tensor = tensor.to(parameter.device)
-                state[key] = tensor
-            self.optimizer.state[parameter] = state
+            restore_state(self.optimizer, parameter, name, read)
 
     def load_model(self, read: Iterator[tuple[str, Tensor]]) -> None:
-        """Copy full tensors into the (possibly sharded) parameters."""
+        """Copy full tensors into the (possibly sharded) parameters; the average starts from them."""
+        self._reshard()
         parameters = dict(self.decoder.named_parameters())
         with torch.no_grad():
             for name, tensor in read:
-                parameters[name].copy_(_like(tensor, parameters[name]))
+                parameters[name].copy_(shard_like(tensor, parameters[name]))
+        if self.average is not None:
+            self.average.reset()
+
+    def load_average(self, read: Iterator[tuple[str, Tensor]]) -> None:
+        """Set the averaged weights from a checkpoint's `ema` tensors."""
+        assert self.average is not None
+        held = dict(zip((name for name, _ in self.decoder.named_parameters()), self.average.tensors, strict=True))
+        for name, tensor in read:
+            average = held.pop(name.removeprefix(PREFIX))
+            average.copy_(shard_like(tensor, average))
+        if held:
+            raise ConfigError(
+                f"the checkpoint holds no averaged weights for {', '.join(sorted(held)[:3])}: train.ema came later"
+            )
+
+
+def shard_mesh(world: World, replicas: int) -> DeviceMesh:
+    """One dimension of shards, or replicas x shards (HSDP); neighbouring ranks hold the shards of one copy."""
+    if world.world_size % replicas:
+        raise ConfigError(f"parallel.replicas={replicas} does not divide the {world.world_size} processes of this run")
+    if replicas == 1:
+        return init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("shard",))
+    shape = (replicas, world.world_size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def optimizer_dtype(recipe: Recipe) -> str:
+    """How the optimizer's state is stored, for people."""
+    return "8-bit" if recipe.optimizer.name == "adamw8bit" else "fp32"
 
 
 def _full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.detach()
-
-
-def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    tensor = tensor.to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return tensor

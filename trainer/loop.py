@@ -38,9 +38,9 @@ from chatmill.trainer.engine import Engine
 from chatmill.trainer.evaluation import check_tokenizer, evaluate, pooled, validation_batches, validation_sets
 from chatmill.trainer.metrics import StepMeter
 from chatmill.trainer.model import Decoder
-from chatmill.trainer.optimizer import learning_rate
 from chatmill.trainer.progress import StepDisplay
 from chatmill.trainer.run_folder import PREEMPTED, RunFolder, describe_environment
+from chatmill.trainer.schedule import learning_rate
 from chatmill.trainer.world import World, end_world, start_world
 
 
@@ -118,6 +118,8 @@ def _train(
     if resume is not None:
         state = json.loads(resume.files()["state.json"].read_text(encoding="utf-8"))
         engine.load_optimizer(dict(resume.tensors("optimizer")))
+        if engine.average is not None:
+            engine.load_average(resume.tensors("ema"))
         stream.load_state_dict(state["stream"])
         torch.set_rng_state(resume.tensor("rng.cpu"))
         step, tokens, loss_tokens = state["step"], state["tokens"], state["loss_tokens"]
@@ -139,9 +141,9 @@ def _train(
         if resume is not None:
             display.say(f"continuing {folder.path} from step {step} ({resume.path.name})")
 
-        def validate(at: int) -> None:
+        def measure() -> dict[str, dict[str, float]] | None:
+            """Figures of each validation set with the weights as they are, or None where a signal cut it short."""
             engine.model.eval()
-            began = time.monotonic()
             results: dict[str, dict[str, float]] = {}
             for name, split in validation.items():
                 batches = validation_batches(
@@ -153,9 +155,25 @@ def _train(
                 )
                 figures = evaluate(engine.forward, batches, world, lambda: stop.asked)
                 if figures is None:
-                    display.say(f"validation at step {at} was cut short by a signal")
-                    return
+                    return None
                 results[name] = figures
+            return results
+
+        def measure_average(at: int) -> None:
+            with engine.averaged_weights():
+                results = measure()
+            if results is not None:
+                result = pooled(list(results.values()))
+                if world.is_main:
+                    folder.metric(step=at, eval_ema=result)
+                display.say(f"averaged weights at step {at}: loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}")
+
+        def validate(at: int) -> None:
+            began = time.monotonic()
+            results = measure()
+            if results is None:
+                display.say(f"validation at step {at} was cut short by a signal")
+                return
             result = pooled(list(results.values()))
             if world.is_main:
                 each = {"eval_by_data": results} if len(results) > 1 else {}
@@ -164,6 +182,8 @@ def _train(
                 f"validation at step {at}: loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
                 f"accuracy {100 * result['accuracy']:.2f} %  ({result['loss_tokens']:,} tokens)"
             )
+            if recipe.evaluation.ema:
+                measure_average(at)
             for prompt, reply in engine.replies(tokenizer, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens):
                 if world.is_main:
                     folder.sample(step=at, prompt=prompt, reply=reply)
@@ -209,7 +229,8 @@ def _train(
             if not micro:  # exclusions made since the steps were counted left less to learn from
                 break
             meter.waited(time.monotonic() - waited)
-            lr = learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule)
+            seen = tokens + micro[0].step_tokens
+            lr = learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule, seen)
             sums = engine.forward_backward(micro)
             grad_norm = engine.step(lr)
             step += 1
@@ -367,9 +388,11 @@ def say_proof(display: StepDisplay, proof: dict[str, Any], config: ModelConfig, 
         f"strategy {proof['strategy']} ({proof['engine']}, sharded {proof['sharded_parameters']})"
     )
     display.say(
-        f"parameters {proof['parameter_dtype']}  compute {proof['compute_dtype']}  reduce {proof['reduce_dtype']}  "
-        f"optimizer {proof['optimizer']}"
+        f"parameters {proof['parameter_dtype']}  compute {proof['compute_dtype']}  gradients {proof['gradient_dtype']}  "
+        f"reduce {proof['reduce_dtype']}  loss {proof['loss_dtype']}  optimizer {proof['optimizer']}"
     )
+    extras = [f"{name} {proof[name]}" for name in ("offload", "activation_checkpointing", "compile", "ema")]
+    display.say(f"sharding {proof['sharding']}  " + "  ".join(extras))
 
 
 class AttentionPlans(dict[int | None, DevicePlan]):

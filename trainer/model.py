@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from chatmill.kernels.attention import attention
 from chatmill.kernels.linear_cross_entropy import Impl, linear_cross_entropy
@@ -36,6 +36,8 @@ from chatmill.trainer.kv_cache import KVCache
 from chatmill.trainer.rotary import inverse_frequencies, rotary_tables
 
 __all__ = ["Decoder", "KVCache", "LossOutput", "Memory"]
+
+Recompute = Literal["none", "full", "selective"]
 
 
 class LossOutput(NamedTuple):
@@ -148,6 +150,27 @@ class FeedForward(nn.Module):
         return out
 
 
+# What selective checkpointing keeps: the quadratic part of a layer, in every tier of the attention.
+ATTENTION_OPS = frozenset(
+    {
+        torch.ops.chatmill.attention_forward.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = op in ATTENTION_OPS or getattr(op, "namespace", "") == "flash_attn"
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
     """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
 
@@ -157,8 +180,17 @@ class Block(nn.Module):
         self.attention = Attention(config, layer, kernels)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels.elementwise)
         self.mlp = FeedForward(config, kernels.elementwise)
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+        if self.recompute == "none" or memory is not None or not torch.is_grad_enabled():
+            return self._forward(x, layout, memory)
+        # inside the block's own forward: engines gather its weights around it, and torch.compile sees the recomputation
+        contexts = {"context_fn": _keep_attention} if self.recompute == "selective" else {}
+        out: Tensor = checkpoint(self._forward, x, layout, use_reentrant=False, preserve_rng_state=False, **contexts)
+        return out
+
+    def _forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
         mixed = self.attention(self.attention_norm(x), layout, memory)
         normed, x = self.mlp_norm(mixed, residual=x)
         out: Tensor = x + self.mlp(normed)
@@ -190,16 +222,12 @@ class TokenTable(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model on packed dialogues. Built with undefined weights: call init_weights or load a checkpoint.
-
-    activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-    """
+    """A causal language model on packed dialogues. Built with undefined weights: call init_weights or load a checkpoint."""
 
     def __init__(self, config: ModelConfig, kernels: KernelSection | None = None) -> None:
         super().__init__()
         kernels = kernels or KernelSection()
         self.config = config
-        self.activation_checkpointing = False
         self.embed = TokenTable(config, kernels.cross_entropy)
         self.layers = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels.elementwise)
@@ -207,6 +235,26 @@ class Decoder(nn.Module):
         # not a buffer: engines cast buffers to bf16, where neighbouring frequencies become one, and leave them on "meta"
         self._frequencies, self._rotary_factor = inverse_frequencies(config)
         self._frequencies_on: dict[torch.device, Tensor] = {}
+
+    @property
+    def recompute(self) -> Recompute:
+        """What is recomputed in the backward pass instead of being kept."""
+        return self.layers[0].recompute
+
+    @property
+    def activation_checkpointing(self) -> bool | Literal["full", "selective"]:
+        """False, True or `full`: recompute each block from its input; `selective`: keep the attention's result as well."""
+        return False if self.recompute == "none" else self.recompute
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, value: bool | Literal["full", "selective"]) -> None:
+        for block in self.layers:
+            block.recompute = ("full" if value else "none") if isinstance(value, bool) else value
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """torch.compile each block in place; parameter names stay, and all blocks share one compiled function per shape."""
+        for block in self.layers:
+            block.compile(backend=backend)
 
     def forward(
         self,
@@ -298,8 +346,5 @@ class Decoder(nn.Module):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         for block in self.layers:
-            if self.activation_checkpointing and memory is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, layout, memory)
+            x = block(x, layout, memory)
         return self.norm(x)

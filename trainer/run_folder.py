@@ -5,6 +5,7 @@ runs/NAME/{config.yaml, command, environment.json, metrics.jsonl, events.jsonl, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -18,12 +19,12 @@ from typing import Any
 
 import yaml
 
-from chatmill.config import ConfigError, dump_yaml
+from chatmill.config import ConfigError, dump_yaml, validate
 from chatmill.trainer.config import Recipe
 
 # What may differ between the attempts of one run without changing what it computes.
 FREE = ("run", "logging", "checkpoint", "evaluation", "parallel", "kernels")
-FREE_TRAIN = ("micro_batch", "accumulation", "activation_checkpointing", "cpu_threads")
+FREE_TRAIN = ("micro_batch", "accumulation", "activation_checkpointing", "compile", "compile_backend", "cpu_threads")
 # Weights and exclusions of steps to come may change; the position in the checkpoint refuses a change of those already taken.
 FREE_DATA = ("mix", "curriculum", "exclude", "damaged_blocks")
 PREEMPTED = "PREEMPTED"
@@ -50,6 +51,8 @@ class RunFolder:
         if not file.is_file():
             return
         old, new = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.model_dump(mode="json")
+        with contextlib.suppress(ConfigError):  # fields that are newer than the run count with their defaults
+            old = validate(Recipe, old, str(file)).model_dump(mode="json")
         free_data = (*FREE_DATA, "path") if recipe.data.mix and old.get("data", {}).get("mix") else FREE_DATA
         differing = [
             f"  {section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from chatmill.config import ConfigError
 from chatmill.data.stream import PackedBatch
+from chatmill.trainer.averaging import GROUP, PREFIX, WeightAverage
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.engine import Engine, StepSums
 from chatmill.trainer.model import Decoder
-from chatmill.trainer.optimizer import build_optimizer
+from chatmill.trainer.optimizer import build_optimizer, set_rate
 from chatmill.trainer.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,6 +45,15 @@ def zero_config(recipe: Recipe, stage: int) -> dict[str, Any]:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if recipe.optimizer.clip_norm is not None:
         config["gradient_clipping"] = recipe.optimizer.clip_norm
+    parallel = recipe.parallel
+    if parallel.offload != "none":
+        place: dict[str, Any] = {"device": parallel.offload, "pin_memory": torch.cuda.is_available()}
+        if parallel.nvme_path is not None:
+            place["nvme_path"] = parallel.nvme_path
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW steps on the CPU; DeepSpeed's own compiles C++
+        config["zero_optimization"]["offload_optimizer"] = place
+        if stage == 3:
+            config["zero_optimization"]["offload_param"] = dict(place)
     return config
 
 
@@ -53,7 +64,11 @@ class ZeroEngine(Engine):
         self.recipe, self.world, self.decoder = recipe, world, model
         self.stage = int(recipe.parallel.strategy.removeprefix("zero"))
         deepspeed = _import_deepspeed()
+        if recipe.parallel.offload == "nvme":
+            check_nvme(Path(recipe.parallel.nvme_path or ""))
         model.to(world.device)
+        if recipe.train.compile:
+            model.compile_layers(recipe.train.compile_backend)
         optimizer = build_optimizer(model, recipe.optimizer)
         self.names = [name for name, _ in model.named_parameters()]
         engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config(recipe, self.stage))
@@ -61,6 +76,8 @@ class ZeroEngine(Engine):
         self.deepspeed = engine
         self.zero = engine.optimizer
         self.optimizer = optimizer
+        decay = recipe.train.ema
+        self.average = WeightAverage(self._flat_partitions(), decay) if decay is not None else None
 
     def describe(self) -> dict[str, Any]:
         """The proof of the start; refuses an engine that is not the stage that was asked for."""
@@ -71,19 +88,25 @@ class ZeroEngine(Engine):
         sharded = sum(hasattr(p, "ds_id") for p in parameters)
         if sharded != (len(parameters) if self.stage == 3 else 0):
             raise ConfigError(f"ZeRO stage {self.stage}: {sharded} of {len(parameters)} parameters are sharded")
-        return {
-            "strategy": self.recipe.parallel.strategy,
-            "engine": f"{type(self.deepspeed).__name__}/{type(self.zero).__name__}",
-            "world_size": self.world.world_size,
-            "backend": self.world.backend,
-            "device": self.device_name(),
-            "sharded_parameters": f"{sharded} of {len(parameters)}",
-            "parameter_dtype": "float32",
-            "compute_dtype": {"bf16": "bfloat16", "fp32": "float32"}[self.recipe.train.precision],
-            "reduce_dtype": "float32",
-            "optimizer": type(self.optimizer).__name__ + f" (fp32 state, ZeRO-{self.stage})",
-            "threads": torch.get_num_threads(),
-        }
+        compute, accumulate = self.deepspeed.get_data_types()
+        reduce = self.deepspeed.communication_data_type
+        expected = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
+        if (compute, accumulate, reduce) != (expected, torch.float32, torch.float32):
+            raise ConfigError(
+                f"DeepSpeed computes in {compute}, accumulates in {accumulate} and reduces in {reduce}; "
+                f"expected {expected}, float32 and float32"
+            )
+        parts = ("optimizer", "optimizer and gradients", "optimizer, gradients and parameters")[self.stage - 1]
+        return self.facts(
+            engine=f"{type(self.deepspeed).__name__}/{type(self.zero).__name__}",
+            sharded_parameters=f"{sharded} of {len(parameters)}",
+            sharding=f"{parts}: {self.world.world_size} shard(s)",
+            optimizer=f"{type(self.optimizer).__name__} (fp32 state, ZeRO-{self.stage})",
+        )
+
+    def masters(self) -> list[Tensor]:
+        """This rank's flat partitions of the fp32 weights."""
+        return self._flat_partitions()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """DeepSpeed holds the bf16 copy of the weights itself."""
@@ -106,20 +129,59 @@ class ZeroEngine(Engine):
 
     def step(self, lr: float) -> float:
         """Clip, update, zero (all inside DeepSpeed); returns the gradient norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.deepspeed.step()
+        if self.average is not None:
+            self.average.update()
         return float(self.deepspeed.get_global_grad_norm())
 
+    def _exchange(self) -> None:
+        """Swap the masters with their average, then round the low-precision copies from them as DeepSpeed does."""
+        assert self.average is not None
+        self.average.exchange()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for parameter in self.decoder.parameters():
+            self._set_copy(parameter, safe_get_full_fp32_param(parameter).detach().reshape(_shape(parameter)))
+
+    def _set_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the weights that the forward pass uses; the masters stay."""
+        import deepspeed
+
+        if self.stage == 3:
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
+
+    def shards(self) -> Iterator[tuple[str, str, Tensor]]:
+        """As `tensors`: DeepSpeed's flat partitions are gathered to full tensors."""
+        yield from self.tensors()
+
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(group, name, full fp32 tensor) of the weights and moments; every rank must iterate."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        """(group, name, full fp32 tensor) of weights, moments and averaged weights; every rank must iterate."""
+        from deepspeed.utils import safe_get_full_fp32_param
 
         named = list(zip(self.names, self.decoder.parameters(), strict=True))
         for name, parameter in named:
             yield "model", name, safe_get_full_fp32_param(parameter).detach().reshape(_shape(parameter))
-        if not self._has_state():
-            return
+        if self._has_state():
+            yield from self._moments(named)
+        if self.average is not None:
+            self.average.exchange()
+            try:
+                for name, parameter in named:
+                    full = safe_get_full_fp32_param(parameter).detach().reshape(_shape(parameter))
+                    yield GROUP, PREFIX + name, full.clone()
+            finally:
+                self.average.exchange()
+
+    def _moments(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, str, Tensor]]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
         self._link_states()
         steps = next(iter(self._states()))["step"]
         for name, parameter in named:
@@ -129,20 +191,31 @@ class ZeroEngine(Engine):
             yield "optimizer", f"{name}.step", torch.as_tensor(float(steps))
 
     def load_model(self, read: Iterator[tuple[str, Tensor]]) -> None:
-        """Set the fp32 master weights exactly, and the low-precision copies from them."""
-        import deepspeed
+        """Set the fp32 master weights exactly, and the low-precision copies from them; the average starts from them."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         named = dict(zip(self.names, self.decoder.parameters(), strict=True))
         for name, tensor in read:
-            parameter = named[name]
             value = tensor.to(self.world.device, torch.float32)
-            safe_set_full_fp32_param(parameter, value)
-            if self.stage == 3:
-                with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
-                    parameter.data.copy_(value)
-            else:
-                parameter.data.copy_(value)
+            safe_set_full_fp32_param(named[name], value)
+            self._set_copy(named[name], value)
+        if self.average is not None:
+            self.average.reset()
+
+    def load_average(self, read: Iterator[tuple[str, Tensor]]) -> None:
+        """Set the averaged weights: through the masters' places, because only DeepSpeed knows how it cuts them."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        assert self.average is not None
+        named = dict(zip(self.names, self.decoder.parameters(), strict=True))
+        self.average.exchange()
+        for name, tensor in read:
+            safe_set_full_fp32_param(named.pop(name.removeprefix(PREFIX)), tensor.to(self.world.device, torch.float32))
+        self.average.exchange()
+        if named:
+            raise ConfigError(
+                f"the checkpoint holds no averaged weights for {', '.join(sorted(named)[:3])}: train.ema came later"
+            )
 
     def load_optimizer(self, read: dict[str, Tensor]) -> None:
         """Restore moments and step counts from full tensors, whoever wrote them."""
@@ -172,6 +245,19 @@ class ZeroEngine(Engine):
 
     def _has_state(self) -> bool:
         return any("exp_avg" in state for state in self._states())
+
+
+def check_nvme(folder: Path) -> None:
+    """Refuse NVMe offload where DeepSpeed cannot do it: it needs libaio and a folder to write to. Raises ConfigError."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            "parallel.offload=nvme needs DeepSpeed's async_io, which needs libaio with its headers and a C++ compiler.\n"
+            "Install it (Debian: libaio-dev), or use parallel.offload=cpu."
+        )
+    if not folder.is_dir():
+        raise ConfigError(f"parallel.nvme_path={folder} is not a folder on this machine: make it on a local disk of every node")
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

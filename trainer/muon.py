@@ -1,0 +1,169 @@
+"""Muon: momentum, orthogonalised by Newton-Schulz, for the matrices of the layers; AdamW for everything else.
+
+    B = momentum B + (1 - momentum) g          U = (1 - momentum) g + momentum B   (nesterov; else U = B)
+    O = NS(U), which moves every singular value of U towards 1
+    W = W (1 - lr decay) - lr scale O          scale = 0.2 sqrt(max(m, n))  or  sqrt(max(1, m / n))
+
+NS of an m x n matrix needs the whole of it. Where several processes hold it, each of them orthogonalises a share of the
+matrices and no two do the same work:
+- sharded by rows (FSDP2): one all-to-all brings world-size matrices of one shape to one owner each, one takes the results back;
+- replicated (DDP): every rank works on its share, an all-gather gives the results to all.
+torch.optim.Muon has the same mathematics for one process, in bf16 and one matrix at a time: the tests hold this to it.
+Sources: Jordan et al., kellerjordan.github.io/posts/muon; Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan et al.: steep at 0, singular values end in about 0.7 .. 1.2
+EPS = 1e-7
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over `groups`, stepping together with an AdamW over the rest; one list of groups and one state for both.
+
+    dtype: of the Newton-Schulz iterations and of what is sent for them; momentum and weights stay fp32.
+    copies: the processes that hold equal copies of the weights (DDP); None where they are sharded or held once.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        adamw: torch.optim.AdamW | None,
+        *,
+        lr: float,
+        momentum: float,
+        nesterov: bool,
+        iterations: int,
+        scale: str,
+        dtype: torch.dtype,
+        copies: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+        self.momentum, self.nesterov, self.iterations = momentum, nesterov, iterations
+        self.spectral, self.dtype, self.copies = scale == "spectral", dtype, copies
+        self.matrix_groups = list(self.param_groups)
+        self.adamw = adamw
+        if adamw is not None:
+            adamw.state = self.state  # the same dict, and the same group dicts below: a rate set here is set there
+            self.param_groups = [*self.matrix_groups, *adamw.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; collective where parameters are shared among processes."""
+        assert closure is None
+        for group in self.matrix_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            updates = self._momentum(parameters)
+            for parameter, update in zip(parameters, self._orthogonal(parameters, updates), strict=True):
+                rows, columns = parameter.shape
+                size = math.sqrt(max(1.0, rows / columns)) if self.spectral else 0.2 * math.sqrt(max(rows, columns))
+                local = _local(parameter)
+                local.mul_(1 - group["lr"] * group["weight_decay"])
+                local.add_(update.to(local.device, local.dtype).view_as(local), alpha=-group["lr"] * size)
+        if self.adamw is not None:
+            self.adamw.step()
+
+    def _momentum(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Local shards of U, fp32."""
+        grads, buffers = [], []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            assert parameter.grad is not None
+            grads.append(_local(parameter.grad))
+            buffers.append(_local(state["momentum_buffer"]))
+        if not parameters:
+            return []
+        torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
+        if not self.nesterov:
+            return buffers
+        return list(torch._foreach_lerp(grads, buffers, self.momentum))
+
+    def _orthogonal(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
+        """NS of each U, as the shards of the parameters: matrices of one shape are worked on together."""
+        done: dict[int, Tensor] = {}
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, parameter in enumerate(parameters):
+            alike.setdefault(tuple(parameter.shape), []).append(i)
+        for shape, members in alike.items():
+            first = parameters[members[0]]
+            group, sharded = _sharing(first, self.copies)
+            device = torch.device(first.device_mesh.device_type) if isinstance(first, DTensor) else first.device
+            width = dist.get_world_size(group) if group is not None else len(members)
+            for at in range(0, len(members), width):
+                chosen = members[at : at + width]
+                pieces = [updates[i].to(device, self.dtype) for i in chosen]
+                if group is None:
+                    results = list(newton_schulz(torch.stack(pieces), self.iterations))
+                elif sharded:
+                    results = self._by_owner(pieces, shape, group)
+                else:
+                    results = self._by_share(pieces, group)
+                done |= dict(zip(chosen, results, strict=True))
+        return [done[i] for i in range(len(parameters))]
+
+    def _by_share(self, pieces: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+        """Replicated matrices, at most one per rank: each rank's own is worked on, all are gathered."""
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        mine = newton_schulz(pieces[rank][None], self.iterations)[0] if rank < len(pieces) else torch.zeros_like(pieces[0])
+        gathered = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(gathered, mine, group=group)
+        return gathered[: len(pieces)]
+
+    def _by_owner(self, pieces: list[Tensor], shape: tuple[int, ...], group: dist.ProcessGroup) -> list[Tensor]:
+        """Row shards of at most world-size matrices: matrix i goes whole to rank i and comes back in shards."""
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        numels = [rows * shape[1] for rows in shard_rows(shape[0], world)]  # of each rank's shard, for every matrix alike
+        assert pieces[0].numel() == numels[rank], (pieces[0].shape, shape, numels)
+        sent = [numels[rank] if i < len(pieces) else 0 for i in range(world)]
+        received = numels if rank < len(pieces) else [0] * world
+        whole = pieces[0].new_empty(sum(received))
+        dist.all_to_all_single(whole, torch.cat([p.reshape(-1) for p in pieces]), received, sent, group=group)
+        if rank < len(pieces):
+            whole = newton_schulz(whole.view(1, *shape), self.iterations).reshape(-1)
+        back = pieces[0].new_empty(sum(sent))
+        dist.all_to_all_single(back, whole, sent, received, group=group)
+        return list(back.split(numels[rank])) if numels[rank] else [back] * len(pieces)
+
+
+def newton_schulz(matrices: Tensor, iterations: int) -> Tensor:
+    """Nearly orthogonal matrices with the singular vectors of the given ones: Float["N m n"], in their own dtype."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.matrix_norm(x.float()).clamp(min=EPS)[:, None, None].to(x.dtype)  # singular values below 1
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).contiguous()
+
+
+def shard_rows(rows: int, world: int) -> list[int]:
+    """Rows that each rank holds of a matrix sharded along its first dimension, as DTensor cuts it."""
+    size = -(-rows // world)
+    return [max(0, min(size, rows - i * size)) for i in range(world)]
+
+
+def _sharing(parameter: Tensor, copies: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, bool]:
+    """The processes among which a matrix is shared, and whether in shards (else in copies). None: this one alone."""
+    if isinstance(parameter, DTensor):
+        for dimension, placement in enumerate(parameter.placements):
+            if isinstance(placement, Shard):
+                assert placement.dim == 0, placement
+                return parameter.device_mesh.get_group(dimension), True
+        return None, False
+    return copies, False
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
