@@ -1,50 +1,60 @@
 """The packed stream against other loaders, on the same dialogues, in one run, on one core.
 
-    python -m chatmill.data.stream_bench [--dialogues 20000] [--mean 500] [--data corpora/chitchat] [--json results.json]
+    chatmill bench data [--against webdataset,streaming,litdata] [--python OTHER/bin/python] [--data corpora/chitchat]
+    python -m chatmill.data.stream_bench --dialogues 2000 --rounds 3          # the same
 
 Each loader reads every dialogue once (ids and loss mask as numpy arrays), in process, files in the page cache; loaders take
 turns and the median of their CPU times counts, so that a busy machine disturbs all alike. Chatmill does more in its time: it
 also packs, builds targets, positions, segments and row indices, and makes tensors.
 
-webdataset: one sample per dialogue (ids.npy, mask.npy), `.decode()`. mosaicml-streaming (MDS) and litdata run where importable.
-resume: from half of the epoch to the first batch; webdataset has no position and must replay.
+webdataset: one sample per dialogue (ids.npy, mask.npy), `.decode()`. streaming is mosaicml-streaming (MDS). What is not
+importable here runs in the interpreter of --python, in the same turns. first batch, resume: wall time from opening; resume is
+from half of the epoch (webdataset has no position and must replay). memory: growth of the resident set, per million dialogues,
+between two data sets of short dialogues, from opening to the first item.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 import json
-import logging
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset import TarWriter, WebDataset
 
+from chatmill.config import ConfigError
+from chatmill.data import other_loaders
 from chatmill.data.conversation import TokenizedDialogue
+from chatmill.data.other_loaders import OTHERS, Loader, Resumed, Turn, folder_bytes, memory_growth, take_turn
 from chatmill.data.shards import MANIFEST, ShardWriter, TokenDataset
 from chatmill.data.stream import PackedStream
 from chatmill.data.synthetic import IndexedDataset, MemoryDataset
 
 Dialogue = tuple[str, NDArray[Any], NDArray[np.bool_]]
-Clock = Callable[[], float]
+AGAINST = tuple(OTHERS)
 
 
 @dataclass(frozen=True)
 class LoaderResult:
-    """One loader. mtokens_per_s: million tokens per second of CPU time of one core. fill: None where nothing is packed."""
+    """One loader. mtokens_per_s: million tokens per second of CPU time of one core. fill: None where nothing is packed.
+
+    memory_mib: per million dialogues, where it was measured.
+    """
 
     loader: str
     mtokens_per_s: float
@@ -52,22 +62,7 @@ class LoaderResult:
     first_batch_ms: float
     resume_ms: float | None
     bytes_per_token: float
-
-
-@dataclass(frozen=True)
-class Loader:
-    """open() gives an iterable of token counts, one per item; resume(item) does so from the middle of the epoch."""
-
-    name: str
-    open: Callable[[], Iterable[int]]
-    resume: Callable[[int], Iterable[int]] | None
-    bytes: int
-    packed_tokens: int | None = None
-
-
-def folder_bytes(folder: Path) -> int:
-    """Size of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    memory_mib: float | None = None
 
 
 # ---------------------------------------------------------------- the same dialogues in every format
@@ -110,121 +105,126 @@ def _load(stream: PackedStream, state: dict[str, Any]) -> PackedStream:
     return stream
 
 
-class Resumed:
-    """Opens when iterated: what had to be done to find a position before the interruption is not timed."""
-
-    def __init__(self, make: Callable[[], Any], count: Callable[[Any], Iterable[int]]) -> None:
-        self._make, self._count = make, count
-
-    def __iter__(self) -> Any:
-        return iter(self._count(self._make()))
-
-
-def webdataset_loader(folder: Path, dialogues: list[Dialogue]) -> Loader:
-    """One sample per dialogue in plain tars."""
-    folder.mkdir()
-    for number, start in enumerate(range(0, len(dialogues), 10_000)):
-        with TarWriter(str(folder / f"{number:05d}.tar")) as writer:
-            for uid, ids, mask in dialogues[start : start + 10_000]:
-                writer.write({"__key__": uid, "ids.npy": _npy(ids), "mask.npy": _npy(mask)})
-    shards = sorted(str(file) for file in folder.glob("*.tar"))
-
-    def read() -> Iterable[int]:
-        samples = WebDataset(shards, shardshuffle=False, empty_check=False).decode()
-        return (len(sample["ids.npy"]) for sample in samples if len(sample["mask.npy"]) == len(sample["ids.npy"]))
-
-    return Loader("webdataset", read, lambda half: islice(read(), half, None), folder_bytes(folder))
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def mosaicml_loader(folder: Path, dialogues: list[Dialogue]) -> Loader:
-    """MDS shards read through StreamingDataset, shuffled as it would be for training."""
-    streaming = importlib.import_module("streaming")
-    clean_stale_shared_memory = importlib.import_module("streaming.base.util").clean_stale_shared_memory
-
-    with streaming.MDSWriter(out=str(folder), columns={"ids": "ndarray:uint16", "mask": "ndarray:uint8"}) as writer:
-        for _, ids, mask in dialogues:
-            writer.write({"ids": ids.astype(np.uint16), "mask": mask.view(np.uint8)})
-
-    def dataset() -> Any:
-        clean_stale_shared_memory()
-        return streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=1)
-
-    def count(source: Any) -> Iterable[int]:
-        return (len(sample["ids"]) for sample in source if len(sample["mask"]) == len(sample["ids"]))
-
-    def resume(half: int) -> Iterable[int]:
-        state = dataset().state_dict(half, from_beginning=True)
-
-        def again() -> Any:
-            fresh = dataset()
-            fresh.load_state_dict(state)
-            return fresh
-
-        return Resumed(again, count)
-
-    return Loader("mosaicml-streaming", lambda: count(dataset()), resume, folder_bytes(folder))
-
-
-def litdata_loader(folder: Path, dialogues: list[Dialogue]) -> Loader:
-    """litdata chunks read through its StreamingDataset, shuffled."""
-    litdata = importlib.import_module("litdata")
-    folder.mkdir()
-    cache = importlib.import_module("litdata.streaming").Cache(str(folder), chunk_bytes="64MB")
-    for k, (_, ids, mask) in enumerate(dialogues):
-        cache[k] = {"ids": ids, "mask": mask}
-    cache.done()
-    cache.merge()
-
-    def read() -> Iterable[int]:
-        source = litdata.StreamingDataset(str(folder), shuffle=True)
-        return (len(sample["ids"]) for sample in source if len(sample["mask"]) == len(sample["ids"]))
-
-    return Loader("litdata", read, None, folder_bytes(folder))
-
-
-OPTIONAL = {"streaming": mosaicml_loader, "litdata": litdata_loader}
+def write_dialogues(folder: Path, dialogues: list[Dialogue]) -> None:
+    """dialogues.npz, from which the other loaders' formats are written."""
+    lengths = [len(ids) for _, ids, _ in dialogues]
+    ids, mask = (np.concatenate([dialogue[k] for dialogue in dialogues]) for k in (1, 2))
+    np.savez(folder / "dialogues.npz", ids=ids, mask=mask, offsets=np.cumsum([0, *lengths]))
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def measure(loaders: list[Loader], tokens: int, rounds: int) -> list[LoaderResult]:
-    """Every loader `rounds` times, taking turns; medians."""
-    seconds: dict[str, list[float]] = {loader.name: [] for loader in loaders}
-    first: dict[str, list[float]] = {loader.name: [] for loader in loaders}
-    resumed: dict[str, list[float]] = {loader.name: [] for loader in loaders}
-    for _ in range(rounds):
-        for loader in loaders:
-            began, count, total = time.process_time(), 0, 0
-            for n in loader.open():
-                if not count:
-                    first[loader.name].append(time.process_time() - began)
-                count, total = count + 1, total + n
-            seconds[loader.name].append(time.process_time() - began)
-            if total != tokens:
-                raise ValueError(f"data.stream_bench: {loader.name} gave {total:,} tokens, expected {tokens:,}")
-            if loader.resume is not None:
-                rest = loader.resume(count // 2)
-                began = time.process_time()
-                next(iter(rest))
-                resumed[loader.name].append(time.process_time() - began)
-    return [
-        LoaderResult(
-            loader.name,
-            tokens / statistics.median(seconds[loader.name]) / 1e6,
-            tokens / loader.packed_tokens if loader.packed_tokens else None,
-            statistics.median(first[loader.name]) * 1e3,
-            statistics.median(resumed[loader.name]) * 1e3 if loader.resume is not None else None,
-            loader.bytes / tokens,
+@dataclass(frozen=True)
+class Entrant:
+    """A loader in this process or in another one. turn() is one pass over the data.
+
+    memory: commands that, with a folder of dialogues as last word, write its format there and at last print its memory_growth.
+    """
+
+    name: str
+    turn: Callable[[], Turn]
+    bytes: int
+    packed_tokens: int | None = None
+    memory: Sequence[Sequence[str]] = ()
+
+
+def here(loader: Loader, memory: Sequence[Sequence[str]] = ()) -> Entrant:
+    """A loader of this process."""
+    return Entrant(loader.name, partial(take_turn, loader), loader.bytes, loader.packed_tokens, memory)
+
+
+def memory_commands(python: str, name: str) -> list[Sequence[str]]:
+    """Those of another loader: writing leaves memory behind, so a fresh process measures."""
+    script = str(Path(other_loaders.__file__).resolve())
+    return [(python, script, "write", name), (python, script, "memory", name)]
+
+
+def elsewhere(python: str, folder: Path, names: Sequence[str], stack: ExitStack) -> dict[str, Entrant]:
+    """The loaders, by module, that another interpreter has the packages for; its process ends with the stack."""
+    script = str(Path(other_loaders.__file__).resolve())
+    # Not this environment's packages: that interpreter has its own.
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    try:
+        process = subprocess.Popen(
+            [python, script, "serve", str(folder), *names],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         )
-        for loader in loaders
-    ]
+    except OSError as error:
+        raise ConfigError(f"bench data: --python {python} cannot be started: {error.strerror}.") from None
+    stack.callback(process.wait)
+    assert process.stdin is not None and process.stdout is not None
+    stack.callback(process.stdin.close)
+    found = _answer(process.stdout, python)
+    sends, answers = process.stdin, process.stdout
+
+    def turn(name: str) -> Turn:
+        print("turn", name, file=sends, flush=True)
+        return Turn(**_answer(answers, python))
+
+    return {
+        name: Entrant(title, partial(turn, name), size, None, memory_commands(python, name))
+        for name, (title, size) in found.items()
+    }
+
+
+def _answer(lines: IO[str], python: str) -> dict[str, Any]:
+    line = lines.readline()
+    if not line:
+        raise ConfigError(
+            f"bench data: the process of --python {python} ended without an answer. It needs numpy and the loaders; see\n"
+            f"{python} {other_loaders.__file__} serve FOLDER {' '.join(AGAINST)}"
+        )
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+
+def measure(entrants: Sequence[Entrant], tokens: int, rounds: int) -> list[LoaderResult]:
+    """Every loader `rounds` times, taking turns; medians."""
+    turns: dict[str, list[Turn]] = {entrant.name: [] for entrant in entrants}
+    for _ in range(rounds):
+        for entrant in entrants:
+            turn = entrant.turn()
+            if turn.tokens != tokens:
+                raise ValueError(f"data.stream_bench: {entrant.name} gave {turn.tokens:,} tokens, expected {tokens:,}")
+            turns[entrant.name].append(turn)
+    return [_result(entrant, turns[entrant.name], tokens) for entrant in entrants]
+
+
+def _result(entrant: Entrant, turns: list[Turn], tokens: int) -> LoaderResult:
+    resumed = [turn.resume_s for turn in turns if turn.resume_s is not None]
+    return LoaderResult(
+        entrant.name,
+        tokens / statistics.median(turn.cpu_s for turn in turns) / 1e6,
+        tokens / entrant.packed_tokens if entrant.packed_tokens else None,
+        statistics.median(turn.first_s for turn in turns) * 1e3,
+        statistics.median(resumed) * 1e3 if resumed else None,
+        entrant.bytes / tokens,
+    )
+
+
+def memory_by_loader(entrants: Sequence[Entrant], root: Path, dialogues: int) -> dict[str, float]:
+    """MiB per million dialogues of each loader that names a command: its growth from a quarter of the dialogues to all."""
+    grown: dict[str, list[int]] = {entrant.name: [] for entrant in entrants if entrant.memory}
+    for count in (dialogues // 4, dialogues):
+        folder = root / f"memory-{count}"
+        folder.mkdir()
+        made = MemoryDataset.random(count, mean=12, spread=0.3, longest=64)
+        items: list[Dialogue] = list(zip(made.uids, made.ids, made.masks, strict=True))
+        write_dialogues(folder, items)
+        write_token_shards(folder / "chatmill", items)
+        del made, items
+        for entrant in entrants:
+            said = ""
+            for command in entrant.memory:
+                said = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=True).stdout
+            if entrant.memory:
+                grown[entrant.name].append(int(said.split()[-1]))
+    return {name: (all_ - quarter) / (dialogues * 3 // 4) * 1e6 / 2**20 for name, (quarter, all_) in grown.items()}
 
 
 def resume_at_scale(count: int) -> dict[str, float]:
@@ -264,34 +264,42 @@ def bench(
     rounds: int = 5,
     lengths: tuple[int, ...] = (2048, 8192, 32768),
     scale: int = 10_000_000,
+    against: Sequence[str] = AGAINST,
+    python: str | None = None,
+    memory_dialogues: int = 0,
 ) -> dict[str, Any]:
-    """Everything measured, as plain JSON values."""
-    logging.getLogger("streaming").setLevel(logging.ERROR)
+    """Everything measured, as plain JSON values. python: another interpreter for the loaders that this one lacks."""
+    unknown = sorted(set(against) - set(AGAINST))
+    if unknown:
+        raise ConfigError(f"bench data: no loader {unknown[0]!r} to compare with; there are {', '.join(AGAINST)}.")
     if data is None:
         made = MemoryDataset.random(dialogues, mean=mean, spread=1.0, longest=min(lengths))
         items: list[Dialogue] = list(zip(made.uids, made.ids, made.masks, strict=True))
     else:
         items = _read_all(data, min(lengths))
     tokens = sum(len(ids) for _, ids, _ in items)
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_dialogues(root, items)
         shards = write_token_shards(root / "chatmill", items)
-        loaders = [chatmill_loader(shards, length) for length in lengths]
-        loaders.append(webdataset_loader(root / "webdataset", items))
-        missing = []
-        for module, make in OPTIONAL.items():
-            if importlib.util.find_spec(module) is None:
-                missing.append(module)
-            else:
-                loaders.append(make(root / module, items))
-        results = measure(loaders, tokens, rounds)
+        ours = [(sys.executable, "-m", "chatmill.data.stream_bench", "--memory-of")]
+        entrants = [here(chatmill_loader(shards, length), ours if not k else ()) for k, length in enumerate(lengths)]
+        local = [name for name in against if importlib.util.find_spec(name) is not None]
+        for name in local:
+            loader = OTHERS[name](root / name, ((ids, mask) for _, ids, mask in items))
+            entrants.append(here(loader, memory_commands(sys.executable, name)))
+        rest = [name for name in against if name not in local]
+        found = elsewhere(python, root, rest, stack) if python is not None and rest else {}
+        entrants += found.values()
+        results = measure(entrants, tokens, rounds)
+        memory = memory_by_loader(entrants, root, memory_dialogues) if memory_dialogues else {}
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "dialogues": len(items),
         "tokens": tokens,
         "rounds": rounds,
-        "loaders": [asdict(result) for result in results],
-        "not_importable": missing,
+        "loaders": [asdict(result) | {"memory_mib": memory.get(result.loader)} for result in results],
+        "not_importable": [name for name in rest if name not in found],
         "resume_at_scale": {"dialogues": scale, "ms": resume_at_scale(scale)},
         "memory_per_million": memory_per_million(),
     }
@@ -313,16 +321,19 @@ def table(results: dict[str, Any]) -> str:
     """The results for people."""
     lines = [
         f"{results['dialogues']:,} dialogues, {results['tokens']:,} tokens; {results['machine']}",
-        f"median of {results['rounds']} rounds, CPU time of one core",
-        f"{'loader':<20} {'Mtok/s':>8} {'x webdataset':>13} {'fill':>8} {'first batch':>12} {'resume':>10} {'B/token':>8}",
+        f"median of {results['rounds']} rounds, CPU time of one core; first batch and resume: wall time",
+        f"{'loader':<20} {'Mtok/s':>8} {'x webdataset':>13} {'fill':>8} {'first batch':>12} {'resume':>11} {'B/token':>8} "
+        f"{'MiB/million':>12}",
     ]
-    base = next(r["mtokens_per_s"] for r in results["loaders"] if r["loader"] == "webdataset")
+    base = next((r["mtokens_per_s"] for r in results["loaders"] if r["loader"] == "webdataset"), None)
     for r in results["loaders"]:
         fill = "-" if r["fill"] is None else f"{r['fill']:.2%}"
         resume = "none" if r["resume_ms"] is None else f"{r['resume_ms']:.1f} ms"
+        times = "-" if base is None else f"{r['mtokens_per_s'] / base:.1f}"
+        memory = "-" if r["memory_mib"] is None else f"{r['memory_mib']:.0f}"
         lines.append(
-            f"{r['loader']:<20} {r['mtokens_per_s']:>8.1f} {r['mtokens_per_s'] / base:>13.1f} {fill:>8} "
-            f"{r['first_batch_ms']:>9.1f} ms {resume:>10} {r['bytes_per_token']:>8.2f}"
+            f"{r['loader']:<20} {r['mtokens_per_s']:>8.1f} {times:>13} {fill:>8} "
+            f"{r['first_batch_ms']:>9.1f} ms {resume:>11} {r['bytes_per_token']:>8.2f} {memory:>12}"
         )
     scale = results["resume_at_scale"]
     ten = ", ".join(f"{name} {ms:.0f} ms" for name, ms in scale["ms"].items())
@@ -332,7 +343,7 @@ def table(results: dict[str, Any]) -> str:
         f"memory per 1,000,000 dialogues: index {memory['index_mib']:.1f} MiB; open window {memory['window_mib']:.1f} MiB"
     )
     if results["not_importable"]:
-        lines.append(f"not importable here, so not compared: {', '.join(results['not_importable'])}")
+        lines.append(f"not importable here, so not compared (see --python): {', '.join(results['not_importable'])}")
     return "\n".join(lines)
 
 
@@ -343,13 +354,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mean", type=float, default=500, help="mean length in tokens of the made-up dialogues")
     parser.add_argument("--data", help="a data set made by `chatmill data build`, instead of made-up dialogues")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", default=",".join(AGAINST), help=f"loaders to compare with (default {','.join(AGAINST)})")
+    parser.add_argument("--python", help="another interpreter, for those loaders that this one cannot import")
+    parser.add_argument("--memory-dialogues", type=int, default=0, help="also measure memory with so many short dialogues")
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
-    results = bench(dialogues=options.dialogues, mean=options.mean, data=options.data, rounds=options.rounds)
+    if options.memory_of is not None:
+        loader = Loader("chatmill", partial(_open_again, options.memory_of / "chatmill"), None, 0)
+        print(memory_growth(loader))
+        return 0
+    results = bench(
+        dialogues=options.dialogues,
+        mean=options.mean,
+        data=options.data,
+        rounds=options.rounds,
+        against=[name for name in options.against.split(",") if name],
+        python=options.python,
+        memory_dialogues=options.memory_dialogues,
+    )
     print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
+
+
+def _open_again(folder: Path) -> Iterator[int]:
+    stream = PackedStream(TokenDataset.open(folder, "train"), sequence_length=2048, micro_batch=16, epochs=1, prefetch=0)
+    return (batch.n_tokens for batch in stream)
 
 
 if __name__ == "__main__":
