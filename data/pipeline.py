@@ -41,6 +41,7 @@ from chatmill.data.shards import FORMAT_VERSION, MANIFEST, ShardWriter, TokenDat
 from chatmill.data.split import Facts, assign, certificate, group
 from chatmill.data.stages import ImportFile, PrepareChunk, TokenizeChunk, Work, load_arrays, save_arrays
 from chatmill.data.template import TEMPLATES
+from chatmill.data.text_counts import TextCounts
 from chatmill.data.tokenizer import ChatTokenizer, train_bpe
 
 Stage = Literal["import", "clean", "pair", "dedup", "split", "tokenize", "shard"]
@@ -48,7 +49,7 @@ STAGES: tuple[Stage, ...] = ("import", "clean", "pair", "dedup", "split", "token
 SPLITS = ("train", "validation")
 Progress = Callable[[str, int, int], None]
 # Raised whenever the same recipe would now give other bytes, so that old data sets are rebuilt.
-BUILD_VERSION = 2
+BUILD_VERSION = 3
 
 
 def build_dataset(
@@ -96,6 +97,7 @@ class _Build:
         self.stages: list[dict[str, Any]] = []
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.texts: dict[str, Any] = {}
 
     def run(self, until: Stage) -> dict[str, Any]:
         """Stages up to `until`."""
@@ -228,6 +230,8 @@ class _Build:
         self.tokenizer = ChatTokenizer.load(folder)
         results = self._run("tokenize", "tokenize", chunks, TokenizeChunk(self.work))
         ledger = Ledger.total("samples", (r["tokenize"] for r in results))
+        for side, split in enumerate(SPLITS):
+            self.texts[split] = TextCounts.total(r["texts"][side] for r in results).to_dict()
         self._note("tokenize", ledger)
         if not ledger.kept:
             raise ConfigError(f"data {self.recipe.name}: `tokenize` left nothing. Dropped: {_why(ledger)}")
@@ -272,7 +276,7 @@ class _Build:
             raise ConfigError(f"data {self.recipe.name}: the split leaks: {proof['shared']}")
         self.tokenizer.save(final / "tokenizer")
         public = {key: splits[key] | {"shards": len(splits[key]["shards"])} for key in splits}
-        stages = {"name": self.recipe.name, "stages": self.stages, "splits": public, "certificate": proof}
+        stages = {"name": self.recipe.name, "stages": self.stages, "splits": public, "certificate": proof, "texts": self.texts}
         write_durably(final / "report.json", (json.dumps(stages, ensure_ascii=False, indent=1) + "\n").encode())
         manifest: dict[str, Any] = {
             "format": FORMAT_VERSION,
@@ -295,7 +299,7 @@ class _Build:
         write_durably(final / "timings.json", (json.dumps(self.seconds, indent=1) + "\n").encode())
         write_durably(final / MANIFEST, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
         publish(final, self.out)
-        return self._report(splits=public, certificate=proof)
+        return self._report(splits=public, certificate=proof, texts=self.texts)
 
     def _copy_chunk(self, chunk: str, tokens: list[ShardWriter], texts: list[DialogueWriter]) -> None:
         arrays = load_arrays(self.work.path("tokenize", f"{chunk}.npz"))

@@ -5,11 +5,15 @@ print_funnel(report)        # as returned by build_dataset or read from report.j
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from chatmill.data.html_charts import binned_turns
 
 
 def print_funnel(report: dict[str, Any], console: Console | None = None) -> None:
@@ -43,7 +47,37 @@ def print_funnel(report: dict[str, Any], console: Console | None = None) -> None
         share = part["loss_tokens"] / max(part["tokens"], 1)
         sizes = f"{part['dialogues']:,} dialogues, {part['tokens']:,} tokens"
         console.print(f"{split}: {sizes}, {share:.1%} of them with loss, {part['shards']} shard(s)")
+    print_texts(report, console)
     proof = report.get("certificate")
     if proof:
         shared = ", ".join(f"{proof['shared'][name]} {name.replace('_', ' ')}" for name in proof["asked"])
         console.print(f"split certificate: {'valid' if proof['valid'] else 'LEAKS'} (shared by train and validation: {shared})")
+
+
+def print_texts(report: dict[str, Any], console: Console) -> None:
+    """Turns, languages, duplicates and private data, a line each."""
+    texts = report.get("texts") or {}
+    turns: Counter[int] = Counter()
+    languages: Counter[str] = Counter()
+    for part in texts.values():
+        turns.update({int(count): n for count, n in part["turns"].items()})
+        languages.update(part["languages"])
+    if turns:
+        mean = sum(count * n for count, n in turns.items()) / turns.total()
+        console.print(
+            f"turns: mean {mean:.1f}; {_shares({f'{label} turns': n for label, n in binned_turns(turns)})}", highlight=False
+        )
+    if languages:
+        console.print(f"languages: {_shares(languages)}", highlight=False)
+    for stage, what, prefix in (("dedup", "duplicates", ""), ("clean", "private data", "private: ")):
+        facts: dict[str, Any] = next((s for s in report["stages"] if s["name"] == stage), {})
+        found = facts.get("changed" if prefix else "dropped", {})
+        named = [f"{n:,} {reason.removeprefix(prefix)}" for reason, n in found.items() if reason.startswith(prefix)]
+        if named:
+            console.print(f"{what}: {', '.join(named)}", highlight=False)
+
+
+def _shares(counts: Mapping[str, int], most: int = 6) -> str:
+    total = sum(counts.values()) or 1
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{name} {n / total:.0%}" for name, n in ranked[:most]) + (", …" if len(ranked) > most else "")

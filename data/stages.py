@@ -31,6 +31,7 @@ from chatmill.data.pair import make_samples
 from chatmill.data.recipe import DataRecipe
 from chatmill.data.shard_index import write_durably
 from chatmill.data.split import author_hashes, key_hash, thread_key
+from chatmill.data.text_counts import TextCounts
 from chatmill.data.tokenizer import ChatTokenizer
 
 CHUNK_BYTES = 2 << 20
@@ -134,7 +135,7 @@ class TokenizeChunk:
         folder = self.work.folder / "tokenizer"
         tokenizer = _tokenizer(str(folder), (folder / "tokenizer.json").stat().st_mtime_ns)
         sides = load_arrays(self.work.path("assign", f"{name}.npz"))["side"]
-        ledger = Ledger("samples")
+        ledger, texts = Ledger("samples"), (TextCounts(), TextCounts())
         ids, masks, rows = list[NDArray[np.uint32]](), list[NDArray[np.bool_]](), list[list[Any]]()
         for number, (conversation, side) in enumerate(zip(self._read(name), sides.tolist(), strict=True)):
             if side == 2:
@@ -147,6 +148,10 @@ class TokenizeChunk:
             ids.append(dialogue.ids)
             masks.append(dialogue.loss_mask)
             rows.append([number, side, conversation.uid, conversation.source, conversation.origin])
+            for turn in conversation.turns:
+                if tokenizer.escape_special(turn.content) != turn.content:
+                    ledger.change("special-token string escaped", f"{conversation.origin}: {turn.content}")
+            texts[side].add(conversation)
             ledger.keep()
         save_arrays(
             self.work.path("tokenize", f"{name}.npz"),
@@ -155,7 +160,7 @@ class TokenizeChunk:
             lengths=np.array([len(x) for x in ids], dtype=np.int64),
         )
         write_durably(self.work.path("tokenize", f"{name}.json"), json.dumps(rows).encode())
-        return {"tokenize": ledger.to_dict()}
+        return {"tokenize": ledger.to_dict(), "texts": [counts.to_dict() for counts in texts]}
 
     def _read(self, name: str) -> Iterator[Conversation]:
         return read_lines(self.work.path("prepare", f"{name}.jsonl"))
