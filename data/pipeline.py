@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,8 +75,7 @@ def build_dataset(
         build = _Build(work, folder, digest, inputs, tokenizer, progress or (lambda stage, done, total: None))
         report = build.run(until)
         if until == "shard":
-            for stale in folder.parent.glob(f".{folder.name}.work-*"):
-                shutil.rmtree(stale)
+            _remove_work(folder)
     return report
 
 
@@ -316,6 +316,14 @@ class _Build:
                 tokens[side].add(TokenizedDialogue(uid, arrays["ids"][span], mask[span]), source, origin)
                 texts[side].add(uid, line)
                 row, k = next(rows, None), k + 1
+
+
+def _remove_work(folder: Path) -> None:
+    """Intermediate files go. A folder is renamed first: half removed under its own name, a later build would go on with it."""
+    for stale in folder.parent.glob(f".{folder.name}.work-*"):
+        stale.rename(Path(tempfile.mkdtemp(prefix=f".{folder.name}.gone-", dir=folder.parent)) / stale.name)
+    for gone in folder.parent.glob(f".{folder.name}.gone-*"):
+        shutil.rmtree(gone)
 
 
 def _cores() -> int:

@@ -246,6 +246,26 @@ def test_a_build_killed_at_ten_random_moments_goes_on_to_the_same_bytes(tmp_path
     assert not [path for path in tmp_path.iterdir() if "work" in path.name]
 
 
+def test_a_build_that_is_killed_while_it_clears_up_leaves_nothing_to_trip_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = write_jsonl(tmp_path / "raw.jsonl", chats(100))
+
+    def killed(folder: Path) -> None:
+        next(folder.rglob("tokenize/*.json")).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chatmill.data.pipeline.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(recipe(raw), tmp_path / "out")
+    monkeypatch.undo()
+    assert verify_dataset(tmp_path / "out") == []
+    shutil.rmtree(tmp_path / "out")
+    build_dataset(recipe(raw), tmp_path / "out")
+    assert verify_dataset(tmp_path / "out") == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "out", "raw.jsonl"]
+
+
 def test_a_worker_that_outlives_a_killed_build_does_not_keep_the_next_one_out(tmp_path: Path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path; from chatmill.data import pipeline\n"
@@ -470,7 +490,7 @@ def test_the_page_of_a_data_set_shows_its_data_and_runs_none_of_it(tmp_path: Pat
     records = [{"messages": [{"role": r, "content": f"{attack} {i} {r}"} for r in ("user", "assistant")]} for i in range(40)]
     build_dataset(recipe(write_jsonl(tmp_path / "raw.jsonl", records)), tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page
+    assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in re.sub("</?[bi]>", "", page)
     assert "<b>" in page and "Split certificate: <strong>valid" in page and "raw.jsonl:" in page
     inspect_dataset(tmp_path / "out", html=tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
