@@ -23,12 +23,10 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from chatmill.config import ConfigError
 from chatmill.data.cache import PieceCache, with_retries
 from chatmill.data.quarantine import QUARANTINE, parse_quarantine
-from chatmill.data.shard_index import DamagedShardError, ShardIndex, TokenBlock, block_hash, decode_block
+from chatmill.data.shard_index import ShardIndex, block_hash
 from chatmill.data.shards import MANIFEST, TokenDataset, fingerprints, parse_manifest
 
 TIMEOUT_S = 60
@@ -143,19 +141,16 @@ class RemoteDataset(TokenDataset):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_pool": None, "_coming": {}}
 
-    def read_block(self, b: int) -> TokenBlock:
-        """Block b, from the cache or by one range request, its xxh3 checked."""
-        if b in self.quarantined:
-            raise DamagedShardError(f"{self.url}, block {b}: in the quarantine of the data set; nobody may read it.")
+    def block_name(self, b: int) -> str:
+        """What to call block b in an error."""
+        return f"{self.url}, block {b}"
+
+    def block_bytes(self, b: int) -> bytes:
+        """The bytes of block b, from the cache or by one range request; fetched again until they hash as they should."""
         coming = self._coming.get(b) if self._pool_process == os.getpid() else None
         if coming is not None:
             wait([coming])
-        data = self._bytes(b)
-        where = f"{self.url}, block {b}"
-        block = decode_block(data, where)
-        if not np.array_equal(np.diff(block.offsets), self.lengths[self.block_starts[b] : self.block_starts[b + 1]]):
-            raise DamagedShardError(f"{where}: lengths differ from the index. Rebuild the data set.")
-        return block
+        return self._cached(b)
 
     def will_read(self, blocks: Iterable[int]) -> None:
         """Begin to bring blocks that are going to be read into the cache."""
@@ -164,7 +159,7 @@ class RemoteDataset(TokenDataset):
             self._pool_process, self._coming = os.getpid(), {}
         for b in blocks:
             if b not in self._coming:
-                coming = self._coming[b] = self._pool.submit(self._bytes, b)
+                coming = self._coming[b] = self._pool.submit(self._cached, b)
                 coming.add_done_callback(lambda _, b=b: self._coming.pop(b, None))  # type: ignore[misc]
 
     def close(self) -> None:
@@ -174,14 +169,13 @@ class RemoteDataset(TokenDataset):
             pool.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    def _bytes(self, b: int) -> bytes:
-        shard, start, size = int(self._block_shard[b]), int(self._offset[b]), int(self._size[b])
-        record = self.manifest["splits"][self.split]["shards"][shard]
-        expected = int(self._xxh3[b])
+    def _cached(self, b: int) -> bytes:
+        place = self.block_place(b)
+        record = self.manifest["splits"][self.split]["shards"][place.shard]
         return self._cache.get(
-            f"{self.split}/{record['name']} {record['sha256']} {start}+{size}",
-            _fetcher(self._read, f"{self.split}/{record['name']}", start, size),
-            lambda data: len(data) == size and block_hash(data) == expected,
+            f"{self.split}/{record['name']} {record['sha256']} {place.offset}+{place.size}",
+            _fetcher(self._read, f"{self.split}/{record['name']}", place.offset, place.size),
+            lambda data: len(data) == place.size and block_hash(data) == place.xxh3,
         )
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +221,21 @@ def fingerprint(manifest: Mapping[str, Any], split: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class BlockPlace:
+    """Where the bytes of a block lie. shard: its number in the split; offset, size: in bytes; xxh3: what they hash to."""
+
+    shard: int
+    offset: int
+    size: int
+    xxh3: int
+
+
 class TokenDataset:
-    """Random access to the blocks of one split. Opening reads the manifest and the indices, no tokens."""
+    """Random access to the blocks of one split. Opening reads the manifest and the indices, no tokens.
+
+    Where the bytes come from is `block_bytes` alone: a data set that lies elsewhere replaces it, and `block_name`.
+    """
 
     def __init__(self, path: Path, split: str, manifest: dict[str, Any], indices: list[ShardIndex]) -> None:
         self.path, self.split, self.manifest = path, split, manifest
@@ -317,15 +331,26 @@ class TokenDataset:
         """Number of blocks B."""
         return len(self._offset)
 
+    def block_place(self, b: int) -> BlockPlace:
+        """Where block b lies, by the index."""
+        return BlockPlace(int(self._block_shard[b]), int(self._offset[b]), int(self._size[b]), int(self._xxh3[b]))
+
+    def block_name(self, b: int) -> str:
+        """What to call block b in an error."""
+        return f"{self._shards[int(self._block_shard[b])]}, block {b}"
+
+    def block_bytes(self, b: int) -> bytes:
+        """The bytes of block b as they lie there; `read_block` checks them."""
+        place = self.block_place(b)
+        return os.pread(self._descriptor(place.shard), place.size, place.offset)
+
     def read_block(self, b: int) -> TokenBlock:
-        """Block b: one pread, its xxh3 checked."""
-        shard = int(self._block_shard[b])
-        path = self._shards[shard]
-        where = f"{path}, block {b}"
+        """Block b, its xxh3 and its lengths checked."""
+        where = self.block_name(b)
         if b in self.quarantined:
             raise DamagedShardError(f"{where}: in the quarantine of the data set; nobody may read it.")
-        data = os.pread(self._descriptor(shard), int(self._size[b]), int(self._offset[b]))
-        if len(data) != self._size[b] or block_hash(data) != int(self._xxh3[b]):
+        data, place = self.block_bytes(b), self.block_place(b)
+        if len(data) != place.size or block_hash(data) != place.xxh3:
             raise DamagedShardError(
                 f"{where}: bytes differ from those written (xxh3).\nRestore it: chatmill data verify {self.path} --repair\n"
                 f"or go on without it: chatmill data verify {self.path} --quarantine SHARE"

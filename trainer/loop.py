@@ -243,7 +243,7 @@ def _train(
                 loss = world.sum([float(sums.loss_sum)])[0] / max(1, micro[0].step_loss_tokens)
                 line = meter.line(step=step, loss=loss, lr=lr, grad_norm=grad_norm, total_tokens=tokens)
                 if world.is_main:
-                    folder.metric(**line)
+                    folder.metric(**line | overlong_figures(stream))
                 display.show(step, loss, lr, grad_norm, line["tokens_per_s"])
             if recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0:
                 validate(step)
@@ -324,6 +324,12 @@ def training_stream(
         annotate=plans if wants_plans else None,
         pin=world.device.type == "cuda",
     )
+
+
+def overlong_figures(stream: PackedStream) -> dict[str, Any]:
+    """What became of dialogues longer than a pack, among those planned since this start; nothing where there were none."""
+    names = ("dialogues", "overlong", "truncated", "split", "dropped", "cut_inside_turn")
+    return {"overlong": {name: stream.counts[name] for name in names}} if stream.counts["overlong"] else {}
 
 
 def take(batches: Iterator[PackedBatch], count: int) -> list[PackedBatch]:

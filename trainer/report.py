@@ -407,6 +407,11 @@ def _data_facts(run: Run) -> dict[str, str]:
         facts["split certificate"] = ("valid" if proof["valid"] else "LEAKS") + (
             f" ({', '.join(both)} in both splits)" if both else ""
         )
+    long = next((row["overlong"] for row in reversed(run.train.values()) if isinstance(row.get("overlong"), dict)), None)
+    if long is not None:
+        fates = ", ".join(f"{real(long.get(k)):,.0f} {k.replace('_', ' ')}" for k in ("truncated", "split", "dropped"))
+        which = f"{real(long.get('overlong')):,.0f} of {real(long.get('dialogues')):,.0f} dialogues planned: {fates}"
+        facts["longer than a pack"] = f"{which}; {real(long.get('cut_inside_turn')):,.0f} cut inside a turn"
     for key in ("vocab_size", "tokenizer_sha256", "template_sha256", "recipe_sha256"):
         if key in run.data_manifest:
             facts[key.replace("_", " ")] = str(run.data_manifest[key])

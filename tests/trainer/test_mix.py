@@ -19,8 +19,9 @@ from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.evaluation import pooled
 from chatmill.trainer.loop import train
-from chatmill.trainer.optimizer import learning_rate
+from chatmill.trainer.report import build_report
 from chatmill.trainer.run_folder import read_lines
+from chatmill.trainer.schedule import learning_rate
 
 from .conftest import cut_back, make_chats
 
@@ -180,6 +181,22 @@ def test_an_epoch_with_less_left_than_was_counted_ends_in_order(
     assert 4 < fewer < steps
     assert [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line] == list(range(1, fewer + 1))
     assert open_checkpoint(run).meta["step"] == fewer and train(recipe) == fewer
+
+
+@pytest.mark.parametrize(("overlong", "fate"), [("truncate", "truncated"), ("split", "split"), ("drop", "dropped")])
+def test_what_became_of_dialogues_longer_than_a_pack_is_in_the_metrics_and_the_report(
+    write_recipe, tiny_data: Path, tmp_path: Path, overlong: str, fate: str
+) -> None:
+    data = {"sequence_length": 64, "overlong": overlong, "overlap": 4 if overlong == "split" else 0}
+    recipe = load_recipe(str(write_recipe("long", data=data, train={"steps": 2})))
+    train(recipe)
+    run = tmp_path / "runs" / "long"
+    lengths = TokenDataset.open(tiny_data, "train").lengths
+    long = [line["overlong"] for line in read_lines(run / "metrics.jsonl") if "loss" in line][-1]
+    assert long["dialogues"] == len(lengths) and long["overlong"] == int((lengths > 64).sum()) > 0
+    assert long["truncated"] + long["split"] + long["dropped"] == long["overlong"] and long[fate] > 0
+    page = build_report(run).read_text()
+    assert f"{long['overlong']:,} of {long['dialogues']:,} dialogues planned" in page
 
 
 def test_impossible_mixes_are_refused_in_words(mixed, write_recipe, tiny_data: Path, tmp_path: Path) -> None:
