@@ -10,11 +10,12 @@ taken as it is, and refused in words where it cannot work.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,23 @@ def is_installed(module: str) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def planning_for_gpu() -> Iterator[None]:
+    """While it lasts, Triton is usable everywhere: for tracing shapes with fake tensors, where no kernel ever runs."""
+    _planning.append(True)
+    try:
+        yield
+    finally:
+        _planning.pop()
+
+
+_planning: list[bool] = []
+
+
 def why_no_triton(device: torch.device) -> str | None:
     """Reason why Triton kernels cannot run on tensors of this device; None where they can."""
+    if _planning:
+        return None
     if not is_installed("triton"):
         return "triton is not installed"
     if device.type == "cpu" and not is_interpreting():

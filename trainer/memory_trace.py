@@ -1,0 +1,184 @@
+"""Bytes that one training step keeps alive, found by running the real model on fake tensors: no weights, no GPU, no waiting.
+
+    trace = trace_step(config, tokens=8192, rows=8192, precision="bf16", device="gpu")
+    trace.activations, trace.workspace
+
+Every tensor that forward, loss and backward make is seen by a dispatch mode and followed until it is freed, so what autograd
+saves, what activation checkpointing spares and what autocast copies are what the code really does. Inside a custom operator
+(a kernel) nothing is seen: its scratch memory is added by formula, which only the loss needs.
+Checked against measured peaks: tests/trainer/test_plan.py (CPU), tests/gpu_check.py (GPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from chatmill.kernels.dispatch import planning_for_gpu
+from chatmill.trainer.config import KernelSection, ModelConfig
+from chatmill.trainer.model import Decoder
+
+ON_GPU = KernelSection(attention="triton", cross_entropy="triton", elementwise="triton")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes of one process, without sharding.
+
+    parameters, gradients: all of them. At the moment when activations + workspace + grown are the most:
+    activations: everything alive but parameters and gradients; workspace: the loss kernel's scratch in that, if it was running;
+    grown: gradients that existed already.
+    """
+
+    parameters: int
+    gradients: int
+    activations: int
+    workspace: int
+    grown: int
+    activations_peak: int  # the most of activations + workspace at any moment, gradients aside
+
+    @property
+    def peak(self) -> int:
+        """The most bytes alive besides the parameters."""
+        return self.activations + self.workspace + self.grown
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows every storage that operators make until it is freed. `gradients` holds the storages counted apart."""
+
+    def __init__(self, workspace: Callable[[Any, tuple[Any, ...]], int]) -> None:
+        super().__init__()
+        self._workspace = workspace
+        self._sizes: dict[int, int] = {}
+        self._gradient_keys: set[int] = set()
+        self.other = self.grown = 0
+        self.best = (0, 0, 0)  # other, workspace, grown at the peak of their sum
+        self.other_peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_flatten(out)[0]:
+            if isinstance(value, Tensor):
+                self._follow(value)
+        self._look(self._workspace(func, args))
+        return out
+
+    def is_gradient(self, tensor: Tensor) -> None:
+        """Count the tensor's storage as a gradient from now on."""
+        key = self._follow(tensor)
+        if key not in self._gradient_keys:
+            self._gradient_keys.add(key)
+            self.other -= self._sizes[key]
+            self.grown += self._sizes[key]
+            self._look(0)
+
+    def _follow(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.other += self._sizes[key]
+            weakref.finalize(storage, self._forget, key).atexit = False
+        return key
+
+    def _forget(self, key: int) -> None:
+        size = self._sizes.pop(key)
+        if key in self._gradient_keys:
+            self._gradient_keys.discard(key)
+            self.grown -= size
+        else:
+            self.other -= size
+
+    def _look(self, workspace: int) -> None:
+        if self.other + workspace + self.grown > sum(self.best):
+            self.best = (self.other, workspace, self.grown)
+        self.other_peak = max(self.other_peak, self.other + workspace)
+
+
+def trace_step(
+    config: ModelConfig,
+    *,
+    tokens: int,
+    rows: int,
+    precision: Literal["bf16", "fp32"],
+    device: Literal["cpu", "gpu"] = "gpu",
+    kernels: KernelSection | None = None,
+    checkpointing: bool = False,
+    accumulation: int = 1,
+    low_precision_weights: bool = False,
+) -> Trace:
+    """Run forward, loss and backward of `accumulation` (2 show all there is) micro-batches without computing anything.
+
+    tokens: T of a micro-batch; rows: of those, how many the loss is computed for. device: whose kernels are meant; on a GPU ours.
+    low_precision_weights: the engine hands the model bf16 weights (FSDP2, ZeRO) instead of casting fp32 ones by autocast.
+    """
+    compute = torch.bfloat16 if precision == "bf16" else torch.float32
+    weights = compute if low_precision_weights else torch.float32
+    chosen = ON_GPU if device == "gpu" else (kernels or KernelSection())
+    planning = planning_for_gpu() if device == "gpu" else contextlib.nullcontext()
+    casting = precision == "bf16" and not low_precision_weights
+    with FakeTensorMode(allow_non_fake_inputs=True), planning:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(weights)  # a fake parameter cannot be cast later
+        try:
+            model = Decoder(config, chosen)
+        finally:
+            torch.set_default_dtype(before)
+        model.activation_checkpointing = checkpointing
+        follower = LiveBytes(lambda func, args: _loss_workspace(func, args, device))
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: follower.is_gradient(p.grad))
+        batch = {
+            "tokens": torch.zeros(tokens, dtype=torch.int32),
+            "positions": torch.zeros(tokens, dtype=torch.int32),
+            "targets": torch.zeros(tokens, dtype=torch.int64),
+            "rows": torch.zeros(rows, dtype=torch.int32),
+            "cu_seqlens": torch.zeros(2, dtype=torch.int32),
+        }
+        held = {p.untyped_storage()._cdata for p in model.parameters()}
+        held |= {t.untyped_storage()._cdata for t in batch.values()}
+        follower._sizes = dict.fromkeys(held, 0)  # there before the step
+        with follower:
+            for _ in range(min(2, accumulation)):
+                with torch.autocast("cpu", dtype=torch.bfloat16) if casting else contextlib.nullcontext():
+                    output = model(**batch, max_seqlen=tokens)
+                (output.loss_sum * 0.5).backward()
+                del output
+        sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    activations, workspace, grown = follower.best
+    return Trace(sum(sizes), sum(sizes), activations, workspace, grown, follower.other_peak)
+
+
+def _loss_workspace(func: Any, args: tuple[Any, ...], device: str) -> int:
+    """Scratch bytes of the fused head and loss beyond its outputs: a cast weight, one chunk of logits, fp32 sums."""
+    if func is not torch.ops.chatmill.linear_cross_entropy_sum.default:
+        return 0
+    x, weight = args[0], args[1]
+    (n_rows, hidden), vocabulary = x.shape, weight.shape[0]
+    bytes_ = vocabulary * hidden * x.element_size() if x.dtype != weight.dtype else 0
+    bytes_ += vocabulary * hidden * 4 if weight.element_size() < 4 else 0
+    if device == "gpu":
+        return bytes_ + _gpu_logits(n_rows, vocabulary, x.element_size())
+    from chatmill.kernels.linear_cross_entropy_torch import CHUNK_BYTES
+
+    size = max(1, min(n_rows, CHUNK_BYTES // (vocabulary * 4)))
+    if x.element_size() == 4:
+        return bytes_ + size * vocabulary * 4
+    return bytes_ + size * vocabulary * 6 + vocabulary * hidden * 2  # a bf16 copy of the chunk, a bf16 product
+
+
+def _gpu_logits(n_rows: int, vocabulary: int, element_bytes: int) -> int:
+    try:
+        from chatmill.kernels.linear_cross_entropy_triton import chunk_rows
+    except ImportError:  # planned where there is no triton: a GiB is what the kernel allows itself
+        return min(n_rows * vocabulary * element_bytes, 1 << 30)
+    return chunk_rows(n_rows, vocabulary, element_bytes) * (-(-vocabulary // 128) * 128) * element_bytes
