@@ -23,6 +23,7 @@ class _KeepOverrides(argparse.ArgumentParser):
 def add_commands(commands: Any) -> None:
     """Register this part's commands on an argparse subparsers object."""
     _add_launch(commands)
+    _add_plan(commands)
     command = _add(commands, "status", _status, "state, attempts, step, time left, goodput and where the logs are")
     command.add_argument("runs", nargs="*", metavar="RUN", help="run folders (default: all below runs/)")
     command.add_argument("--json", action="store_true", help="one JSON object per run")
@@ -63,6 +64,17 @@ def _add(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentP
     return command
 
 
+def _add_plan(commands: Any) -> None:
+    command = _add(commands, "plan", _plan, "memory by part for every engine, the largest micro-batch, time and GPU-hours")
+    command.__class__ = _KeepOverrides
+    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    command.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides such as train.micro_batch=4")
+    command.add_argument("--gpu", help="h200, h100 (default), a100, l40s, 4090 ... (trainer/hardware.py)")
+    command.add_argument("--gpus", type=int, help="GPUs in all (default 1)")
+    command.add_argument("--mfu", type=float, help="share of the GPU's peak that is assumed to be reached (default 0.4)")
+    command.add_argument("--json", action="store_true", help="everything as JSON")
+
+
 def _add_launch(commands: Any) -> None:
     command = _add(commands, "launch", _launch, "start a training run here, under torchrun, or on Slurm")
     command.__class__ = _KeepOverrides
@@ -94,6 +106,12 @@ def _launch(options: argparse.Namespace) -> int:
     from chatmill.launcher.launch import launch
 
     return launch(options)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from chatmill.launcher.planning import plan_command
+
+    return plan_command(options)
 
 
 def _status(options: argparse.Namespace) -> int:

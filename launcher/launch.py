@@ -57,6 +57,9 @@ def launch(options: argparse.Namespace) -> int:
     plan = make_plan(options)
     print(describe(plan))
     if options.dry_run:
+        from chatmill.launcher.planning import plan_lines
+
+        print(f"\n{plan_lines(plan.resolved.recipe, plan.spec.world_size, plan.spec.gpu_type)}\n")
         print(preview(plan))
         return 0
     check_inputs(plan)
@@ -111,8 +114,8 @@ def describe(plan: Plan) -> str:
         counts = shape.parameter_counts()
         parts = "  ".join(f"{name} {count:,}" for name, count in counts.items() if name != "total" and count)
         lines.append(f"parameters  {counts['total']:,}  ({parts})")
-        flops = shape.flops_per_token(recipe.data.sequence_length / 2) * step_tokens
-        lines.append(f"per step    {flops:.3g} FLOPs at most (whole packs, mean context of half a pack)")
+        flops = shape.flops_per_token(recipe.data.sequence_length) * step_tokens
+        lines.append(f"per step    {flops:.3g} FLOPs at most (every pack one dialogue)")
     lines.append(f"tokens      {packs} packs x {recipe.data.sequence_length} = {step_tokens:,} per step at most")
     train = recipe.train
     if train.epochs is None and train.tokens is None:

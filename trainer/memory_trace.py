@@ -1,7 +1,7 @@
 """Bytes that one training step keeps alive, found by running the real model on fake tensors: no weights, no GPU, no waiting.
 
     trace = trace_step(config, tokens=8192, rows=8192, precision="bf16", device="gpu")
-    trace.activations, trace.workspace
+    trace.activations + trace.workspace      # the most bytes alive besides weights, gradients and optimizer
 
 Every tensor that forward, loss and backward make is seen by a dispatch mode and followed until it is freed, so what autograd
 saves, what activation checkpointing spares and what autocast copies are what the code really does. Inside a custom operator
@@ -27,42 +27,36 @@ from chatmill.kernels.dispatch import planning_for_gpu
 from chatmill.trainer.config import KernelSection, ModelConfig
 from chatmill.trainer.model import Decoder
 
+SHALLOW = 2  # layers of the models that are traced in place of deep ones
 ON_GPU = KernelSection(attention="triton", cross_entropy="triton", elementwise="triton")
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes of one process, without sharding.
+    """The most bytes alive at once in a step besides weights, their gradients and the optimizer.
 
-    parameters, gradients: all of them. At the moment when activations + workspace + grown are the most:
-    activations: everything alive but parameters and gradients; workspace: the loss kernel's scratch in that, if it was running;
-    grown: gradients that existed already.
+    activations: what operators made and something still holds; workspace: scratch of the loss kernel, where it ran at that
+    moment.
     """
 
-    parameters: int
-    gradients: int
     activations: int
     workspace: int
-    grown: int
-    activations_peak: int  # the most of activations + workspace at any moment, gradients aside
 
     @property
-    def peak(self) -> int:
-        """The most bytes alive besides the parameters."""
-        return self.activations + self.workspace + self.grown
+    def total(self) -> int:
+        """Both."""
+        return self.activations + self.workspace
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows every storage that operators make until it is freed. `gradients` holds the storages counted apart."""
+    """Follows every storage that operators make until it is freed; `leave_out` is for gradients of parameters."""
 
     def __init__(self, workspace: Callable[[Any, tuple[Any, ...]], int]) -> None:
         super().__init__()
         self._workspace = workspace
         self._sizes: dict[int, int] = {}
-        self._gradient_keys: set[int] = set()
-        self.other = self.grown = 0
-        self.best = (0, 0, 0)  # other, workspace, grown at the peak of their sum
-        self.other_peak = 0
+        self.alive = 0
+        self.peak = Trace(0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -72,36 +66,45 @@ class LiveBytes(TorchDispatchMode):
         self._look(self._workspace(func, args))
         return out
 
-    def is_gradient(self, tensor: Tensor) -> None:
-        """Count the tensor's storage as a gradient from now on."""
+    def leave_out(self, tensor: Tensor) -> None:
+        """Stop counting the tensor's storage."""
         key = self._follow(tensor)
-        if key not in self._gradient_keys:
-            self._gradient_keys.add(key)
-            self.other -= self._sizes[key]
-            self.grown += self._sizes[key]
-            self._look(0)
+        self.alive -= self._sizes[key]
+        self._sizes[key] = 0
+
+    def known(self, tensor: Tensor) -> None:
+        """A tensor that was there before the step."""
+        self._sizes[tensor.untyped_storage()._cdata] = 0
 
     def _follow(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
-            self.other += self._sizes[key]
+            self.alive += self._sizes[key]
             weakref.finalize(storage, self._forget, key).atexit = False
         return key
 
     def _forget(self, key: int) -> None:
-        size = self._sizes.pop(key)
-        if key in self._gradient_keys:
-            self._gradient_keys.discard(key)
-            self.grown -= size
-        else:
-            self.other -= size
+        self.alive -= self._sizes.pop(key)
 
     def _look(self, workspace: int) -> None:
-        if self.other + workspace + self.grown > sum(self.best):
-            self.best = (self.other, workspace, self.grown)
-        self.other_peak = max(self.other_peak, self.other + workspace)
+        if self.alive + workspace > self.peak.total:
+            self.peak = Trace(self.alive, workspace)
+
+
+def estimate_step(config: ModelConfig, **options: Any) -> Trace:
+    """trace_step of a model of any depth from two shallow ones: all layers are alike, so every figure is linear in depth."""
+    if config.layers <= 2 * SHALLOW:
+        return trace_step(config, **options)
+    low, high = (trace_step(_with_layers(config, layers), **options) for layers in (SHALLOW, 2 * SHALLOW))
+    more = (config.layers - 2 * SHALLOW) / SHALLOW
+    workspace = high.workspace if low.workspace else 0
+    return Trace(round(high.total + more * (high.total - low.total)) - workspace, workspace)
+
+
+def _with_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    return ModelConfig.model_validate({name: getattr(config, name) for name in ModelConfig.model_fields} | {"layers": layers})
 
 
 def trace_step(
@@ -111,19 +114,17 @@ def trace_step(
     rows: int,
     precision: Literal["bf16", "fp32"],
     device: Literal["cpu", "gpu"] = "gpu",
-    kernels: KernelSection | None = None,
-    checkpointing: bool = False,
-    accumulation: int = 1,
+    checkpointing: bool | str = False,
     low_precision_weights: bool = False,
 ) -> Trace:
-    """Run forward, loss and backward of `accumulation` (2 show all there is) micro-batches without computing anything.
+    """Run forward, loss and backward of one micro-batch without computing anything.
 
-    tokens: T of a micro-batch; rows: of those, how many the loss is computed for. device: whose kernels are meant; on a GPU ours.
+    tokens: T of a micro-batch; rows: of those, how many carry loss. device: whose kernels are meant.
     low_precision_weights: the engine hands the model bf16 weights (FSDP2, ZeRO) instead of casting fp32 ones by autocast.
     """
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     weights = compute if low_precision_weights else torch.float32
-    chosen = ON_GPU if device == "gpu" else (kernels or KernelSection())
+    chosen = ON_GPU if device == "gpu" else KernelSection()
     planning = planning_for_gpu() if device == "gpu" else contextlib.nullcontext()
     casting = precision == "bf16" and not low_precision_weights
     with FakeTensorMode(allow_non_fake_inputs=True), planning:
@@ -133,10 +134,8 @@ def trace_step(
             model = Decoder(config, chosen)
         finally:
             torch.set_default_dtype(before)
-        model.activation_checkpointing = checkpointing
+        model.activation_checkpointing = checkpointing  # type: ignore[assignment]
         follower = LiveBytes(lambda func, args: _loss_workspace(func, args, device))
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p: follower.is_gradient(p.grad))
         batch = {
             "tokens": torch.zeros(tokens, dtype=torch.int32),
             "positions": torch.zeros(tokens, dtype=torch.int32),
@@ -144,18 +143,16 @@ def trace_step(
             "rows": torch.zeros(rows, dtype=torch.int32),
             "cu_seqlens": torch.zeros(2, dtype=torch.int32),
         }
-        held = {p.untyped_storage()._cdata for p in model.parameters()}
-        held |= {t.untyped_storage()._cdata for t in batch.values()}
-        follower._sizes = dict.fromkeys(held, 0)  # there before the step
+        for parameter in model.parameters():
+            follower.known(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda p: follower.leave_out(p.grad))
+        for tensor in batch.values():
+            follower.known(tensor)
         with follower:
-            for _ in range(min(2, accumulation)):
-                with torch.autocast("cpu", dtype=torch.bfloat16) if casting else contextlib.nullcontext():
-                    output = model(**batch, max_seqlen=tokens)
-                (output.loss_sum * 0.5).backward()
-                del output
-        sizes = [p.numel() * p.element_size() for p in model.parameters()]
-    activations, workspace, grown = follower.best
-    return Trace(sum(sizes), sum(sizes), activations, workspace, grown, follower.other_peak)
+            with torch.autocast("cpu", dtype=torch.bfloat16) if casting else contextlib.nullcontext():
+                output = model(**batch, max_seqlen=tokens)
+            (output.loss_sum * 0.5).backward()
+    return follower.peak
 
 
 def _loss_workspace(func: Any, args: tuple[Any, ...], device: str) -> int:

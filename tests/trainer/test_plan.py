@@ -1,0 +1,233 @@
+"""`chatmill plan`: its counts against the meta model, its memory against what the allocator really handed out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from chatmill.config import ConfigError
+from chatmill.data.stream import PackedBatch
+from chatmill.launcher.__main__ import main
+from chatmill.trainer.config import ModelConfig, Recipe, load_recipe
+from chatmill.trainer.hardware import GIB, find_gpu, known_gpu
+from chatmill.trainer.loop import build_engine
+from chatmill.trainer.memory_trace import estimate_step, trace_step
+from chatmill.trainer.model import Decoder
+from chatmill.trainer.plan import Estimator, make_plan, show
+from chatmill.trainer.world import World
+
+SHAPE = ModelConfig(
+    vocab_size=2048, hidden_size=128, intermediate_size=384, layers=6, heads=4, kv_heads=2, context=1024, tied_embeddings=False
+)
+RECIPES = ("tiny", "demo-gpu", "360m", "1b", "8b")
+
+
+def recipe(engine: str = "single", **train: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": SHAPE.model_dump(),
+            "data": {"sequence_length": 512},
+            "train": {"precision": "fp32", **train},
+            "parallel": {"strategy": engine},
+        }
+    )
+
+
+def batch(tokens: int) -> PackedBatch:
+    """One pack of one document, every token supervised."""
+    ramp = torch.arange(tokens, dtype=torch.int32)
+    ends = torch.tensor([0, tokens], dtype=torch.int32)
+    counts = dict.fromkeys(("loss_tokens", "n_tokens", "step_loss_tokens", "step_tokens"), tokens)
+    zeros = torch.zeros(tokens, dtype=torch.int32)
+    return PackedBatch(zeros, zeros.long(), ramp, ends, ramp, tokens, **counts, uids=("one",))
+
+
+def measured_peak(run: Callable[[], object]) -> int:
+    """Most bytes that torch's CPU allocator had handed out at once since the call began."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    results = profiler.profiler
+    assert results is not None
+    events = sorted((e for e in results.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    assert events
+    alive = peak = 0
+    for event in events:
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[World]:
+    """A process group of one, met in a file."""
+    dist.init_process_group("gloo", init_method=(tmp_path / "meeting").as_uri(), rank=0, world_size=1)
+    try:
+        yield World(0, 1, 0, 1, torch.device("cpu"), "gloo")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_counted_parameters_are_those_of_the_model_on_the_meta_device(name: str) -> None:
+    config = load_recipe(name).model.shape()
+    with torch.device("meta"):
+        model = Decoder(config)
+    assert config.parameter_counts()["total"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_predicted_activations_are_what_a_step_allocates(precision, checkpointing: bool) -> None:
+    tokens = 1024
+    predicted = trace_step(SHAPE, tokens=tokens, rows=tokens, precision=precision, device="cpu", checkpointing=checkpointing)
+    model = Decoder(SHAPE)
+    model.init_weights(0)
+    model.activation_checkpointing = checkpointing
+    given = batch(tokens)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            output = model(given.tokens, given.positions, given.cu_seqlens, targets=given.targets, rows=given.rows)
+        output.loss_sum.backward()
+
+    step()  # gradients exist from here on, the peak is that of the activations
+    found = measured_peak(step)
+    assert predicted.total == pytest.approx(found, rel=0.02 if precision == "fp32" else 0.07)  # bf16: oneDNN's own buffers
+    assert predicted.activations > 4 * tokens * SHAPE.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("engine", "accumulation", "packs"), [("single", 1, 1), ("single", 2, 2), ("ddp", 1, 2), ("ddp", 2, 2), ("fsdp2", 1, 2)]
+)
+def test_a_whole_step_needs_what_the_plan_says(engine: str, accumulation: int, packs: int, alone: World) -> None:
+    given = recipe(engine, micro_batch=packs, accumulation=accumulation)
+    predicted = Estimator(given, SHAPE, device="cpu").memory(engine, 1)
+
+    def run() -> None:
+        model = Decoder(SHAPE, given.kernels)
+        model.init_weights(0)
+        made = build_engine(given, model, alone)
+        for _ in range(2):
+            made.forward_backward([batch(512 * packs)] * accumulation)
+            made.step(1e-3)
+
+    assert predicted.tensors == pytest.approx(measured_peak(run), rel=0.05)
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"low_precision_weights": True}])
+def test_a_deep_model_is_estimated_exactly_from_shallow_ones(options: dict) -> None:
+    deep = ModelConfig.model_validate(SHAPE.model_dump() | {"layers": 9})
+    whole = trace_step(deep, tokens=1024, rows=1024, precision="bf16", **options)
+    assert estimate_step(deep, tokens=1024, rows=1024, precision="bf16", **options) == whole
+
+
+def test_checkpointing_and_fewer_loss_rows_save_memory() -> None:
+    def total(**options) -> int:
+        return trace_step(SHAPE, **{"tokens": 4096, "rows": 4096, "precision": "bf16"} | options).total
+
+    assert total(checkpointing=True) < 0.6 * total()
+    assert total(rows=1024) < total()
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
+    estimator = Estimator(recipe(), SHAPE)
+    limit = GIB
+    packs = estimator.largest_micro_batch("single", 1, limit)
+    assert packs > 4
+    exact = Estimator(recipe(micro_batch=packs), SHAPE)
+    assert exact.memory("single", 1).total <= 1.01 * limit  # traced, not extrapolated
+    assert Estimator(recipe(micro_batch=packs + 1), SHAPE).memory("single", 1).total > 0.99 * limit
+    assert estimator.memory("single", 1, packs).total <= limit < estimator.memory("single", 1, packs + 1).total
+
+
+def test_sharding_divides_what_it_says() -> None:
+    estimator = Estimator(recipe(precision="bf16"), SHAPE)
+    n = SHAPE.parameter_counts()["total"]
+    for engine in ("fsdp2", "zero3"):
+        two, four = estimator.memory(engine, 2), estimator.memory(engine, 4)
+        assert four.optimizer == pytest.approx(two.optimizer / 2, rel=1e-3)
+        assert four.weights == pytest.approx(two.weights / 2, rel=1e-3)
+    assert estimator.memory("ddp", 8).optimizer == 8 * n
+    assert estimator.memory("zero1", 4).weights == 2 * n
+
+
+def test_the_recommended_engine_changes_with_the_size_of_the_model() -> None:
+    gpu = find_gpu("h100")
+    small, large = load_recipe("360m"), load_recipe("8b")
+    assert make_plan(small, small.model.shape(), gpu, 8, engines=["ddp", "fsdp2"], world_sizes=[8]).engine == "ddp"
+    plan = make_plan(large, large.model.shape(), gpu, 16, engines=["ddp", "fsdp2"], world_sizes=[16])
+    assert plan.engine == "fsdp2"
+    assert "ddp does not fit" in plan.reasons[0] and "does not fit" in show(plan)
+    alone = make_plan(large, large.model.shape(), find_gpu("4090"), 1, engines=["single"])
+    assert alone.engine is None
+    assert alone.reasons[-1].startswith("try ")
+
+
+def test_time_follows_from_flops_peak_and_the_stated_mfu() -> None:
+    given = recipe(steps=100, micro_batch=4, precision="bf16")
+    work = make_plan(given, SHAPE, find_gpu("h100"), 2, mfu=0.5, engines=["ddp"], context=300.0).work
+    matrices = 6 * (128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 384) + 2048 * 128
+    flops = 6 * matrices + 6 * 6 * 128 * 300.0
+    assert work.flops_per_token == flops
+    assert work.tokens == 100 * 2 * 4 * 512
+    assert work.gpu_hours == pytest.approx(work.tokens * flops / (989.4e12 * 0.5) / 3600)
+    slower = given.model_copy(update={"train": given.train.model_copy(update={"activation_checkpointing": True})})
+    recomputed = make_plan(slower, SHAPE, find_gpu("h100"), 2, mfu=0.5, engines=["ddp"], context=300.0).work
+    assert recomputed.hours == pytest.approx(work.hours / 0.75)
+    with pytest.raises(ConfigError, match="mfu"):
+        make_plan(given, SHAPE, find_gpu("h100"), 2, mfu=40, engines=["ddp"])
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("h100", "h100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("Tesla T4", None),
+    ],
+)
+def test_gpus_are_found_by_short_and_by_driver_names(name: str, found: str | None) -> None:
+    gpu = known_gpu(name)
+    assert (gpu.name if gpu else None) == found
+
+
+def test_the_command_prints_json_and_reads_the_data(write_recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(write_recipe("planned"))
+    assert main(["plan", file, "--gpu", "l40s", "--gpus", "2", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert {(fit["engine"], fit["world_size"]) for fit in plan["fits"]} >= {("single", 1), ("ddp", 2), ("zero3", 2)}
+    assert 0.2 < plan["loss_share"] < 0.8  # from the shards
+    assert plan["work"]["context"] < 128
+    assert plan["fits"][0]["memory"]["total"] == sum(v for k, v in plan["fits"][0]["memory"].items() if k != "total")
+    assert main(["plan", file, "--gpu", "abacus"]) == 2
+    assert "known are" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_parameters_recipe_and_plan(
+    write_recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(write_recipe("dry"))
+    command = ["launch", file, "--on", "torchrun", "--processes-per-node", "2", "--dry-run"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "parameters  " in out and "sequence_length: 128" in out and "torch.distributed.run" in out
+    assert "\nddp         2" in out and "GPU-hours" in out
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else there(name, *rest))
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "torch is not installed here" in out and "GPU-hours" not in out

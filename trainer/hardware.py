@@ -1,0 +1,66 @@
+"""GPUs by name: memory and peak speed, from the vendors' data sheets. No torch: login nodes plan with it.
+
+    gpu = find_gpu("h200")              # a short name, or what torch.cuda.get_device_name says
+    gpu.bf16_flops                      # dense, without sparsity, accumulating in fp32
+
+Data sheets print figures with 2:4 sparsity for most tensor-core GPUs: those are halved here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chatmill.config import ConfigError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """memory_bytes: what CUDA reports as the device's total, a little less than the name says. bf16_flops: FLOP/s, dense."""
+
+    name: str
+    memory_bytes: int
+    bf16_flops: float
+    source: str
+
+
+# A name that contains another stands before it.
+GPUS: tuple[Gpu, ...] = (
+    Gpu("gh200", 95 * GIB, 989.4e12, "NVIDIA GH200 Grace Hopper Superchip data sheet (96 GB HBM3)"),
+    Gpu("h200", 139 * GIB, 989.4e12, "NVIDIA H200 data sheet (SXM, 141 GB)"),
+    Gpu("h100-pcie", 79 * GIB, 756e12, "NVIDIA H100 data sheet (PCIe, 80 GB)"),
+    Gpu("h100-nvl", 93 * GIB, 835e12, "NVIDIA H100 data sheet (NVL, 94 GB)"),
+    Gpu("h100", 79 * GIB, 989.4e12, "NVIDIA H100 data sheet (SXM, 80 GB)"),
+    Gpu("b200", 178 * GIB, 2250e12, "NVIDIA DGX B200 data sheet (1,440 GB and 18 PFLOP/s of 8 GPUs)"),
+    Gpu("a100-40", 39 * GIB, 312e12, "NVIDIA A100 data sheet (40 GB)"),
+    Gpu("a100", 79 * GIB, 312e12, "NVIDIA A100 data sheet (80 GB)"),
+    Gpu("l40s", 44 * GIB, 362e12, "NVIDIA L40S data sheet (48 GB)"),
+    Gpu("l4", 22 * GIB, 121e12, "NVIDIA L4 data sheet (24 GB)"),
+    Gpu("a10", 22 * GIB, 125e12, "NVIDIA A10 data sheet (24 GB)"),
+    Gpu("5090", 31 * GIB, 209.5e12, "NVIDIA RTX Blackwell architecture paper (GeForce RTX 5090, 32 GB)"),
+    Gpu("4090", 23 * GIB, 165.2e12, "NVIDIA Ada architecture paper (GeForce RTX 4090, 24 GB)"),
+    Gpu("3090", 23 * GIB, 71e12, "NVIDIA Ampere GA102 architecture paper (GeForce RTX 3090, 24 GB)"),
+    Gpu("mi300x", 191 * GIB, 1307.4e12, "AMD Instinct MI300X data sheet (192 GB)"),
+)
+# what drivers call the variants
+DRIVER_NAMES = {"h100 pcie": "h100-pcie", "h100 nvl": "h100-nvl", "a100-sxm4-40gb": "a100-40", "a100-pcie-40gb": "a100-40"}
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """The GPU of a short name or a driver's name ("NVIDIA H100 80GB HBM3"), or None."""
+    low = name.lower()
+    for variant, short in DRIVER_NAMES.items():
+        if variant in low:
+            low = short
+    words = [low, *low.replace("-", " ").split()]
+    exact = next((gpu for gpu in GPUS if gpu.name in words), None)
+    return exact or next((gpu for gpu in GPUS if gpu.name in low), None)
+
+
+def find_gpu(name: str) -> Gpu:
+    """As known_gpu; raises ConfigError with the names that are known."""
+    gpu = known_gpu(name)
+    if gpu is None:
+        raise ConfigError(f"GPU {name!r} is not in the table; known are {', '.join(gpu.name for gpu in GPUS)}")
+    return gpu
