@@ -114,7 +114,7 @@ def trace_step(
     rows: int,
     precision: Literal["bf16", "fp32"],
     device: Literal["cpu", "gpu"] = "gpu",
-    checkpointing: bool | str = False,
+    checkpointing: bool | Literal["full", "selective"] = False,
     low_precision_weights: bool = False,
 ) -> Trace:
     """Run forward, loss and backward of one micro-batch without computing anything.
@@ -134,7 +134,7 @@ def trace_step(
             model = Decoder(config, chosen)
         finally:
             torch.set_default_dtype(before)
-        model.activation_checkpointing = checkpointing  # type: ignore[assignment]
+        model.activation_checkpointing = checkpointing
         follower = LiveBytes(lambda func, args: _loss_workspace(func, args, device))
         batch = {
             "tokens": torch.zeros(tokens, dtype=torch.int32),

@@ -180,9 +180,9 @@ class Estimator:
             buffers = 2 * n if engine == "zero1" and c == 2 else BUCKET * c
             if engine == "zero3":
                 buffers += c * min(n, LIVE)
-        if getattr(self.recipe.train, "ema", None) is not None:
+        if self.recipe.train.ema is not None:
             optimizer += 4 * n // (1 if engine in ("single", "ddp") else w)
-        if getattr(self.recipe.parallel, "offload", "none") != "none" and engine not in ("single", "ddp"):
+        if self.recipe.parallel.offload != "none" and engine not in ("single", "ddp"):
             optimizer = 0  # and in fsdp2 and zero3 the shards of weights too: left in as a reserve
         moving = gradients + activations + workspace + buffers
         context = CONTEXT[w > 1]
