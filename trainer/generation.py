@@ -21,6 +21,7 @@ from chatmill.trainer.model import Decoder, KVCache
 from chatmill.trainer.sampling import Sampling, make_generator, next_token
 
 FinishReason = Literal["stop", "length"]
+SCORE_CHUNK = 256  # tokens of a prompt whose logits exist at a time, where their log-probabilities are wanted
 PREFILL_CHUNK = 1024  # tokens per forward pass of a prompt: bounds the memory of attention and MLP
 WINDOW = 32  # tokens decoded again per step at most, so that a long reply costs linear time
 
@@ -49,7 +50,9 @@ class TokenStep:
 class Generation:
     """Iterator over the TokenSteps of one reply. After the end, finish_reason tells why.
 
-    "stop": a stop id came, or the consumer called `stop()`; "length": max_new_tokens or the context is full.
+    "stop": a stop id came (stop_step is that token), or the consumer called `stop()`; "length": max_new_tokens or the
+    context is full. prompt_logprobs: alternatives per token of the prompt; prompt_steps then has one TokenStep for each
+    token but the first, which follows nothing.
     Closing it, or dropping it, ends the work: nothing runs between two `next` calls.
     """
 
@@ -63,6 +66,7 @@ class Generation:
         stop_ids: Collection[int] = frozenset(),
         seed: int | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> None:
         check_prompt(prompt_ids, model.config.context, model.config.vocab_size)
         if max_new_tokens < 1:
@@ -72,7 +76,10 @@ class Generation:
         self.stop_ids = frozenset(stop_ids)
         self.finish_reason: FinishReason | None = None
         self.ids: list[int] = []
+        self.stop_step: TokenStep | None = None
+        self.prompt_steps: list[TokenStep] = []
         self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
         self._room = min(max_new_tokens, model.config.context - len(prompt_ids))
         weight = next(model.parameters())
         self._device = weight.device
@@ -116,17 +123,13 @@ class Generation:
         chosen = next_token(logits, self.sampling, self._seen, self._generator)
         if chosen in self.stop_ids:
             self.finish_reason = "stop"
+            self.stop_step = token_step(chosen, logits, self._logprobs)
             return None
         self.ids.append(chosen)
         self._pending = torch.tensor([chosen], dtype=torch.long, device=self._device)
         if self.sampling.repetition_penalty != 1.0:
             self._seen = torch.unique(torch.cat((self._seen, self._pending)))
-        if self._logprobs is None:
-            return TokenStep(chosen, 0.0)
-        chances = logits.float().log_softmax(-1)
-        best = chances.topk(self._logprobs) if self._logprobs else None
-        top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return TokenStep(chosen, float(chances[chosen]), top)
+        return token_step(chosen, logits, self._logprobs)
 
     def stop(self) -> None:
         """End the reply from outside (a stop string was met)."""
@@ -135,11 +138,33 @@ class Generation:
     @torch.no_grad()
     def read(self) -> Tensor:
         """Logits Float["V"] after the pending tokens, which enter the cache."""
+        if self._prompt_logprobs is not None and self._cache.length == 0:
+            return self._read_scoring(self._prompt_logprobs)
         logits: Tensor | None = None
         for chunk in self._pending.split(PREFILL_CHUNK):
             logits = self.model.cached_logits(chunk, self._cache)
         assert logits is not None
         return logits
+
+    def _read_scoring(self, alternatives: int) -> Tensor:
+        following = self._pending[1:].tolist()
+        row: Tensor | None = None
+        for chunk in self._pending.split(SCORE_CHUNK):
+            for row in self.model.cached_logits(chunk, self._cache, all_positions=True):
+                if len(self.prompt_steps) < len(following):
+                    self.prompt_steps.append(token_step(following[len(self.prompt_steps)], row, alternatives))
+        assert row is not None
+        return row
+
+
+def token_step(token_id: int, logits: Tensor, alternatives: int | None) -> TokenStep:
+    """A token with its log-probability under logits Float["V"], and the likeliest ids; without both for None."""
+    if alternatives is None:
+        return TokenStep(token_id, 0.0)
+    chances = logits.float().log_softmax(-1)
+    best = chances.topk(alternatives) if alternatives else None
+    top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenStep(token_id, float(chances[token_id]), top)
 
 
 def generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import random
@@ -10,10 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chatmill.config import ConfigError
 from chatmill.data.tokenizer import train_bpe
@@ -83,7 +86,7 @@ class Served:
         return link
 
     def wait_idle(self) -> None:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while self.engine.load != (0, 0):
             assert time.monotonic() < until, self.engine.load
             time.sleep(0.02)
@@ -140,6 +143,71 @@ def test_a_stream_carries_the_same_reply_in_pieces(served: Served, chat_model: C
     assert events[-2]["choices"][0]["finish_reason"] in ("stop", "length")
     assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] > 5
     assert len({e["id"] for e in events}) == 1
+
+
+def test_an_echo_scores_the_prompt_as_a_full_forward_pass_does(served: Served, chat_model: ChatModel) -> None:
+    texts = ["hello there", "how are you? I am fine."]
+    prompts = [chat_model.tokenizer.encode(text) for text in texts]
+    for given in (texts, prompts):
+        body = {"model": "tiny", "prompt": given, "echo": True, "logprobs": 2, "max_tokens": 1, "temperature": 0}
+        status, answer, _ = served.send("POST", "/v1/completions", body)
+        assert status == 200
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+        for ids, text, choice in zip(prompts, texts, answer["choices"], strict=True):
+            told = choice["logprobs"]
+            with torch.no_grad():
+                logits = chat_model.model(
+                    torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32)
+                )
+            truth = logits.log_softmax(-1)
+            best = truth.max(-1)
+            scored = [*ids[1:], int(best.indices[-1])]
+            assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+            assert told["token_logprobs"][1:] == pytest.approx([float(truth[t, i]) for t, i in enumerate(scored)], abs=1e-4)
+            assert [max(top.values()) for top in told["top_logprobs"][1:]] == pytest.approx(best.values.tolist(), abs=1e-4)
+            assert told["tokens"] == [chat_model.tokenizer.decode([i]) for i in (*ids, scored[-1])]
+            assert choice["text"].startswith(text)
+            assert [choice["text"][at:].startswith(t) for at, t in zip(told["text_offset"], told["tokens"], strict=True)][:-1]
+        assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
+
+
+def test_an_echo_ends_with_the_stop_token_and_may_generate_nothing(served: Served, chat_model: ChatModel) -> None:
+    ids = chat_model.tokenizer.encode("hello there")
+    following = int(next(Generation(chat_model.model, ids, max_new_tokens=1)).id)
+    stopping = replace(chat_model, tokenizer=copy.copy(chat_model.tokenizer))
+    stopping.tokenizer.stop_ids = frozenset({following})
+    server = Served(Engine(stopping))
+    try:
+        body = {"model": "tiny", "prompt": ids, "echo": True, "logprobs": 1, "temperature": 0}
+        _, answer, _ = server.send("POST", "/v1/completions", body | {"max_tokens": 3})
+        choice = answer["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        assert choice["text"] == "hello there"
+        assert len(choice["logprobs"]["tokens"]) == len(ids) + 1  # what lm-evaluation-harness cuts off at the end
+        assert answer["usage"]["completion_tokens"] == 0
+        _, answer, _ = server.send("POST", "/v1/completions", body | {"max_tokens": 0})
+        assert len(answer["choices"][0]["logprobs"]["tokens"]) == len(ids)
+        assert answer["choices"][0]["text"] == "hello there"
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"max_tokens": 0}, "only with echo"),
+        ({"stream": True, "echo": True}, "stream"),
+        ({"stream": True, "prompt": ["a", "b"]}, "several prompts"),
+        ({"prompt": ["a"] * 65}, "at most 64"),
+        ({"prompt": ["a", ""]}, "empty"),
+        ({"prompt": [[1], [999]]}, "999"),
+        ({"prompt": [1, "a"]}, "prompt"),
+    ],
+)
+def test_an_impossible_plain_completion_is_refused(served: Served, changes: dict[str, Any], word: str) -> None:
+    status, answer, _ = served.send("POST", "/v1/completions", {"model": "tiny", "prompt": "a"} | changes)
+    assert status == 400
+    assert word in answer["error"]["message"]
 
 
 def test_the_same_seed_gives_the_same_sampled_reply(served: Served, chat_model: ChatModel) -> None:

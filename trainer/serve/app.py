@@ -29,6 +29,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chatmill.config import ConfigError
+from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.trainer.generation import TokenStep, check_prompt
 from chatmill.trainer.serve.engine import BusyError, Done, Engine, Event, Failed, Job, Piece
 from chatmill.trainer.serve.protocol import (
@@ -135,40 +136,53 @@ def create_app(engine: Engine, *, token: str | None = None, limits: Limits | Non
             raise RequestError(
                 404, f"model {asked.model!r} is not served here; this is {chat.name!r}.", param="model", code="model_not_found"
             )
-        ids = await run_in_threadpool(asked.prompt_ids, chat.tokenizer)
-        try:
-            check_prompt(ids, chat.model.config.context, chat.model.config.vocab_size)
-        except ConfigError as error:
-            long = len(ids) >= chat.model.config.context
-            code = "context_length_exceeded" if long else None
-            raise RequestError(400, str(error), param="messages" if kind is ChatRequest else "prompt", code=code) from None
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        prompts = await run_in_threadpool(asked.prompts, chat.tokenizer)
+        for ids in prompts:
+            try:
+                check_prompt(ids, chat.model.config.context, chat.model.config.vocab_size)
+            except ConfigError as error:
+                long = len(ids) >= chat.model.config.context
+                code = "context_length_exceeded" if long else None
+                raise RequestError(400, str(error), param="messages" if kind is ChatRequest else "prompt", code=code) from None
         loop = asyncio.get_running_loop()
+        echo = isinstance(asked, TextRequest) and asked.echo
+        wanted = limits.default_tokens if asked.wanted_tokens is None else asked.wanted_tokens
+        jobs: list[tuple[Job, asyncio.Queue[Event]]] = []
 
-        def emit(event: Event) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
+        def submit(ids: list[int]) -> None:
+            events: asyncio.Queue[Event] = asyncio.Queue()
 
-        job = Job(
-            prompt_ids=ids,
-            max_new_tokens=min(asked.wanted_tokens or limits.default_tokens, limits.max_tokens),
-            emit=emit,
-            sampling=asked.sampling,
-            stop_strings=asked.stops,
-            seed=asked.seed,
-            logprobs=asked.wanted_logprobs,
-            deadline=deadline,
-        )
-        try:
+            def emit(event: Event) -> None:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(events.put_nowait, event)
+
+            job = Job(
+                prompt_ids=ids,
+                max_new_tokens=max(1, min(wanted, limits.max_tokens)),
+                emit=emit,
+                sampling=asked.sampling,
+                stop_strings=asked.stops,
+                seed=asked.seed,
+                logprobs=asked.wanted_logprobs,
+                prompt_logprobs=asked.wanted_logprobs if echo else None,
+                deadline=deadline,
+            )
+            jobs.append((job, events))
             engine.submit(job)
+
+        try:
+            for ids in prompts:
+                submit(ids)
         except BusyError as error:
+            for job, _ in jobs:
+                job.cancel()
             raise RequestError(429, str(error), code="queue_full") from None
         shape = Shape(chat.name, isinstance(asked, ChatRequest))
         if asked.stream:
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            body = stream(job, events, shape, with_usage)
+            body = stream(*jobs[0], shape, with_usage)
             return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await whole(request, job, events, shape)
+        return await whole(request, jobs, shape, Echo(wanted > 0) if echo else None)
 
     async def stream(job: Job, events: asyncio.Queue[Event], shape: Shape, with_usage: bool) -> AsyncIterator[str]:
         try:
@@ -198,29 +212,47 @@ def create_app(engine: Engine, *, token: str | None = None, limits: Limits | Non
         finally:
             job.cancel()  # without effect on a finished reply
 
-    async def whole(request: Request, job: Job, events: asyncio.Queue[Event], shape: Shape) -> Response:
-        text, steps = "", list[TokenStep]()
+    async def whole(
+        request: Request, jobs: list[tuple[Job, asyncio.Queue[Event]]], shape: Shape, echo: Echo | None
+    ) -> Response:
+        choices, counts = list[dict[str, Any]](), usage(0, 0)
         try:
-            while True:
-                try:
-                    event = await asyncio.wait_for(events.get(), DISCONNECT_POLL_S)
-                except TimeoutError:
-                    if await request.is_disconnected():
-                        return Response(status_code=499)
-                    continue
-                if isinstance(event, Piece):
-                    text += event.text
-                    steps += event.steps
-                    if events.empty() and await request.is_disconnected():
-                        return Response(status_code=499)
-                elif isinstance(event, Failed):
-                    raise RequestError(504 if event.kind == "timeout" else 500, event.message, code=event.kind)
-                else:
-                    counts = usage(len(job.prompt_ids), event.completion_tokens)
-                    told = logprobs_of(job, shape, steps, 0)
-                    return JSONResponse(shape.answer(text, told, event.finish_reason) | {"usage": counts})
+            for job, events in jobs:
+                found = await finished(request, events)
+                if found is None:
+                    return Response(status_code=499)
+                text, steps, done = found
+                told = logprobs_of(job, shape, steps, 0)
+                tokens = done.completion_tokens
+                if echo is not None:
+                    text, told, tokens = echo.apply(chat.tokenizer, job, text, steps, done)
+                choices.append(shape.choice(len(choices), text, told, done.finish_reason))
+                more = usage(len(job.prompt_ids), tokens)
+                counts = {name: counts[name] + more[name] for name in counts}
+            return JSONResponse(shape.answer(choices) | {"usage": counts})
         finally:
-            job.cancel()
+            for job, _ in jobs:
+                job.cancel()
+
+    async def finished(request: Request, events: asyncio.Queue[Event]) -> tuple[str, list[TokenStep], Done] | None:
+        """(text, tokens, end) of a reply; None when the client has gone."""
+        text, steps = "", list[TokenStep]()
+        while True:
+            try:
+                event = await asyncio.wait_for(events.get(), DISCONNECT_POLL_S)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    return None
+                continue
+            if isinstance(event, Piece):
+                text += event.text
+                steps += event.steps
+                if events.empty() and await request.is_disconnected():
+                    return None
+            elif isinstance(event, Failed):
+                raise RequestError(504 if event.kind == "timeout" else 500, event.message, code=event.kind)
+            else:
+                return text, steps, event
 
     def logprobs_of(
         job: Job, shape: Shape, steps: list[TokenStep] | tuple[TokenStep, ...], offset: int
@@ -261,25 +293,43 @@ class Shape:
         self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
-    def _envelope(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            "choices": [{"index": 0} | choice],
-        }
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
     def chunk(self, content: Any, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None) -> dict[str, Any]:
         """One event of a stream."""
         body = {"delta" if self.is_chat else "text": content, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._envelope("chat.completion.chunk" if self.is_chat else "text_completion", body)
+        return self._envelope("chat.completion.chunk" if self.is_chat else "text_completion", [{"index": 0} | body])
 
-    def answer(self, text: str, logprobs: dict[str, Any] | None, finish_reason: str) -> dict[str, Any]:
-        """The whole reply."""
+    def choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str) -> dict[str, Any]:
+        """One whole reply."""
         content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return self._envelope(kind, content | {"logprobs": logprobs, "finish_reason": finish_reason})
+        return {"index": index} | content | {"logprobs": logprobs, "finish_reason": finish_reason}
+
+    def answer(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """All replies to a request."""
+        return self._envelope("chat.completion" if self.is_chat else "text_completion", choices)
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """An answer that begins with its prompt. with_reply: something was to be generated after it."""
+
+    with_reply: bool
+
+    def apply(
+        self, tokenizer: ChatTokenizer, job: Job, text: str, steps: list[TokenStep], done: Done
+    ) -> tuple[str, dict[str, Any] | None, int]:
+        """(text, log-probabilities, generated tokens)."""
+        prompt = tokenizer.decode(job.prompt_ids)
+        if not self.with_reply:
+            text, steps, stop, tokens = "", [], None, 0
+        else:
+            stop, tokens = done.stop_step, done.completion_tokens
+        if job.logprobs is None:
+            return prompt + text, None, tokens
+        every = [*done.prompt_steps, *steps, *([stop] if stop is not None else [])]
+        return prompt + text, text_logprobs(tokenizer, every, 0, first=job.prompt_ids[0]), tokens
 
 
 def sse(value: Mapping[str, Any]) -> str:

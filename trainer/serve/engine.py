@@ -37,10 +37,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of a reply. completion_tokens: generated ones, the stop id not among them."""
+    """The end of a reply. completion_tokens: generated ones, the stop id not among them.
+
+    prompt_steps: the prompt's tokens after the first, where the job asked to score them; stop_step: the stop id, if one came.
+    """
 
     finish_reason: FinishReason
     completion_tokens: int
+    prompt_steps: tuple[TokenStep, ...] = ()
+    stop_step: TokenStep | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class Job:
     stop_strings: Sequence[str] = ()
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     deadline: float = float("inf")  # time.monotonic()
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -168,6 +174,7 @@ class Engine:
                 stop_ids=self.chat.tokenizer.stop_ids,
                 seed=job.seed,
                 logprobs=job.logprobs,
+                prompt_logprobs=job.prompt_logprobs,
             )
             self._active.append(_Active(job, steps, TextStream(self.chat.tokenizer.decode, job.stop_strings)))
             self.counts.prompt_tokens += len(job.prompt_ids)
@@ -211,7 +218,8 @@ class Engine:
             active.job.emit(Piece(text, tuple(active.held)))
         assert active.steps.finish_reason is not None
         self.counts.finished += 1
-        active.job.emit(Done(active.steps.finish_reason, len(active.steps.ids)))
+        steps = active.steps
+        active.job.emit(Done(active.steps.finish_reason, len(steps.ids), tuple(steps.prompt_steps), steps.stop_step))
         return False
 
     def _is_over(self, job: Job) -> bool:

@@ -17,6 +17,8 @@ from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.trainer.generation import TokenStep
 from chatmill.trainer.sampling import Sampling
 
+MAX_PROMPTS = 64  # of one request
+
 
 class RequestError(Exception):
     """A request that is refused, with the HTTP status and the fields of an OpenAI error body."""
@@ -60,7 +62,7 @@ class Request(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> Request:
-        for name in ("tools", "functions", "logit_bias", "audio", "echo", "suffix"):
+        for name in ("tools", "functions", "logit_bias", "audio", "suffix"):
             if (self.model_extra or {}).get(name):
                 raise ValueError(f"{name} is not supported by this server")
         form = (self.model_extra or {}).get("response_format")
@@ -107,11 +109,11 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
-    def prompt_ids(self, tokenizer: ChatTokenizer) -> list[int]:
-        """The conversation as the model reads it."""
+    def prompts(self, tokenizer: ChatTokenizer) -> list[list[int]]:
+        """The conversation as the model reads it: one prompt."""
         turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in self.messages]
         try:
-            return tokenizer.prompt_ids(turns)
+            return [tokenizer.prompt_ids(turns)]
         except ConfigError as error:
             raise RequestError(400, f"messages: {error}", param="messages") from None
 
@@ -127,17 +129,42 @@ class ChatRequest(Request):
 
 
 class TextRequest(Request):
-    """POST /v1/completions: continue a text, or token ids, without a chat template."""
+    """POST /v1/completions: continue texts, or token ids, without a chat template.
 
-    prompt: str | list[int]
+    echo: the prompt is part of the answer; with logprobs its tokens are scored, which is what lm-evaluation-harness asks for.
+    The logprobs of an echo end with the stop token where one came, so that they always hold prompt plus generated tokens.
+    max_tokens 0 (with echo): score the prompt, generate nothing.
+    """
+
+    prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    max_tokens: int | None = Field(default=None, ge=0)
+    echo: bool = False
 
-    def prompt_ids(self, tokenizer: ChatTokenizer) -> list[int]:
-        """The text as tokens; special-token strings in it stay plain text."""
-        ids = list(self.prompt) if isinstance(self.prompt, list) else tokenizer.encode(tokenizer.escape_special(self.prompt))
-        if not ids:
-            raise RequestError(400, "prompt: it is empty.", param="prompt")
-        return ids
+    @model_validator(mode="after")
+    def _check_echo(self) -> TextRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 is possible only with echo")
+        if self.stream and (self.echo or self.is_batch):
+            raise ValueError("stream: not supported together with echo or with several prompts")
+        if self.is_batch and len(self.prompt) > MAX_PROMPTS:
+            raise ValueError(f"prompt: at most {MAX_PROMPTS} prompts in one request")
+        return self
+
+    @property
+    def is_batch(self) -> bool:
+        """Several prompts, or a list of one."""
+        return isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
+
+    def prompts(self, tokenizer: ChatTokenizer) -> list[list[int]]:
+        """Each text as tokens; special-token strings in it stay plain text."""
+        found: list[list[int]] = []
+        for prompt in self.prompt if self.is_batch else [self.prompt]:
+            ids = tokenizer.encode(tokenizer.escape_special(prompt)) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+            if not ids:
+                raise RequestError(400, "prompt: it is empty.", param="prompt")
+            found.append(ids)
+        return found
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -147,7 +174,7 @@ class TextRequest(Request):
     @property
     def wanted_tokens(self) -> int | None:
         """The most tokens to generate; 16 unless given, as in the OpenAI API."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
 
 
 def parse(kind: type[ChatRequest] | type[TextRequest], raw: Any) -> ChatRequest | TextRequest:
@@ -181,9 +208,25 @@ def chat_logprobs(tokenizer: ChatTokenizer, steps: Sequence[TokenStep]) -> dict[
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(tokenizer: ChatTokenizer, steps: Sequence[TokenStep], offset: int) -> dict[str, Any]:
-    """The `logprobs` of plain completions. offset: characters of reply before the first of these tokens."""
-    tokens = [tokenizer.decode([s.id]) for s in steps]
-    offsets = [offset + sum(len(t) for t in tokens[:k]) for k in range(len(tokens))]
-    top = [{tokenizer.decode([i]): p for i, p in s.top} for s in steps]
-    return {"tokens": tokens, "token_logprobs": [s.logprob for s in steps], "top_logprobs": top, "text_offset": offsets}
+def text_logprobs(
+    tokenizer: ChatTokenizer, steps: Sequence[TokenStep], offset: int = 0, first: int | None = None
+) -> dict[str, Any]:
+    """The `logprobs` of plain completions. offset: characters before the first of these tokens.
+
+    first: the token before them that follows nothing (of an echoed prompt): it has no probability.
+    """
+    ids = [step.id for step in steps] if first is None else [first, *(step.id for step in steps)]
+    tokens = [tokenizer.decode([i]) for i in ids]
+    offsets = [offset]
+    for token in tokens[:-1]:
+        offsets.append(offsets[-1] + len(token))
+    chances: list[float | None] = [step.logprob for step in steps]
+    top: list[dict[str, float] | None] = []
+    for step in steps:
+        told: dict[str, float] = {}
+        for i, chance in step.top:  # best first: of two tokens with the same text the likelier one stays
+            told.setdefault(tokenizer.decode([i]), chance)
+        top.append(told)
+    if first is not None:
+        chances, top = [None, *chances], [None, *top]
+    return {"tokens": tokens, "token_logprobs": chances, "top_logprobs": top, "text_offset": offsets[: len(tokens)]}
