@@ -75,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
     command.add_argument("prompt", nargs="?", help="what the user says; or use --file")
     command.add_argument("--file", help='JSONL with {"prompt": ...} or {"messages": [...]} per line')
-    command.add_argument("--out", help="JSONL to write (with --file)")
+    command.add_argument("--out", help="JSONL to write (with --file); the same command goes on where it was stopped")
+    command.add_argument("--batch", type=int, default=8, help="replies made at once (with --file; default 8)")
     _sampling(command)
 
     command = add("serve", _serve, "web page and OpenAI-compatible API on this machine (extra: serve)")
@@ -121,7 +122,10 @@ def _sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-new-tokens", type=int, default=256)
     command.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
     command.add_argument("--top-p", type=float, default=0.95)
-    command.add_argument("--top-k", type=int)
+    command.add_argument("--top-k", type=int, help="draw among the so many likeliest tokens")
+    command.add_argument("--min-p", type=float, help="among those at least this fraction as likely as the likeliest")
+    command.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: less likely what was said (default 1)")
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the reply before TEXT (repeatable)")
     command.add_argument("--seed", type=int, help="the same seed gives the same reply")
     command.add_argument("--system", help="system message")
 
@@ -189,7 +193,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from chatmill.config import ConfigError
-    from chatmill.trainer.chat_terminal import generate_file, generate_one
+    from chatmill.trainer.chat_terminal import generate_one
 
     if (options.prompt is None) == (options.file is None):
         raise ConfigError("give either a prompt or --file PROMPTS.jsonl")
@@ -197,7 +201,9 @@ def _generate(options: argparse.Namespace) -> int:
         return generate_one(options.checkpoint, options.prompt, **_sampling_values(options))
     if options.out is None:
         raise ConfigError("--file needs --out REPLIES.jsonl")
-    return generate_file(options.checkpoint, options.file, options.out, **_sampling_values(options))
+    from chatmill.trainer.generate_file import generate_file
+
+    return generate_file(options.checkpoint, options.file, options.out, batch=options.batch, **_sampling_values(options))
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -208,8 +214,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _sampling_values(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "system")
-    return {name: getattr(options, name) for name in names}
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "system")
+    return {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -1,12 +1,10 @@
-"""Talking to a checkpoint in the terminal, one-shot replies, and files of prompts.
+"""Talking to a checkpoint in the terminal, and one-shot replies.
 
     chatmill chat runs/demo                                        (Ctrl-C stops a reply, Ctrl-D ends)
     printf 'Hi!\\nHow are you?\\n' | chatmill chat runs/demo         replies only, nothing around them
     chatmill generate runs/demo "What is a tide?"
-    chatmill generate runs/demo --file prompts.jsonl --out replies.jsonl
 
-A line of prompts.jsonl is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}; whatever else
-it holds is carried over. Lines are replied to in order, each with seed + its number, so any part can be repeated.
+Files of prompts: chatmill.trainer.generate_file.
 """
 
 from __future__ import annotations
@@ -14,10 +12,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,7 +41,7 @@ Answer = Callable[[list[dict[str, str]], "Settings", Callable[[str], None]], Rep
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything /params changes. seed None: every reply differs."""
+    """Everything /params changes, and the strings that end a reply. seed None: every reply differs."""
 
     max_new_tokens: int = 256
     temperature: float = 0.7
@@ -53,6 +50,7 @@ class Settings:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -70,7 +68,7 @@ class Settings:
     def changed(self, words: list[str]) -> Settings:
         """With NAME=VALUE words applied; VALUE none switches a knob off."""
         values: dict[str, Any] = {}
-        kinds = {f.name: str(f.type) for f in fields(self)}
+        kinds = {f.name: str(f.type) for f in fields(self) if f.name != "stop"}
         for word in words:
             name, sign, text = word.partition("=")
             if name not in kinds or not sign:
@@ -186,6 +184,7 @@ def answer_with(chat_model: ChatModel) -> Answer:
             messages,
             max_new_tokens=settings.max_new_tokens,
             sampling=settings.sampling,
+            stop_strings=settings.stop,
             seed=settings.seed,
             on_text=on_text,
         )
@@ -292,55 +291,3 @@ def generate_one(checkpoint: str | Path, prompt: str, *, system: str | None = No
     answer_with(load_chat_model(checkpoint))(messages, start, lambda piece: print(clean(piece), end="", flush=True))
     print()
     return 0
-
-
-def generate_file(
-    checkpoint: str | Path, prompts: str | Path, out: str | Path, *, system: str | None = None, **settings: Any
-) -> int:
-    """Reply to each line of a JSONL file. `out` appears only when all are done; prompts are checked before loading."""
-    start, target = Settings(**settings), Path(out)
-    rows = list(read_prompts(Path(prompts), system))
-    if not rows:
-        raise ConfigError(f"{prompts}: no prompts in it.")
-    answer = answer_with(load_chat_model(checkpoint))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            for number, (row, messages) in enumerate(rows):
-                seeded = start if start.seed is None else replace(start, seed=start.seed + number)
-                reply = answer(messages, seeded, lambda _: None)
-                found = {"reply": reply.text, "finish_reason": reply.finish_reason, "tokens": reply.tokens}
-                handle.write(json.dumps(row | found, ensure_ascii=False) + "\n")
-                print(f"\r{number + 1}/{len(rows)}", end="", file=sys.stderr, flush=True)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-        print(file=sys.stderr)
-    return 0
-
-
-def read_prompts(path: Path, system: str | None = None) -> Iterator[tuple[dict[str, Any], list[dict[str, str]]]]:
-    """(the line's object, its messages) of a prompts file; ConfigError names the line that is off."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}).") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not JSON ({error}).") from None
-        messages = row.get("messages") if isinstance(row, dict) else None
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            messages = [{"role": "user", "content": row["prompt"]}]
-        if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
-            raise ConfigError(f'{path}:{number}: expected {{"prompt": "..."}} or {{"messages": [{{"role", "content"}}, ...]}}.')
-        lead = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
-        yield row, lead + [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)

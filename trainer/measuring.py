@@ -22,10 +22,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from chatmill.data.tokenizer import ChatTokenizer
-from chatmill.trainer.batched_decoding import next_steps
 from chatmill.trainer.figure_names import CANDIDATES
-from chatmill.trainer.generation import Generation, TextStream, fit_messages
+from chatmill.trainer.generation import fit_messages
 from chatmill.trainer.held_out import HeldOut, choose_turn
+from chatmill.trainer.many_replies import Prompt, replies_to_many
 from chatmill.trainer.model import Decoder
 from chatmill.trainer.sampling import Sampling
 from chatmill.trainer.shared_prefix import score_candidates
@@ -129,32 +129,17 @@ class Work:
     # -- generation
 
     def _reply_group(self, group: Sequence[tuple[HeldOut, int]]) -> dict[str, dict[str, Any]]:
-        prompts = [self._prompt(d, turn) for d, turn in group]
-        generations = [
-            Generation(
-                self.model,
-                prompt,
-                max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling,
-                stop_ids=self.tokenizer.stop_ids,
-                seed=zlib.crc32(f"{self.seed} reply {d.uid}".encode()),
-            )
-            for (d, _), prompt in zip(group, prompts, strict=True)
+        prompts = [
+            Prompt(self._prompt(d, turn), self.max_new_tokens, self.sampling, zlib.crc32(f"{self.seed} reply {d.uid}".encode()))
+            for d, turn in group
         ]
-        going = list(generations)
-        while going:
-            steps = next_steps(self.model, going)
-            going = [g for g, step in zip(going, steps, strict=True) if step is not None]
+        made = dict(replies_to_many(self.model, self.tokenizer, prompts, batch=GROUP))
         out: dict[str, dict[str, Any]] = {}
-        for (d, turn), generation in zip(group, generations, strict=True):
-            text = TextStream(self.tokenizer.decode)
-            for i in generation.ids:
-                text.push(i)
-            text.finish()
-            reply, reference = text.text.strip(), d.conversation.turns[turn].content.strip()
+        for i, (d, turn) in enumerate(group):
+            reply, reference = made[i].text.strip(), d.conversation.turns[turn].content.strip()
             scores = reply_scores(reply, reference)
-            scores |= {"reply_tokens": float(len(generation.ids)), "reference_tokens": float(len(d.reply_ids(turn)) - 1)}
-            scores["stopped"] = float(generation.finish_reason == "stop")
+            scores |= {"reply_tokens": float(made[i].tokens), "reference_tokens": float(len(d.reply_ids(turn)) - 1)}
+            scores["stopped"] = float(made[i].finish_reason == "stop")
             if self.bleu is not None:
                 scores |= self.bleu.counts(reply, reference)
             out[d.uid] = {"turn": turn, "reply": reply, "reference": reference, "sums": scores}

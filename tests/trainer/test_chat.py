@@ -11,19 +11,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chatmill.config import ConfigError
 from chatmill.data.tokenizer import ChatTokenizer, train_bpe
+from chatmill.launcher.__main__ import main as chatmill
+from chatmill.trainer import many_replies
 from chatmill.trainer.chat_model import load_chat_model
-from chatmill.trainer.chat_terminal import Chat, Settings, generate_file, generate_one, pipe, printable, read_prompts
+from chatmill.trainer.chat_terminal import Chat, Settings, generate_one, pipe, printable
 from chatmill.trainer.checkpoint import CheckpointWriter
 from chatmill.trainer.config import ModelConfig
-from chatmill.trainer.generation import Reply
+from chatmill.trainer.generate_file import generate_file, read_prompts
+from chatmill.trainer.generation import Reply, reply_to
 from chatmill.trainer.model import Decoder
+from chatmill.trainer.sampling import Sampling
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 4, "kv_heads": 2, "context": 256}
 
@@ -154,6 +159,65 @@ def test_a_file_of_prompts_becomes_a_file_of_replies(checkpoint: Path, tmp_path:
     assert [p.name for p in out.parent.iterdir()] == ["r.jsonl"]
 
 
+def test_a_file_of_prompts_goes_on_where_it_was_killed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "p.jsonl", tmp_path / "r.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"hello {n}", "id": n}) + "\n" for n in range(9)))
+    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seed": 5, "batch": 4}
+    assert generate_file(checkpoint, source, tmp_path / "whole.jsonl", **settings) == 0
+    whole = (tmp_path / "whole.jsonl").read_text()
+    chat = load_chat_model(checkpoint)
+    for n, row in enumerate(map(json.loads, whole.splitlines())):
+        messages = [{"role": "user", "content": f"hello {n}"}]
+        alone = reply_to(chat.model, chat.tokenizer, messages, max_new_tokens=6, sampling=Sampling(1.0, None, 0.95), seed=5 + n)
+        assert (row["id"], row["reply"], row["tokens"]) == (n, alone.text, alone.tokens)
+
+    real, made = many_replies.replies_to_many, list[int]()
+
+    def dying(*args: Any, **options: Any) -> Iterator[tuple[int, Reply]]:
+        for index, reply in real(*args, **options):
+            if len(made) == 5:
+                raise KeyboardInterrupt
+            made.append(index)
+            yield index, reply
+
+    monkeypatch.setattr("chatmill.trainer.generate_file.replies_to_many", dying)
+    with pytest.raises(KeyboardInterrupt):
+        generate_file(checkpoint, source, out, **settings)
+    assert not out.exists()
+    progress = tmp_path / ".r.jsonl.progress"
+    progress.write_text(progress.read_text() + '[7, {"reply": "cut sho')  # killed while it wrote
+    made.clear()
+    monkeypatch.setattr(
+        "chatmill.trainer.generate_file.replies_to_many", lambda *a, **o: made.append(len(a[2])) or real(*a, **o)
+    )
+    assert generate_file(checkpoint, source, out, **settings) == 0
+    assert made == [4]
+    assert "5 of 9 replies are there already" in capsys.readouterr().err
+    assert out.read_text() == whole
+    assert not progress.exists()
+    progress.write_text("another key\n[0, {}]\n")
+    assert generate_file(checkpoint, source, out, **settings | {"seed": 6}) == 0
+    assert made == [4, 9]
+    assert out.read_text() != whole
+
+
+def test_the_command_line_hands_every_knob_on(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(checkpoint), "hello", "--max-new-tokens", "30", "--seed", "3"]
+    assert chatmill([*words, "--temperature", "1.5", "--repetition-penalty", "1.3", "--min-p", "0.02", "--top-k", "50"]) == 0
+    text = capsys.readouterr().out.rstrip("\n")
+    chat = load_chat_model(checkpoint)
+    knobs = Sampling(1.5, 50, 0.95, 0.02, 1.3)
+    messages = [{"role": "user", "content": "hello"}]
+    assert text == reply_to(chat.model, chat.tokenizer, messages, max_new_tokens=30, sampling=knobs, seed=3).text.rstrip("\n")
+    assert chatmill([*words, "--temperature", "0"]) == 0
+    greedy = capsys.readouterr().out
+    stop = greedy[6:9]
+    assert chatmill([*words, "--temperature", "0", "--stop", "never there", "--stop", stop]) == 0
+    assert capsys.readouterr().out == greedy[: greedy.index(stop)] + "\n"
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}'])
 def test_a_bad_line_of_prompts_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "p.jsonl"
@@ -179,7 +243,8 @@ def test_a_foreign_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> Non
 SLOW_CHAT = """
 import sys, time
 from chatmill.trainer import chat_terminal
-from chatmill.trainer.generation import Reply
+from chatmill.trainer.generate_file import generate_file, read_prompts
+from chatmill.trainer.generation import Reply, reply_to
 
 def answer_with(chat_model):
     def answer(messages, settings, on_text):

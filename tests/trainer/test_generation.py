@@ -20,6 +20,7 @@ from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.generation import Generation, TextStream, fit_messages, generate, reply_to
 from chatmill.trainer.hf import export_hf, import_hf
+from chatmill.trainer.many_replies import Prompt, replies_to_many
 from chatmill.trainer.model import Decoder
 from chatmill.trainer.sampling import Sampling, filtered_logits, make_generator, next_token, penalise_repeats
 
@@ -296,6 +297,13 @@ def test_greedy_replies_of_smollm2_are_those_of_transformers(tmp_path: Path) -> 
     for question in ("What is the capital of France?", "Write one line of Python."):
         prompt = tokenizer.prompt_ids([{"role": "user", "content": question}])
         assert list(generate(ours.eval(), prompt, max_new_tokens=32)) == their_reply(theirs, prompt, 32)
+    # prompts of different lengths, more of them than run at once
+    questions = ["Hi!", "Name three rivers in Europe and say where each of them ends.", "What is 2 + 2?", "Who wrote Faust?"]
+    asked = [Prompt(tokenizer.prompt_ids([{"role": "user", "content": q}]), 24, Sampling()) for q in questions]
+    together = dict(replies_to_many(ours, tokenizer, asked, batch=3))
+    for i, prompt in enumerate(asked):
+        alone = list(generate(ours, prompt.ids, max_new_tokens=24, stop_ids=tokenizer.stop_ids))
+        assert (together[i].text, together[i].tokens) == (tokenizer.decode(alone), len(alone))
 
 
 _BYTES: list[ChatTokenizer] = []
