@@ -3,7 +3,7 @@
 Works under torchrun, `accelerate launch` and plain python. Three silent downgrades are known and each is caught here:
 - `accelerate launch --num_processes N` without a GPU starts ONE process. It is turned into a torchrun of N.
 - several independent runs of world size 1 writing the same folder (a launcher's variables were lost): refused.
-- a sharded engine asked of accelerate that the recipe does not use, or the reverse: refused.
+- accelerate told (by flag or config file) what the recipe does not say: refused (accelerate_settings.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.distributed as dist
 import yaml
 
 from chatmill.config import ConfigError
+from chatmill.trainer.accelerate_settings import check_accelerate, given_settings, launch_config
 from chatmill.trainer.config import Recipe
 
 
@@ -65,15 +66,13 @@ def requested_processes(environment: Mapping[str, str], parent_command: list[str
     """
     if "RANK" in environment or "ACCELERATE_MIXED_PRECISION" not in environment or "MASTER_ADDR" not in environment:
         return None
-    config = default_config
     for i, word in enumerate(parent_command):
         for flag in ("--num_processes", "--num-processes"):
             if word == flag and i + 1 < len(parent_command):
                 return int(parent_command[i + 1])
             if word.startswith(flag + "="):
                 return int(word.split("=", 1)[1])
-        if word in ("--config_file", "--config-file") and i + 1 < len(parent_command):
-            config = Path(parent_command[i + 1])
+    config = launch_config(parent_command, default_config)
     try:
         return int(yaml.safe_load(config.read_text(encoding="utf-8"))["num_processes"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
@@ -87,8 +86,7 @@ def relaunch_if_alone(arguments: list[str]) -> None:
     """Replace this process by a torchrun of as many processes as `accelerate launch` was asked for, if it started only one."""
     if "RANK" in os.environ:
         return
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    wanted = requested_processes(os.environ, _parent_command(), home / "accelerate" / "default_config.yaml")
+    wanted = requested_processes(os.environ, _parent_command(), _default_config())
     if wanted is None or wanted < 2:
         return
     print(
@@ -101,8 +99,11 @@ def relaunch_if_alone(arguments: list[str]) -> None:
     os.execv(sys.executable, [*command, "-m", "chatmill.trainer.train", *arguments])
 
 
-def check_launch(recipe: Recipe, environment: Mapping[str, str]) -> None:
-    """Refuse a launch that disagrees with the recipe. Raises ConfigError with the command to use instead."""
+def check_launch(recipe: Recipe, environment: Mapping[str, str], given: frozenset[str] = frozenset()) -> None:
+    """Refuse a launch that disagrees with the recipe. Raises ConfigError with the command to use instead.
+
+    given: what accelerate's command line and config file name (accelerate_settings.given_settings).
+    """
     strategy = recipe.parallel.strategy
     launched = "RANK" in environment
     world_size = int(environment.get("WORLD_SIZE", "1"))
@@ -122,28 +123,12 @@ def check_launch(recipe: Recipe, environment: Mapping[str, str]) -> None:
             f"srun started {environment['SLURM_STEP_NUM_TASKS']} copies that know nothing of each other (no RANK).\n"
             "Use slurm/train.sh, or `chatmill launch RECIPE --on slurm`: srun starts one torchrun per node."
         )
-    wanted = {
-        "ACCELERATE_USE_FSDP": ("fsdp2",),
-        "ACCELERATE_USE_DEEPSPEED": ("zero1", "zero2", "zero3"),
-    }
-    for variable, strategies in wanted.items():
-        if environment.get(variable, "false").lower() == "true" and strategy not in strategies:
-            raise ConfigError(
-                f"accelerate was told to use {variable.removeprefix('ACCELERATE_USE_')}, "
-                f"the recipe says parallel.strategy={strategy}.\n"
-                f"Set parallel.strategy to {' or '.join(strategies)}, or drop it from accelerate's config."
-            )
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", recipe.train.precision):
-        raise ConfigError(
-            f"accelerate was told mixed precision {precision}, the recipe says train.precision={recipe.train.precision}:\n"
-            "make them agree."
-        )
+    check_accelerate(recipe, environment, given)
 
 
 def start_world(recipe: Recipe, timeout_s: float = 1800.0) -> World:
     """Join the process group, choose the device and prove that every rank runs the same recipe in one world."""
-    check_launch(recipe, os.environ)
+    check_launch(recipe, os.environ, given_settings(_parent_command(), _default_config()))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
@@ -182,6 +167,12 @@ def end_world() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _default_config() -> Path:
+    """Where accelerate keeps the answers of `accelerate config`."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    return home / "accelerate" / "default_config.yaml"
 
 
 def _parent_command() -> list[str]:

@@ -5,10 +5,13 @@ Truth: the same model on each dialogue alone, plain torch cross entropy, and the
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatmill.trainer.config import ModelConfig, RopeScaling
 from chatmill.trainer.model import Decoder, KVCache, LossOutput
@@ -173,12 +176,35 @@ def test_activation_checkpointing_gives_identical_gradients(config: ModelConfig)
     model, parts = make(config), dialogues()
     targets = torch.cat([shifted(part, 0) for part in parts])
     results = []
-    for recompute in (False, True):
+    for recompute in (False, True, "selective"):
         model.activation_checkpointing = recompute
         model(*pack(parts), targets=targets).loss_sum.backward()
         results.append(gradients(model))
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    for result in results[1:]:
+        assert results[0].keys() == result.keys()
+        assert all(torch.equal(results[0][name], result[name]) for name in results[0])
+
+
+@pytest.mark.parametrize("recompute", [False, "full", "selective"])
+def test_selective_checkpointing_runs_the_attention_once_and_the_rest_twice(recompute: bool | str) -> None:
+    class Count(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: Counter[str] = Counter()
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.names[op.name().split("::")[1]] += 1
+            return op(*args, **(kwargs or {}))
+
+    model, parts = make(CONFIGS["llama"]), dialogues()
+    model.activation_checkpointing = recompute
+    targets = torch.cat([shifted(part, 0) for part in parts])
+    with Count() as count:
+        model(*pack(parts), targets=targets).loss_sum.backward()
+    layers = len(model.layers)
+    assert count.names["attention_forward"] == (2 if recompute == "full" else 1) * layers
+    assert count.names["attention_backward"] == layers
+    assert count.names["silu"] == (3 if recompute else 2) * layers  # SwiGLU's own backward has one
 
 
 @each_config

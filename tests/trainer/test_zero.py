@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from chatmill.config import ConfigError
 from chatmill.trainer.checkpoint import open_checkpoint
-from chatmill.trainer.config import load_recipe
+from chatmill.trainer.config import Recipe, load_recipe
 from chatmill.trainer.loop import train
 from chatmill.trainer.run_folder import read_lines
 
@@ -26,6 +27,33 @@ pytestmark = [
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+
+
+def test_offload_to_nvme_is_configured_for_deepspeed_and_refused_without_its_folder(tmp_path: Path) -> None:
+    from chatmill.trainer.zero_engine import check_nvme, zero_config
+
+    parallel = {"strategy": "zero3", "offload": "nvme", "nvme_path": str(tmp_path)}
+    recipe = Recipe.model_validate({"parallel": parallel, "train": {"accumulation": 8}})
+    place = {"device": "nvme", "pin_memory": torch.cuda.is_available(), "nvme_path": str(tmp_path)}
+    assert zero_config(recipe, 3) == {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 8,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            "offload_optimizer": place,
+            "offload_param": place,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "steps_per_print": 1 << 30,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "gradient_clipping": 1.0,
+    }
+    with pytest.raises(ConfigError, match=r"nvme_path=.* is not a folder|needs libaio"):
+        check_nvme(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
