@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from chatmill.data.conversation import Conversation
+from chatmill.data.preference import REJECTED
 
 _BLANKS = re.compile(r"\s+")
 
@@ -28,6 +29,8 @@ def canonical(text: str) -> str:
 def text_hash(conversation: Conversation) -> int:
     """xxh3-64 over roles and canonical contents, system turns left out (the same prompt heads thousands of dialogues)."""
     parts = [f"{turn.role}\0{canonical(turn.content)}" for turn in conversation.turns if turn.role != "system"]
+    if REJECTED in conversation.meta:
+        parts.append(f"{REJECTED}\0{canonical(conversation.meta[REJECTED])}")
     return xxhash.xxh3_64_intdigest("\1".join(parts).encode("utf-8", "surrogatepass"))
 
 

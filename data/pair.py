@@ -2,7 +2,8 @@
 
     for sample in make_samples(conversation, PairSection(), ledger): ...
 
-`dialogues` keeps a conversation whole; `pairs` makes one (context, reply) sample of every reply, with loss on that reply alone.
+`dialogues` keeps a conversation whole; `pairs` makes one (context, reply) sample of every reply, with loss on that reply alone;
+`preference` keeps a better and a worse reply to one context.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from chatmill.data import preference
 from chatmill.data.conversation import Conversation, Turn, make_uid
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import PairSection
@@ -45,6 +47,10 @@ def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger
         ledger.keep()
         yield conversation
         return
+    if config.mode == "preference":
+        yield from preference.samples(conversation, str(conversation.meta.get("thread", conversation.uid)), ledger)
+        return
+    conversation = preference.without_rejected(conversation)
     turns = merge_same_role(trim(merge_same_role(conversation.turns)))
     if config.max_turns is not None and len(turns) > config.max_turns:
         turns = trim(turns[: config.max_turns])

@@ -290,6 +290,8 @@ class _Build:
             "dialogues": dialogues,
             "certificate": proof,
         }
+        if self.recipe.pair.mode == "preference":
+            manifest["preference"] = True
         datasets = {split: TokenDataset.from_manifest(final, manifest, split) for split in SPLITS}
         write_durably(final / "report.html", html_report(stages, datasets, self.tokenizer).encode())
         for dataset in datasets.values():

@@ -145,11 +145,12 @@ class CleanSection(Section):
 
 class PairSection(Section):
     """mode `dialogues`: whole dialogues, user first, assistant last. `pairs`: one sample per reply, loss on that reply alone.
+    `preference`: a better and a worse reply to one context, for objective dpo (data/preference.py).
 
     min_replies: dialogues with fewer assistant turns are dropped. max_turns: longer dialogues keep their first turns.
     """
 
-    mode: Literal["dialogues", "pairs"] = "dialogues"
+    mode: Literal["dialogues", "pairs", "preference"] = "dialogues"
     min_replies: int = Field(default=1, gt=0)
     max_turns: int | None = Field(default=None, gt=1)
     context_turns: int = Field(default=8, gt=0)

@@ -153,6 +153,11 @@ class Pack:
         indices = np.arange(self.first, self.last)
         return indices if self.hole is None else indices[~self.hole[self.first : self.last]]
 
+    @property
+    def count(self) -> int:
+        """Number of its pieces."""
+        return self.last - self.first if self.hole is None else len(self.indices())
+
     def uids(self) -> list[str]:
         """Its dialogues in order, one entry per piece."""
         return [self.window.block(block).uids[local] for block, local, *_ in self.pieces()]

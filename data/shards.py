@@ -240,6 +240,7 @@ class TokenDataset:
     def __init__(self, path: Path, split: str, manifest: dict[str, Any], indices: list[ShardIndex]) -> None:
         self.path, self.split, self.manifest = path, split, manifest
         self.vocab_size = int(manifest["vocab_size"])
+        self.preference = bool(manifest.get("preference", False))  # dialogues are pairs (data/preference.py)
         self.fingerprint = fingerprint(manifest, split)
         self._shards = [path / split / record["name"] for record in manifest["splits"][split]["shards"]]
         empty = np.zeros(0, dtype=np.uint32)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
+from chatmill.data import preference
 from chatmill.data.clean import Cleaner
 from chatmill.data.conversation import Conversation, dump_line, load_line
 from chatmill.data.decontaminate import contaminated
@@ -98,7 +99,7 @@ class PrepareChunk:
         texts, foul = list[str](), list[bool]()
         known = self.work.benchmarks()
         for conversation in read_lines(self.work.path("import", f"{name}.jsonl")):
-            cleaned = cleaner.apply(conversation, clean)
+            cleaned = preference.clean(cleaner, conversation, clean)
             if cleaned is None:
                 continue
             for sample in make_samples(cleaned, recipe.pair, pair):

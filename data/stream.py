@@ -29,6 +29,7 @@ from chatmill.config import ConfigError
 from chatmill.data.mixture import Mixture
 from chatmill.data.order import DialogueSource
 from chatmill.data.pack import Overlong
+from chatmill.data.preference import joint
 from chatmill.data.prefetch import Prefetcher
 from chatmill.data.schedule import Position, Schedule, StepPlan
 
@@ -46,6 +47,8 @@ class PackedBatch:
     pack, is a segment of its own. rows Int32["R"]: where targets != -100, then -1 up to a multiple of 128.
     loss_tokens, n_tokens: of this batch, without padding. step_loss_tokens, step_tokens: of the whole step, all ranks and all
     accumulation. uids: dialogues in order. plan: what `annotate` made of cu_seqlens. position: of the stream, after the batch.
+    pairs Int64["P 2"], of a data set of preference pairs: segments of the chosen and of the rejected dialogue, which are one in
+    `uids`; step_pairs: of the whole step.
     """
 
     tokens: Tensor
@@ -61,6 +64,18 @@ class PackedBatch:
     uids: tuple[str, ...]
     plan: Any = None
     position: Position | None = None
+    pairs: Tensor | None = None
+    step_pairs: int = 0
+
+    @property
+    def examples(self) -> int:
+        """What the loss is a mean over, in this batch: pairs, or supervised tokens."""
+        return self.loss_tokens if self.pairs is None else len(self.pairs)
+
+    @property
+    def step_examples(self) -> int:
+        """What the loss is a mean over, in the whole step."""
+        return self.step_loss_tokens if self.pairs is None else self.step_pairs
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The batch with its tensors, and its plan where that can, on `device`."""
@@ -139,6 +154,11 @@ class PackedStream(IterableDataset[PackedBatch]):
         for fine, message in checks:
             if not fine:
                 raise ConfigError(f"data.stream: {message}.")
+        self.preference = _holds_pairs(Mixture.of(dataset))
+        if self.preference and overlong != "drop":
+            raise ConfigError(
+                f"data.stream: overlong={overlong!r}: half a preference pair teaches nothing.\nSet data.overlong=drop."
+            )
         self.dataset = dataset
         self.sequence_length = sequence_length
         self.micro_batch, self.accumulation = micro_batch, accumulation
@@ -255,6 +275,7 @@ class PackedStream(IterableDataset[PackedBatch]):
         ids: list[NDArray[Any]] = []
         masks: list[NDArray[np.bool_]] = []
         uids: list[str] = []
+        pairs: list[tuple[int, int]] = []
         contexts: list[tuple[int, int]] = []  # segment, leading tokens of it that carry no loss
         for k in range(self.micro_batch):
             room = self.sequence_length
@@ -264,6 +285,12 @@ class PackedStream(IterableDataset[PackedBatch]):
                     data, stop = read(block), offset + length
                     if context:
                         contexts.append((len(ids), context))
+                    if self.preference:  # one dialogue, two segments
+                        cut = offset + joint(data.loss_mask[offset:stop])
+                        pairs.append((len(ids), len(ids) + 1))
+                        ids.append(data.ids[offset:cut])
+                        masks.append(data.loss_mask[offset:cut])
+                        offset = cut
                     ids.append(data.ids[offset:stop])
                     masks.append(data.loss_mask[offset:stop])
                     uids.append(data.uids[local])
@@ -307,6 +334,19 @@ class PackedStream(IterableDataset[PackedBatch]):
             step_tokens=planned.tokens,
             uids=tuple(uids),
             plan=self._annotate(cu_seqlens, T) if self._annotate is not None else None,
+            pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2) if self.preference else None,
+            step_pairs=sum(pack.count for pack in planned.packs) if self.preference else 0,
             position=planned.end if micro + 1 == self.accumulation else replace(planned.start, micro=micro + 1),
         )
         return batch.pin_memory() if self._device is not None else batch
+
+
+def _holds_pairs(mixture: Mixture) -> bool:
+    """Whether the dialogues are preference pairs; ConfigError where some data sets hold pairs and others do not."""
+    kinds = {name: bool(getattr(source, "preference", False)) for name, source in mixture.sources.items()}
+    if len(set(kinds.values())) > 1:
+        raise ConfigError(
+            f"data.mix: {', '.join(n for n, p in kinds.items() if p)} hold preference pairs, "
+            f"{', '.join(n for n, p in kinds.items() if not p)} do not.\nTrain on one kind at a time."
+        )
+    return any(kinds.values())

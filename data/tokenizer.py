@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_to
 
 from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation, TokenizedDialogue
+from chatmill.data.preference import REJECTED, with_rejected, without_rejected
 from chatmill.data.template import TEMPLATES, ChatTemplate, Message, TemplateRefusedError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -145,6 +146,11 @@ class ChatTokenizer:
         """
         if conversation.is_document:
             return self._encode_document(conversation)
+        if REJECTED in conversation.meta:  # a preference pair: both dialogues, one after the other
+            halves = [self.encode_dialogue(half) for half in (without_rejected(conversation), with_rejected(conversation))]
+            return TokenizedDialogue(
+                conversation.uid, np.concatenate([h.ids for h in halves]), np.concatenate([h.loss_mask for h in halves])
+            )
         messages = self._clean([{"role": turn.role, "content": turn.content} for turn in conversation.turns])
         text, starts = self.template.reply_starts(messages)
         return self._supervise(conversation, *self._encode_cut(text, starts))
@@ -174,6 +180,8 @@ class ChatTokenizer:
 
     def prove_mask(self, conversation: Conversation) -> str | None:
         """None, or how encode_dialogue differs from its contract, recomputed turn by turn from prompt_ids."""
+        if REJECTED in conversation.meta:
+            return self.prove_mask(without_rejected(conversation)) or self.prove_mask(with_rejected(conversation))
         got = self.encode_dialogue(conversation)
         ids = got.ids.tolist()
         expected = np.zeros(len(ids), dtype=bool)

@@ -224,6 +224,14 @@ class ScheduleSection(Section):
         return self
 
 
+class PreferenceSection(Section):
+    """Objective dpo (trainer/preference.py). beta: how closely the reference is kept; length_normalised: per reply token."""
+
+    beta: float = Field(default=0.1, gt=0)
+    length_normalised: bool = False
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+
+
 class TrainSection(Section):
     """The loop. One step = world size x accumulation x micro_batch packs of data.sequence_length tokens.
 
@@ -322,9 +330,11 @@ class LoggingSection(Section):
 
 
 class Recipe(Section):
-    """A whole training run."""
+    """A whole training run. objective: sft (likelihood of the supervised tokens) or dpo (preference pairs)."""
 
     run: RunSection = RunSection()
+    objective: Literal["sft", "dpo"] = "sft"
+    preference: PreferenceSection = PreferenceSection()
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -343,6 +353,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Recipe:
+        if self.objective == "dpo" and self.model.checkpoint is None:
+            raise ValueError("objective=dpo starts from a trained model: set model.checkpoint")
+        if self.objective == "dpo" and self.data.overlong != "drop":
+            raise ValueError("objective=dpo needs data.overlong=drop: half a preference pair teaches nothing")
         if self.model.checkpoint is None and self.data.sequence_length > self.model.context:
             raise ValueError(f"data.sequence_length={self.data.sequence_length} exceeds model.context={self.model.context}")
         return self

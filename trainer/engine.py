@@ -13,7 +13,7 @@ mixed-precision policy).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,7 @@ class Engine:
         if recipe.train.compile:
             model.compile_layers(recipe.train.compile_backend)
         self.model: nn.Module = self._wrap(model)
+        self.objective: Callable[[PackedBatch], Callable[[Tensor], LossOutput]] | None = None  # None: likelihood
         copies = dist.group.WORLD if recipe.parallel.strategy == "ddp" else None
         self.optimizer = build_optimizer(model, recipe.optimizer, recipe.train.precision, copies)
         decay = recipe.train.ema
@@ -162,13 +163,14 @@ class Engine:
                 rows=batch.rows,
                 plan=batch.plan,
                 max_seqlen=batch.max_seqlen,
+                **({} if self.objective is None else {"objective": self.objective(batch)}),
             )
         return output
 
     def forward_backward(self, batches: Sequence[PackedBatch]) -> StepSums:
         """Gradients of one optimizer step over this rank's micro-batches; communication happens on the last one only."""
         self.model.train()
-        scale = self.world.world_size / max(1, batches[0].step_loss_tokens)
+        scale = self.world.world_size / max(1, batches[0].step_examples)
         sums: StepSums | None = None
         for i, batch in enumerate(batches):
             with self._gradient_sync(last=i + 1 == len(batches)):

@@ -36,6 +36,7 @@ def validation_batches(
         world_size=world.world_size,
         shuffle=False,
         epochs=1,
+        overlong="drop" if getattr(dataset, "preference", False) else "truncate",
         max_dialogues=max_dialogues,
     )
 
@@ -52,10 +53,24 @@ def pooled(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Figures over the tokens of several data sets together, from the figures of each."""
     if len(results) == 1:
         return dict(results[0])
-    count = sum(result["loss_tokens"] for result in results)
-    loss, accuracy = (sum(result[name] * result["loss_tokens"] for result in results) / count for name in ("loss", "accuracy"))
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return {"loss": loss, "perplexity": perplexity, "accuracy": accuracy, "loss_tokens": count}
+    unit = "pairs" if "pairs" in results[0] else "loss_tokens"
+    count = sum(result[unit] for result in results)
+    loss, accuracy = (sum(result[name] * result[unit] for result in results) / count for name in ("loss", "accuracy"))
+    return _figures(loss, accuracy, int(count), unit)
+
+
+def _figures(loss: float, accuracy: float, count: int, unit: str) -> dict[str, float]:
+    perplexity = {} if unit == "pairs" else {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+    return {"loss": loss, **perplexity, "accuracy": accuracy, unit: count}
+
+
+def in_words(figures: Mapping[str, float]) -> str:
+    """Figures of evaluate() as one line for people."""
+    text = f"loss {figures['loss']:.4f}  "
+    if "perplexity" in figures:
+        text += f"perplexity {figures['perplexity']:.2f}  "
+    count, unit = (figures["pairs"], "pairs") if "pairs" in figures else (figures["loss_tokens"], "tokens")
+    return f"{text}accuracy {100 * figures['accuracy']:.2f} %  ({int(count):,} {unit})"
 
 
 @torch.no_grad()
@@ -64,9 +79,11 @@ def evaluate(
     batches: Iterable[PackedBatch],
     world: World,
     stopped: Callable[[], bool] = lambda: False,
+    preference: bool = False,
 ) -> dict[str, float] | None:
     """Loss (nats), perplexity, accuracy and the number of supervised tokens, over all ranks.
 
+    preference: forward's loss is one of preference pairs; then no perplexity, and the number of pairs.
     stopped: asked before each batch; where any rank says yes, every rank breaks off and gets None.
     """
     loss: Tensor | None = None
@@ -78,17 +95,12 @@ def evaluate(
         output = forward(batch)
         loss = output.loss_sum.double() + (loss if loss is not None else 0.0)
         correct = output.correct + (correct if correct is not None else 0)
-        count += batch.loss_tokens
+        count += len(batch.uids) if preference else batch.loss_tokens
     totals = world.sum([float(loss) if loss is not None else 0.0, float(correct) if correct is not None else 0.0, float(count)])
     if totals[2] == 0:
         raise ConfigError("the validation split holds no supervised token; nothing can be measured")
-    mean = totals[0] / totals[2]
-    return {
-        "loss": mean,
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,
-        "accuracy": totals[1] / totals[2],
-        "loss_tokens": int(totals[2]),
-    }
+    unit = "pairs" if preference else "loss_tokens"
+    return _figures(totals[0] / totals[2], totals[1] / totals[2], int(totals[2]), unit)
 
 
 def evaluate_checkpoint(

@@ -35,9 +35,10 @@ from chatmill.trainer.budget import in_steps
 from chatmill.trainer.checkpoint import Checkpoint, CheckpointWriter, list_checkpoints, open_checkpoint, prune
 from chatmill.trainer.config import ModelConfig, Recipe
 from chatmill.trainer.engine import Engine
-from chatmill.trainer.evaluation import check_tokenizer, evaluate, pooled, validation_batches, validation_sets
+from chatmill.trainer.evaluation import check_tokenizer, evaluate, in_words, pooled, validation_batches, validation_sets
 from chatmill.trainer.metrics import StepMeter
 from chatmill.trainer.model import Decoder
+from chatmill.trainer.preference import check_objective, pair_objective, reference_pass
 from chatmill.trainer.progress import StepDisplay
 from chatmill.trainer.run_folder import PREEMPTED, RunFolder, describe_environment
 from chatmill.trainer.schedule import learning_rate
@@ -141,6 +142,12 @@ def _train(
         if resume is not None:
             display.say(f"continuing {folder.path} from step {step} ({resume.path.name})")
 
+        check_objective(recipe, stream)
+        if recipe.objective == "dpo":
+            sources: list[Mixture | TokenDataset] = [mixture, *validation.values()]
+            passes = [reference_pass(recipe, source, world) for source in sources]
+            engine.objective = pair_objective(recipe, engine, base, resume, passes, folder.path, world, display.say)
+
         def measure() -> dict[str, dict[str, float]] | None:
             """Figures of each validation set with the weights as they are, or None where a signal cut it short."""
             engine.model.eval()
@@ -153,7 +160,7 @@ def _train(
                     world=world,
                     max_dialogues=recipe.evaluation.max_dialogues,
                 )
-                figures = evaluate(engine.forward, batches, world, lambda: stop.asked)
+                figures = evaluate(engine.forward, batches, world, lambda: stop.asked, recipe.objective == "dpo")
                 if figures is None:
                     return None
                 results[name] = figures
@@ -166,7 +173,7 @@ def _train(
                 result = pooled(list(results.values()))
                 if world.is_main:
                     folder.metric(step=at, eval_ema=result)
-                display.say(f"averaged weights at step {at}: loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}")
+                display.say(f"averaged weights at step {at}: {in_words(result)}")
 
         def validate(at: int) -> None:
             began = time.monotonic()
@@ -178,10 +185,7 @@ def _train(
             if world.is_main:
                 each = {"eval_by_data": results} if len(results) > 1 else {}
                 folder.metric(step=at, eval=result, **each, seconds=round(time.monotonic() - began, 3))
-            display.say(
-                f"validation at step {at}: loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
-                f"accuracy {100 * result['accuracy']:.2f} %  ({result['loss_tokens']:,} tokens)"
-            )
+            display.say(f"validation at step {at}: {in_words(result)}")
             if recipe.evaluation.ema:
                 measure_average(at)
             for prompt, reply in engine.replies(tokenizer, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens):
@@ -240,8 +244,10 @@ def _train(
             if not np.isfinite(grad_norm) and world.is_main:
                 folder.event("skipped_step", step=step, grad_norm=str(grad_norm), uids=[u for b in micro for u in b.uids][:64])
             if step % recipe.logging.every_steps == 0 or step == recipe.train.steps:
-                loss = world.sum([float(sums.loss_sum)])[0] / max(1, micro[0].step_loss_tokens)
+                loss = world.sum([float(sums.loss_sum)])[0] / max(1, micro[0].step_examples)
                 line = meter.line(step=step, loss=loss, lr=lr, grad_norm=grad_norm, total_tokens=tokens)
+                if recipe.objective == "dpo":
+                    line["accuracy"] = world.sum([float(sums.correct)])[0] / max(1, micro[0].step_examples)
                 if world.is_main:
                     folder.metric(**line | overlong_figures(stream))
                 display.show(step, loss, lr, grad_norm, line["tokens_per_s"])

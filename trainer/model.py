@@ -18,7 +18,7 @@ Sources: Llama (arXiv:2302.13971, 2407.21783), Mistral 7B (2310.06825), Qwen2 (2
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -207,7 +207,13 @@ class TokenTable(nn.Module):
         self.impl = impl
 
     def forward(
-        self, x: Tensor, *, targets: Tensor | None = None, rows: Tensor | None = None, embed: bool = False
+        self,
+        x: Tensor,
+        *,
+        targets: Tensor | None = None,
+        rows: Tensor | None = None,
+        embed: bool = False,
+        objective: Callable[[Tensor], LossOutput] | None = None,
     ) -> Tensor | LossOutput:
         """x: Int token ids ["T"] with embed=True; else hidden states ["T H"], to logits Float32["T V"] or a loss."""
         if embed:
@@ -215,6 +221,11 @@ class TokenTable(nn.Module):
         if targets is None:
             logits = F.linear(x, self.weight.to(x.dtype)).float()
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if objective is not None:
+            losses = linear_cross_entropy(
+                x, self.weight, targets, rows=rows, softcap=self.softcap, reduction="none", impl=self.impl
+            )
+            return objective(losses)
         loss_sum, metrics = linear_cross_entropy(
             x, self.weight, targets, rows=rows, softcap=self.softcap, reduction="sum", impl=self.impl, return_metrics=True
         )
@@ -266,6 +277,7 @@ class Decoder(nn.Module):
         rows: Tensor | None = None,
         plan: Any = None,
         max_seqlen: int | None = None,
+        objective: Callable[[Tensor], LossOutput] | None = None,
     ) -> Tensor | LossOutput:
         """Logits Float32["T V"], or with targets the loss of the batch.
 
@@ -273,11 +285,12 @@ class Decoder(nn.Module):
         targets: Int64["T"], targets[t] is the token after tokens[t], -100 where there is no loss.
         rows: Int["R"], the t with a target, padded with -1; spares the other rows the vocabulary-wide product.
         plan, max_seqlen: made on the host beside the batch, for the attention kernel.
+        objective: makes the loss of the tokens' negative log-probabilities Float["T"] (0 without target), instead of their sum.
         """
         layout = self._layout(positions, cu_seqlens, max_seqlen, plan)
         hidden = self._hidden(tokens, layout)
         table = self.embed if self.head is None else self.head
-        out: Tensor | LossOutput = table(hidden, targets=targets, rows=rows)
+        out: Tensor | LossOutput = table(hidden, targets=targets, rows=rows, objective=objective)
         return out
 
     @torch.no_grad()

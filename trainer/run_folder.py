@@ -57,12 +57,14 @@ class RunFolder:
         differing = [
             f"  {section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
             for section, fields in new.items()
-            if section not in FREE
+            if section not in FREE and isinstance(fields, dict)
             for key, value in fields.items()
             if not (section == "train" and key in FREE_TRAIN)
             and not (section == "data" and key in free_data)
             and old.get(section, {}).get(key) != value
         ]
+        if old.get("objective", recipe.objective) != recipe.objective:
+            differing.insert(0, f"  objective: {old['objective']!r} -> {recipe.objective!r}")
         if differing:
             raise ConfigError(
                 f"{self.path} holds a run with another recipe:\n" + "\n".join(differing) + "\n"

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,14 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return list(tensor.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in the order of the ranks, on every rank (for small things, outside the step)."""
+        if self.world_size == 1:
+            return [value]
+        out: list[Any] = [None] * self.world_size
+        dist.all_gather_object(out, value)
+        return out
 
     def any(self, flag: bool) -> bool:
         """Whether any rank raised the flag; every rank gets the same answer."""

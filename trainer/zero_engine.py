@@ -115,7 +115,7 @@ class ZeroEngine(Engine):
     def forward_backward(self, batches: Sequence[PackedBatch]) -> StepSums:
         """Gradients of one step; DeepSpeed reduces on the last micro-batch. The last `step` call updates."""
         self.model.train()
-        scale = self.world.world_size / max(1, batches[0].step_loss_tokens)
+        scale = self.world.world_size / max(1, batches[0].step_examples)
         sums: StepSums | None = None
         for i, batch in enumerate(batches):
             output = self.forward(batch)

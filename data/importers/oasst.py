@@ -26,21 +26,27 @@ def recognise(head: bytes, name: str) -> bool:
 
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
-    """All root-to-leaf paths. Flat files list the messages of a tree together: one tree is in memory at a time."""
+    """All root-to-leaf paths."""
+    for tree, root in trees(file, options, ledger):
+        yield from _paths(root, tree, file, source, ledger)
+
+
+def trees(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(tree id, root message with nested replies). Flat files list a tree's messages together: one tree is in memory."""
     tree: list[dict[str, Any]] = []
     for _, record in json_lines(file, options.encoding, ledger):
         if "prompt" in record:
-            yield from _paths(record["prompt"], record["message_tree_id"], file, source, ledger)
+            yield record["message_tree_id"], record["prompt"]
             continue
         if tree and tree[0]["message_tree_id"] != record["message_tree_id"]:
-            yield from _paths_of_messages(tree, file, source, ledger)
+            yield from _roots(tree, file, ledger)
             tree = []
         tree.append(record)
     if tree:
-        yield from _paths_of_messages(tree, file, source, ledger)
+        yield from _roots(tree, file, ledger)
 
 
-def _paths_of_messages(messages: list[dict[str, Any]], file: RawFile, source: str, ledger: Ledger) -> Iterator[Conversation]:
+def _roots(messages: list[dict[str, Any]], file: RawFile, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any]]]:
     nodes = {m["message_id"]: {**m, "replies": []} for m in messages}
     roots = []
     for node in nodes.values():
@@ -52,7 +58,7 @@ def _paths_of_messages(messages: list[dict[str, Any]], file: RawFile, source: st
         else:
             roots.append(node)
     for root in roots:
-        yield from _paths(root, root["message_tree_id"], file, source, ledger)
+        yield root["message_tree_id"], root
 
 
 def _paths(root: dict[str, Any], tree: str, file: RawFile, source: str, ledger: Ledger) -> Iterator[Conversation]:

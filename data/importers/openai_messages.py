@@ -51,7 +51,7 @@ def from_records(
             ledger.drop("no messages list", f"{origin}: {sorted(record)[:8]}")
             continue
         try:
-            turns = tuple(_turn(message) for message in messages)
+            turns = tuple(turn_of(message) for message in messages)
         except (KeyError, TypeError, ValueError) as error:
             ledger.drop("bad message", f"{origin}: {error}")
             continue
@@ -60,7 +60,8 @@ def from_records(
         yield Conversation(make_uid(source, origin), turns, source, origin, meta)
 
 
-def _turn(message: dict[str, Any]) -> Turn:
+def turn_of(message: dict[str, Any]) -> Turn:
+    """One message as a turn. Raises KeyError, TypeError or ValueError."""
     role = message["role"]
     if role not in _ROLES:
         raise ValueError(f"unknown role {role!r}")

@@ -25,9 +25,11 @@ IMPORTERS: dict[str, str] = {
     "chitchat": "chitchat",
     "telegram": "telegram",
     "slack": "slack",
+    "preference": "preference",
     "openai": "openai_messages",
     "sharegpt": "sharegpt",
     "oasst": "oasst",
+    "oasst_ranks": "oasst_ranks",
     "reddit": "reddit",
     "alpaca": "alpaca",
     "corpora": "dialogue_corpora",
@@ -40,7 +42,7 @@ IMPORTERS: dict[str, str] = {
 
 
 # Formats whose records stand alone, one per line: a large file is read by several processes.
-LINE_FORMATS = ("openai", "sharegpt", "alpaca", "documents")
+LINE_FORMATS = ("openai", "preference", "sharegpt", "alpaca", "documents")
 SPAN_BYTES = 32 << 20
 
 

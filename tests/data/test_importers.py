@@ -49,6 +49,14 @@ def render_openai(folder: Path, dialogues: list[Dialogue]) -> Path:
     return folder / "chats.jsonl"
 
 
+def render_preference(folder: Path, dialogues: list[Dialogue]) -> Path:
+    said = [[{"role": ("user", "assistant")[k % 2], "content": t} for k, t in enumerate(d)] for d in dialogues]
+    worse = {"role": "assistant", "content": "No."}
+    lines = [json.dumps({"prompt": turns[:-1], "chosen": turns[-1:], "rejected": [worse]}) for turns in said]
+    (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "pairs.jsonl"
+
+
 def render_sharegpt(folder: Path, dialogues: list[Dialogue]) -> Path:
     records = [
         {"id": str(n), "conversations": [{"from": ("human", "gpt")[k % 2], "value": t} for k, t in enumerate(d)]}
@@ -284,6 +292,7 @@ TWO_TURNS = "two turns"
 LATIN = "latin"
 FORMATS: dict[str, tuple[str, Callable[[Path, list[Dialogue]], Path], set[str]]] = {
     "openai": ("openai", render_openai, set()),
+    "preference": ("preference", render_preference, set()),
     "sharegpt": ("sharegpt", render_sharegpt, set()),
     "alpaca": ("alpaca", render_alpaca, set()),
     "oasst": ("oasst", render_oasst, set()),
@@ -376,8 +385,9 @@ def test_a_conversation_survives_its_rendering(
     assert len({c.uid for c in found}) == len(found)
 
 
-def test_every_importer_but_documents_and_parquet_is_rendered_above() -> None:
-    assert {kind for kind, _, _ in FORMATS.values()} == set(IMPORTERS) - {"documents", "parquet"}
+def test_every_importer_of_whole_dialogues_is_rendered_above() -> None:
+    # documents and parquet below; oasst_ranks in test_preference.py
+    assert {kind for kind, _, _ in FORMATS.values()} == set(IMPORTERS) - {"documents", "parquet", "oasst_ranks"}
 
 
 def test_times_survive_where_the_format_has_them(tmp_path: Path) -> None:
