@@ -14,6 +14,7 @@ from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation
 from chatmill.data.importers.messages import ChatMessage, to_conversation
 from chatmill.data.importers.raw_file import RawFile
+from chatmill.data.importers.spill import Spill
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import SourceSection
 
@@ -42,16 +43,21 @@ def _cornell(file: RawFile, options: SourceSection, source: str, ledger: Ledger)
     lines_file = file.sibling("movie_lines.txt")
     if lines_file is None:
         raise ConfigError(f"{file.label}: movie_lines.txt must lie beside it")
-    said: dict[str, tuple[str, str]] = {}
-    with lines_file.text("iso-8859-1") as text:
-        for line in text:
-            fields = line.rstrip("\r\n").split(_FIELD)
-            if len(fields) == 5:
-                said[fields[0]] = (fields[1], fields[4])
+    with Spill("CREATE TABLE said (line PRIMARY KEY, sender, text) WITHOUT ROWID") as db:
+        with lines_file.text("iso-8859-1") as text:
+            for line in text:
+                fields = line.rstrip("\r\n").split(_FIELD)
+                if len(fields) == 5:
+                    db.execute("INSERT OR REPLACE INTO said VALUES (?, ?, ?)", (fields[0], fields[1], fields[4]))
+        yield from _cornell_talks(db, file, options, source, ledger)
+
+
+def _cornell_talks(db: Spill, file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     with file.text("iso-8859-1") as text:
         for number, line in enumerate(text, 1):
             keys = re.findall(r"L\d+", line.rpartition(_FIELD)[2])
-            messages = [ChatMessage(*said[key], key=key) for key in keys if key in said]
+            found_lines = [(key, db.one("SELECT sender, text FROM said WHERE line = ?", (key,))) for key in keys]
+            messages = [ChatMessage(said[0], said[1], key=key) for key, said in found_lines if said is not None]
             if len(messages) < len(keys):
                 ledger.change("line without its text left out", f"{file.label}:{number}", len(keys) - len(messages))
             found = to_conversation(

@@ -1,13 +1,14 @@
-"""Stream one large array out of a JSON object, `{"name": …, "messages": [ … ]}`, without reading the whole.
+"""Stream large arrays out of a JSON object, `{"name": …, "messages": [ … ]}`, without reading the whole.
 
 for key, value in object_items(file, {"messages"}): ...     # ("name", "x"), ("messages", first), ("messages", second) …
+for path, value in walk(file, {(), ("chats",), ("chats", "*")}): ...     # arrays inside of arrays
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from chatmill.config import ConfigError
@@ -61,19 +62,40 @@ class _Buffer:
         return bool(piece)
 
 
+Path = tuple[str, ...]  # keys from the top; "*" stands for an element of an array
+OPENED = object()  # in the place of a value: an object that is an element of an entered array begins
+
+
 def object_items(file: RawFile, arrays: set[str], encoding: str = "utf-8") -> Iterator[tuple[str, Any]]:
     """(key, value) of the top-level object; for keys in `arrays` one item per element."""
+    for path, value in walk(file, {(), *((name,) for name in arrays)}, encoding):
+        yield path[0], value
+
+
+def walk(file: RawFile, entered: Collection[Path], encoding: str = "utf-8") -> Iterator[tuple[Path, Any]]:
+    """(path, value) of everything outside of the `entered` objects and arrays, in file order; only those are taken apart."""
     with file.text(encoding) as text:
         buffer = _Buffer(file, text)
+        if buffer.peek() != "{":
+            buffer.skip("{")
+        yield from _walk(buffer, (), entered)
+
+
+def _walk(buffer: _Buffer, path: Path, entered: Collection[Path]) -> Iterator[tuple[Path, Any]]:
+    opening = buffer.peek() if path in entered else ""
+    if opening == "{":
+        if path[-1:] == ("*",):
+            yield path, OPENED
         buffer.skip("{")
         while buffer.peek() not in ("}", ""):
             key = buffer.value()
             buffer.skip(":")
-            if key in arrays and buffer.peek() == "[":
-                buffer.skip("[")
-                while buffer.peek() != "]":
-                    yield key, buffer.value()
-                buffer.skip("]")
-            else:
-                yield key, buffer.value()
+            yield from _walk(buffer, (*path, key), entered)
         buffer.skip("}")
+    elif opening == "[":
+        buffer.skip("[")
+        while buffer.peek() != "]":
+            yield from _walk(buffer, (*path, "*"), entered)
+        buffer.skip("]")
+    else:
+        yield path, buffer.value()

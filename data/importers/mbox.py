@@ -1,7 +1,7 @@
 """mbox mailboxes: mails become messages, In-Reply-To and References their threads.
 
-Quoted lines, "On … wrote:" and signatures are cut off; of HTML-only mails the text is taken. Memory holds the texts of one
-mailbox, because an answer may stand anywhere in it.
+Quoted lines, "On … wrote:" and signatures are cut off; of HTML-only mails the text is taken. The texts of a mailbox lie in a
+table on disk (spill.py), because an answer may stand anywhere in it; memory holds one mail, or the texts of one thread.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import re
 from collections.abc import Iterator
 from email.message import EmailMessage
 from email.utils import parseaddr
+from itertools import groupby
 
 from chatmill.data.conversation import Conversation
 from chatmill.data.html_text import html_to_text
 from chatmill.data.importers.messages import ChatMessage, to_conversation
 from chatmill.data.importers.raw_file import RawFile
+from chatmill.data.importers.spill import Spill, key, packed, unpacked
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import SourceSection
 
@@ -34,36 +36,46 @@ def recognise(head: bytes, name: str) -> bool:
 
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
-    """One conversation per thread, mails in order of time."""
-    threads: dict[str, list[ChatMessage]] = {}
-    thread_of: dict[str, str] = {}
-    subjects: dict[str, str] = {}
-    for number, raw in enumerate(_mails(file), 1):
-        mail = email.message_from_bytes(raw, policy=email.policy.default)
-        assert isinstance(mail, EmailMessage)
-        key = (_IDS.findall(str(mail.get("Message-ID", ""))) or [f"{number}"])[0]
-        parents = _IDS.findall(f"{mail.get('References', '')} {mail.get('In-Reply-To', '')}")
-        text = own_words(_body(mail))
-        name, address = parseaddr(str(mail.get("From", "")))
-        if not text:
-            ledger.change("mail without text left out", f"{file.label}:{key}")
-            continue
-        thread = next((thread_of[p] for p in reversed(parents) if p in thread_of), parents[0] if parents else key)
-        for known in (key, *parents):
-            thread_of.setdefault(known, thread)
-        subjects.setdefault(thread, str(mail.get("Subject", "")))
-        date = mail.get("Date")
-        moment = getattr(date, "datetime", None)
-        threads.setdefault(thread, []).append(
-            ChatMessage((address or name).lower(), text, moment.timestamp() if moment else None, key)
-        )
-    for thread, mails in threads.items():
-        mails.sort(key=lambda m: m.time or 0.0)
-        origin = f"{file.label}:{mails[0].key}"
-        meta = {"subject": subjects[thread]}
-        found = to_conversation(mails, source=source, origin=origin, ledger=ledger, assistant=options.assistant, meta=meta)
-        if found is not None:
-            yield found
+    """One conversation per thread, mails in order of time; threads in order of their first mail."""
+    with Spill(*_TABLES) as db:
+        for number, raw in enumerate(_mails(file), 1):
+            mail = email.message_from_bytes(raw, policy=email.policy.default)
+            assert isinstance(mail, EmailMessage)
+            name = (_IDS.findall(str(mail.get("Message-ID", ""))) or [f"{number}"])[0]
+            parents = _IDS.findall(f"{mail.get('References', '')} {mail.get('In-Reply-To', '')}")
+            text = own_words(_body(mail))
+            person, address = parseaddr(str(mail.get("From", "")))
+            if not text:
+                ledger.change("mail without text left out", f"{file.label}:{name}")
+                continue
+            known = (db.one("SELECT thread FROM ids WHERE id = ?", (key(parent),)) for parent in reversed(parents))
+            thread = next((found[0] for found in known if found), key(parents[0] if parents else name))
+            for one in (name, *parents):
+                db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (key(one), thread))
+            db.execute("INSERT OR IGNORE INTO threads VALUES (?, ?, ?)", (thread, number, packed(str(mail.get("Subject", "")))))
+            moment = getattr(mail.get("Date"), "datetime", None)
+            time = moment.timestamp() if moment else None
+            stored = packed((address or person).lower(), text, time, name)
+            db.execute("INSERT INTO mails VALUES (?, ?, ?)", (thread, time or 0.0, stored))
+        for _, rows in groupby(db.execute(_IN_ORDER), key=lambda row: row[0]):
+            mails, subject = list[ChatMessage](), ""
+            for _, packed_subject, entry in rows:
+                subject = unpacked(packed_subject)[0]
+                mails.append(ChatMessage(*unpacked(entry)))
+            origin, meta = f"{file.label}:{mails[0].key}", {"subject": subject}
+            found = to_conversation(mails, source=source, origin=origin, ledger=ledger, assistant=options.assistant, meta=meta)
+            if found is not None:
+                yield found
+
+
+_TABLES = (
+    "CREATE TABLE mails (thread, time REAL, entry)",
+    "CREATE TABLE ids (id PRIMARY KEY, thread) WITHOUT ROWID",
+    "CREATE TABLE threads (thread PRIMARY KEY, first INTEGER, subject) WITHOUT ROWID",
+)
+_IN_ORDER = """
+    SELECT threads.first, threads.subject, mails.entry FROM mails JOIN threads ON threads.thread = mails.thread
+    ORDER BY threads.first, mails.time, mails.rowid"""
 
 
 def own_words(text: str) -> str:

@@ -1,6 +1,7 @@
 """Stack Exchange `Posts.xml`: a question and its accepted, or else its best-voted, answer.
 
-Two streaming passes: the first keeps a few numbers per question, the second one the questions still waiting for their answer.
+Two streaming passes: the first notes a few numbers per question, the second one the questions still waiting for their answer;
+both in tables on disk (spill.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation, Turn, make_uid
 from chatmill.data.html_text import html_to_text
 from chatmill.data.importers.raw_file import RawFile
+from chatmill.data.importers.spill import Spill, packed, unpacked
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import SourceSection
 
@@ -22,32 +24,53 @@ def recognise(head: bytes, name: str) -> bool:
 
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
-    """One two-turn dialogue per answered question."""
-    best: dict[str, tuple[int, str]] = {}
-    accepted: dict[str, str] = {}
-    for row in _rows(file):
-        if row.get("PostTypeId") == "1" and row.get("AcceptedAnswerId"):
-            accepted[row["Id"]] = row["AcceptedAnswerId"]
-        elif row.get("PostTypeId") == "2":
-            question, score = row.get("ParentId", ""), int(row.get("Score", "0"))
-            if question not in best or score > best[question][0]:
-                best[question] = (score, row["Id"])
-    chosen = {question: answer for question, (_, answer) in best.items()} | {q: a for q, a in accepted.items() if q in best}
-    waiting: dict[str, dict[str, str]] = {}
-    for row in _rows(file):
-        kind = row.get("PostTypeId")
-        if kind == "1":
-            if row["Id"] in chosen:
-                waiting[row["Id"]] = row
-            else:
-                ledger.drop("question without an answer", f"{file.label}:{row['Id']}: {row.get('Title', '')}")
-        elif kind == "2" and row["Id"] == chosen.get(row.get("ParentId", "")) and row["ParentId"] in waiting:
-            ledger.keep()
-            yield _dialogue(waiting.pop(row["ParentId"]), row, file, source)
-        elif kind == "2":
-            ledger.change("answer that is not the best left out", f"{file.label}:{row['Id']}")
-    for number in waiting:
-        ledger.drop("answer stands before its question", f"{file.label}:{number}")
+    """One two-turn dialogue per answered question, in the order of the answers."""
+    with Spill(*_TABLES) as db:
+        for row in _rows(file):
+            if row.get("PostTypeId") == "1" and row.get("AcceptedAnswerId"):
+                db.execute("INSERT OR REPLACE INTO accepted VALUES (?, ?)", (row["Id"], row["AcceptedAnswerId"]))
+            elif row.get("PostTypeId") == "2":
+                db.execute(
+                    "INSERT INTO answers VALUES (?, ?, ?)", (row.get("ParentId", ""), int(row.get("Score", "0")), row["Id"])
+                )
+        for statement in _CHOOSE:
+            db.execute(statement)
+        for row in _rows(file):
+            kind = row.get("PostTypeId")
+            if kind == "1":
+                if db.one("SELECT 1 FROM chosen WHERE question = ?", (row["Id"],)):
+                    db.execute("INSERT OR REPLACE INTO waiting VALUES (?, ?)", (row["Id"], packed(row)))
+                else:
+                    ledger.drop("question without an answer", f"{file.label}:{row['Id']}: {row.get('Title', '')}")
+            elif kind == "2":
+                asked = db.one(
+                    "SELECT waiting.entry FROM chosen JOIN waiting ON waiting.question = chosen.question "
+                    "WHERE chosen.question = ? AND chosen.answer = ?",
+                    (row.get("ParentId", ""), row["Id"]),
+                )
+                if asked is None:
+                    ledger.change("answer that is not the best left out", f"{file.label}:{row['Id']}")
+                    continue
+                db.execute("DELETE FROM waiting WHERE question = ?", (row["ParentId"],))
+                ledger.keep()
+                yield _dialogue(unpacked(asked[0])[0], row, file, source)
+        for (number,) in db.execute("SELECT question FROM waiting ORDER BY rowid"):
+            ledger.drop("answer stands before its question", f"{file.label}:{number}")
+
+
+_TABLES = (
+    "CREATE TABLE accepted (question PRIMARY KEY, answer) WITHOUT ROWID",
+    "CREATE TABLE answers (question, score INTEGER, answer)",
+    "CREATE TABLE chosen (question PRIMARY KEY, answer) WITHOUT ROWID",
+    "CREATE TABLE waiting (question PRIMARY KEY, entry)",
+)
+# The best-voted answer, the first of equals; then the accepted one, where the question has any answer in the file.
+_CHOOSE = (
+    "CREATE INDEX best ON answers (question, score DESC)",
+    "INSERT OR IGNORE INTO chosen SELECT question, answer FROM answers ORDER BY question, score DESC, rowid",
+    "UPDATE chosen SET answer = (SELECT answer FROM accepted WHERE accepted.question = chosen.question) "
+    "WHERE question IN (SELECT question FROM accepted)",
+)
 
 
 def _dialogue(question: dict[str, str], answer: dict[str, str], file: RawFile, source: str) -> Conversation:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any
 
 from chatmill.data.conversation import Conversation
-from chatmill.data.importers.json_fields import object_items
+from chatmill.data.importers.json_fields import OPENED, walk
 from chatmill.data.importers.messages import ChatMessage
 from chatmill.data.importers.raw_file import RawFile
 from chatmill.data.importers.rebuild import conversations
@@ -26,24 +27,28 @@ def recognise(head: bytes, name: str) -> bool:
 
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
-    """Conversations of every chat in the file."""
-    chat = (
-        value for key, value in object_items(file, {"messages"}, options.encoding) if key == "messages" or _chats(key, value)
-    )
-    first = next(chat, None)
-    if first is None:
-        return
-    if "list" in first:
-        for entry in first["list"]:
-            log = messages(entry.get("messages", ()), file, ledger)
-            yield from conversations(log, file, options, source, ledger, channel=str(entry.get("id", "")))
-        return
+    """Conversations of every chat in the file, one message of it in memory at a time."""
+    for (_, channel), entries in groupby(_entries(file, options.encoding), key=lambda item: item[:2]):
+        log = messages((entry for *_, entry in entries), file, ledger)
+        yield from conversations(log, file, options, source, ledger, channel=channel)
 
-    def all_messages() -> Iterator[dict[str, Any]]:
-        yield first
-        yield from chat
 
-    yield from conversations(messages(all_messages(), file, ledger), file, options, source, ledger)
+_ACCOUNT = ("chats", "left_chats")
+_ENTERED = {(), ("messages",)} | {
+    (name, "list", "*", "messages")[:depth] for name in _ACCOUNT for depth in range(1, 5)
+}  # fmt: skip
+
+
+def _entries(file: RawFile, encoding: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(number of the chat, its id, message); a file of one chat has the number 0 and needs no id."""
+    number, channel = 0, ""
+    for path, value in walk(file, _ENTERED, encoding):
+        if value is OPENED:
+            number, channel = number + 1, ""
+        elif len(path) == 4 and path[1:] == ("list", "*", "id"):
+            channel = str(value)
+        elif path[-2:] == ("messages", "*") and isinstance(value, dict):
+            yield number, channel, value
 
 
 def messages(entries: Iterable[dict[str, Any]], file: RawFile, ledger: Ledger) -> Iterator[ChatMessage]:
@@ -60,10 +65,6 @@ def messages(entries: Iterable[dict[str, Any]], file: RawFile, ledger: Ledger) -
         sender = entry.get("from_id") or entry.get("from") or "deleted account"
         reply = entry.get("reply_to_message_id")
         yield ChatMessage(str(sender), text, _seconds(entry), str(entry.get("id", "")), None if reply is None else str(reply))
-
-
-def _chats(key: str, value: Any) -> bool:
-    return key == "chats" and isinstance(value, dict) and "list" in value
 
 
 def _text(text: Any) -> str:
