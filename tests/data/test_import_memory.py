@@ -52,7 +52,7 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(json_lines, "_PIECE_CHARS", 1 << 12)
     _, render, limits = renderers.FORMATS[name]
     peaks, sizes, files = [], [], []
-    for n in (30, 30, 150):  # the first pays for modules and regular expressions
+    for n in (80, 80, 320):  # the first pays for modules and regular expressions; all are larger than what is read at a time
         folder = tmp_path / f"{len(peaks)}"
         folder.mkdir()
         path = render(folder, [renderers.fit_dialogue(d, limits) for d in dialogues(n)])
