@@ -52,12 +52,9 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(json_lines, "_PIECE_CHARS", 1 << 12)
     _, render, limits = renderers.FORMATS[name]
     peaks, sizes, files = [], [], []
-    share = 3 if name == "mbox" else 1  # the parser of the standard library is slow, more so when watched
-    for n in (
-        60 // share,
-        60 // share,
-        180 // share,
-    ):  # the first pays for modules and regular expressions; all are larger than a read
+    few = 45 if name == "mbox" else 60  # the parser of the standard library is slow, more so when watched
+    # The first pays for modules and regular expressions; all are larger than what is read at a time.
+    for n in (few, few, 3 * few):
         folder = tmp_path / f"{len(peaks)}"
         folder.mkdir()
         path = render(folder, [renderers.fit_dialogue(d, limits) for d in dialogues(n)])
@@ -67,7 +64,7 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path, monkeypat
         sizes.append(sum(len(t) for d in dialogues(n) for t in (d[:2] if renderers.TWO_TURNS in limits else d)))
         files.append(sum(len(file.parts()) for file in source_files(SourceSection(path=str(path)))))
     # The names of the files of a folder or a zip are known from the beginning.
-    allowed = 40_000 + 0.15 * (sizes[2] - sizes[1]) + 2000 * (files[2] - files[1])
+    allowed = 100_000 + 0.15 * (sizes[2] - sizes[1]) + 2000 * (files[2] - files[1])
     assert peaks[2] - peaks[1] < allowed, f"{peaks[1:]} bytes at most for {sizes[1:]} characters in {files[1:]} files"
 
 
