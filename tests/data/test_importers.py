@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -287,6 +288,7 @@ def render_stack_exchange(folder: Path, dialogues: list[Dialogue]) -> Path:
     return folder / "Posts.xml"
 
 
+QUOTES = "quotes"  # lines that begin with > are quotes, those after "-- " a signature
 ONE_LINE = "one line"  # the format cannot say a line feed
 TWO_TURNS = "two turns"
 LATIN = "latin"
@@ -313,7 +315,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path, list[Dialogue]], Path], set[str]]]
     "irc weechat": ("irc", irc("%Y-%m-%d %H:%M:%S\tNICK\t", None, "x.weechatlog"), {ONE_LINE}),
     "transcript": ("transcript", render_transcript, set()),
     "csv": ("csv", render_csv, set()),
-    "mbox": ("mbox", render_mbox, set()),
+    "mbox": ("mbox", render_mbox, {QUOTES}),
     "cornell": ("corpora", render_cornell, {ONE_LINE, LATIN}),
     "ubuntu": ("corpora", render_ubuntu, {ONE_LINE}),
     "reddit": ("reddit", render_reddit, set()),
@@ -340,6 +342,8 @@ def fit(text: str, limits: set[str]) -> str:
         text = "".join(c for c in text if c.isprintable())
     if ONE_LINE in limits:
         text = " ".join(text.split())
+    if QUOTES in limits:
+        text = re.sub("^(>|-- ?$)", "x", text, flags=re.MULTILINE)
     return text.strip() or "ok"
 
 
