@@ -28,8 +28,8 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """Conversations of every chat in the file, one message of it in memory at a time."""
-    for (_, channel), entries in groupby(_entries(file, options.encoding), key=lambda item: item[:2]):
-        log = messages((entry for *_, entry in entries), file, ledger)
+    for (_, channel), group in groupby(entries(file, options.encoding), key=lambda item: item[:2]):
+        log = messages((entry for *_, entry in group), file, ledger)
         yield from conversations(log, file, options, source, ledger, channel=channel)
 
 
@@ -39,7 +39,7 @@ _ENTERED = {(), ("messages",)} | {
 }  # fmt: skip
 
 
-def _entries(file: RawFile, encoding: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def entries(file: RawFile, encoding: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """(number of the chat, its id, message); a file of one chat has the number 0 and needs no id."""
     number, channel = 0, ""
     for path, value in walk(file, _ENTERED, encoding):
