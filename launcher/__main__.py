@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("eval", _eval, "loss, accuracy, BLEU, recall and more of a checkpoint, with intervals; or of two, compared")
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
     add_evaluation_arguments(command)
+    command.add_argument("--best", action="store_true", help="of a run: the checkpoint of its best validation")
 
     command = add("chat", _chat, "talk to a checkpoint in the terminal")
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
@@ -99,6 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
     command.add_argument("out", help="folder to make")
     command.add_argument("--to", choices=("hf",), default="hf")
+
+    _add_checkpoint(commands)
 
     command = add("report", _report, "one self-contained HTML page about a run")
     command.add_argument("run_dir", metavar="RUN", help="run folder, for example runs/demo")
@@ -167,6 +170,28 @@ def _add_data(commands: Any) -> None:
     where.add_argument("uid")
 
 
+def _add_checkpoint(commands: Any) -> None:
+    checkpoint = commands.add_parser("checkpoint", help="list, verify and compare checkpoints", description="Checkpoints.")
+    kinds = checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = kinds.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        return command
+
+    add("ls", _checkpoint_ls, "a run's checkpoints: step, size, who wrote them, the best").add_argument(
+        "run_dir", metavar="RUN"
+    )
+    verify = add(
+        "verify", _checkpoint_verify, "read and hash every file; exit 1 and the file's name where one is torn or flipped"
+    )
+    verify.add_argument("path", metavar="PATH", help="a checkpoint folder, or a run folder (all its checkpoints)")
+    diff = add("diff", _checkpoint_diff, "tensors, config and origin of two checkpoints; exit 1 where they differ")
+    diff.add_argument("a", metavar="A", help=CHECKPOINT_HELP)
+    diff.add_argument("b", metavar="B")
+    diff.add_argument("--limit", type=int, default=20, help="tensors shown, the most different first (default 20)")
+
+
 def _data_recipe(command: argparse.ArgumentParser) -> None:
     _recipe(command)
     command.add_argument("--out", help="data-set folder (default: the recipe's)")
@@ -182,7 +207,12 @@ def _eval(options: argparse.Namespace) -> int:
     from chatmill.trainer.evaluation_table import show
     from chatmill.trainer.full_evaluation import run_evaluation
 
-    return run_evaluation(options.checkpoint, options.against, options.out, options_from(options), show)
+    checkpoint = options.checkpoint
+    if options.best:
+        from chatmill.trainer.checkpoint import best_of
+
+        checkpoint = str(best_of(Path(checkpoint)))
+    return run_evaluation(checkpoint, options.against, options.out, options_from(options), show)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -234,6 +264,24 @@ def _export(options: argparse.Namespace) -> int:
     export_hf(open_checkpoint(options.checkpoint), Path(options.out))
     print(f"{options.out}: Hugging Face folder, loads with transformers.AutoModelForCausalLM.from_pretrained")
     return 0
+
+
+def _checkpoint_ls(options: argparse.Namespace) -> int:
+    from chatmill.trainer.checkpoint_command import ls
+
+    return ls(options.run_dir)
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> int:
+    from chatmill.trainer.checkpoint_command import verify
+
+    return verify(options.path)
+
+
+def _checkpoint_diff(options: argparse.Namespace) -> int:
+    from chatmill.trainer.checkpoint_command import diff
+
+    return diff(options.a, options.b, options.limit)
 
 
 def _data_build(options: argparse.Namespace) -> int:

@@ -240,6 +240,7 @@ class TrainSection(Section):
     activation_checkpointing: recompute each layer in the backward pass: true or `full` keeps its input only, `selective`
     keeps the attention's result too. compile: torch.compile each layer (compile_backend: `inductor` needs a C++ compiler).
     ema: decay per step of an fp32 average of the weights, kept in checkpoints (null: none; 0.999 is usual).
+    hang_timeout_s: a run in which nothing moves for so long ends, and the rank that hangs is named (0: never).
     cpu_threads: threads of each process on a CPU (None: all cores, divided among the machine's processes).
     """
 
@@ -255,6 +256,7 @@ class TrainSection(Section):
     compile_backend: str = "inductor"
     ema: float | None = Field(default=None, gt=0, lt=1)
     cpu_threads: int | None = Field(default=None, gt=0)
+    hang_timeout_s: float = Field(default=900.0, ge=0)
 
 
 class ParallelSection(Section):
@@ -296,10 +298,36 @@ class KernelSection(Section):
 
 
 class CheckpointSection(Section):
-    """Checkpoints under the run folder. keep: newest so many are kept (the best and the last always are)."""
+    """Checkpoints under the run folder. keep: newest so many are kept (the best and the last always are).
+
+    keep_every_steps: those of its multiples are kept for ever (None: none are). best: keep the checkpoint of the best
+    validation too; a validation that beats all before it is then followed by a save. asynchronous: write in a thread while
+    training goes on.
+    """
 
     every_steps: int = Field(default=100, gt=0)
     keep: int = Field(default=2, gt=0)
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    best: Literal["loss", "accuracy"] | None = None
+    asynchronous: bool = True
+
+
+class GuardSection(Section):
+    """What happens at a step that cannot be right (trainer/guard.py); every rank decides alike.
+
+    on_nan: the loss or the gradient is NaN or infinite. on_spike: the loss is more than spike_z robust deviations above the
+    last `window` steps. `skip` leaves the update out (so many in a row, max_skips, then the run stops); `rollback` goes back
+    to the newest checkpoint and leaves the dialogues of the batch out from there on (max_rollbacks times); `warn` only says so.
+    min_history: steps before spikes are looked for.
+    """
+
+    on_nan: Literal["skip", "rollback", "stop"] = "skip"
+    on_spike: Literal["off", "warn", "skip", "rollback", "stop"] = "warn"
+    spike_z: float = Field(default=12.0, gt=0)
+    window: int = Field(default=128, gt=1)
+    min_history: int = Field(default=32, gt=1)
+    max_skips: int = Field(default=3, ge=0)
+    max_rollbacks: int = Field(default=3, ge=0)
 
 
 class EvaluationSection(Section):
@@ -307,6 +335,7 @@ class EvaluationSection(Section):
 
     data: names of data.mix, or data-set folders, whose validation splits are measured (empty: those of all training data sets).
     With several the figures are those of all their tokens together, and each one's own stand beside them.
+    patience: end the run after so many validations in a row without a better checkpoint.best (or loss).
     prompts: answered at each validation (sampled, with a fixed seed); the replies go to samples.jsonl and the report.
     ema: measure the averaged weights (train.ema) too; their figures are `eval_ema` in metrics.jsonl.
     """
@@ -318,6 +347,7 @@ class EvaluationSection(Section):
     micro_batch: int | None = Field(default=None, gt=0)
     prompts: tuple[str, ...] = ()
     max_new_tokens: int = Field(default=48, gt=0)
+    patience: int | None = Field(default=None, gt=0)
     at_start: bool = True
     at_end: bool = True
 
@@ -344,6 +374,7 @@ class Recipe(Section):
     kernels: KernelSection = KernelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
+    guard: GuardSection = GuardSection()
     logging: LoggingSection = LoggingSection()
 
     @property

@@ -36,11 +36,13 @@ from chatmill.config import ConfigError
 from chatmill.data.stream import PackedBatch
 from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.trainer.averaging import GROUP, PREFIX, WeightAverage
+from chatmill.trainer.checkpoint_files import Share
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.generation import reply_to
 from chatmill.trainer.model import Decoder, LossOutput
-from chatmill.trainer.optimizer import build_optimizer, restore_state, saved_state, set_rate, shard_like
+from chatmill.trainer.optimizer import build_optimizer, restore_state, saved_state, set_rate
 from chatmill.trainer.sampling import Sampling
+from chatmill.trainer.shares import TensorSource, copy_from, shares_of, states_by_parameter
 from chatmill.trainer.world import World
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.15)  # small models repeat themselves when greedy
@@ -256,11 +258,6 @@ class Engine:
                 )
             yield prompt, reply.text
 
-    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(group, name, full tensor) of model, optimizer and averaged weights, one at a time; every rank must iterate."""
-        for group, name, tensor in self.shards():
-            yield group, name, _full(tensor)
-
     def shards(self) -> Iterator[tuple[str, str, Tensor]]:
         """(group, name, tensor) of all that a checkpoint keeps, as it lies here: a DTensor where it is sharded."""
         self._reshard()
@@ -274,33 +271,43 @@ class Engine:
             for (name, _), tensor in zip(named, self.average.tensors, strict=True):
                 yield GROUP, PREFIX + name, tensor
 
-    def load_optimizer(self, read: dict[str, Tensor]) -> None:
-        """Restore the optimizer from full tensors (any engine or world size wrote them). Missing entries are an error."""
+    def shares(self) -> Iterator[Share]:
+        """This rank's part of `shards`; over all ranks every element comes once. No communication."""
+        return shares_of(self.shards(), self.world.rank, self.world.world_size)
+
+    def load_model(self, source: TensorSource) -> None:
+        """Fill the (possibly sharded) parameters from a checkpoint that any engine at any world size wrote; each rank reads its
+        own rows. The average starts from them."""
         self._reshard()
         for name, parameter in self.decoder.named_parameters():
-            restore_state(self.optimizer, parameter, name, read)
-
-    def load_model(self, read: Iterator[tuple[str, Tensor]]) -> None:
-        """Copy full tensors into the (possibly sharded) parameters; the average starts from them."""
-        self._reshard()
-        parameters = dict(self.decoder.named_parameters())
-        with torch.no_grad():
-            for name, tensor in read:
-                parameters[name].copy_(shard_like(tensor, parameters[name]))
+            copy_from(source, name, parameter)
         if self.average is not None:
             self.average.reset()
 
-    def load_average(self, read: Iterator[tuple[str, Tensor]]) -> None:
-        """Set the averaged weights from a checkpoint's `ema` tensors."""
+    def load_optimizer(self, source: TensorSource) -> None:
+        """Restore the optimizer's state, whoever wrote it; each rank reads its own rows. Raises ConfigError."""
+        self._reshard()
+        stored = states_by_parameter(source)
+        for name, parameter in self.decoder.named_parameters():
+            restore_state(self.optimizer, parameter, name, stored.get(name, []), source)
+
+    def load_average(self, source: TensorSource) -> None:
+        """Set the averaged weights from a checkpoint's `ema` tensors. Raises ConfigError where it holds none."""
         assert self.average is not None
-        held = dict(zip((name for name, _ in self.decoder.named_parameters()), self.average.tensors, strict=True))
-        for name, tensor in read:
-            average = held.pop(name.removeprefix(PREFIX))
-            average.copy_(shard_like(tensor, average))
-        if held:
-            raise ConfigError(
-                f"the checkpoint holds no averaged weights for {', '.join(sorted(held)[:3])}: train.ema came later"
-            )
+        check_average(source, [name for name, _ in self.decoder.named_parameters()])
+        for (name, _), average in zip(self.decoder.named_parameters(), self.average.tensors, strict=True):
+            copy_from(source, PREFIX + name, average)
+
+    def discard(self) -> None:
+        """Throw the gradients of this step away instead of calling `step`: weights and optimizer stay as they are."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def check_average(source: TensorSource, names: Sequence[str]) -> None:
+    """Refuse a checkpoint that does not hold the average of every weight. Raises ConfigError."""
+    missing = sorted({PREFIX + name for name in names} - set(source.names(GROUP)))
+    if missing:
+        raise ConfigError(f"the checkpoint holds no averaged weights for {', '.join(missing[:3])}: train.ema came later")
 
 
 def shard_mesh(world: World, replicas: int) -> DeviceMesh:
@@ -316,7 +323,3 @@ def shard_mesh(world: World, replicas: int) -> DeviceMesh:
 def optimizer_dtype(recipe: Recipe) -> str:
     """How the optimizer's state is stored, for people."""
     return "8-bit" if recipe.optimizer.name == "adamw8bit" else "fp32"
-
-
-def _full(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value.detach()

@@ -86,17 +86,20 @@ def evaluate(
     preference: forward's loss is one of preference pairs; then no perplexity, and the number of pairs.
     stopped: asked before each batch; where any rank says yes, every rank breaks off and gets None.
     """
-    loss: Tensor | None = None
-    correct: Tensor | None = None
+    losses: list[Tensor] = []
+    correct: list[Tensor] = []
     count = 0
     for batch in batches:
         if world.any(stopped()):
             return None
         output = forward(batch)
-        loss = output.loss_sum.double() + (loss if loss is not None else 0.0)
-        correct = output.correct + (correct if correct is not None else 0)
+        losses.append(output.loss_sum.double())
+        correct.append(output.correct)
         count += len(batch.uids) if preference else batch.loss_tokens
-    totals = world.sum([float(loss) if loss is not None else 0.0, float(correct) if correct is not None else 0.0, float(count)])
+    # Sums that are rounded once, whatever their order: the same figure, bit for bit, for any number of ranks.
+    mine = (torch.stack(losses).tolist(), int(torch.stack(correct).sum()), count) if losses else ([], 0, 0)
+    parts = world.gather(mine)
+    totals = (math.fsum(x for part in parts for x in part[0]), sum(part[1] for part in parts), sum(part[2] for part in parts))
     if totals[2] == 0:
         raise ConfigError("the validation split holds no supervised token; nothing can be measured")
     unit = "pairs" if preference else "loss_tokens"
@@ -107,6 +110,7 @@ def evaluate_checkpoint(
     path: str,
     *,
     data: str | None = None,
+    best: bool = False,
     split: str = "validation",
     max_dialogues: int | None = None,
     sequence_length: int = 1024,
@@ -114,7 +118,7 @@ def evaluate_checkpoint(
     precision: str = "fp32",
 ) -> dict[str, float | str]:
     """The figures of a checkpoint on a data-set folder (by default the one it was trained on), in this process."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, best=best)
     folder = data or checkpoint.meta.get("data")
     if folder is None:
         raise ConfigError(f"{checkpoint.path} does not say what it was trained on; give --data FOLDER.")

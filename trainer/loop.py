@@ -10,7 +10,7 @@ SIGTERM and SIGUSR1 end it at the next step boundary with a checkpoint and a PRE
 
 from __future__ import annotations
 
-import json
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
-from chatmill.config import ConfigError, dump_yaml
+from chatmill.config import ConfigError
 from chatmill.data.mixture import Mixture
 from chatmill.data.shards import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
@@ -32,16 +31,20 @@ from chatmill.data.training_data import exclusions, open_mixture
 from chatmill.data.verification import quarantine_lines
 from chatmill.kernels.attention_config import DevicePlan, plan_attention
 from chatmill.trainer.budget import in_steps
-from chatmill.trainer.checkpoint import Checkpoint, CheckpointWriter, list_checkpoints, open_checkpoint, prune
+from chatmill.trainer.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from chatmill.trainer.config import ModelConfig, Recipe
 from chatmill.trainer.engine import Engine
 from chatmill.trainer.evaluation import check_tokenizer, evaluate, in_words, pooled, validation_batches, validation_sets
+from chatmill.trainer.guard import Guard
 from chatmill.trainer.metrics import StepMeter
 from chatmill.trainer.model import Decoder
 from chatmill.trainer.preference import check_objective, pair_objective, reference_pass
 from chatmill.trainer.progress import StepDisplay
+from chatmill.trainer.run_checkpoints import RunCheckpoints, origin
 from chatmill.trainer.run_folder import PREEMPTED, RunFolder, describe_environment
 from chatmill.trainer.schedule import learning_rate
+from chatmill.trainer.train_state import TrainState
+from chatmill.trainer.watchdog import Watchdog
 from chatmill.trainer.world import World, end_world, start_world
 
 
@@ -60,7 +63,11 @@ def train(recipe: Recipe) -> int:
     try:
         recipe = in_steps(recipe, mixture, exclude, world.world_size, folder.path)
         folder.check_same(recipe)
-        return _train(recipe, config, base, mixture, exclude, validation, tokenizer, folder, world, stop)
+        with (
+            Watchdog(world, recipe.train.hang_timeout_s, folder) as watchdog,
+            RunCheckpoints(folder, recipe, config, tokenizer, world) as checkpoints,
+        ):
+            return _train(recipe, config, base, mixture, exclude, validation, checkpoints, watchdog, stop)
     finally:
         end_world()
 
@@ -98,13 +105,13 @@ def _train(
     mixture: Mixture,
     exclude: Mapping[int, frozenset[str]],
     validation: Mapping[str, TokenDataset],
-    tokenizer: ChatTokenizer,
-    folder: RunFolder,
-    world: World,
+    checkpoints: RunCheckpoints,
+    watchdog: Watchdog,
     stop: StopSignal,
 ) -> int:
+    folder, world = checkpoints.folder, checkpoints.world
     torch.manual_seed(recipe.train.seed)
-    resume = open_checkpoint(folder.path) if list_checkpoints(folder.path) else None
+    resume = checkpoints.newest()
     model = Decoder(config, recipe.kernels)
     model.activation_checkpointing = recipe.train.activation_checkpointing
     if resume is None and base is None:
@@ -112,41 +119,44 @@ def _train(
     engine = build_engine(recipe, model, world)
     check_same_data(mixture, world)
     stream = training_stream(recipe, config, mixture, exclude, world)
-    step, tokens, loss_tokens = 0, 0, 0
-    start = resume or base
-    if start is not None:
-        engine.load_model(start.tensors())
+    state = TrainState()
     if resume is not None:
-        state = json.loads(resume.files()["state.json"].read_text(encoding="utf-8"))
-        engine.load_optimizer(dict(resume.tensors("optimizer")))
-        if engine.average is not None:
-            engine.load_average(resume.tensors("ema"))
-        stream.load_state_dict(state["stream"])
-        torch.set_rng_state(resume.tensor("rng.cpu"))
-        step, tokens, loss_tokens = state["step"], state["tokens"], state["loss_tokens"]
+        state = checkpoints.restore(resume, engine, stream)
+        state.lineage.append(origin(resume, recipe, world))
+    elif base is not None:
+        engine.load_model(base)
+        state.lineage.append(origin(base, recipe, world))
     proof = engine.describe()
-    if world.any(world.is_main and folder.is_finished(recipe.train.steps) and step >= recipe.train.steps):
+    ended = state.step >= recipe.train.steps or is_stale(state, recipe)
+    if world.any(world.is_main and ended and folder.is_finished(state.step)):
         if world.is_main:
-            print(f"{folder.path} is finished: {step} of {recipe.train.steps} steps. Raise train.steps to go on.")
-        return step
-    with StepDisplay(recipe.train.steps, step, quiet=not world.is_main) as display:
+            more = "Raise train.steps" if state.step >= recipe.train.steps else "It stopped early; raise evaluation.patience"
+            print(f"{folder.path} is finished: {state.step} of {recipe.train.steps} steps. {more} to go on.")
+        return state.step
+    with StepDisplay(recipe.train.steps, state.step, quiet=not world.is_main) as display:
+        checkpoints.say = display.say
         if world.is_main:
             folder.create(recipe, proof | {"parameters": config.parameter_counts(), **describe_environment()})
-            folder.forget_after(step)
-            folder.event("resume" if resume else "start", step=step, **proof)
+            folder.forget_after(state.step)
+            folder.event("resume" if resume else "start", step=state.step, **proof)
             for name, data in [*mixture.sources.items(), *validation.items()]:
                 for held in quarantine_lines({f"{name}/{data.split}": data.held} if isinstance(data, TokenDataset) else {}):
-                    folder.event("quarantine", step=step, block=held)
+                    folder.event("quarantine", step=state.step, block=held)
                     display.say(held)
         say_proof(display, proof, config, recipe)
         if resume is not None:
-            display.say(f"continuing {folder.path} from step {step} ({resume.path.name})")
+            display.say(f"continuing {folder.path} from step {state.step} ({resume.path.name})")
+
+        def asked() -> bool:
+            watchdog.beat("validation", state.step)
+            return stop.asked
 
         check_objective(recipe, stream)
         if recipe.objective == "dpo":
             sources: list[Mixture | TokenDataset] = [mixture, *validation.values()]
             passes = [reference_pass(recipe, source, world) for source in sources]
-            engine.objective = pair_objective(recipe, engine, base, resume, passes, folder.path, world, display.say)
+            with watchdog.paused():
+                engine.objective = pair_objective(recipe, engine, base, resume, passes, folder.path, world, display.say)
 
         def measure() -> dict[str, dict[str, float]] | None:
             """Figures of each validation set with the weights as they are, or None where a signal cut it short."""
@@ -160,116 +170,124 @@ def _train(
                     world=world,
                     max_dialogues=recipe.evaluation.max_dialogues,
                 )
-                figures = evaluate(engine.forward, batches, world, lambda: stop.asked, recipe.objective == "dpo")
+                figures = evaluate(engine.forward, batches, world, asked, recipe.objective == "dpo")
                 if figures is None:
                     return None
                 results[name] = figures
             return results
 
-        def measure_average(at: int) -> None:
+        def measure_average() -> None:
             with engine.averaged_weights():
                 results = measure()
             if results is not None:
                 result = pooled(list(results.values()))
                 if world.is_main:
-                    folder.metric(step=at, eval_ema=result)
-                display.say(f"averaged weights at step {at}: {in_words(result)}")
+                    folder.metric(step=state.step, eval_ema=result)
+                display.say(f"averaged weights at step {state.step}: {in_words(result)}")
 
-        def validate(at: int) -> None:
+        def validate() -> bool:
+            """Measure, log and answer the prompts; True when it is the best validation so far and checkpoints follow it."""
             began = time.monotonic()
             results = measure()
             if results is None:
-                display.say(f"validation at step {at} was cut short by a signal")
-                return
+                display.say(f"validation at step {state.step} was cut short by a signal")
+                return False
             result = pooled(list(results.values()))
             if world.is_main:
                 each = {"eval_by_data": results} if len(results) > 1 else {}
-                folder.metric(step=at, eval=result, **each, seconds=round(time.monotonic() - began, 3))
-            display.say(f"validation at step {at}: {in_words(result)}")
+                folder.metric(step=state.step, eval=result, **each, seconds=round(time.monotonic() - began, 3))
+            display.say(f"validation at step {state.step}: {in_words(result)}")
             if recipe.evaluation.ema:
-                measure_average(at)
-            for prompt, reply in engine.replies(tokenizer, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens):
+                measure_average()
+            for prompt, reply in engine.replies(
+                checkpoints.tokenizer, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens
+            ):
                 if world.is_main:
-                    folder.sample(step=at, prompt=prompt, reply=reply)
+                    folder.sample(step=state.step, prompt=prompt, reply=reply)
                 display.say(f"  > {prompt}\n  < {reply}")
+            best = state.step > 0 and state.validated(result, recipe.checkpoint.best or "loss")
+            return best and recipe.checkpoint.best is not None
 
-        def save(at: int) -> bool:
-            began = time.monotonic()
-            problem = save_checkpoint(folder, engine, config, tokenizer, recipe, stream, at, tokens, loss_tokens, world)
-            if problem:
-                display.say(f"{problem}\ntraining goes on; the checkpoints before it are whole.")
-                if world.is_main:
-                    folder.event("checkpoint_failed", step=at, reason=problem)
-            elif world.is_main:
-                prune(folder.path, recipe.checkpoint.keep)
-                folder.event("checkpoint", step=at, seconds=round(time.monotonic() - began, 3))
-            return not problem
-
-        def save_last(at: int) -> None:
-            if not save(at):
-                raise ConfigError(
-                    f"{folder.path}: the last checkpoint (step {at}) could not be written; free some disk and run again."
-                )
-
-        def preempted(at: int) -> int:
+        def preempted() -> int:
             if world.is_main:
-                why = f"{stop.name or 'signal on another rank'} at step {at}\n"
+                why = f"{stop.name or 'signal on another rank'} at step {state.step}\n"
                 (folder.path / PREEMPTED).write_text(why, encoding="utf-8")
-                folder.event("preempted", step=at, signal=stop.name)
-            display.say(f"stopped by a signal after step {at}; the same command continues.")
-            return at
+                folder.event("preempted", step=state.step, signal=stop.name)
+            display.say(f"stopped by a signal after step {state.step}; the same command continues.")
+            return state.step
 
-        if step == 0 and recipe.evaluation.at_start:
-            validate(0)
-        if step == 0 and world.any(stop.asked):
-            return preempted(0)
+        if state.step == 0 and recipe.evaluation.at_start:
+            validate()
+        if state.step == 0 and world.any(stop.asked):
+            return preempted()
+        guard = Guard(recipe.guard, folder, world)
         meter = StepMeter(config, world)
         batches = iter(stream)
-        saved = step
-        evaluated = step if resume is None else -1  # a run killed in its last validation still owes it
-        while step < recipe.train.steps:
+        evaluated = state.step if resume is None else -1  # a run killed in its last validation still owes it
+        best = False
+        while state.step < recipe.train.steps and not is_stale(state, recipe):
+            watchdog.beat("data", state.step)
             waited = time.monotonic()
             micro = take(batches, recipe.train.accumulation)
             if not micro:  # exclusions made since the steps were counted left less to learn from
                 break
             meter.waited(time.monotonic() - waited)
-            seen = tokens + micro[0].step_tokens
-            lr = learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule, seen)
+            seen = state.tokens + micro[0].step_tokens
+            lr = learning_rate(state.step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule, seen)
+            watchdog.beat("forward and backward", state.step)
             sums = engine.forward_backward(micro)
-            grad_norm = engine.step(lr)
-            step += 1
-            tokens += micro[0].step_tokens
-            loss_tokens += micro[0].step_loss_tokens
+            watchdog.beat("update", state.step)
+            loss_sum, stops = world.sum([float(sums.loss_sum), float(stop.asked)])
+            loss = loss_sum / max(1, micro[0].step_examples)
+            finding = guard.judge_loss(loss, state)
+            if finding is None or finding.action == "warn":
+                grad_norm = engine.step(lr)
+                finding = guard.judge_gradient(grad_norm) or finding
+            else:
+                engine.discard()
+                grad_norm = math.nan
+            state.step += 1
+            state.tokens += micro[0].step_tokens
+            state.loss_tokens += micro[0].step_loss_tokens
+            if guard.decide(finding, loss, state, micro, display.say) == "rollback" and (target := checkpoints.newest()):
+                uids = guard.exclude(finding, state, micro, int(target.meta["step"]))
+                exclude = merged(exclude, int(target.meta["step"]), uids)
+                stream = training_stream(recipe, config, mixture, exclude, world)
+                state = checkpoints.restore(target, engine, stream)
+                if world.is_main:
+                    folder.forget_after(state.step)
+                batches = iter(stream)
+                meter.restart()
+                continue
             meter.stepped(micro)
-            if not np.isfinite(grad_norm) and world.is_main:
-                folder.event("skipped_step", step=step, grad_norm=str(grad_norm), uids=[u for b in micro for u in b.uids][:64])
-            if step % recipe.logging.every_steps == 0 or step == recipe.train.steps:
-                loss = world.sum([float(sums.loss_sum)])[0] / max(1, micro[0].step_examples)
-                line = meter.line(step=step, loss=loss, lr=lr, grad_norm=grad_norm, total_tokens=tokens)
+            if state.step % recipe.logging.every_steps == 0 or state.step == recipe.train.steps:
+                line = meter.line(step=state.step, loss=loss, lr=lr, grad_norm=grad_norm, total_tokens=state.tokens)
                 if recipe.objective == "dpo":
                     line["accuracy"] = world.sum([float(sums.correct)])[0] / max(1, micro[0].step_examples)
                 if world.is_main:
                     folder.metric(**line | overlong_figures(stream))
-                display.show(step, loss, lr, grad_norm, line["tokens_per_s"])
-            if recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0:
-                validate(step)
-                evaluated = step
+                display.show(state.step, loss, lr, grad_norm, line["tokens_per_s"])
+            best = False
+            if recipe.evaluation.every_steps and state.step % recipe.evaluation.every_steps == 0:
+                best = validate()
+                evaluated = state.step
                 meter.restart()
-            if step % recipe.checkpoint.every_steps == 0:
-                saved = step if save(step) else saved
+            watchdog.beat("checkpoint", state.step)
+            if best or state.step % recipe.checkpoint.every_steps == 0:
+                checkpoints.save(engine, stream, state, best)
                 meter.restart()
-            if world.any(stop.asked):
-                if saved != step:
-                    save_last(step)
-                return preempted(step)
-        if recipe.evaluation.at_end and evaluated != step:
-            validate(step)
-        if saved != step:
-            save_last(step)
+            if stops:
+                checkpoints.save_last(engine, stream, state, best)
+                return preempted()
+        if recipe.evaluation.at_end and evaluated != state.step:
+            best = validate()
+        checkpoints.save_last(engine, stream, state, best)
         if world.is_main:
-            folder.event("finished", step=step, tokens=tokens, loss_tokens=loss_tokens)
-            display.say(f"finished: {step} steps, {tokens:,} tokens, checkpoint {list_checkpoints(folder.path)[-1]}")
-    return step
+            early = {"early_stop": True} if is_stale(state, recipe) else {}
+            folder.event("finished", step=state.step, tokens=state.tokens, loss_tokens=state.loss_tokens, **early)
+            kept = list_checkpoints(folder.path)[-1]
+            display.say(f"finished: {state.step} steps, {state.tokens:,} tokens, checkpoint {kept}")
+    return state.step
 
 
 def build_engine(recipe: Recipe, model: Decoder, world: World) -> Engine:
@@ -346,47 +364,14 @@ def take(batches: Iterator[PackedBatch], count: int) -> list[PackedBatch]:
     return micro
 
 
-def save_checkpoint(
-    folder: RunFolder,
-    engine: Engine,
-    config: ModelConfig,
-    tokenizer: ChatTokenizer,
-    recipe: Recipe,
-    stream: PackedStream,
-    step: int,
-    tokens: int,
-    loss_tokens: int,
-    world: World,
-) -> str:
-    """One full checkpoint, written by rank 0 from tensors gathered one at a time; every rank takes part.
+def is_stale(state: TrainState, recipe: Recipe) -> bool:
+    """Whether so many validations in a row brought nothing better that the run ends early (evaluation.patience)."""
+    return recipe.evaluation.patience is not None and state.stale_validations >= recipe.evaluation.patience
 
-    Returns why it could not be written (disk full, say), on every rank alike; the checkpoints before it are untouched.
-    """
-    tensors = engine.tensors()
-    problem = ""
-    if world.is_main:
-        state = {"step": step, "tokens": tokens, "loss_tokens": loss_tokens, "stream": stream.state_dict()}
-        meta = {
-            "step": step,
-            "tokens": tokens,
-            "run": recipe.run.name,
-            "data": recipe.data.path,
-            "data_fingerprint": stream.dataset.fingerprint,
-        }
-        try:
-            with CheckpointWriter(folder.path / "checkpoints" / f"step-{step:08d}", config, meta) as writer:
-                for group, name, tensor in tensors:
-                    writer.add(name, tensor, group)
-                writer.add("rng.cpu", torch.get_rng_state(), "rng")
-                writer.add_file("state.json", (json.dumps(state, indent=1) + "\n").encode())
-                writer.add_file("recipe.yaml", dump_yaml(recipe).encode())
-                for name, data in tokenizer.files().items():
-                    writer.add_file(name, data)
-        except (OSError, SafetensorError) as error:
-            problem = f"checkpoint of step {step} could not be written: {error}"
-    for _ in tensors:  # the other ranks' part, and the rest of rank 0's when writing broke off: gathering is collective
-        pass
-    return problem or ("rank 0 could not write the checkpoint" if world.any(bool(problem)) else "")
+
+def merged(exclude: Mapping[int, frozenset[str]], step: int, uids: frozenset[str]) -> dict[int, frozenset[str]]:
+    """The exclusions with some more dialogues left out once `step` steps are done."""
+    return {**exclude, step: exclude.get(step, frozenset()) | uids}
 
 
 def say_proof(display: StepDisplay, proof: dict[str, Any], config: ModelConfig, recipe: Recipe) -> None:

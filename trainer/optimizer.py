@@ -10,7 +10,7 @@ Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:17
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from chatmill.config import ConfigError
 from chatmill.trainer.config import GroupRule, OptimizerSection
 from chatmill.trainer.schedule import learning_rate
+from chatmill.trainer.shares import TensorSource, read_like
 
 __all__ = ["build_optimizer", "learning_rate", "parameter_groups", "restore_state", "saved_state", "set_rate"]
 
@@ -124,15 +125,16 @@ def saved_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
     return dict(state) if split is None else split(parameter, state)
 
 
-def restore_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, read: Mapping[str, Tensor]) -> None:
-    """Set the state of one parameter from full tensors, which any engine or world size may have written."""
-    entries = {key[len(name) + 1 :]: read[key] for key in read if key.rpartition(".")[0] == name}
+def restore_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, entries: Sequence[str], source: TensorSource
+) -> None:
+    """Set the state of one parameter from a checkpoint, which any engine or world size may have written. entries: keys that it holds."""
     wanted = expected_keys(optimizer, parameter)
     joined: dict[str, Tensor]
-    if (join := getattr(optimizer, "join_state", None)) is not None:
-        joined = join(parameter, entries)
+    if (join := getattr(optimizer, "join_state", None)) is not None and entries:
+        joined = join(parameter, {key: source.tensor(f"{name}.{key}") for key in entries})
     elif set(entries) == set(wanted):
-        joined = {key: _placed(key, tensor, parameter) for key, tensor in entries.items()}
+        joined = {key: _placed(source, f"{name}.{key}", parameter) for key in entries}
     else:
         raise ConfigError(
             f"the checkpoint's optimizer state of {name} is {sorted(entries) or 'missing'}, {type(optimizer).__name__} needs "
@@ -168,7 +170,7 @@ def distribute_rows(tensor: Tensor, parameter: Tensor) -> Tensor:
     ).to(parameter.device)
 
 
-def _placed(key: str, tensor: Tensor, parameter: Tensor) -> Tensor:
-    if key != "step":
-        return shard_like(tensor, parameter)
-    return tensor.to(parameter.device) if parameter.device.type == "cuda" else tensor
+def _placed(source: TensorSource, name: str, parameter: Tensor) -> Tensor:
+    if source.shape(name) == tuple(parameter.shape):
+        return read_like(source, name, parameter)
+    return source.tensor(name).to(parameter.device, copy=True)  # a count of steps: whole, where the optimizer keeps it

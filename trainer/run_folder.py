@@ -23,8 +23,16 @@ from chatmill.config import ConfigError, dump_yaml, validate
 from chatmill.trainer.config import Recipe
 
 # What may differ between the attempts of one run without changing what it computes.
-FREE = ("run", "logging", "checkpoint", "evaluation", "parallel", "kernels")
-FREE_TRAIN = ("micro_batch", "accumulation", "activation_checkpointing", "compile", "compile_backend", "cpu_threads")
+FREE = ("run", "logging", "checkpoint", "evaluation", "parallel", "kernels", "guard")
+FREE_TRAIN = (
+    "micro_batch",
+    "accumulation",
+    "activation_checkpointing",
+    "compile",
+    "compile_backend",
+    "cpu_threads",
+    "hang_timeout_s",
+)
 # Weights and exclusions of steps to come may change; the position in the checkpoint refuses a change of those already taken.
 FREE_DATA = ("mix", "curriculum", "exclude", "damaged_blocks")
 PREEMPTED = "PREEMPTED"
@@ -83,13 +91,17 @@ class RunFolder:
         """One line of samples.jsonl."""
         self._append("samples.jsonl", values)
 
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """A small JSON file, replaced in one step."""
+        _write(self.path / name, json.dumps(values, indent=1) + "\n")
+
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(values) + "\n")
 
-    def is_finished(self, steps: int) -> bool:
-        """Whether the run has ended at so many steps, its last validation and checkpoint included."""
-        return any(e.get("event") == "finished" and e.get("step") == steps for e in read_lines(self.path / "events.jsonl"))
+    def is_finished(self, step: int) -> bool:
+        """Whether the run has ended at this step, its last validation and checkpoint included."""
+        return any(e.get("event") == "finished" and e.get("step") == step for e in read_lines(self.path / "events.jsonl"))
 
     def forget_after(self, step: int) -> None:
         """Drop metrics and samples later than `step`: the resumed run writes them again."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 from chatmill.config import ConfigError
 from chatmill.data.stream import PackedBatch
 from chatmill.trainer.averaging import GROUP, PREFIX, WeightAverage
+from chatmill.trainer.checkpoint_files import Share
 from chatmill.trainer.config import Recipe
-from chatmill.trainer.engine import Engine, StepSums
+from chatmill.trainer.engine import Engine, StepSums, check_average
 from chatmill.trainer.model import Decoder
 from chatmill.trainer.optimizer import build_optimizer, set_rate
+from chatmill.trainer.shares import TensorSource, shares_of, states_by_parameter
 from chatmill.trainer.world import World
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def zero_config(recipe: Recipe, stage: int) -> dict[str, Any]:
@@ -131,7 +132,7 @@ class ZeroEngine(Engine):
         """Clip, update, zero (all inside DeepSpeed); returns the gradient norm before clipping."""
         set_rate(self.optimizer, lr)
         self.deepspeed.step()
-        if self.average is not None:
+        if self.average is not None and not self.zero.overflow:
             self.average.update()
         return float(self.deepspeed.get_global_grad_norm())
 
@@ -147,88 +148,135 @@ class ZeroEngine(Engine):
         for parameter in self.decoder.parameters():
             self._set_copy(parameter, safe_get_full_fp32_param(parameter).detach().reshape(_shape(parameter)))
 
-    def _set_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set the weights that the forward pass uses; the masters stay."""
+    def _set_copy(self, parameter: nn.Parameter, value: Tensor | None) -> None:
+        """Set the weights that the forward pass uses; the masters stay. In stage 3 only rank 0's value counts."""
         import deepspeed
 
-        if self.stage == 3:
-            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+        gather = deepspeed.zero.GatheredParameters(parameter, modifier_rank=0) if self.stage == 3 else contextlib.nullcontext()
+        with gather:
+            if value is not None:
                 parameter.data.copy_(value)
-        else:
-            parameter.data.copy_(value)
 
-    def shards(self) -> Iterator[tuple[str, str, Tensor]]:
-        """As `tensors`: DeepSpeed's flat partitions are gathered to full tensors."""
-        yield from self.tensors()
-
-    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(group, name, full fp32 tensor) of weights, moments and averaged weights; every rank must iterate."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
+    def shares(self) -> Iterator[Share]:
+        """This rank's elements of the fp32 weights and of the optimizer's state, as ZeRO cut them; no communication."""
         named = list(zip(self.names, self.decoder.parameters(), strict=True))
         for name, parameter in named:
-            yield "model", name, safe_get_full_fp32_param(parameter).detach().reshape(_shape(parameter))
+            yield from self._share("model", name, parameter, None)
         if self._has_state():
-            yield from self._moments(named)
+            yield from self._state_shares(named)
         if self.average is not None:
-            self.average.exchange()
+            self.average.exchange()  # into the masters' places, because only DeepSpeed knows how it cuts them
             try:
                 for name, parameter in named:
-                    full = safe_get_full_fp32_param(parameter).detach().reshape(_shape(parameter))
-                    yield GROUP, PREFIX + name, full.clone()
+                    for share in self._share(GROUP, PREFIX + name, parameter, None):
+                        yield replace(share, tensor=share.tensor.clone())
             finally:
                 self.average.exchange()
 
-    def _moments(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, str, Tensor]]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
+    def _state_shares(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[Share]:
         self._link_states()
-        steps = next(iter(self._states()))["step"]
+        state = self._states()[0]
+        split = [key for key, value in state.items() if isinstance(value, Tensor) and value.ndim]
+        counts = [(key, torch.as_tensor(value, dtype=torch.float32)) for key, value in state.items() if key not in split]
         for name, parameter in named:
-            for key in MOMENTS:
-                full = safe_get_full_optimizer_state(parameter, key)
-                yield "optimizer", f"{name}.{key}", full.detach().reshape(_shape(parameter))
-            yield "optimizer", f"{name}.step", torch.as_tensor(float(steps))
+            for key in split:
+                yield from self._share("optimizer", f"{name}.{key}", parameter, key)
+        whole = (("optimizer", f"{name}.{key}", value) for name in self.names for key, value in counts)
+        yield from shares_of(whole, self.world.rank, self.world.world_size)
 
-    def load_model(self, read: Iterator[tuple[str, Tensor]]) -> None:
+    def _share(self, group: str, name: str, parameter: Tensor, key: str | None) -> Iterator[Share]:
+        """This rank's piece of the master weight (key None) or of a state of one parameter; nothing where it holds none."""
+        found = self._local_piece(parameter, key)
+        if found is not None:
+            start, values = found
+            yield Share(group, name, tuple(_shape(parameter)), start, values)
+
+    def _local_piece(self, parameter: Tensor, key: str | None) -> tuple[int, Tensor] | None:
+        """(first element, this rank's elements) of the master weight or of a state; stage 3 pads the last rank's, cut here."""
+        if self.stage < 3:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                return None
+            return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        values = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
+        start = self.world.rank * values.numel()
+        length = max(0, min(values.numel(), _shape(parameter).numel() - start))
+        return (start, values.detach().flatten()[:length]) if length else None
+
+    def load_model(self, source: TensorSource) -> None:
         """Set the fp32 master weights exactly, and the low-precision copies from them; the average starts from them."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        named = dict(zip(self.names, self.decoder.parameters(), strict=True))
-        for name, tensor in read:
-            value = tensor.to(self.world.device, torch.float32)
-            safe_set_full_fp32_param(named[name], value)
-            self._set_copy(named[name], value)
+        for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
+            if source.shape(name) != tuple(_shape(parameter)):
+                raise ConfigError(f"checkpoint: {name} has shape {source.shape(name)}, expected {tuple(_shape(parameter))}")
+            self._read_piece(source, name, parameter, None)
+            if self.stage < 3 or self.world.is_main:  # stage 3: the others get their part from rank 0
+                self._set_copy(parameter, source.tensor(name))
+            else:
+                self._set_copy(parameter, None)
         if self.average is not None:
             self.average.reset()
 
-    def load_average(self, read: Iterator[tuple[str, Tensor]]) -> None:
+    def load_average(self, source: TensorSource) -> None:
         """Set the averaged weights: through the masters' places, because only DeepSpeed knows how it cuts them."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         assert self.average is not None
-        named = dict(zip(self.names, self.decoder.parameters(), strict=True))
+        check_average(source, self.names)
         self.average.exchange()
-        for name, tensor in read:
-            safe_set_full_fp32_param(named.pop(name.removeprefix(PREFIX)), tensor.to(self.world.device, torch.float32))
+        for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
+            self._read_piece(source, PREFIX + name, parameter, None)
         self.average.exchange()
-        if named:
-            raise ConfigError(
-                f"the checkpoint holds no averaged weights for {', '.join(sorted(named)[:3])}: train.ema came later"
-            )
 
-    def load_optimizer(self, read: dict[str, Tensor]) -> None:
-        """Restore moments and step counts from full tensors, whoever wrote them."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        steps = read[f"{self.names[0]}.step"]
+    def load_optimizer(self, source: TensorSource) -> None:
+        """Restore the optimizer's state, whoever wrote it; each rank reads its own elements. Raises ConfigError."""
+        stored = states_by_parameter(source)
+        if sorted(stored) != sorted(self.names):
+            raise ConfigError("the checkpoint does not hold the optimizer state of this model: it cannot continue a run")
+        first = self.names[0]
+        split = [key for key in stored[first] if len(source.shape(f"{first}.{key}"))]
+        counts = {key: source.tensor(f"{first}.{key}") for key in stored[first] if key not in split}
         for flat in self._flat_partitions():
-            zeros = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
-            self.optimizer.state[flat] = {"step": steps.to(flat.device).clone(), **zeros}
+            zeros = {key: torch.zeros_like(flat, dtype=torch.float32) for key in split}
+            self.optimizer.state[flat] = {key: value.to(flat.device).clone() for key, value in counts.items()} | zeros
         self._link_states()
         for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, read[f"{name}.{key}"].to(self.world.device), key)
+            for key in split:
+                self._read_piece(source, f"{name}.{key}", parameter, key)
+
+    def _read_piece(self, source: TensorSource, name: str, parameter: Tensor, key: str | None) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        if self.stage < 3:
+            found = self._local_piece(parameter, key)
+            if found is not None:
+                start, values = found
+                values.data.copy_(source.read(name, start, start + values.numel()))
+            return
+        held, total = parameter.ds_tensor.ds_numel, _shape(parameter).numel()  # type: ignore[attr-defined]
+        start = min(self.world.rank * held, total)
+        values = torch.zeros(held, dtype=torch.float32)
+        length = min(held, total - start)
+        values[:length] = source.read(name, start, start + length)
+        if key is None:
+            safe_set_local_fp32_param(parameter, values)
+        else:
+            safe_set_local_optimizer_state(parameter, values, key)
+
+    def discard(self) -> None:
+        """Throw the gradients of this step away: DeepSpeed does so itself on an overflow, so it is told that there was one."""
+        hook = "check_overflow" if self.stage < 3 else "_overflow_check_and_loss_scale_update"
+
+        def overflow(*args: Any, **options: Any) -> bool:
+            self.zero.overflow = True
+            return True
+
+        if self.stage < 3:
+            self.zero.check_grad_overflow = True
+        setattr(self.zero, hook, overflow)
+        try:
+            self.deepspeed.step()
+        finally:
+            delattr(self.zero, hook)
 
     def _flat_partitions(self) -> list[Tensor]:
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
@@ -260,7 +308,7 @@ def check_nvme(folder: Path) -> None:
         raise ConfigError(f"parallel.nvme_path={folder} is not a folder on this machine: make it on a local disk of every node")
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
+def _shape(parameter: Tensor) -> torch.Size:
     """Full shape of a parameter, also where ZeRO-3 keeps a shard only."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import sys
 import traceback
@@ -102,17 +103,45 @@ def train(engine: Engine, count: int = 3, skip: int = 0) -> list[float]:
 
 
 def state(engine: Engine) -> dict[str, torch.Tensor]:
-    return {f"{group}:{name}": tensor.clone() for group, name, tensor in engine.tensors()}
+    """Full tensors, put together from the ranks' shares as a checkpoint does it."""
+    mine = [(s.group, s.name, s.shape, s.start, s.tensor.detach().clone()) for s in engine.shares()]
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group, name, shape, start, tensor in itertools.chain.from_iterable(engine.world.gather(mine)):
+        pieces.setdefault(f"{group}:{name}", []).append((start, tensor.flatten()))
+        shapes[f"{group}:{name}"] = shape
+    return {
+        name: torch.cat([tensor for _, tensor in sorted(found, key=lambda piece: piece[0])]).reshape(shapes[name])
+        for name, found in pieces.items()
+    }
+
+
+class Held:
+    """What `state` gave, as the source that engines load from."""
+
+    def __init__(self, saved: dict[str, torch.Tensor]) -> None:
+        self.groups = {name.split(":", 1)[1]: name.split(":", 1)[0] for name in saved}
+        self.tensors = {name.split(":", 1)[1]: tensor for name, tensor in saved.items()}
+
+    def names(self, group: str = "model") -> list[str]:
+        return [name for name, held in self.groups.items() if held == group]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.tensors[name].flatten()[start:stop]
 
 
 def restore(engine: Engine, saved: dict[str, torch.Tensor]) -> None:
-    def of(group: str) -> dict[str, torch.Tensor]:
-        return {k.split(":", 1)[1]: v for k, v in saved.items() if k.startswith(group + ":")}
-
-    engine.load_model(iter(of("model").items()))
-    engine.load_optimizer(of("optimizer"))
+    source = Held(saved)
+    engine.load_model(source)
+    engine.load_optimizer(source)
     if engine.average is not None:
-        engine.load_average(iter(of("ema").items()))
+        engine.load_average(source)
 
 
 def close(found: list[float], wanted: list[float], tolerance: float = 2e-5) -> None:
