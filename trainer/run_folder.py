@@ -83,7 +83,7 @@ class RunFolder:
         """One line of metrics.jsonl."""
         self._append("metrics.jsonl", values)
 
-    def event(self, kind: str, **values: Any) -> None:
+    def event(self, kind: str, /, **values: Any) -> None:
         """One line of events.jsonl."""
         self._append("events.jsonl", {"time": round(time.time(), 3), "event": kind, **values})
 
