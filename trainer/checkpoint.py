@@ -223,16 +223,13 @@ class Checkpoint:
                 targets[name].copy_(tensor)
 
 
-def open_checkpoint(path: str | Path, verify: bool = True, best: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
     """Open a checkpoint folder, or the newest good checkpoint of a run folder.
 
     verify: read every file and compare its hash (about 5 GB/s); sizes and presence are always checked.
-    best: of a run folder, the checkpoint that its best validation was measured on (`checkpoint.best` of the recipe).
     In a run folder a damaged checkpoint is passed over, with a warning on stderr; raises CheckpointError when none is good.
     """
     path = Path(path)
-    if best:
-        path = best_of(path)
     if (path / MANIFEST).is_file():
         return _open_folder(path, verify)
     folders = list_checkpoints(path)

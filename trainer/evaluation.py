@@ -110,7 +110,6 @@ def evaluate_checkpoint(
     path: str,
     *,
     data: str | None = None,
-    best: bool = False,
     split: str = "validation",
     max_dialogues: int | None = None,
     sequence_length: int = 1024,
@@ -118,7 +117,7 @@ def evaluate_checkpoint(
     precision: str = "fp32",
 ) -> dict[str, float | str]:
     """The figures of a checkpoint on a data-set folder (by default the one it was trained on), in this process."""
-    checkpoint = open_checkpoint(path, best=best)
+    checkpoint = open_checkpoint(path)
     folder = data or checkpoint.meta.get("data")
     if folder is None:
         raise ConfigError(f"{checkpoint.path} does not say what it was trained on; give --data FOLDER.")

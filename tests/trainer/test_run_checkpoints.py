@@ -12,8 +12,8 @@ import torch
 
 from chatmill.data.shards import TokenDataset
 from chatmill.launcher.__main__ import main as chatmill
-from chatmill.trainer import loop
-from chatmill.trainer.checkpoint import list_checkpoints, open_checkpoint
+from chatmill.trainer import full_evaluation, loop
+from chatmill.trainer.checkpoint import best_of, list_checkpoints, open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.evaluation import evaluate, validation_batches
 from chatmill.trainer.loop import train
@@ -76,9 +76,11 @@ def test_the_best_checkpoint_outlives_the_newest_ones(write_recipe, tmp_path: Pa
     note = json.loads((run / "checkpoints" / "best.json").read_text())
     assert (note["checkpoint"], note["metric"]) == ("step-00000002", metric)
     assert [p.name for p in list_checkpoints(run)] == [f"step-{s:08d}" for s in (2, 4, 8)]
-    assert open_checkpoint(run, best=True).meta["step"] == 2
-    assert chatmill(["eval", str(run), "--best", "--json", str(tmp_path / "figures.json")]) == 0
-    assert json.loads((tmp_path / "figures.json").read_text())["checkpoint"].endswith("step-00000002")
+    assert open_checkpoint(best_of(run)).meta["step"] == 2
+    measured: list[str] = []
+    monkeypatch.setattr(full_evaluation, "run_evaluation", lambda path, *rest: measured.append(path) or 0)
+    assert chatmill(["eval", str(run), "--best"]) == 0
+    assert measured == [str(run / "checkpoints" / "step-00000002")]
 
 
 def test_a_run_without_progress_stops_early_and_stays_stopped(write_recipe, tmp_path: Path, monkeypatch, capsys) -> None:
