@@ -57,7 +57,7 @@ def share_of(group: str, name: str, tensor: Tensor, rank: int, world_size: int, 
         if zlib.crc32(name.encode()) % world_size != rank:
             return None
         first_row, local = 0, tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if local.numel() == 0 and prod(shape):
+    if local.numel() == 0 and tensor.numel():
         return None
     return Share(group, name, shape, first_row * prod(shape[1:]), local)
 
@@ -109,7 +109,7 @@ def _rows_of(rows: int, part: int, parts: int) -> tuple[int, int]:
 def _local_part(tensor: DTensor) -> tuple[Tensor, int, int, int]:
     """(local tensor, its first row in the whole, which copy of it this rank holds, how many copies there are)."""
     copy, copies = 0, 1
-    coordinate = tensor.device_mesh.get_coordinate() or []
+    coordinate: list[int] = list(tensor.device_mesh.get_coordinate() or [])
     for size, place, at in zip(tensor.device_mesh.shape, tensor.placements, coordinate, strict=True):
         if isinstance(place, Replicate):
             copy, copies = copy * size + at, copies * size

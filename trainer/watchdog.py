@@ -77,7 +77,8 @@ class Watchdog:
             return
         self._main, self._moved = threading.get_ident(), time.monotonic()
         if self.world.world_size > 1:
-            self._store = dist.distributed_c10d._get_default_store().clone()  # waits of the training block its connection
+            default: Any = dist.distributed_c10d._get_default_store()
+            self._store = default.clone()  # waits of the training block its own connection
             self._store.set_timeout(timedelta(seconds=max(5.0, self.interval_s)))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
