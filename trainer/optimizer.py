@@ -128,7 +128,7 @@ def saved_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
 def restore_state(
     optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, entries: Sequence[str], source: TensorSource
 ) -> None:
-    """Set the state of one parameter from a checkpoint, which any engine or world size may have written. entries: keys that it holds."""
+    """Set the state of one parameter from a checkpoint that any engine or world size wrote. entries: keys that it holds."""
     wanted = expected_keys(optimizer, parameter)
     joined: dict[str, Tensor]
     if (join := getattr(optimizer, "join_state", None)) is not None and entries:
