@@ -109,10 +109,14 @@ def install(fault: Fault) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real_write(folder, *arguments)
 
-    Engine.forward_backward = forward_backward  # type: ignore[method-assign]
-    RunCheckpoints.restore = restore  # type: ignore[method-assign, assignment]
-    loop.evaluate = evaluate
-    checkpoint_saver.write_shares = write_shares
+    replacements: list[tuple[Any, str, Any]] = [
+        (Engine, "forward_backward", forward_backward),
+        (RunCheckpoints, "restore", restore),
+        (loop, "evaluate", evaluate),
+        (checkpoint_saver, "write_shares", write_shares),
+    ]
+    for owner, name, function in replacements:
+        setattr(owner, name, function)
 
 
 def run(arguments: list[str]) -> int:

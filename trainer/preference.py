@@ -170,13 +170,15 @@ def pair_objective(
     assert base is not None  # the recipe was checked
     say("taking the log-probabilities of all pairs under the starting checkpoint, once")
     if resume is not None:
-        engine.load_model(base.tensors())
+        engine.load_model(base)
     scores: list[Tensor] = []
     engine.objective = ScoreObjective(scores)
     engine.model.eval()
     reference = take_reference(engine.forward, scores, passes, world)
     if resume is not None:
-        engine.load_model(resume.tensors())
+        engine.load_model(resume)
+        if engine.average is not None:
+            engine.load_average(resume)  # load_model starts it anew
     if world.is_main:
         save_reference(reference, path)
     return PairObjective(reference, recipe.preference)

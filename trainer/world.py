@@ -25,6 +25,7 @@ from chatmill.config import ConfigError
 from chatmill.trainer.accelerate_settings import check_accelerate, given_settings, launch_config
 from chatmill.trainer.config import Recipe
 
+
 @dataclass(frozen=True)
 class World:
     """This process among all processes of the run."""
