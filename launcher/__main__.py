@@ -106,7 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("report", _report, "one self-contained HTML page about a run")
     command.add_argument("run_dir", metavar="RUN", help="run folder, for example runs/demo")
     command.add_argument("--out", help="file to write (default: report.html in the run folder)")
-    command.add_argument("--compare", nargs="*", default=[], help="other run folders to draw beside it")
+    command.add_argument("others", metavar="OTHER", nargs="*", help="other run folders to draw beside it")
+    command.add_argument("--compare", nargs="*", default=[], help="the same, as an option")
 
     command = add("bench", _bench, "benchmarks")
     command.add_argument("what", choices=("kernels", "data"))
@@ -356,7 +357,11 @@ def _data_where(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from chatmill.trainer.report import build_report
 
-    out = build_report(Path(options.run_dir), Path(options.out) if options.out else None, [Path(p) for p in options.compare])
+    out = build_report(
+        Path(options.run_dir),
+        Path(options.out) if options.out else None,
+        [Path(p) for p in (*options.others, *options.compare)],
+    )
     print(out)
     return 0
 

@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 
 from chatmill.trainer.report_charts import Chart, Series, draw, number, running_median, smooth
-from chatmill.trainer.report_evaluation import evaluation_section, evaluations_side_by_side
+from chatmill.trainer.report_evaluation import beside_another, evaluation_section, evaluations_side_by_side
 from chatmill.trainer.report_reading import Run, flatten, read_run, real
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -82,6 +82,7 @@ def render(runs: Sequence[Run]) -> str:
             evaluation_section(_label(runs, run) if len(runs) > 1 else "", name, tree)
             for run in runs
             for name, tree in run.evaluations.items()
+            if not beside_another(name, run.evaluations)
         ],
         evaluations_beside=evaluations_side_by_side([(_label(runs, r), r) for r in runs]) if len(runs) > 1 else None,
         funnel=_funnel(run),
@@ -330,7 +331,10 @@ def _eval_table(run: Run) -> dict[str, Any] | None:
     keys = list(dict.fromkeys(k for e in run.evals.values() for k, v in e.items() if not math.isnan(real(v))))
     if not keys:
         return None
-    rows = [[f"{step:,}", *(_cell(real(e.get(k))) for k in keys)] for step, e in run.evals.items()]
+    rows = [
+        [f"{step:,}", *(f"{real(e.get(k)):.2%}" if k == "accuracy" and k in e else _cell(real(e.get(k))) for k in keys)]
+        for step, e in run.evals.items()
+    ]
     return {"head": ["step", *(k.replace("_", " ") for k in keys)], "rows": rows}
 
 

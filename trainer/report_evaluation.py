@@ -19,7 +19,8 @@ PILLS = {"better": "good", "worse": "bad", "different": "flat"}
 
 def evaluation_section(run: str, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     """One evaluation for the template: title, note, rows of figures, groups, comparison, facts."""
-    title = f"{run}: {name}" if run else name.replace("_", " ").replace("-", " ").capitalize()
+    words = name.replace("_", " ").replace("-", " ").replace("evaluation", "full evaluation", 1)
+    title = f"{run}: {words}" if run else words.capitalize()
     metrics = tree.get("metrics")
     if not isinstance(metrics, dict):
         return {"title": title, "note": "", "rows": [], "groups": [], "against": None, "facts": flatten(tree)}
@@ -45,6 +46,12 @@ def evaluation_section(run: str, name: str, tree: Mapping[str, Any]) -> dict[str
         "against": _against(tree.get("against")),
         "facts": flatten(kept),
     }
+
+
+def beside_another(name: str, evaluations: Mapping[str, Any]) -> bool:
+    """Whether this is the second checkpoint of a comparison: its figures stand in the first one's table."""
+    of = evaluations.get(name.removesuffix("-against"))
+    return name.endswith("-against") and isinstance(of, dict) and "against" in of
 
 
 def evaluations_side_by_side(runs: Sequence[tuple[str, Run]]) -> dict[str, Any] | None:

@@ -231,7 +231,9 @@ def test_the_command_measures_compares_and_feeds_the_report(
     assert json.loads((tmp_path / "c.json").read_text())["against"]["metrics"] == summary["against"]["metrics"]
     assert chatmill(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert "recall@1 of 10" in page and "95 %" in page
+    assert "recall@1 of 10" in page and "95 %" in page and "against " + str(other) in page
+    assert chatmill(["report", str(run), str(run), "--out", str(tmp_path / "two.html")]) == 0
+    assert "Full evaluations side by side" in (tmp_path / "two.html").read_text()
 
 
 def test_a_file_that_is_no_evaluation_is_refused_in_words(tmp_path: Path) -> None:
