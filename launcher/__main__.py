@@ -7,12 +7,14 @@ Exit codes: 0 done; 1 a check found problems; 2 unusable input (the message says
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from chatmill import __version__
+from chatmill.config import ConfigError
 from chatmill.launcher.commands import add_commands
 from chatmill.trainer.evaluation_options import add_arguments as add_evaluation_arguments
 from chatmill.trainer.evaluation_options import options_from
@@ -99,7 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("export", _export, "write a checkpoint as a Hugging Face folder")
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
     command.add_argument("out", help="folder to make")
-    command.add_argument("--to", choices=("hf",), default="hf")
+    command.add_argument("--to", choices=("hf", "chatmill"), default="hf", help="chatmill: a checkpoint folder, with --ema")
+    command.add_argument("--ema", action="store_true", help="the averaged weights of a run with train.ema")
 
     _add_checkpoint(commands)
 
@@ -259,10 +262,18 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from chatmill.trainer.averaging import averaged, export_average
     from chatmill.trainer.checkpoint import open_checkpoint
     from chatmill.trainer.hf import export_hf
 
-    export_hf(open_checkpoint(options.checkpoint), Path(options.out))
+    source = open_checkpoint(options.checkpoint)
+    if options.to == "chatmill":
+        if not options.ema:
+            raise ConfigError(f"{source.path} is a Chatmill checkpoint already: --to chatmill goes with --ema.")
+        print(f"{export_average(source, options.out)}: checkpoint of the averaged weights")
+        return 0
+    with averaged(source, Path(options.out)) if options.ema else contextlib.nullcontext(source) as chosen:
+        export_hf(chosen, Path(options.out))
     print(f"{options.out}: Hugging Face folder, loads with transformers.AutoModelForCausalLM.from_pretrained")
     return 0
 

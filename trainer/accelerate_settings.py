@@ -37,7 +37,7 @@ def _flag(value: object) -> str:
 
 
 ALWAYS = (
-    Setting("ACCELERATE_MIXED_PRECISION", ("mixed_precision",), "no", "train.precision", lambda r: _precision(r)),
+    Setting("ACCELERATE_MIXED_PRECISION", ("mixed_precision",), "no", "train.precision (fp32 is no)", lambda r: _precision(r)),
     Setting(
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
         ("gradient_accumulation_steps",),

@@ -4,15 +4,16 @@
 
 The average is fp32, lies where the master weights lie and is sharded as they are. Checkpoints hold it as `ema.NAME`.
 
-    python -m chatmill.trainer.averaging CHECKPOINT OUT       # a checkpoint folder whose weights are the average
+    chatmill export RUN OUT --ema [--to chatmill]     # a Hugging Face folder, or a checkpoint, of the average
 
 Source: Polyak and Juditsky, 1992; Morales-Brotons et al., arXiv:2411.18704.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -70,23 +71,14 @@ def export_average(source: Checkpoint, out: str | Path) -> Path:
     return Path(out)
 
 
+@contextlib.contextmanager
+def averaged(source: Checkpoint, beside: Path) -> Iterator[Checkpoint]:
+    """The averaged weights of a checkpoint as a checkpoint, in a temporary folder beside the given one."""
+    parent = beside.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".averaged-", dir=parent) as folder:
+        yield open_checkpoint(export_average(source, Path(folder) / "checkpoint"))
+
+
 def _locals(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """CHECKPOINT OUT; returns 0, or 2 with a reason."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if len(words) != 2 or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if words[:1] in (["-h"], ["--help"]) else 2
-    try:
-        print(export_average(open_checkpoint(words[0]), words[1]))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

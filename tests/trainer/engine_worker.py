@@ -182,6 +182,7 @@ def muon_equals_one_process(world: World, data: str) -> None:
 def hsdp_equals_one_process(world: World, data: str) -> None:
     engine = agree_with_single(world, data, "fsdp2", parallel={"replicas": 2})
     assert "2 shard(s) x 2 copies" in engine.describe()["sharding"]
+    agree_with_single(world, data, "fsdp2", parallel={"reshard_after_forward": 2})
     agree_with_single(world, data, "fsdp2", parallel={"replicas": 2}, optimizer={"name": "muon"}, train={"ema": 0.9})
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from chatmill.config import ConfigError
-from chatmill.trainer.averaging import WeightAverage, export_average
-from chatmill.trainer.averaging import main as average_main
+from chatmill.launcher.__main__ import main
+from chatmill.trainer.averaging import WeightAverage
 from chatmill.trainer.checkpoint import list_checkpoints, open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.evaluation import evaluate_checkpoint
@@ -50,15 +51,19 @@ def test_a_run_keeps_measures_continues_and_exports_its_average(write_recipe, tm
     measured = [line["eval_ema"] for line in read_lines(run / "metrics.jsonl") if "eval_ema" in line][-1]
     trained = [line["eval"] for line in read_lines(run / "metrics.jsonl") if "eval" in line][-1]
     assert measured["loss"] != pytest.approx(trained["loss"], rel=1e-3)
-    export_average(found, tmp_path / "averaged")
+    assert main(["export", str(run), str(tmp_path / "averaged"), "--ema", "--to", "chatmill"]) == 0
     figures = evaluate_checkpoint(str(tmp_path / "averaged"), sequence_length=128)
     assert figures["loss"] == pytest.approx(measured["loss"], rel=1e-5)
+    assert main(["export", str(run), str(tmp_path / "hf"), "--ema"]) == 0
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(exported["model.norm.weight"].float(), found.tensor("ema.norm.weight"))
+    assert not list(tmp_path.glob(".averaged-*"))
 
 
 def test_a_checkpoint_without_an_average_is_refused(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(load_recipe(str(write_recipe("plain", train={"steps": 1}))))
     run = tmp_path / "runs" / "plain"
-    assert average_main([str(run), str(tmp_path / "out")]) == 2
+    assert main(["export", str(run), str(tmp_path / "out"), "--ema"]) == 2
     assert "trained without train.ema" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
