@@ -63,6 +63,7 @@ class ZeroEngine(Engine):
 
     def __init__(self, recipe: Recipe, model: Decoder, world: World) -> None:
         self.recipe, self.world, self.decoder = recipe, world, model
+        self.objective = None
         self.stage = int(recipe.parallel.strategy.removeprefix("zero"))
         deepspeed = _import_deepspeed()
         if recipe.parallel.offload == "nvme":
