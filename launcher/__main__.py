@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from chatmill import __version__
-from chatmill.config import ConfigError
 from chatmill.launcher.commands import add_commands
 from chatmill.trainer.evaluation_options import add_arguments as add_evaluation_arguments
 from chatmill.trainer.evaluation_options import options_from
@@ -262,6 +261,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from chatmill.config import ConfigError
     from chatmill.trainer.averaging import averaged, export_average
     from chatmill.trainer.checkpoint import open_checkpoint
     from chatmill.trainer.hf import export_hf
