@@ -23,7 +23,7 @@ DATA = Path("corpora/chitchat")
 NEXT = (
     (f"chatmill chat {RUN}", "talk to it"),
     (f"chatmill serve {RUN}", "web page and OpenAI-compatible API on port 8000"),
-    (f"chatmill eval {RUN} --max-dialogues 60", "measure it on more of the validation split"),
+    (f"chatmill eval {RUN} --max-dialogues 60", "more figures, with intervals (docs/evaluation.md)"),
     (f"chatmill data inspect {DATA}", "the tokens, and which of them carry loss"),
     (f"chatmill export {RUN} out/demo-hf", "a folder for transformers, vLLM and others"),
     ("chatmill train demo run.name=longer train.steps=400", "train longer (Ctrl-C loses nothing but the last steps)"),

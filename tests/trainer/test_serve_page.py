@@ -88,7 +88,7 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait(self, code: str, timeout_s: float = 30) -> None:
+    def wait(self, code: str, timeout_s: float = 120) -> None:
         until = time.monotonic() + timeout_s
         while not self.js(code):
             assert time.monotonic() < until, f"{code}\n{self.js('document.body.innerText')}"
@@ -121,6 +121,31 @@ class Browser:
         os.close(self._out)
 
 
+class Brake:
+    """Lets a reply begin and then holds it, however slow or fast the machine is."""
+
+    def __init__(self) -> None:
+        self._go = threading.Event()
+        self._go.set()
+        self._left = 0
+
+    def hold(self, after: int) -> None:
+        self._left = after
+        self._go.clear()
+
+    def release(self) -> None:
+        self._go.set()
+
+    def step(self) -> None:
+        if self._left > 0:
+            self._left -= 1
+        else:
+            self._go.wait(120)
+
+
+BRAKE = Brake()
+
+
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     tokenizer = train_bpe(iter(["hello there, how are you? I am fine."] * 20), 300)
@@ -131,6 +156,7 @@ def engine() -> Engine:
 
     def slower(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.01)  # so that there is something to stop
+        BRAKE.step()
         return forward(*arguments, **options)
 
     model.cached_logits = slower  # type: ignore[method-assign]
@@ -170,9 +196,11 @@ REPLY_DONE = "turns.length && !abort && turns.at(-1).role === 'assistant'"
 def test_enter_sends_and_the_reply_streams_in(page: Browser) -> None:
     page.wait("document.title === 'tiny'")
     page.type("hello")
+    BRAKE.hold(after=12)
     page.press("Enter")
     page.wait("send.textContent === 'Stop'")
     page.wait("turns.at(-1).content.length > 0 && !!abort")  # text shows before the reply is complete
+    BRAKE.release()
     page.wait(REPLY_DONE)
     assert page.js("turns.map(t => t.role)") == ["user", "assistant"]
     assert page.js("document.querySelector('.user .text').textContent") == "hello"
@@ -186,7 +214,7 @@ def test_escape_stops_the_reply_and_the_work_behind_it(page: Browser, engine: En
     page.wait("turns.at(-1).content.length > 3")
     page.press("Escape")
     page.wait("turns.at(-1).note === 'stopped'")
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while engine.load != (0, 0):
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -221,6 +249,15 @@ def test_settings_reach_the_server(page: Browser) -> None:
         replies.append(page.js("turns.at(-1).content"))
         assert "5 tokens" in page.js("turns.at(-1).note") or "cut" not in page.js("turns.at(-1).note")
     assert replies[0] == replies[1] != replies[2]
+    knobs = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.2}
+    page.js("".join(f"$('{name}').value = {value}, " for name, value in knobs.items()) + "0")
+    assert knobs.items() <= page.js("options()").items()
+    page.js("$('new').click(), ask_text('same')")
+    page.wait(REPLY_DONE)
+    greedy = page.js("turns.at(-1).content")  # one candidate only: the seed no longer matters
+    page.js("$('seed').value = 9, $('new').click(), ask_text('same')")
+    page.wait(REPLY_DONE)
+    assert page.js("turns.at(-1).content") == greedy
 
 
 def test_an_error_is_shown_and_can_be_retried(page: Browser) -> None:
@@ -245,6 +282,10 @@ def test_markdown_becomes_elements_and_html_stays_text(page: Browser) -> None:
     assert rendered(page, "# T\n- x\n- y\n\n3. z") == '<h3>T</h3><ul><li>x</li><li>y</li></ul><ol start="3"><li>z</li></ol>'
     assert "<code>if a:\n    b **c**</code>" in rendered(page, "```py\nif a:\n    b **c**\n```\nend")
     assert "<code>open</code>" in rendered(page, "```\nopen")
+    table = "<tr><th>a</th><th>b</th></tr><tr><td>1</td><td><strong>2</strong></td></tr><tr><td>3</td><td></td></tr></table>"
+    assert table in rendered(page, "| a | b |\n|:--|--:|\n| 1 | **2** |\n| 3 |\nend")
+    assert rendered(page, "a | b\nc") == "<p>a | b<br>c</p>"
+    assert rendered(page, "x\n\n---\n* * *\ny") == "<p>x</p><hr><hr><p>y</p>"
     assert rendered(page, "> q\n> r") == "<blockquote>q<br>r</blockquote>"
     assert 'href="https://a.b/c"' in rendered(page, "[t](https://a.b/c)")
     for evil in ("<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "[x](javascript:alert(1))", "`<b>`", "**<i>**"):
