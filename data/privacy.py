@@ -19,34 +19,41 @@ from chatmill.data.conversation import Turn
 from chatmill.data.fences import split_fences
 from chatmill.data.recipe import PrivacySection
 
+# Borders are those of ASCII words (re.A): in Chinese or Japanese an address stands between letters without a blank.
+_LETTER = "A-Za-z0-9\u00c0-\u052f"  # and of Latin, Greek and Cyrillic names
 _EMAIL = re.compile(
-    r"(?<![\w.+/-])[A-Za-z0-9_][\w.+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
+    rf"(?<![{_LETTER}_.+/-])[{_LETTER}_][{_LETTER}_.+-]{{0,63}}@(?:[{_LETTER}](?:[{_LETTER}-]{{0,61}}[{_LETTER}])?\.)+"
+    rf"(?:xn--[a-z0-9-]{{2,59}}|[A-Za-z]{{2,24}}|[\u0370-\u052f]{{2,24}})(?![{_LETTER}_-])"
 )
 _CREDENTIALS = re.compile(r"(?<=://)[^\s:/@?#\"'<>]{1,80}:[^\s/@\"'<>]{1,120}(?=@[\w\[])")
-_IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
+_IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)", re.A)
 _IPV6 = re.compile(
     r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){2,7}(?::?[0-9A-Fa-f]{1,4}){0,6}(?![\w:])"
-    r"|(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){1,6}(?::[0-9A-Fa-f]{1,4}){1,6}(?![\w:])"
+    r"|(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){1,6}(?::[0-9A-Fa-f]{1,4}){1,6}(?![\w:])",
+    re.A,
 )
 _CARD = re.compile(r"(?<![\d.,-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\d-]|[.,]\d)")
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 _PHONE = re.compile(
     r"(?<![\w.+/=-])(?:\+\d{1,3}[\s.-]?(?:\(\d{1,4}\)[\s.-]?)?\d{1,4}(?:[\s./-]?\d{2,4}){1,4}"
     r"|(?:\+?1[\s.-]?)?(?:\(\d{3}\)\s?|\d{3}[.-])\d{3}[\s.-]\d{4}|(?:1 )?\d{3} \d{3} \d{4}"
-    r"|\(?0\d{2,4}\)?[\s/-]\d{3,4}[\s-]?\d{3,5})(?![\w/=-]|\.\d)"
+    r"|(?:\(0\d{2,4}\)|0\d{2,4})[\s/-]\d{3,4}[\s-]?\d{3,5}|(?<!\d[ .])0\d(?:[ .]\d{2}){4}(?![ .]\d\d(?!\d)))(?![\w/=-]|\.\d)",
+    re.A,
 )
 _SPOKEN_PHONE = re.compile(
-    r"\b(?:call|phone|ring|text|tel|telephone|mobile|cell|whats ?app|handy|number is|numéro)\b"
-    r"[^\d\n]{0,25}?(?P<number>\+?\d[\d .-]{6,16}\d)(?![\w-])",
+    r"(?:\b(?:call|phone|ring|text|tel|telephone|mobile|cell|whats ?app|number is|handy|telefon|nummer|anrufen|numéro|téléphone"
+    r"|tel[ée]fono|móvil|telefone|celular|телефон|номер)\b|电话|手机|電話|手機|致电|携帯)"
+    r"[^\d\n]{0,25}?(?P<number>\+?\d[\d .-]{6,16}\d)(?![A-Za-z0-9_-])",
     re.I,
 )
 _KEY = re.compile(
     r"(?<![\w-])(?:sk-(?:proj-|ant-|or-)?[A-Za-z0-9_-]{20,200}|(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,100}|gh[pousr]_[A-Za-z0-9]{36,255}"
     r"|github_pat_\w{22,255}|glpat-[\w-]{20,50}|xox[abeoprs]-[A-Za-z0-9-]{10,200}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}|hf_[A-Za-z0-9]{30,60}"
     r"|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50,250}|SG\.[\w-]{16,40}\.[\w-]{30,60}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})(?![\w-])"
-    r"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----[\s\S]{20,8000}?-----END (?:[A-Z]+ )*PRIVATE KEY-----"
+    r"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----[\s\S]{20,8000}?-----END (?:[A-Z]+ )*PRIVATE KEY-----",
+    re.A,
 )
-_VERSION = re.compile(r"(?:\b(?:version|release|build|firmware|v|ver|section|chapter|driver)\.?\s*)$", re.I)
+_VERSION = re.compile(r"(?:\b(?:version|release|build|firmware|v|ver|section|chapter|driver)\.?|版本)\s*$", re.I | re.A)
 
 
 MAX_PASSES = 8
@@ -191,7 +198,8 @@ def _ips(text: str) -> Iterator[tuple[int, int]]:
 def _phones(text: str) -> Iterator[tuple[int, int]]:
     for match in _PHONE.finditer(text):
         digits = sum(c.isdigit() for c in match[0])
-        if 8 <= digits <= 15 and not re.fullmatch(r"(19|20)\d\d[-. /]\d\d[-. /]\d\d.*", match[0]):
+        least = 10 if match[0].lstrip("(").startswith("0") else 8  # with their leading 0, national numbers have ten or more
+        if least <= digits <= 15 and not re.fullmatch(r"(19|20)\d\d[-. /]\d\d[-. /]\d\d.*", match[0]):
             yield match.span()
     for match in _SPOKEN_PHONE.finditer(text):
         if 7 <= sum(c.isdigit() for c in match["number"]) <= 15:
