@@ -97,11 +97,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("out", help="checkpoint folder to make")
     command.add_argument("--force", action="store_true", help="replace an existing checkpoint")
 
-    command = add("export", _export, "write a checkpoint as a Hugging Face folder")
+    command = add("export", _export, "write a checkpoint as a Hugging Face folder or a GGUF file")
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
-    command.add_argument("out", help="folder to make")
-    command.add_argument("--to", choices=("hf", "chatmill"), default="hf", help="chatmill: a checkpoint folder, with --ema")
+    command.add_argument("out", help="folder (hf, chatmill) or file (gguf) to make")
+    command.add_argument("--to", choices=("hf", "gguf", "chatmill"), default="hf", help="chatmill: a checkpoint, with --ema")
     command.add_argument("--ema", action="store_true", help="the averaged weights of a run with train.ema")
+    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "q8_0"), help="hf: as in the checkpoint; gguf: bf16")
+    command.add_argument("--force", action="store_true", help="replace an earlier export")
 
     _add_checkpoint(commands)
 
@@ -264,17 +266,22 @@ def _export(options: argparse.Namespace) -> int:
     from chatmill.config import ConfigError
     from chatmill.trainer.averaging import averaged, export_average
     from chatmill.trainer.checkpoint import open_checkpoint
+    from chatmill.trainer.gguf_export import export_gguf
     from chatmill.trainer.hf import export_hf
 
-    source = open_checkpoint(options.checkpoint)
+    source, out = open_checkpoint(options.checkpoint), Path(options.out)
     if options.to == "chatmill":
         if not options.ema:
             raise ConfigError(f"{source.path} is a Chatmill checkpoint already: --to chatmill goes with --ema.")
-        print(f"{export_average(source, options.out)}: checkpoint of the averaged weights")
+        print(f"{export_average(source, out)}: checkpoint of the averaged weights")
         return 0
-    with averaged(source, Path(options.out)) if options.ema else contextlib.nullcontext(source) as chosen:
-        export_hf(chosen, Path(options.out))
-    print(f"{options.out}: Hugging Face folder, loads with transformers.AutoModelForCausalLM.from_pretrained")
+    with averaged(source, out) if options.ema else contextlib.nullcontext(source) as chosen:
+        if options.to == "gguf":
+            export_gguf(chosen, out, dtype=options.dtype or "bf16", overwrite=options.force)
+        else:
+            export_hf(chosen, out, dtype=options.dtype, overwrite=options.force)
+    loader = {"hf": "transformers.AutoModelForCausalLM.from_pretrained", "gguf": "llama.cpp and whatever is built on it"}
+    print(f"{out}: {'GGUF file' if options.to == 'gguf' else 'Hugging Face folder'}, loads with {loader[options.to]}")
     return 0
 
 

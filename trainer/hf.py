@@ -27,6 +27,7 @@ from chatmill.trainer.checkpoint import MANIFEST, Checkpoint, CheckpointWriter, 
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.hf_config import read_hf_config, write_hf_config
 from chatmill.trainer.model import Decoder
+from chatmill.trainer.model_card import model_card
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FILES = (
@@ -117,7 +118,7 @@ def export_hf(
     shard_bytes: int = 4 << 30,
     overwrite: bool = False,
 ) -> Path:
-    """Write a folder that transformers, vLLM and llama.cpp's converter load. Returns its path.
+    """Write a folder that transformers, vLLM and llama.cpp's converter load, with a model card. Returns its path.
 
     dtype: fp32, bf16 or fp16; None keeps what the checkpoint holds. overwrite: replace an earlier export.
     """
@@ -137,6 +138,7 @@ def export_hf(
         _write_weights(checkpoint, temporary, DTYPES[dtype] if dtype else None, shard_bytes)
         _write_json(temporary / "config.json", raw)
         _write_companions(checkpoint, temporary)
+        (temporary / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
         if out.exists():
             retired = out.with_name(f".{out.name}.retired-{os.getpid()}")
             out.replace(retired)
