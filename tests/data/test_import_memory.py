@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from chatmill.data.importers import json_fields, json_lines
+from chatmill.data.importers import json_fields, json_lines, parquet
 from chatmill.data.importers.registry import read_file, source_files
 from chatmill.data.importers.spill import Spill, key, packed, unpacked
 from chatmill.data.ledger import Ledger
@@ -50,6 +50,7 @@ NAMES = sorted({*ONE_OF_EACH.values(), "telegram account", "slack zip", "cornell
 def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_fields, "_PIECE_CHARS", 1 << 12)
     monkeypatch.setattr(json_lines, "_PIECE_CHARS", 1 << 12)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 8)
     _, render, limits = renderers.FORMATS[name]
     peaks, sizes, files = [], [], []
     few = 45 if name == "mbox" else 60  # the parser of the standard library is slow, more so when watched

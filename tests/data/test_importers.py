@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -289,15 +291,94 @@ def render_stack_exchange(folder: Path, dialogues: list[Dialogue]) -> Path:
 
 
 QUOTES = "quotes"  # lines that begin with > are quotes, those after "-- " a signature
+
+
+def render_openai_array(folder: Path, dialogues: list[Dialogue]) -> Path:
+    lines = render_openai(folder, dialogues).read_text(encoding="utf-8").split("\n")
+    (folder / "chats.json").write_text("[" + ",\n ".join(lines) + "\n]\n", encoding="utf-8-sig")
+    (folder / "chats.jsonl").unlink()
+    return folder / "chats.json"
+
+
+def render_oasst_flat(folder: Path, dialogues: list[Dialogue]) -> Path:
+    rows = [
+        {"message_id": f"{n}-{k}", "parent_id": f"{n}-{k - 1}" if k else None, "message_tree_id": f"{n}-0", "text": text}
+        | {"role": ("prompter", "assistant")[k % 2], "rank": 0 if k % 2 else None, "deleted": False}
+        for n, dialogue in enumerate(dialogues)
+        for k, text in enumerate(dialogue)
+    ]
+    (folder / "x.messages.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return folder / "x.messages.jsonl"
+
+
+def render_tsv_of_senders(folder: Path, dialogues: list[Dialogue]) -> Path:
+    with (folder / "chats.tsv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["timestamp", "dialogue_id", "speaker", "utterance"])
+        for n, dialogue in enumerate(dialogues):
+            writer.writerows([at.timestamp(), n, sender, text] for sender, text, at in said(dialogue, n))
+    return folder / "chats.tsv"
+
+
+def render_csv_of_pairs(folder: Path, dialogues: list[Dialogue]) -> Path:
+    with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerows([["Question", "Answer"], *(d[:2] for d in dialogues)])
+    return folder / "pairs.csv"
+
+
+def render_parquet(folder: Path, dialogues: list[Dialogue]) -> Path:
+    rows = [[{"role": ("user", "assistant")[k % 2], "content": t} for k, t in enumerate(d)] for d in dialogues]
+    parquet.write_table(pyarrow.table({"messages": rows}), folder / "chats.parquet", row_group_size=2)
+    return folder / "chats.parquet"
+
+
+def render_parquet_of_sharegpt(folder: Path, dialogues: list[Dialogue]) -> Path:
+    rows = [json.dumps([{"from": ("human", "gpt")[k % 2], "value": t} for k, t in enumerate(d)]) for d in dialogues]
+    parquet.write_table(pyarrow.table({"id": list(range(len(rows))), "conversations": rows}), folder / "chats.parquet")
+    return folder / "chats.parquet"
+
+
+def render_arrow(folder: Path, dialogues: list[Dialogue]) -> Path:
+    rows = [(n, ("user", "assistant")[k % 2], t) for n, d in enumerate(dialogues) for k, t in enumerate(d)]
+    table = pyarrow.table(dict(zip(("conversation_id", "role", "content"), map(list, zip(*rows, strict=True)), strict=True)))
+    with pyarrow.ipc.new_file(folder / "chats.arrow", table.schema) as file:
+        file.write_table(table, max_chunksize=3)
+    return folder / "chats.arrow"
+
+
+def render_arrow_stream(folder: Path, dialogues: list[Dialogue]) -> Path:
+    table = pyarrow.table({"prompt": [d[0] for d in dialogues], "response": [d[1] for d in dialogues]})
+    with pyarrow.ipc.new_stream(folder / "chats.arrow", table.schema) as file:
+        file.write_table(table)
+    return folder / "chats.arrow"
+
+
+def render_document_lines(folder: Path, dialogues: list[Dialogue]) -> Path:
+    lines = [json.dumps({"text": "\n\n".join(d), "url": "https://example.org"}) for d in dialogues]
+    (folder / "pages.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "pages.jsonl"
+
+
+def render_document_files(folder: Path, dialogues: list[Dialogue]) -> Path:
+    (folder / "books").mkdir()
+    for n, dialogue in enumerate(dialogues):
+        (folder / "books" / f"{n:03d}.md").write_text("\n\n".join(dialogue), encoding="utf-8", newline="\r\n")
+    return folder / "books"
+
+
 ONE_LINE = "one line"  # the format cannot say a line feed
 TWO_TURNS = "two turns"
 LATIN = "latin"
+DOCUMENT = "document"  # no turns: a dialogue becomes one text
 FORMATS: dict[str, tuple[str, Callable[[Path, list[Dialogue]], Path], set[str]]] = {
     "openai": ("openai", render_openai, set()),
+    "openai array": ("openai", render_openai_array, set()),
     "preference": ("preference", render_preference, set()),
     "sharegpt": ("sharegpt", render_sharegpt, set()),
     "alpaca": ("alpaca", render_alpaca, set()),
     "oasst": ("oasst", render_oasst, set()),
+    "oasst messages": ("oasst", render_oasst_flat, set()),
     "chitchat": ("chitchat", render_chitchat, set()),
     "whatsapp android us": ("whatsapp", whatsapp("{m}/{d}/%y, {I}:%M %p - ", "WhatsApp Chat with Bob.txt"), set()),
     "whatsapp android de": ("whatsapp", whatsapp("%d.%m.%y, %H:%M - ", "WhatsApp Chat mit Bob.txt"), set()),
@@ -315,6 +396,14 @@ FORMATS: dict[str, tuple[str, Callable[[Path, list[Dialogue]], Path], set[str]]]
     "irc weechat": ("irc", irc("%Y-%m-%d %H:%M:%S\tNICK\t", None, "x.weechatlog"), {ONE_LINE}),
     "transcript": ("transcript", render_transcript, set()),
     "csv": ("csv", render_csv, set()),
+    "csv of pairs": ("csv", render_csv_of_pairs, {TWO_TURNS}),
+    "tsv of senders": ("csv", render_tsv_of_senders, set()),
+    "parquet": ("parquet", render_parquet, set()),
+    "parquet of sharegpt": ("parquet", render_parquet_of_sharegpt, set()),
+    "arrow": ("parquet", render_arrow, set()),
+    "arrow stream": ("parquet", render_arrow_stream, {TWO_TURNS}),
+    "document lines": ("documents", render_document_lines, {DOCUMENT}),
+    "document files": ("documents", render_document_files, {DOCUMENT}),
     "mbox": ("mbox", render_mbox, {QUOTES}),
     "cornell": ("corpora", render_cornell, {ONE_LINE, LATIN}),
     "ubuntu": ("corpora", render_ubuntu, {ONE_LINE}),
@@ -378,20 +467,24 @@ def test_a_conversation_survives_its_rendering(
     kind, render, limits = FORMATS[name]
     real = data.draw(st.lists(st.sampled_from(range(len(real_dialogues()))), min_size=2, max_size=5, unique=True))
     dialogues = [fit_dialogue(real_dialogues()[k], limits) for k in real]
-    invented = data.draw(st.lists(TEXT, min_size=4, max_size=4))
-    dialogues.append(fit_dialogue([f"x{text} y" for text in invented], limits))
+    for pairs in data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)):
+        invented = data.draw(st.lists(TEXT, min_size=2 * pairs, max_size=2 * pairs))
+        dialogues.append(fit_dialogue([f"x{text} y" for text in invented], limits))
     path = render(tmp_path_factory.mktemp("render"), dialogues)
     found, ledger = import_all(path)
     assert {recognise(file) for file in source_files(SourceSection(path=str(path)))} == {kind}
     expected = [[(("user", "assistant")[k % 2], text) for k, text in enumerate(d)] for d in dialogues]
+    if DOCUMENT in limits:
+        expected = [[("assistant", "\n\n".join(d))] for d in dialogues]
+        assert all(c.is_document for c in found)
     assert turns_of(found) == expected
     assert not ledger.dropped
     assert len({c.uid for c in found}) == len(found)
 
 
-def test_every_importer_of_whole_dialogues_is_rendered_above() -> None:
-    # documents and parquet below; oasst_ranks in test_preference.py
-    assert {kind for kind, _, _ in FORMATS.values()} == set(IMPORTERS) - {"documents", "parquet", "oasst_ranks"}
+def test_every_importer_is_rendered_above() -> None:
+    # oasst_ranks makes pairs of replies, not dialogues: test_preference.py
+    assert {kind for kind, _, _ in FORMATS.values()} == set(IMPORTERS) - {"oasst_ranks"}
 
 
 def test_times_survive_where_the_format_has_them(tmp_path: Path) -> None:
