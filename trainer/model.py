@@ -186,7 +186,7 @@ class Block(nn.Module):
         if self.recompute == "none" or memory is not None or not torch.is_grad_enabled():
             return self._forward(x, layout, memory)
         # inside the block's own forward: engines gather its weights around it, and torch.compile sees the recomputation
-        contexts = {"context_fn": _keep_attention} if self.recompute == "selective" else {}
+        contexts: dict[str, Any] = {"context_fn": _keep_attention} if self.recompute == "selective" else {}
         out: Tensor = checkpoint(self._forward, x, layout, use_reentrant=False, preserve_rng_state=False, **contexts)
         return out
 
@@ -250,7 +250,9 @@ class Decoder(nn.Module):
     @property
     def recompute(self) -> Recompute:
         """What is recomputed in the backward pass instead of being kept."""
-        return self.layers[0].recompute
+        first = self.layers[0]
+        assert isinstance(first, Block)
+        return first.recompute
 
     @property
     def activation_checkpointing(self) -> bool | Literal["full", "selective"]:
@@ -259,8 +261,10 @@ class Decoder(nn.Module):
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, value: bool | Literal["full", "selective"]) -> None:
+        recompute: Recompute = ("full" if value else "none") if isinstance(value, bool) else value
         for block in self.layers:
-            block.recompute = ("full" if value else "none") if isinstance(value, bool) else value
+            assert isinstance(block, Block)
+            block.recompute = recompute
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """torch.compile each block in place; parameter names stay, and all blocks share one compiled function per shape."""

@@ -159,8 +159,9 @@ class TextRequest(Request):
     def prompts(self, tokenizer: ChatTokenizer) -> list[list[int]]:
         """Each text as tokens; special-token strings in it stay plain text."""
         found: list[list[int]] = []
-        for prompt in self.prompt if self.is_batch else [self.prompt]:
-            ids = tokenizer.encode(tokenizer.escape_special(prompt)) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+        given: Any = self.prompt if self.is_batch else [self.prompt]
+        for prompt in given:
+            ids = tokenizer.encode(tokenizer.escape_special(prompt)) if isinstance(prompt, str) else [int(i) for i in prompt]
             if not ids:
                 raise RequestError(400, "prompt: it is empty.", param="prompt")
             found.append(ids)
