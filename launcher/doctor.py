@@ -33,7 +33,7 @@ OPTIONAL = (
     ("deepspeed", "deepspeed", "parallel.strategy=zero1, zero2, zero3"),
     ("flash_attn", "flash-attn", "kernels.attention=flash (our own Triton kernels are used instead)"),
     ("optuna", "optuna", "chatmill sweep"),
-    ("tensorboard", "tensorboard", "logging.tensorboard"),
+    ("tensorboard", "tensorboard", "curves in TensorBoard (logging.trackers)"),
 )
 SLOW_DISK_MB_PER_S = 100.0
 

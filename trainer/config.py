@@ -353,10 +353,21 @@ class EvaluationSection(Section):
 
 
 class LoggingSection(Section):
-    """One console and metrics line every so many steps; trackers beside metrics.jsonl."""
+    """One console and metrics line every so many steps (docs/metrics.md).
+
+    trackers: beside metrics.jsonl: tensorboard, wandb, trackio, mlflow ... (null: tensorboard if it is installed).
+    profile_steps: the first and the last step to profile into RUN/profile (null: none).
+    """
 
     every_steps: int = Field(default=1, gt=0)
-    tensorboard: bool = False
+    trackers: tuple[str, ...] | None = None
+    profile_steps: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _check_profile(self) -> LoggingSection:
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps={list(self.profile_steps)}: expected [first, last] with 1 <= first <= last")
+        return self
 
 
 class Recipe(Section):

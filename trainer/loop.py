@@ -39,10 +39,12 @@ from chatmill.trainer.guard import Guard
 from chatmill.trainer.metrics import StepMeter
 from chatmill.trainer.model import Decoder
 from chatmill.trainer.preference import check_objective, pair_objective, reference_pass
+from chatmill.trainer.profiling import StepProfiler
 from chatmill.trainer.progress import StepDisplay
 from chatmill.trainer.run_checkpoints import RunCheckpoints, origin
 from chatmill.trainer.run_folder import PREEMPTED, RunFolder, describe_environment
 from chatmill.trainer.schedule import learning_rate
+from chatmill.trainer.trackers import Trackers
 from chatmill.trainer.train_state import TrainState
 from chatmill.trainer.watchdog import Watchdog
 from chatmill.trainer.world import World, end_world, start_world
@@ -60,6 +62,8 @@ def train(recipe: Recipe) -> int:
     folder = RunFolder(recipe.run_dir)
     exclude = exclusions(recipe.data, folder.path)
     world = start_world(recipe)
+    trackers = Trackers(recipe, folder.path, world.is_main)
+    folder.on_metric = trackers.log
     try:
         recipe = in_steps(recipe, mixture, exclude, world.world_size, folder.path)
         folder.check_same(recipe)
@@ -69,6 +73,7 @@ def train(recipe: Recipe) -> int:
         ):
             return _train(recipe, config, base, mixture, exclude, validation, checkpoints, watchdog, stop)
     finally:
+        trackers.close()
         end_world()
 
 
@@ -222,6 +227,7 @@ def _train(
             return preempted()
         guard = Guard(recipe.guard, folder, world)
         meter = StepMeter(config, world)
+        meter.profiler = StepProfiler(recipe.logging.profile_steps, folder.path / "profile", world, state.step)
         batches = iter(stream)
         evaluated = state.step if resume is None else -1  # a run killed in its last validation still owes it
         best = False

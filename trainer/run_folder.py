@@ -12,7 +12,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.on_metric: Callable[[Mapping[str, Any]], None] | None = None
 
     def create(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
         """Make the folder and write what is known before the first step."""
@@ -80,8 +81,10 @@ class RunFolder:
             )
 
     def metric(self, **values: Any) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl; also to the trackers."""
         self._append("metrics.jsonl", values)
+        if self.on_metric is not None:
+            self.on_metric(values)
 
     def event(self, kind: str, /, **values: Any) -> None:
         """One line of events.jsonl."""

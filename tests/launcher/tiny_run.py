@@ -21,7 +21,7 @@ schedule: {{name: constant}}
 train: {{steps: {steps}, micro_batch: 1, precision: fp32, cpu_threads: 1}}
 checkpoint: {{every_steps: {every}, keep: 2}}
 evaluation: {{at_start: false, at_end: false}}
-logging: {{every_steps: 1}}
+logging: {{every_steps: 1, trackers: []}}
 """
 
 

@@ -78,6 +78,7 @@ def write_recipe(tiny_data: Path, tmp_path: Path):
         "train": {"steps": 8, "micro_batch": 1, "accumulation": 4, "precision": "fp32", "cpu_threads": 1},
         "checkpoint": {"every_steps": 4},
         "evaluation": {"at_start": False},
+        "logging": {"trackers": []},  # importing TensorBoard takes longer than the run
     }
 
     def write(name: str, **sections: dict[str, Any]) -> Path:
