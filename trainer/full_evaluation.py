@@ -97,6 +97,11 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
     if not folders:
         raise ConfigError(f"{checkpoint.path} does not say what it was trained on; give --data FOLDER.")
     tokenizer = tokenizer_of(checkpoint, str(folders[0]))
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise ConfigError(
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} entries, the model {checkpoint.config.vocab_size}.\n"
+            "They do not belong together; put the tokenizer files of the training into the checkpoint's folder."
+        )
     limit = min(options.sequence_length or LONGEST, checkpoint.config.context)
     dialogues = read_held_out(folders, tokenizer, split=options.split, limit=limit, max_dialogues=options.max_dialogues)
     model = Decoder(checkpoint.config)

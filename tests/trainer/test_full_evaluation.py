@@ -236,6 +236,25 @@ def test_the_command_measures_compares_and_feeds_the_report(
     assert "Full evaluations side by side" in (tmp_path / "two.html").read_text()
 
 
+def test_bf16_measures_nearly_the_same(checkpoint: Path) -> None:
+    options = EvaluationOptions(max_dialogues=12, generate=3, select=2, max_new_tokens=6, resamples=100)
+    exact = evaluate_fully(checkpoint, options, ALONE)
+    rounded = evaluate_fully(checkpoint, replace(options, precision="bf16"), ALONE)
+    assert exact.summary["loss"] != rounded.summary["loss"] == pytest.approx(exact.summary["loss"], rel=0.02)
+    assert set(exact.summary["metrics"]) == set(rounded.summary["metrics"])
+
+
+def test_a_foreign_tokenizer_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    config = ModelConfig(vocab_size=100, **SHAPE)
+    model = Decoder(config)
+    model.init_weights(0)
+    with CheckpointWriter(tmp_path / "bare", config, {"data": str(tiny_data)}) as writer:  # the tokenizer is then the data's
+        for name, tensor in model.named_parameters():
+            writer.add(name, tensor.detach())
+    with pytest.raises(ConfigError, match="do not belong together"):
+        evaluate_fully(tmp_path / "bare", EvaluationOptions(), ALONE)
+
+
 def test_a_file_that_is_no_evaluation_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text("{}")
     with pytest.raises(ConfigError, match="not an evaluation"):
