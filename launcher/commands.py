@@ -56,6 +56,9 @@ def add_commands(commands: Any) -> None:
     parity.add_argument("--world-sizes", help="only these (default 1,2,4)")
     parity.add_argument("--kernels", help="only these: reference, torch, triton (interpreted on a CPU), auto")
     parity.add_argument("--out", help="also write the table as JSON to this file")
+    faults = command.add_argument_group("faults (instead of the findings; 1 when something is lost); --out as above")
+    faults.add_argument("--faults", action="store_true", help="make runs fail on purpose: what is noticed, what it costs")
+    faults.add_argument("--only", help="only these faults, for example kill,hang")
 
 
 def _add(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -149,4 +152,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
     if options.parity:
         return parity(options)
+    if options.faults:
+        from chatmill.launcher.fault_matrix import main as fault_matrix
+
+        words = [word for name in ("only", "out") if (value := getattr(options, name)) for word in (f"--{name}", value)]
+        return fault_matrix(words)
     return doctor(options.folder, as_json=options.json, quick=options.quick)
