@@ -1,0 +1,36 @@
+"""The fault matrix itself: one row for real, and that a loss would be seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chatmill.launcher import fault_matrix
+from chatmill.launcher.fault_matrix import Bench, Row, main
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_of_a_rank_loses_nothing(tmp_path: Path, capsys) -> None:
+    assert main(["--only", "kill", "--out", str(tmp_path / "table.json")]) == 0
+    assert "1 faults; nothing was lost in any" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "table.json").read_text())
+    assert row["kept"]
+    assert row["steps_lost"] in (2, 6), "the checkpoint of step 4, or where it was still being written none"
+    assert "local rank 1" in row["detected"]
+
+
+def test_a_loss_curve_that_differs_counts_as_lost(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(fault_matrix, "make_data", lambda folder: 320)
+    bench = Bench(tmp_path)
+    monkeypatch.setattr(bench, "_reference", [3.0, 2.0])
+    recipe = bench.recipe("run")
+    run = bench.run_of(recipe)
+    run.mkdir(parents=True)
+    for losses, kept in (([3.0, 2.0], True), ([3.0, 2.0000001], False), ([3.0], False), ([3.0, 2.0, 1.0], False)):
+        (run / "metrics.jsonl").write_text("".join(json.dumps({"step": 1, "loss": loss}) + "\n" for loss in losses))
+        assert bench.is_kept(recipe) is kept
+    monkeypatch.setitem(fault_matrix.FAULTS, "kill", lambda bench: Row("kill", "not noticed", None, None, False))
+    assert main(["--only", "kill"]) == 1
+    assert "lost or not noticed: kill" in capsys.readouterr().out
