@@ -8,6 +8,7 @@ Green tokens carry loss: they are what the model learns to say. Grey ones are re
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from rich.text import Text
 
 from chatmill.data.html_report import html_report
 from chatmill.data.pack import pack_best_fit
+from chatmill.data.remote import RemoteDataset
+from chatmill.data.remote_files import is_url, local_copy
 from chatmill.data.report import print_texts
-from chatmill.data.shards import TokenDataset
+from chatmill.data.shards import MANIFEST, TokenDataset, read_manifest
 from chatmill.data.token_pieces import dialogue_tokens, token_pieces
 from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.data.verification import open_splits, verify_dataset
@@ -68,8 +71,25 @@ def inspect_dataset(
 
     html: also write the data set's page there, made anew (the build leaves one as report.html).
     """
-    console = console or Console()
-    splits = open_splits(path)
+    if not is_url(path):
+        return _inspect(str(path), Path(path), open_splits(path), samples, console or Console(), html)
+    near = ("tokenizer/", "report.json", MANIFEST)
+    with local_copy(str(path), lambda name: name.startswith(near)) as folder:
+        parts = read_manifest(folder)["splits"]
+        splits: dict[str, TokenDataset] = {
+            split: RemoteDataset.open(str(path), split, cache=folder / "cache") for split in parts if parts[split]["dialogues"]
+        }
+        try:
+            return _inspect(str(path), folder, splits, samples, console or Console(), html)
+        finally:
+            for dataset in splits.values():
+                dataset.close()
+
+
+def _inspect(
+    path: str, folder: Path, splits: Mapping[str, TokenDataset], samples: int, console: Console, html: str | Path | None
+) -> dict[str, Any]:
+    """folder: where tokenizer and report lie."""
     facts = {split: dataset_facts(dataset) for split, dataset in splits.items()}
     table = Table(title=f"data set {path}", title_justify="left")
     table.add_column("")
@@ -89,9 +109,9 @@ def inspect_dataset(
     for name, cells in rows:
         table.add_row(name, *cells)
     console.print(table)
-    report = json.loads((Path(path) / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     print_texts(report, console)
-    tokenizer = ChatTokenizer.load(Path(path) / "tokenizer")
+    tokenizer = ChatTokenizer.load(folder / "tokenizer")
     dataset = splits.get("train") or next(iter(splits.values()))
     for k in range(min(samples, len(dataset))):
         number = dataset.readable(k * len(dataset) // samples)

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from chatmill.data.ledger import Ledger, shorten
 from chatmill.data.near_duplicates import near_pairs
 from chatmill.data.publish import publish
 from chatmill.data.recipe import DataRecipe
+from chatmill.data.remote_files import RemotePath, is_url, publish_remotely, read_remote_json, remote_files, staging_folder
 from chatmill.data.shard_index import sha256_file, write_durably
 from chatmill.data.shards import FORMAT_VERSION, MANIFEST, ShardWriter, TokenDataset, read_manifest
 from chatmill.data.split import Facts, assign, certificate, group
@@ -54,20 +56,27 @@ BUILD_VERSION = 3
 
 
 def build_dataset(
-    recipe: DataRecipe, out: Path | None = None, progress: Progress | None = None, until: Stage = "shard"
+    recipe: DataRecipe, out: str | Path | None = None, progress: Progress | None = None, until: Stage = "shard"
 ) -> dict[str, Any]:
     """Build the data set of a recipe, or bring it as far as the stage `until`. Returns the report.
 
     Report: {"stages": [{"name", "unit", "kept", "dropped", "changed", "examples", "seconds"}], "built": bool, "out": str, …}.
     """
-    folder = (out or recipe.folder).absolute()
+    place = str(out or recipe.place)
+    url = place.rstrip("/") if is_url(place) else None
+    folder = (staging_folder(url) if url else Path(place)).absolute()
     files = [(number, file) for number, source in enumerate(recipe.sources) for file in source_files(source)]
     tokenizer = _given_tokenizer(recipe)
     digest, inputs = _digest(recipe, files, tokenizer)
-    if until == "shard" and _is_built(folder, digest):
+    if until == "shard" and not url and _is_built(folder, digest):
         return json.loads((folder / "report.json").read_text(encoding="utf-8")) | {"built": False, "out": str(folder)}
+    if until == "shard" and url and (found := _published(url, digest)):
+        return found | {"built": False, "out": url}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
+        if until == "shard" and url and _is_built(folder, digest):  # killed while it was copied
+            copied = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            return _copy_out(folder, url, copied | {"built": True}, progress)
         parts = [(n, part) for (n, file), found in zip(files, inputs, strict=True) for part in _spans(recipe, n, file, found)]
         work = Work(folder.parent / f".{folder.name}.work-{digest[:12]}", recipe, tuple(parts))
         for stage in ("import", "prepare", "assign", "tokenize"):
@@ -76,7 +85,29 @@ def build_dataset(
         report = build.run(until)
         if until == "shard":
             _remove_work(folder)
+            if url:
+                return _copy_out(folder, url, report, progress)
     return report
+
+
+def _copy_out(folder: Path, url: str, report: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
+    """Move a data set from the folder where it was built to its URL; its report."""
+    publish_remotely(folder, url, (lambda done, total: progress("copy", done, total)) if progress else None)
+    shutil.rmtree(folder)
+    return report | {"out": url}
+
+
+def _published(url: str, digest: str) -> dict[str, Any] | None:
+    """The report of a data set at a URL that came from the same inputs and recipe and is all there."""
+    manifest = read_remote_json(url, MANIFEST)
+    if (
+        manifest is None
+        or manifest.get("recipe_sha256") != digest
+        or not set(manifest["files"]) <= set(found := remote_files(url))
+    ):
+        return None
+    shards = [(split, record) for split in SPLITS for record in manifest["splits"][split]["shards"]]
+    return read_remote_json(url, "report.json") if all(found.get(f"{s}/{r['name']}") == r["bytes"] for s, r in shards) else None
 
 
 class _Build:
@@ -360,10 +391,11 @@ def _digest(
 ) -> tuple[str, list[dict[str, Any]]]:
     """(sha256 of all that shapes the bytes, one record per raw file)."""
     inputs: list[dict[str, Any]] = []
-    seen: dict[Path, str] = {}
+    distinct = {file.path: file for _, file in files}
+    with ThreadPoolExecutor(8) as pool:
+        hashes = dict(zip(distinct, pool.map(_input_sha256, distinct.values()), strict=True))
     for number, file in files:
-        sha = seen.get(file.path) or _input_sha256(file)
-        seen[file.path] = sha
+        sha = hashes[file.path]
         given = recipe.sources[number].format
         kind = given if given != "auto" else recognise(file)
         importer(kind)
@@ -382,9 +414,13 @@ def _spans(recipe: DataRecipe, number: int, file: RawFile, found: dict[str, Any]
 def _input_sha256(file: RawFile) -> str:
     """sha256 of a raw file; of a folder, over the names and hashes of its files."""
     if not file.path.is_dir():
-        return sha256_file(file.path)
-    lines = [f"{part.path.name} {sha256_file(part.path)}" for part in file.parts()]
+        return _raw_sha256(file.path)
+    lines = [f"{part.path.name} {_raw_sha256(part.path)}" for part in file.parts()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _raw_sha256(path: Path | RemotePath) -> str:
+    return path.sha256() if isinstance(path, RemotePath) else sha256_file(path)
 
 
 def _input_bytes(file: RawFile) -> int:

@@ -255,9 +255,9 @@ class DataRecipe(Section):
     workers: int | None = Field(default=None, gt=0)
 
     @property
-    def folder(self) -> Path:
-        """Where the data set goes."""
-        return Path(self.out or f"corpora/{self.name}")
+    def place(self) -> str:
+        """Folder or URL where the data set goes."""
+        return self.out or f"corpora/{self.name}"
 
 
 def load_data_recipe(name: str, overrides: Iterable[str] = ()) -> DataRecipe:

@@ -11,7 +11,6 @@ the window in use and of the next are fetched ahead by threads, so that the trai
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import urllib.error
@@ -26,6 +25,7 @@ from typing import Any, Protocol
 from chatmill.config import ConfigError
 from chatmill.data.cache import PieceCache, with_retries
 from chatmill.data.quarantine import QUARANTINE, parse_quarantine
+from chatmill.data.remote_files import filesystem
 from chatmill.data.shard_index import ShardIndex, block_hash
 from chatmill.data.shards import MANIFEST, TokenDataset, fingerprints, parse_manifest
 
@@ -76,13 +76,15 @@ def _http_reader(root: str) -> RangeReader:
 
 
 def _fsspec_reader(root: str) -> RangeReader:
-    try:
-        filesystem, path = importlib.import_module("fsspec.core").url_to_fs(root)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"data set {root}: cannot read this kind of URL: {error}") from error
+    files, path = filesystem(root)
 
     def read(name: str, start: int = 0, size: int | None = None) -> bytes:
-        data: bytes = filesystem.cat_file(f"{path}/{name}", start=start, end=None if size is None else start + size)
+        try:
+            data: bytes = files.cat_file(f"{path}/{name}", start=start, end=None if size is None else start + size)
+        except OSError:
+            raise
+        except Exception as error:  # a store's own errors: no connection, no credentials
+            raise OSError(f"{root}/{name}: {type(error).__name__}: {error}") from error
         return data
 
     return read

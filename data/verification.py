@@ -22,6 +22,7 @@ from chatmill.data.dialogue_shards import read_dialogues
 from chatmill.data.privacy import Privacy
 from chatmill.data.quarantine import QUARANTINE, HeldBlock, Quarantine, find_damage, read_quarantine, write_quarantine
 from chatmill.data.recipe import PrivacySection
+from chatmill.data.remote_files import is_url, local_copy
 from chatmill.data.shard_index import (
     TAR_END,
     ShardIndex,
@@ -47,6 +48,9 @@ def verify_dataset(
 
     encoded: at most so many dialogues per split are tokenised again; proven: and so many masks proven by prefix rendering.
     """
+    if is_url(path):
+        with local_copy(str(path)) as copy:
+            return [line.replace(str(copy), str(path)) for line in verify_dataset(copy, encoded, proven, progress)]
     folder = Path(path)
     try:
         manifest = read_manifest(folder)

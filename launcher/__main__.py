@@ -327,7 +327,7 @@ def _data_build(options: argparse.Namespace) -> int:
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done, total=total)
 
-        report = build_dataset(recipe, Path(options.out) if options.out else None, show, options.until)
+        report = build_dataset(recipe, options.out, show, options.until)
     print_funnel(report, console)
     if options.until == "shard":
         print(report["out"] if report["built"] else f"{report['out']}: already built from the same inputs and recipe")

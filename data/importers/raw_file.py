@@ -1,6 +1,6 @@
 """Raw input files: finding them, opening them through their compression, looking at their beginnings.
 
-A RawFile is a path or one member of a zip. Everything is streamed; nothing is unpacked to disk.
+A RawFile is a path, a URL or one member of a zip. Everything is streamed; nothing is unpacked to disk.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from chatmill.config import ConfigError
+from chatmill.data.remote_files import RemotePath, find_remote, is_url
 
 HEAD_BYTES = 1 << 16
 _DAY_FILE = re.compile(r"(^|/)\d{4}-\d\d-\d\d\.json$")
@@ -33,7 +34,7 @@ class RawFile:
     span: only these whole lines of a line-by-line file: first byte, byte after the last, number of lines before.
     """
 
-    path: Path
+    path: Path | RemotePath
     member: str | None = None
     span: tuple[int, int, int] | None = None
 
@@ -54,18 +55,18 @@ class RawFile:
     def open(self) -> Iterator[IO[bytes]]:
         """The uncompressed bytes, streamed."""
         if self.member is not None:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+            with _open_zip(self.path) as archive, archive.open(self.member) as file:
                 yield file
             return
         suffix = self.path.suffix.lower()
         if suffix == ".gz":
-            with gzip.open(self.path, "rb") as file:
+            with self.path.open("rb") as raw, gzip.open(raw, "rb") as file:
                 yield file  # type: ignore[misc]
         elif suffix == ".bz2":
-            with bz2.open(self.path, "rb") as file:
+            with self.path.open("rb") as raw, bz2.open(raw, "rb") as file:
                 yield file
         elif suffix == ".xz":
-            with lzma.open(self.path, "rb") as file:
+            with self.path.open("rb") as raw, lzma.open(raw, "rb") as file:
                 yield file
         elif suffix == ".zst":
             with _open_zstd(self.path) as file:
@@ -98,7 +99,12 @@ class RawFile:
 
     def spans(self, size: int) -> list[RawFile]:
         """The file as spans of about `size` bytes that several processes can read; itself where it cannot be cut."""
-        if self.member is not None or not self.path.is_file() or self.path.stat().st_size <= size:
+        if (
+            self.member is not None
+            or isinstance(self.path, RemotePath)
+            or not self.path.is_file()
+            or self.path.stat().st_size <= size
+        ):
             return [self]
         if self.path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst"):
             return [self]
@@ -115,12 +121,14 @@ class RawFile:
     def parts(self) -> list[RawFile]:
         """The files of a folder (or of a folder inside a zip), sorted; a plain file is its own only part."""
         if self.member is not None and self.member.endswith("/"):
-            with zipfile.ZipFile(self.path) as archive:
+            with _open_zip(self.path) as archive:
                 return [
                     RawFile(self.path, n) for n in sorted(archive.namelist()) if n.startswith(self.member) and n != self.member
                 ]
         if self.path.is_dir():
-            return [RawFile(p) for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith(".")]
+            found: list[Path | RemotePath] = [*self.path.iterdir()]
+            found.sort(key=lambda path: path.name)
+            return [RawFile(p) for p in found if p.is_file() and not p.name.startswith(".")]
         return [self]
 
     def sibling(self, name: str) -> RawFile | None:
@@ -140,7 +148,7 @@ class RawFile:
         return RawFile(found) if found.is_file() else None
 
     def _in_zip(self, member: str) -> RawFile | None:
-        with zipfile.ZipFile(self.path) as archive:
+        with _open_zip(self.path) as archive:
             return RawFile(self.path, member) if member in archive.namelist() else None
 
     def head(self, size: int = HEAD_BYTES) -> bytes:
@@ -153,7 +161,13 @@ class RawFile:
 
 
 @contextmanager
-def _open_zstd(path: Path) -> Iterator[IO[bytes]]:
+def _open_zip(path: Path | RemotePath) -> Iterator[zipfile.ZipFile]:
+    with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
+        yield archive
+
+
+@contextmanager
+def _open_zstd(path: Path | RemotePath) -> Iterator[IO[bytes]]:
     try:
         zstandard = importlib.import_module("zstandard")
     except ImportError as error:
@@ -166,9 +180,12 @@ def _open_zstd(path: Path) -> Iterator[IO[bytes]]:
 
 
 def find_files(pattern: str) -> list[RawFile]:
-    """Files named by a path, a folder (all files in it) or a glob, sorted; members of zips one by one."""
+    """Files named by a path, URL, folder (all files in it) or glob, sorted; members of zips one by one."""
     path = Path(pattern).expanduser()
-    if path.is_dir():
+    paths: list[Path] | list[RemotePath]
+    if is_url(pattern):
+        paths = find_remote(pattern)
+    elif path.is_dir():
         paths = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
     elif path.is_file():
         paths = [path]
@@ -179,7 +196,7 @@ def find_files(pattern: str) -> list[RawFile]:
     files: list[RawFile] = []
     for p in paths:
         if p.suffix.lower() == ".zip":
-            with zipfile.ZipFile(p) as archive:
+            with _open_zip(p) as archive:
                 names = [name for name in sorted(archive.namelist()) if not name.endswith("/")]
             files += [RawFile(p, name) for name in names]
         else:
@@ -198,7 +215,7 @@ def _channels(files: list[RawFile]) -> list[RawFile]:
     for file in files:
         if file.member is not None:
             folder = file.member.rpartition("/")[0]
-            owner: tuple[Path, str | None] = (file.path, folder.rpartition("/")[0])
+            owner: tuple[Path | RemotePath, str | None] = (file.path, folder.rpartition("/")[0])
             channel = RawFile(file.path, folder + "/")
         else:
             owner, channel = (file.path.parent.parent, None), RawFile(file.path.parent)
@@ -210,5 +227,5 @@ def _channels(files: list[RawFile]) -> list[RawFile]:
     return list(out)
 
 
-def _root_of(file: RawFile) -> tuple[Path, str | None]:
+def _root_of(file: RawFile) -> tuple[Path | RemotePath, str | None]:
     return (file.path.parent, None) if file.member is None else (file.path, file.member.rpartition("/")[0])
