@@ -38,6 +38,7 @@ from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.trainer.averaging import GROUP, PREFIX, WeightAverage
 from chatmill.trainer.checkpoint_files import Share
 from chatmill.trainer.config import Recipe
+from chatmill.trainer.ddp_buckets import settle_buckets
 from chatmill.trainer.generation import reply_to
 from chatmill.trainer.model import Decoder, LossOutput
 from chatmill.trainer.optimizer import build_optimizer, restore_state, saved_state, set_rate
@@ -79,7 +80,11 @@ class Engine:
             return model
         if parallel.strategy == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
-            return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            replicas = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            if not self.recipe.train.compile:  # it would compile every layer once more, for another length
+                with self.autocast():
+                    settle_buckets(replicas, world.device)
+            return replicas
         assert parallel.strategy == "fsdp2", parallel.strategy  # zero* has an engine of its own (zero_engine.py)
         mesh = shard_mesh(world, parallel.replicas)
         bf16 = self.recipe.train.precision == "bf16"

@@ -20,6 +20,10 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
+def curve(run: Path) -> list[tuple[float, float]]:
+    return [(line["loss"], line["grad_norm"]) for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+
+
 def environment(run: Path) -> dict[str, object]:
     return json.loads((run / "environment.json").read_text())
 
@@ -84,3 +88,18 @@ def test_single_started_twice_is_refused(write_recipe) -> None:
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "each would train alone" in out
+
+
+@pytest.mark.slow
+def test_a_resumed_run_of_four_ranks_goes_on_bit_for_bit(write_recipe, tmp_path: Path) -> None:
+    """Four: the sum of two ranks has one order only. See trainer/ddp_buckets.py."""
+    recipe = write_recipe("exact", parallel={"strategy": "ddp"}, train={"accumulation": 1, "steps": 6})
+    run = tmp_path / "runs" / "exact"
+    launch(recipe, 4)
+    expected = curve(run)
+    weights = dict(open_checkpoint(run).tensors())
+    cut_back(run, 4)
+    launch(recipe, 4)
+    assert curve(run) == expected
+    for name, tensor in open_checkpoint(run).tensors():
+        assert torch.equal(tensor, weights[name]), name
