@@ -256,3 +256,25 @@ def test_a_dry_run_prints_parameters_recipe_and_plan(
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "torch is not installed here" in out and "GPU-hours" not in out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_on_a_gpu_needs_what_the_plan_says(checkpointing: bool) -> None:
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "layers": 12, "heads": 16, "kv_heads": 4, "vocab_size": 32768}
+    shape = ModelConfig.model_validate(SHAPE.model_dump() | large | {"context": 4096})
+    train = {"precision": "bf16", "micro_batch": 2, "activation_checkpointing": checkpointing}
+    given = Recipe.model_validate({"model": shape.model_dump(), "data": {"sequence_length": 4096}, "train": train})
+    predicted = Estimator(given, shape).memory("single", 1).tensors
+    device = torch.device("cuda", 0)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    model = Decoder(shape, given.kernels)
+    model.init_weights(0)
+    made = build_engine(given, model, World(0, 1, 0, 1, device, "none"))
+    for _ in range(2):
+        made.forward_backward([batch(8192)])
+        made.step(1e-3)
+    found = torch.cuda.max_memory_allocated(device) - before
+    print(f"plan {predicted / GIB:.2f} GiB, measured {found / GIB:.2f} GiB")
+    assert predicted == pytest.approx(found, rel=0.1)
