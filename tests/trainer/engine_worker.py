@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import math
 import os
 import sys
 import traceback
@@ -26,7 +27,7 @@ from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.engine import Engine
 from chatmill.trainer.loop import build_engine
-from chatmill.trainer.model import Decoder
+from chatmill.trainer.model import Decoder, LossOutput
 from chatmill.trainer.world import World
 
 SHAPE = {
@@ -300,6 +301,46 @@ def compiled_layers_and_recomputation_equal_one_process(world: World, data: str)
         close(train(engine, 2), wanted)
         proof = engine.describe()
         assert (proof["activation_checkpointing"], proof["compile"]) == (recompute, "aot_eager" if compiled else "none")
+
+
+@check
+def a_step_left_out_leaves_no_trace(world: World, data: str) -> None:
+    for strategy in ("ddp", "fsdp2"):
+        leave_out(world, data, strategy)
+
+
+@check
+def a_step_left_out_leaves_no_trace_under_zero(world: World, data: str) -> None:
+    for strategy in ("zero1", "zero2", "zero3"):
+        leave_out(world, data, strategy)
+
+
+def leave_out(world: World, data: str, strategy: str) -> None:
+    """`discard`, and `step` after a NaN on one rank: no weight, moment or average changes, and training goes on as if not."""
+    engine = make_engine(world, recipe_for(data, strategy, train={"ema": 0.9}))
+    train(engine, 2)
+    saved = state(engine)
+    (micro,) = steps_of(engine.recipe, world, 1, skip=2)
+    engine.forward_backward(micro)
+    engine.discard()
+    same(state(engine), saved)
+    real = engine.forward
+    if world.rank == 1:
+
+        def spoiled(batch: PackedBatch) -> LossOutput:
+            output = real(batch)
+            return output._replace(loss_sum=output.loss_sum * math.nan)
+
+        engine.forward = spoiled  # type: ignore[method-assign]
+    engine.forward_backward(micro)
+    norm = engine.step(1e-2)
+    engine.forward = real  # type: ignore[method-assign]
+    assert not math.isfinite(norm), norm
+    same(state(engine), saved)
+    other = make_engine(world, engine.recipe)
+    train(other, 2)
+    assert train(engine, 1, skip=2) == train(other, 1, skip=2)
+    same(state(engine), state(other))
 
 
 @check

@@ -55,6 +55,7 @@ def test_two_processes_equal_one_with_every_optimizer_and_option(tiny_data: Path
         "accumulation_communicates_once",
         "compiled_layers_and_recomputation_equal_one_process",
         "a_missing_gradient_is_refused",
+        "a_step_left_out_leaves_no_trace",
     ]
     if TORCHAO:
         checks.append("eight_bit_moments_do_not_depend_on_the_world_size")
@@ -69,7 +70,14 @@ def test_four_processes_in_two_replicas_equal_one(tiny_data: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.skipif(not DEEPSPEED, reason="DeepSpeed is not installed (make .venv/.deepspeed)")
 def test_zero_offloads_and_averages_as_one_process_does(tiny_data: Path, tmp_path: Path) -> None:
-    run_checks(tmp_path, tiny_data, 2, "the_average_works_under_zero", "zero_offload_equals_one_process")
+    run_checks(
+        tmp_path,
+        tiny_data,
+        2,
+        "the_average_works_under_zero",
+        "a_step_left_out_leaves_no_trace_under_zero",
+        "zero_offload_equals_one_process",
+    )
 
 
 @pytest.mark.slow
