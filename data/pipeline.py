@@ -124,7 +124,7 @@ class _Build:
     ) -> None:
         self.work, self.out, self.digest, self.inputs, self.progress = work, out, digest, inputs, progress
         self.recipe, self.tokenizer = work.recipe, tokenizer
-        self.workers = work.recipe.workers or _cores()
+        self.workers = work.recipe.workers or available_cores()
         self.stages: list[dict[str, Any]] = []
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
@@ -256,6 +256,8 @@ class _Build:
                     self._training_texts(chunks), self.recipe.tokenizer.train.vocab_size, template=template
                 )
                 self.progress("train tokenizer", 1, 1)
+                now = time.perf_counter()
+                self.seconds["train tokenizer"], self.started = round(now - self.started, 3), now
             self.tokenizer.save(folder)
             write_durably(folder / "tokenizer.done", b"")
         self.tokenizer = ChatTokenizer.load(folder)
@@ -359,7 +361,7 @@ def _remove_work(folder: Path) -> None:
         shutil.rmtree(gone)
 
 
-def _cores() -> int:
+def available_cores() -> int:
     """Cores this process may use; a batch system often grants fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--compare", nargs="*", default=[], help="the same, as an option")
 
     command = add("bench", _bench, "benchmarks")
-    command.add_argument("what", choices=("kernels", "data"))
+    command.add_argument("what", choices=("kernels", "data", "build"))
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the benchmark; --help lists them")
 
     add_commands(commands)
@@ -389,6 +389,10 @@ def _bench(options: argparse.Namespace) -> int:
         from chatmill.data.stream_bench import main as data_main
 
         return data_main(options.arguments)
+    if options.what == "build":
+        from chatmill.data.build_bench import main as build_main
+
+        return build_main(options.arguments)
     from chatmill.kernels.bench import main as kernels_main
 
     return kernels_main(options.arguments)
