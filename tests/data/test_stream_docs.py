@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from chatmill.data.conversation import TokenizedDialogue
 from chatmill.data.shards import MANIFEST, ShardWriter
 from chatmill.data.synthetic import MemoryDataset
+from chatmill.trainer.config import Recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "stream.md"
 
@@ -35,3 +37,10 @@ def test_every_python_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest
         exec(compile(block, str(PAGE), "exec"), names)
     assert names["supervised"] > 0 and 3 in names["steps"]
     assert names["state"]["step"] == 3 and names["stream"].schedule.max_tokens == 10_000_000
+
+
+def test_the_recipe_of_the_page_is_a_recipe() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    recipe = Recipe.model_validate(yaml.safe_load(text))
+    assert recipe.data.paths == {"chat": "corpora/chat", "code": "corpora/code"} and recipe.train.epochs == 2
+    assert recipe.data.weights == {0: {"chat": 3, "code": 1}, 1000: {"chat": 1, "code": 1}}

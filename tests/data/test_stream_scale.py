@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Literal
 
+import numpy as np
 import pytest
 
-from chatmill.data.schedule import Cursor, Position
+from chatmill.data.importers.chitchat import installed_file, read
+from chatmill.data.ledger import Ledger
+from chatmill.data.mixture import Mixture
+from chatmill.data.recipe import SourceSection
+from chatmill.data.schedule import Cursor, Position, Schedule
 from chatmill.data.stream import PackedStream
 from chatmill.data.synthetic import IndexedDataset
 
@@ -59,3 +65,21 @@ def test_packs_of_a_log_normal_data_set_are_at_least_995_per_mille_full(capacity
     print(f"fill at {capacity}: {fill:.5f}")
     assert fill >= 0.995
     assert sum(plan.tokens for plan in plans) == int(source.lengths.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlong", ["truncate", "drop"])
+def test_packs_of_the_chitchat_set_are_at_least_995_per_mille_full(overlong: Literal["truncate", "drop"]) -> None:
+    """Its real lengths, at four characters a token (what SmolLM2's tokenizer makes of it, within a few per cent)."""
+    chats = read(installed_file(), SourceSection(format="chitchat"), "chitchat", Ledger())
+    lengths = np.array([sum(4 + len(turn.content) // 4 for turn in chat.turns) for chat in chats if len(chat.turns) > 1])
+    assert len(lengths) > 3000 and lengths.max() > 8192
+    for capacity in (2048, 8192, 32768):
+        source = IndexedDataset(len(lengths), block=256)
+        source.lengths = np.maximum(lengths, 4).astype(np.uint32)
+        source.loss_tokens = source.lengths // 2
+        schedule = Schedule(Mixture.of(source), sequence_length=capacity, global_batch=1, epochs=1, overlong=overlong)
+        plans = list(schedule.steps())
+        fill = sum(plan.tokens for plan in plans) / (len(plans) * capacity)
+        print(f"fill at {capacity}: {fill:.5f}; {dict(schedule.counts)}")
+        assert fill >= 0.995
