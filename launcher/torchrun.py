@@ -50,7 +50,7 @@ def single_command(spec: JobSpec, *, python: str) -> list[str]:
 def accelerate_config(spec: JobSpec, *, master_addr: str = "127.0.0.1", master_port: int = 29500) -> dict[str, Any]:
     """An accelerate config file's contents.
 
-    The recipe decides precision and engine, so accelerate is told mixed_precision "no" and no FSDP or DeepSpeed plugin.
+    The recipe decides precision and engine, so accelerate is told neither a precision nor an FSDP or DeepSpeed plugin.
     Without GPUs accelerate starts one process whatever num_processes says; trainer/train.py turns that into a torchrun.
     """
     return {
@@ -64,7 +64,6 @@ def accelerate_config(spec: JobSpec, *, master_addr: str = "127.0.0.1", master_p
         "main_process_port": master_port,
         "rdzv_backend": "static",
         "same_network": True,
-        "mixed_precision": "no",
         "dynamo_config": {},
         "main_training_function": "main",
         "debug": False,
