@@ -47,8 +47,15 @@ MEASURES: dict[str, tuple[str, str, bool]] = {
     "mfu": ("Model FLOPs utilisation", "share of the device's peak", True),
     "memory_peak_bytes": ("Peak memory", "bytes on one device", True),
     "data_wait_share": ("Waiting for data", "share of the time", True),
+    "tflops_per_device": ("Work done", "TFLOP/s per device", True),
+    "required_mfu": ("Required utilisation", "only the rows that carry loss counted in the head", True),
+    "padding_share": ("Padding", "share of the packs", True),
+    "loss_share": ("Supervised tokens", "share of the tokens", True),
+    "memory_reserved_bytes": ("Reserved memory", "bytes on one device", True),
 }
-NOT_CHARTED = {"step", "loss", "tokens", "loss_tokens", "time", "epoch", "total_tokens", *MEASURES}
+# told by another chart already, or of no interest as a curve
+TOLD = {"tokens_per_s_per_device", "required_tflops_per_device"}
+NOT_CHARTED = {"step", "loss", "tokens", "loss_tokens", "time", "epoch", "total_tokens", *MEASURES, *TOLD}
 
 
 def build_report(run_dir: Path, out: Path | None = None, compare: Sequence[Path] = ()) -> Path:
