@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from chatmill.config import ConfigError
 from chatmill.data.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
+from chatmill.data.schedule import Schedule
 from chatmill.data.shards import TokenDataset
-from chatmill.data.training_data import record_exclusion
+from chatmill.data.training_data import open_mixture, record_exclusion
 from chatmill.data.usage import at, run_schedule, where
 from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import load_recipe
@@ -197,6 +199,14 @@ def test_what_became_of_dialogues_longer_than_a_pack_is_in_the_metrics_and_the_r
     assert long["truncated"] + long["split"] + long["dropped"] == long["overlong"] and long[fate] > 0
     page = build_report(run).read_text()
     assert f"{long['overlong']:,} of {long['dialogues']:,} dialogues planned" in page
+
+
+def test_the_order_in_which_a_recipe_lists_its_data_sets_does_not_matter(mixed) -> None:
+    recipe = mixed("order")
+    turned = mixed("order", {"mix": [item.model_dump() for item in recipe.data.mix[::-1]]})
+    one, other = (Schedule(open_mixture(recipe.data), sequence_length=128, global_batch=4) for recipe in (recipe, turned))
+    first, second = ([[pack.uids() for pack in plan.packs] for plan in islice(s.steps(), 8)] for s in (one, other))
+    assert first == second and one.mixture.fingerprint == other.mixture.fingerprint
 
 
 def test_impossible_mixes_are_refused_in_words(mixed, write_recipe, tiny_data: Path, tmp_path: Path) -> None:
