@@ -254,7 +254,7 @@ def _tune(names: Sequence[str], device: torch.device, budget_s: float) -> int:
     tuned = 0
     for name in names:
         module = importlib.import_module(REGISTRY[name][0]) if is_installed(REGISTRY[name][0]) else None
-        if module is not None and hasattr(module, "tune"):
+        if module is not None and name in getattr(module, "TUNED", ()):
             module.tune(device, budget_s)
             tuned += 1
     if not tuned:

@@ -111,6 +111,7 @@ def _cases() -> Iterator[BenchCase]:
 
 
 # what --tune tries: rows of a query tile, keys of a key tile, warps, stages
+TUNED = ("attention",)
 CANDIDATES = {
     "forward": [
         (128, 128, 8, 2),

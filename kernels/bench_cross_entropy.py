@@ -16,18 +16,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chatmill.kernels.bench import BenchCase, Phases
+from chatmill.kernels import linear_cross_entropy_tiles
+from chatmill.kernels.bench import BenchCase, Phases, median_ms
 from chatmill.kernels.bench_layer import layer_cases
 from chatmill.kernels.cross_entropy import cross_entropy
+from chatmill.kernels.dispatch import capability
 from chatmill.kernels.linear_cross_entropy import Impl, linear_cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets, rows -> mean
 PlainLoss = Callable[[Tensor, Tensor], Tensor]  # logits, targets -> mean
+TUNED = ("linear_cross_entropy",)  # of the kernels here: what tune() refits
 
 
 def bench_cases() -> list[BenchCase]:
     """Vocabularies 32k to 256k at loss shares of 100, 50 and 20 percent; the published shapes; the layer's kernels."""
     return [*_cases(), *_plain_cases(), *layer_cases()]
+
+
+def tune(device: torch.device, budget_s: float) -> None:
+    """Refit this GPU generation's tiles and chunk of logits in tuning/linear_cross_entropy.json on the target's shape."""
+    phases = _prepare(_ours("triton"), 16384, 2048, 128256, 1.0)(device)
+
+    def measure() -> float:
+        try:
+            return median_ms(phases["both"], 20, 100)
+        except Exception as error:  # too much shared memory, or a compiler failure: not a candidate here
+            print(f"{type(error).__name__}: {str(error)[:160]}")
+            return float("inf")
+
+    linear_cross_entropy_tiles.tune(measure, capability(device), budget_s, torch.cuda.get_device_name(device))
 
 
 def _cases() -> Iterator[BenchCase]:

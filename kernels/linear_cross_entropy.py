@@ -27,6 +27,8 @@ from chatmill.kernels.linear_cross_entropy_torch import run_torch
 from chatmill.kernels.rms_norm import rms_norm
 from chatmill.kernels.vocabulary_shard import VocabularyShard
 
+# of a gradient that are scaled at once on a CPU
+SCALED_ELEMENTS = 1 << 22
 Impl = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
 
@@ -330,11 +332,20 @@ _sum_op.register_autograd(_sum_backward, setup_context=_sum_setup)
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient x factor in fp32 and rounded once; never in place, so that backward can run again."""
     # reading the factor is free on a CPU, a host sync on a GPU, and impossible while tracing (then it is a subclass)
-    if type(factor) is Tensor and factor.device.type == "cpu" and float(factor) == 1.0:
+    is_plain = type(factor) is Tensor and factor.device.type == "cpu"
+    if is_plain and float(factor) == 1.0:
         return gradient
     if gradient.dtype in (torch.float32, torch.float64):
         return gradient * factor
-    return (gradient * factor.reshape((1,) * gradient.dim())).to(gradient.dtype)
+    factor = factor.reshape((1,) * gradient.dim())
+    if not is_plain or gradient.dim() == 1:
+        # one pass: neither a GPU nor a compiler makes the wide product a tensor of its own
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient))
+    out = torch.empty_like(gradient)
+    step = max(1, SCALED_ELEMENTS // max(1, gradient.shape[1]))
+    for start in range(0, gradient.shape[0], step):  # a CPU does
+        out[start : start + step] = gradient[start : start + step] * factor
+    return out
 
 
 @torch.library.custom_op("chatmill::linear_cross_entropy_rows", mutates_args=())

@@ -6,21 +6,17 @@ python -m chatmill.kernels.cross_compile chatmill.kernels.linear_cross_entropy_c
 from __future__ import annotations
 
 from chatmill.kernels.cross_compile import Case
-from chatmill.kernels.linear_cross_entropy_triton import (
-    GRADIENT_BLOCK,
-    TILES,
-    UNALIGNED,
-    Tile,
-    accumulate_kernel,
-    gradient_kernel,
-    project_kernel,
-    statistics_kernel,
-)
+from chatmill.kernels.linear_cross_entropy_tiles import ROWS, UNALIGNED, Tile
+from chatmill.kernels.linear_cross_entropy_triton import GRADIENT_BLOCK, gradient_kernel, project_kernel, statistics_kernel
+from chatmill.kernels.linear_cross_entropy_weight import accumulate_kernel
 
 
 def shipped_cases() -> list[Case]:
     """Every tile of the tables as it is launched on a GPU, for the cross-compilation gates."""
-    cases = [case for arch, narrow in TILES for case in _product_cases(arch, narrow, TILES[arch, narrow], arch >= 90, True)]
+    cases = []
+    for row in ROWS:
+        arch, narrow = row.arch[0], row.bytes == 2
+        cases += _product_cases(arch, narrow, (row.project, row.accumulate), arch >= 90, True)
     cases += _product_cases(90, True, UNALIGNED, False, False)
     rows = dict.fromkeys(("OWN", "TOP", "P_SCALE", "HIT_SCALE", "FLOOR"), "*fp32")
     for softcap in (0.0, 30.0):
@@ -69,19 +65,28 @@ def _product_cases(arch: int, narrow: bool, pair: tuple[Tile, Tile], described: 
             )
         )
     t = pair[1]
-    types = {"G": operand(t.depth, t.rows), "X": operand(t.depth, t.columns), "TOTAL": "*fp32"}
-    types |= dict.fromkeys(("n_rows", "vocabulary", "width", "g_stride", "x_stride"), "i32")
-    cases.append(
-        Case(
-            f"accumulate {kind}",
-            accumulate_kernel,
-            types,
-            {**fixed, "BLOCK_V": t.rows, "BLOCK_H": t.columns, "BLOCK_R": t.depth},
-            arch=arch,
-            num_warps=t.warps,
-            num_stages=t.stages,
-            aligned=("g_stride", "x_stride", "width") if aligned else ("g_stride",),
-            tensor_cores=narrow,
+    base = {"G": operand(t.depth, t.rows), "X": operand(t.depth, t.columns)}
+    base |= dict.fromkeys(("n_rows", "vocabulary", "width", "g_stride", "x_stride"), "i32")
+    parts = {
+        "whole": (False, False, False),
+        "first": (True, True, False),
+        "middle": (True, False, False),
+        "last": (True, False, True),
+    }
+    for name, (split, first, last) in parts.items():
+        kept = "*i16" if split else "*fp32"
+        cases.append(
+            Case(
+                f"accumulate {name} {kind}",
+                accumulate_kernel,
+                base | {"TOTAL": kept, "LOW": kept},
+                {**fixed, "BLOCK_V": t.rows, "BLOCK_H": t.columns, "BLOCK_R": t.depth}
+                | {"SPLIT": split, "FIRST": first, "LAST": last},
+                arch=arch,
+                num_warps=t.warps,
+                num_stages=t.stages,
+                aligned=("g_stride", "x_stride", "width") if aligned else ("g_stride",),
+                tensor_cores=narrow,
+            )
         )
-    )
     return cases

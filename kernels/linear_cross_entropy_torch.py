@@ -13,6 +13,8 @@ from chatmill.kernels.vocabulary_shard import Statistics, VocabularyShard, finis
 
 # 256 rows of a 49k vocabulary: on a CPU a softmax into a fresh buffer of that size costs ten times one in place
 CHUNK_BYTES = 48 << 20
+# of the head's gradient that one product of narrower numbers makes beside the fp32 sums
+PRODUCT_BYTES = 64 << 20
 
 
 def run_torch(
@@ -57,6 +59,7 @@ def run_torch(
             torch.mm(gradient, projection, out=d_x[part])
         if need_weight:
             accumulate(d_weight, gradient, x[part])
+    del buffer  # before a narrower weight's gradient is cast, which takes memory of its own
     if shard is not None and need_x:
         sum_over(shard, d_x)
     return losses, lse, hits, d_x, d_weight.to(weight.dtype)
@@ -117,7 +120,11 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total (V, H) fp32 += left (C, V).T @ right (C, H), without rounding the product to bf16 where the device can."""
     if left.dtype is total.dtype:
         total.addmm_(left.T, right)
-    elif left.is_cuda:
-        total.add_(torch.mm(left.T, right, out_dtype=total.dtype))
-    else:
-        total.add_(left.T @ right)
+        return
+    step = max(1, PRODUCT_BYTES // (total.shape[1] * total.element_size()))
+    for start in range(0, total.shape[0], step):  # in slices: the product would be as large as total
+        part = slice(start, start + step)
+        if left.is_cuda:
+            total[part].add_(torch.mm(left[:, part].T, right, out_dtype=total.dtype))
+        else:
+            total[part].add_(left[:, part].T @ right)

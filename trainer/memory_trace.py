@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from chatmill.kernels.dispatch import planning_for_gpu
+from chatmill.kernels.linear_cross_entropy_tiles import chunk_rows, logits_bytes
+from chatmill.kernels.linear_cross_entropy_torch import CHUNK_BYTES, PRODUCT_BYTES
 from chatmill.trainer.config import KernelSection, ModelConfig
 from chatmill.trainer.model import Decoder
 
@@ -156,26 +158,20 @@ def trace_step(
 
 
 def _loss_workspace(func: Any, args: tuple[Any, ...], device: str) -> int:
-    """Scratch bytes of the fused head and loss beyond its outputs: a cast weight, one chunk of logits, fp32 sums."""
+    """Scratch bytes of the fused head and loss beyond its outputs: a cast weight, one chunk of logits, wider sums."""
     if func is not torch.ops.chatmill.linear_cross_entropy_sum.default:
         return 0
     x, weight = args[0], args[1]
     (n_rows, hidden), vocabulary = x.shape, weight.shape[0]
-    bytes_ = vocabulary * hidden * x.element_size() if x.dtype != weight.dtype else 0
-    bytes_ += vocabulary * hidden * 4 if weight.element_size() < 4 else 0
+    head = vocabulary * hidden
+    cast = head * x.element_size() if x.dtype != weight.dtype else 0
     if device == "gpu":
-        return bytes_ + _gpu_logits(n_rows, vocabulary, x.element_size())
-    from chatmill.kernels.linear_cross_entropy_torch import CHUNK_BYTES
-
+        many = chunk_rows(n_rows, vocabulary, x.element_size()) < n_rows
+        # of sums wider than the result, the other half
+        halves = head * 2 if many and weight.element_size() < 4 else 0
+        return cast + halves + logits_bytes(n_rows, vocabulary, x.element_size())
     size = max(1, min(n_rows, CHUNK_BYTES // (vocabulary * 4)))
     if x.element_size() == 4:
-        return bytes_ + size * vocabulary * 4
-    return bytes_ + size * vocabulary * 6 + vocabulary * hidden * 2  # a bf16 copy of the chunk, a bf16 product
-
-
-def _gpu_logits(n_rows: int, vocabulary: int, element_bytes: int) -> int:
-    try:
-        from chatmill.kernels.linear_cross_entropy_triton import chunk_rows
-    except ImportError:  # planned where there is no triton: a GiB is what the kernel allows itself
-        return min(n_rows * vocabulary * element_bytes, 1 << 30)
-    return chunk_rows(n_rows, vocabulary, element_bytes) * (-(-vocabulary // 128) * 128) * element_bytes
+        return cast + size * vocabulary * 4
+    chunk = size * vocabulary * 6 + min(head * 2, PRODUCT_BYTES // 2)  # a bf16 copy of the logits, a slice of a bf16 product
+    return cast + (max(head * 4, head * 2 + chunk) if weight.element_size() < 4 else chunk)

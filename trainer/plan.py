@@ -38,7 +38,7 @@ RECOMPUTE = {
 }  # forward once more: 6 of 8 FLOPs are useful; the attention's kept: a little better
 CONTEXT = {False: 6 << 27, True: 5 << 28}  # driver and cuBLAS 0.75 GiB; with NCCL 1.25 GiB
 MARGIN = 0.05
-LOGITS = 1 << 30  # the loss kernel holds at most so many bytes of logits at once
+LOGITS = 600_000_000  # the loss kernel holds at most so many bytes of logits at once (kernels/tuning/linear_cross_entropy.json)
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters, in elements
 
 

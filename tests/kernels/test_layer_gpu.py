@@ -61,7 +61,7 @@ def test_full_size_errs_at_most_twice_as_much_as_pytorch(N: int, H: int, V: int)
 
 def test_many_chunks_and_one_chunk_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """The accumulation kernel against the single product of the vendor's library."""
-    from chatmill.kernels import linear_cross_entropy_triton as kernels
+    from chatmill.kernels import linear_cross_entropy_tiles as kernels
 
     hidden, weight, targets, rows = problem(4096, 2048, 32000)
     whole = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, rows=rows, impl="triton"), (hidden, weight))
@@ -86,7 +86,7 @@ def test_given_rows_nothing_waits_for_the_gpu() -> None:
 
 
 def test_extra_memory_of_a_training_step_stays_under_1300_megabytes() -> None:
-    hidden, weight, targets, rows = problem(4096, 2048, 128256)
+    hidden, weight, targets, rows = problem(16384, 2048, 128256)
 
     def step() -> None:
         torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, rows=rows, impl="triton"), (hidden, weight))
@@ -98,8 +98,7 @@ def test_extra_memory_of_a_training_step_stays_under_1300_megabytes() -> None:
     step()
     torch.cuda.synchronize()
     own = weight.numel() * 2 + hidden.numel() * 2  # the gradients themselves
-    # backward scales the saved gradients into new tensors, hence twice
-    assert torch.cuda.max_memory_allocated() - before - 2 * own < 1.3e9
+    assert torch.cuda.max_memory_allocated() - before - own < 1.3e9
 
 
 def test_time_follows_the_share_of_tokens_with_loss() -> None:

@@ -284,7 +284,7 @@ def test_weight_gradient_over_many_chunks_is_summed_wide(impl: str, monkeypatch:
     linear_cross_entropy(*whole, targets, impl=impl).backward()
     monkeypatch.setattr("chatmill.kernels.linear_cross_entropy_torch.CHUNK_BYTES", 8 * 32 * 4)
     if impl == "triton":
-        monkeypatch.setattr("chatmill.kernels.linear_cross_entropy_triton.chunk_rows", lambda *_: 8)
+        monkeypatch.setattr("chatmill.kernels.linear_cross_entropy_tiles.chunk_rows", lambda *_: 8)
     chunked = leaves(hidden, weight)
     linear_cross_entropy(*chunked, targets, impl=impl).backward()
     x64, w64 = leaves(hidden, weight, torch.float64)

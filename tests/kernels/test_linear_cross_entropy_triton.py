@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+from chatmill.kernels import linear_cross_entropy_tiles as shapes
 from chatmill.kernels import linear_cross_entropy_triton as kernels
+from chatmill.kernels import linear_cross_entropy_weight as head
 from chatmill.kernels.interpreter import install
 from chatmill.kernels.linear_cross_entropy import linear_cross_entropy
 from chatmill.kernels.vocabulary_shard import finish_rows
@@ -89,29 +92,45 @@ def test_accumulation_adds_to_what_is_there_and_touches_nothing_else(shape: tupl
     flat = torch.full((V * H + 128,), SENTINEL, device=DEVICE)
     total = flat[64:-64].view(V, H)
     total.fill_(2.0)
-    kernels.accumulate(total, g, x)
+    head.accumulate(total, g, x)
     torch.testing.assert_close(total.double(), 2.0 + g.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+    assert (flat[:64] == SENTINEL).all() and (flat[-64:] == SENTINEL).all()
+
+
+def test_halves_of_fp32_sums_hold_exactly_what_whole_ones_do() -> None:
+    """A bf16 head's sums over three chunks: upper halves in the result, lower ones beside it, rounded once at the end."""
+    chunks = [(torch.randn(33, 65, device=DEVICE), torch.randn(33, 41, device=DEVICE)) for _ in range(3)]
+    whole = torch.empty(65, 41, device=DEVICE)
+    flat = torch.full((65 * 41 + 128,), SENTINEL, dtype=torch.bfloat16, device=DEVICE)
+    high, low = flat[64:-64].view(65, 41), torch.full((65, 41), -1, dtype=torch.int16, device=DEVICE)
+    for i, (g, x) in enumerate(chunks):
+        head.accumulate(whole, g, x, first=i == 0)
+        head.accumulate(high, g, x, low, first=i == 0, last=i == 2)
+        if i < 2:
+            bits = high.view(torch.int16).int() << 16 | low.int() & 0xFFFF
+            assert torch.equal(bits.view(torch.float32), whole)
+    assert torch.equal(high, whole.bfloat16())
     assert (flat[:64] == SENTINEL).all() and (flat[-64:] == SENTINEL).all()
 
 
 def test_aligned_rows_by_descriptors_and_ragged_rows_by_pointers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, labels = problem(45, 40, 507, torch.bfloat16)
-    assert kernels.has_descriptors(x, w) and not kernels.has_descriptors(x[:, :39].contiguous(), w)
+    assert shapes.has_descriptors(x, w) and not shapes.has_descriptors(x[:, :39].contiguous(), w)
     results = []
     for described in (True, False):
-        monkeypatch.setattr(kernels, "has_descriptors", lambda *_, d=described: d)
-        logits = kernels.logits_buffer(45, 507, x)
+        monkeypatch.setattr(shapes, "has_descriptors", lambda *_, d=described: d)
+        logits = shapes.logits_buffer(45, 507, x)
         stats = kernels.project(x, w, labels, logits, 0.0, False)
         total = torch.zeros(507, 40, device=DEVICE)
-        kernels.accumulate(total, logits[:, :507], x)
+        head.accumulate(total, logits[:, :507], x)
         results.append((logits[:, :507], stats.tile_max, stats.tile_sum, stats.own, total))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("tile", sorted({*kernels.UNALIGNED, *kernels.INTERPRETED}, key=str), ids=str)
-def test_every_small_tile_of_the_tables_computes_the_same(tile: kernels.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "tiles", lambda *_: (tile, tile))
+@pytest.mark.parametrize("tile", sorted({*shapes.UNALIGNED, *shapes.INTERPRETED}, key=str), ids=str)
+def test_every_small_tile_of_the_tables_computes_the_same(tile: shapes.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "tiles", lambda *_: (tile, tile))
     x, w, labels = problem(70, 40, 137)
     a, b = x.requires_grad_(), w.requires_grad_()
     linear_cross_entropy(a, b, labels, impl="triton").backward()
@@ -123,7 +142,8 @@ def test_every_small_tile_of_the_tables_computes_the_same(tile: kernels.Tile, mo
 
 
 def test_the_shipped_hopper_tile_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "tiles", lambda *_: kernels.TILES[90, True])
+    row = shapes.row_for(90, 2)
+    monkeypatch.setattr(shapes, "tiles", lambda *_: (row.project, row.accumulate))
     x, w, labels = problem(130, 72, 300, torch.bfloat16)
     stats = kernels.project(x, w, labels, None, 0.0, False)
     lse, losses, *_ = finish_rows(stats, 300, 0.0, 0.0)
@@ -132,7 +152,7 @@ def test_the_shipped_hopper_tile_computes_the_same(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(losses.double(), F.cross_entropy(exact, labels, reduction="none"), rtol=1e-5, atol=1e-5)
     total = torch.zeros(300, 72, device=DEVICE)
     g = exact.bfloat16()
-    kernels.accumulate(total, g, x)
+    head.accumulate(total, g, x)
     torch.testing.assert_close(total.double(), g.double().T @ x.double(), rtol=1e-4, atol=1e-3)
 
 
@@ -168,31 +188,49 @@ def test_offsets_beyond_32_bits_reach_the_right_memory() -> None:
     softmax = exact.softmax(1) - F.one_hot(labels, V)
     torch.testing.assert_close(logits.double(), softmax, rtol=2e-2, atol=1e-3)
     total = torch.zeros(V, H, device=DEVICE)
-    kernels.accumulate(total, logits, x)
+    head.accumulate(total, logits, x)
     torch.testing.assert_close(total.double(), logits.double().T @ x.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_chunk_holds_the_promised_memory() -> None:
-    assert kernels.chunk_rows(100_000, 128_256, 2) * 128_256 * 2 <= kernels.LOGITS_BYTES
-    assert kernels.chunk_rows(100_000, 128_256, 2) % 128 == 0
-    assert kernels.chunk_rows(100_000, 128_256, 2) >= 4096
-    assert kernels.chunk_rows(100_000, 50_000_000, 2) == 128
-    assert kernels.chunk_rows(300, 128_256, 2) == 300
-    assert kernels.chunk_rows(100_000, 1000, 2) == kernels.CHUNK_ROWS
+    budget = shapes.row_for(90, 2).logits_bytes
+    rows = shapes.chunk_rows(100_000, 128_256, 2)
+    assert rows * 128_256 * 2 <= budget < (rows + 256) * 128_256 * 2 and rows % 128 == 0
+    assert shapes.chunk_rows(2432, 128_256, 2) == 1280, "two chunks of one size, not 2304 rows and 128"
+    assert shapes.chunk_rows(100_000, 50_000_000, 2) == 128
+    assert shapes.chunk_rows(300, 128_256, 2) == 300
+    assert shapes.chunk_rows(8192, 1000, 2) == shapes.CHUNK_ROWS
+
+
+def test_tuning_keeps_the_fastest_tile_and_the_smallest_chunk_as_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "ROWS", list(shapes.ROWS))
+    wanted = shapes.Tile(*shapes.CANDIDATES[2])
+
+    def measure() -> float:
+        row = shapes.row_for(90, 2)
+        built = float("inf") if row.accumulate == shapes.CANDIDATES[1] else 0.0
+        return built + (5.0 if row.project == wanted else 8.0) + (1.0 if row.logits_bytes < 300_000_000 else 0.0)
+
+    shapes.tune(measure, 90, 60.0, "a GPU", tmp_path / "table.json")
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert [row["arch"] for row in written] == [list(row.arch) for row in shapes.ROWS]
+    (row,) = (row for row in written if row["timed"])
+    assert (row["project"], row["logits_bytes"]) == (list(wanted), 300_000_000) and "a GPU" in row["timed"]
+    assert row["arch"] == [90, 99] and row["accumulate"] != list(shapes.CANDIDATES[1])
 
 
 def test_no_tensor_as_large_as_all_logits_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "chunk_rows", lambda *_: 16)
-    shapes = []
-    buffer = kernels.logits_buffer
-    monkeypatch.setattr(kernels, "logits_buffer", lambda n, v, like: shapes.append((n, v)) or buffer(n, v, like))
+    monkeypatch.setattr(shapes, "chunk_rows", lambda *_: 16)
+    made = []
+    buffer = shapes.logits_buffer
+    monkeypatch.setattr(shapes, "logits_buffer", lambda n, v, like: made.append((n, v)) or buffer(n, v, like))
     x, w, labels = problem(70, 16, 300)
     linear_cross_entropy(x.requires_grad_(), w.requires_grad_(), labels, impl="triton").backward()
-    assert shapes == [(16, 300)]
-    shapes.clear()
+    assert made == [(16, 300)]
+    made.clear()
     with torch.no_grad():
         linear_cross_entropy(x, w, labels, impl="triton")
-    assert shapes == [], "the loss-only path stores no logits"
+    assert made == [], "the loss-only path stores no logits"
 
 
 @pytest.mark.slow
