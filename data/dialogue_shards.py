@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from chatmill.data.conversation import Conversation, load_line
-from chatmill.data.shard_index import TAR_END, DamagedShardError, sync_folder, tar_member, walk_members
+from chatmill.data.shard_index import TAR_END, DamagedShardError, tar_member, walk_members
+from chatmill.files import sync
 
 
 class DialogueWriter:
@@ -54,7 +55,7 @@ class DialogueWriter:
         self._file.close()
         self._file = None
         (self.folder / f".{self._name}.partial").replace(self.folder / self._name)
-        sync_folder(self.folder)
+        sync(self.folder)
         self._records.append(
             {"name": self._name, "bytes": self._bytes, "sha256": self._digest.hexdigest(), "samples": self._samples}
         )

@@ -24,7 +24,7 @@ from typing import Any
 
 from chatmill.config import ConfigError
 from chatmill.data.recipe import ExecutorSection
-from chatmill.data.shard_index import write_durably
+from chatmill.files import write_durably
 
 Task = Callable[[str], dict[str, Any]]
 Tick = Callable[[int, int], None]

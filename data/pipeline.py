@@ -39,13 +39,13 @@ from chatmill.data.near_duplicates import near_pairs
 from chatmill.data.publish import publish
 from chatmill.data.recipe import DataRecipe
 from chatmill.data.remote_files import RemotePath, is_url, publish_remotely, read_remote_json, remote_files, staging_folder
-from chatmill.data.shard_index import sha256_file, write_durably
 from chatmill.data.shards import FORMAT_VERSION, MANIFEST, ShardWriter, TokenDataset, read_manifest
 from chatmill.data.split import Facts, assign, certificate, group
 from chatmill.data.stages import ImportFile, PrepareChunk, TokenizeChunk, Work, load_arrays, save_arrays
 from chatmill.data.template import TEMPLATES
 from chatmill.data.text_counts import TextCounts
 from chatmill.data.tokenizer import ChatTokenizer, train_bpe
+from chatmill.files import sha256_file, write_durably
 
 Stage = Literal["import", "clean", "pair", "dedup", "split", "tokenize", "shard"]
 STAGES: tuple[Stage, ...] = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")

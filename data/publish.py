@@ -11,14 +11,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from chatmill.data.shard_index import sync_folder
+from chatmill.files import sync
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def publish(new: Path, place: Path) -> None:
     """Move the folder `new` to `place`. What was there is removed, after the exchange."""
-    sync_folder(new)
+    sync(new)
     if not place.exists():
         new.replace(place)
     else:
@@ -30,7 +30,7 @@ def publish(new: Path, place: Path) -> None:
             new.replace(place)
             new = old
         shutil.rmtree(new)
-    sync_folder(place.parent)
+    sync(place.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from chatmill.config import ConfigError
-from chatmill.data.shard_index import DamagedShardError, ShardIndex, block_hash, decode_block, write_durably
+from chatmill.data.shard_index import DamagedShardError, ShardIndex, block_hash, decode_block
+from chatmill.files import write_durably
 
 QUARANTINE = "quarantine.json"
 FORMAT_VERSION = 1

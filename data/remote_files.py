@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 from chatmill.config import ConfigError
-from chatmill.data.shard_index import sha256_file
+from chatmill.files import sha256_file
 
 MANIFEST = "manifest.json"
 READ_AHEAD = 8 << 20  # bytes per request

@@ -19,9 +19,10 @@ from typing import Any
 from chatmill.config import ConfigError
 from chatmill.data.dialogue_shards import read_dialogues
 from chatmill.data.quarantine import find_damage, read_quarantine, write_quarantine
-from chatmill.data.shard_index import DamagedShardError, sha256_file, sync_folder
+from chatmill.data.shard_index import DamagedShardError
 from chatmill.data.shards import ShardWriter, fingerprints, read_manifest
 from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.files import sha256_file, sync
 
 SCRATCH = ".repair-"
 META = ("tokenizer_sha256", "template_sha256", "recipe_sha256", "vocab_size")
@@ -80,7 +81,7 @@ def _repair_split(
                     continue
                 # The damaged file stays in place until this rename; the fresh one was synced when it was written.
                 shutil.move(fresh, folder / split / name)
-                sync_folder(folder / split)
+                sync(folder / split)
                 lines.append(f"{split}/{name}: restored from the dialogue shards, sha256 as in the manifest")
     return lines
 

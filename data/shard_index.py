@@ -14,17 +14,14 @@ opening a data set reads no block at all. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,35 +183,6 @@ def decode_block(data: bytes, where: str) -> TokenBlock:
 def block_hash(data: bytes) -> int:
     """xxh3-64 of a block's tar bytes."""
     return xxhash.xxh3_64_intdigest(data)
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write beside, fsync, rename: the file is either absent, old or whole."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync of a folder, so that renames in it survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _PLAIN_NPY = re.compile(

@@ -34,11 +34,9 @@ from chatmill.data.shard_index import (
     block_hash,
     decode_block,
     encode_block,
-    sha256_file,
-    sync_folder,
     tar_member,
-    write_durably,
 )
+from chatmill.files import sha256_file, sync, write_durably
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -152,7 +150,7 @@ class ShardWriter:
         index_name = index_path(self._name)
         write_durably(self.folder / index_name, raw)
         (self.folder / f".{self._name}.partial").replace(self.folder / self._name)
-        sync_folder(self.folder)
+        sync(self.folder)
         self._records.append(
             {
                 "name": self._name,

@@ -30,10 +30,10 @@ from chatmill.data.ledger import Ledger
 from chatmill.data.near_duplicates import dialogue_text, signatures
 from chatmill.data.pair import make_samples
 from chatmill.data.recipe import DataRecipe
-from chatmill.data.shard_index import write_durably
 from chatmill.data.split import author_hashes, key_hash, thread_key
 from chatmill.data.text_counts import TextCounts
 from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.files import write_durably
 
 CHUNK_BYTES = 2 << 20
 

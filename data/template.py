@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from chatmill.data.sandbox import Sandbox, TemplateRefusedError
+from chatmill.data.sandbox import Sandbox
+from chatmill.data.template_budget import TemplateRefusedError
 
 __all__ = ["TEMPLATES", "ChatTemplate", "Message", "TemplateRefusedError"]
 

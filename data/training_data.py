@@ -16,9 +16,9 @@ from pathlib import Path
 
 from chatmill.config import ConfigError
 from chatmill.data.mixture import Mixture
-from chatmill.data.shard_index import write_durably
 from chatmill.data.shards import TokenDataset
 from chatmill.data.stream_config import SourcesSection
+from chatmill.files import write_durably
 
 RECORD = "excluded.jsonl"
 

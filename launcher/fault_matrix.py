@@ -28,7 +28,8 @@ from typing import Any
 
 import yaml
 
-from chatmill.launcher.run_state import attempts, read_jsonl
+from chatmill.launcher.run_state import attempts
+from chatmill.run_files import read_jsonl
 
 STEPS, EVERY = 12, 4
 HANG_S = 8

@@ -1,6 +1,6 @@
 """What a run folder says about itself, read with the standard library alone: login nodes and batch scripts use this.
 
-    newest_step(run)  read_jsonl(run / "metrics.jsonl")  attempts(run)  needed_lead_s(run)
+    newest_step(run)  attempts(run)  needed_lead_s(run)
 
 An attempt is one start of the whole group of processes. launcher/supervise.py writes a "begin" and an "end" line per attempt to
 logs/attempts.jsonl; an attempt without an end was killed together with its supervisor (a lost node, kill -9).
@@ -9,19 +9,16 @@ logs/attempts.jsonl; an attempt without an end was killed together with its supe
 from __future__ import annotations
 
 import itertools
-import json
-import re
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PREEMPTED = "PREEMPTED"
+from chatmill.run_files import list_checkpoints, read_jsonl, step_of
+
 ATTEMPTS = "logs/attempts.jsonl"
 CANCEL = "logs/cancel"  # left by `chatmill cancel`: the supervisor saves, stops and does not requeue
-_STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
 
 @dataclass(frozen=True)
@@ -43,35 +40,8 @@ class Attempt:
 
 def newest_step(run_dir: Path) -> int:
     """Step of the newest published checkpoint, or -1."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return -1
-    steps = [int(match[1]) for path in folder.iterdir() if (match := _STEP_FOLDER.match(path.name)) and _is_whole(path)]
-    return max(steps, default=-1)
-
-
-def _is_whole(path: Path) -> bool:
-    return (path / "manifest.json").is_file()
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a .jsonl file; a line cut short by a kill is passed over."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
-def append_jsonl(path: Path, values: dict[str, Any]) -> None:
-    """Add one line; the folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(values) + "\n")
+    found = list_checkpoints(run_dir)
+    return step_of(found[-1]) if found else -1
 
 
 def attempts(run_dir: Path) -> list[Attempt]:

@@ -24,16 +24,8 @@ import yaml
 
 from chatmill.config import ConfigError
 from chatmill.launcher.first_cause import find_cause
-from chatmill.launcher.run_state import (
-    CANCEL,
-    Attempt,
-    attempts,
-    last_activity,
-    needed_lead_s,
-    newest_step,
-    read_jsonl,
-    seconds_per_step,
-)
+from chatmill.launcher.run_state import CANCEL, Attempt, attempts, last_activity, needed_lead_s, newest_step, seconds_per_step
+from chatmill.run_files import read_jsonl
 
 ACTIVE = ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "running")
 

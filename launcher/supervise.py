@@ -31,17 +31,15 @@ from chatmill.launcher.first_cause import Cause, find_cause
 from chatmill.launcher.run_state import (
     ATTEMPTS,
     CANCEL,
-    PREEMPTED,
-    append_jsonl,
     attempts,
     failures_without_progress,
     last_activity,
     needed_lead_s,
     newest_step,
     now,
-    read_jsonl,
 )
 from chatmill.launcher.slurm_job import SlurmJob
+from chatmill.run_files import PREEMPTED, append_jsonl, read_jsonl
 
 LOGS = "{attempt-logs}"  # in a word of the command: the attempt's log folder
 TRY_LATER = 75  # EX_TEMPFAIL: the run is not finished and can be continued by the same command

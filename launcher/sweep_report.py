@@ -18,9 +18,9 @@ import numpy as np
 import yaml
 
 from chatmill.config import ConfigError
-from chatmill.launcher.run_state import read_jsonl
 from chatmill.launcher.sweep_config import SweepConfig
 from chatmill.launcher.sweep_study import load_optuna, open_study
+from chatmill.run_files import read_jsonl
 
 WIDTH, HEIGHT, PAD = 900.0, 300.0, 45.0
 

@@ -19,12 +19,12 @@ from types import FrameType
 from typing import Any, Literal
 
 from chatmill.config import ConfigError
-from chatmill.launcher.run_state import read_jsonl
 from chatmill.launcher.slurm_job import SlurmJob
 from chatmill.launcher.supervise import kill_workers
 from chatmill.launcher.sweep_config import SweepConfig, load_sweep
 from chatmill.launcher.sweep_study import ask, beat, load_optuna, lock, open_study, put_back
 from chatmill.launcher.torchrun import single_command, torchrun_command
+from chatmill.run_files import PREEMPTED, read_jsonl
 
 GRACE_S = 120.0  # for a trial to save after SIGTERM
 Ending = Literal["complete", "pruned", "failed", "stopped"]
@@ -117,7 +117,7 @@ def run_trial(sweep: SweepConfig, trial: Any, run_dir: Path, stop: Stop) -> tupl
             kill_workers(run_dir)
     ended = figures(run_dir, sweep.metric)
     last = ended[-1][1] if ended else None
-    if child.returncode == 0 and not (run_dir / "PREEMPTED").exists() and last is not None:
+    if child.returncode == 0 and not (run_dir / PREEMPTED).exists() and last is not None:
         return "complete", last
     if pruned:
         return "pruned", last

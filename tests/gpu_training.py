@@ -17,9 +17,9 @@ from typing import Any
 
 from chatmill.data.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
+from chatmill.run_files import read_jsonl
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.loop import train
-from chatmill.trainer.run_folder import read_lines
 
 WARMUP_STEPS = 5
 
@@ -78,7 +78,7 @@ def make_data(folder: Path) -> Path:
 
 def summarise(name: str, recipe: dict[str, Any], run: Path) -> dict[str, Any]:
     """Medians after the warm-up steps."""
-    lines = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line][WARMUP_STEPS:]
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line][WARMUP_STEPS:]
     median = {
         key: statistics.median(line[key] for line in lines)
         for key in ("tokens_per_s", "mfu", "data_wait_share")

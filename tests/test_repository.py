@@ -17,11 +17,12 @@ WELL_KNOWN = {
     "pytest", "regex", "requests", "rich", "safetensors", "tensorboard", "tokenizers", "torch", "transformers", "triton", "trl",
     "wandb", "webdataset", "xxhash", "yaml", "openai", "fastapi", "uvicorn", "psutil", "packaging", "hypothesis",
 }  # fmt: skip
+SHARED = {"config", "files", "run_files"}
 MAY_IMPORT = {
-    "data": {"data", "config"},
+    "data": {"data", *SHARED},
     "kernels": {"kernels"},
-    "trainer": {"data", "kernels", "trainer", "config"},
-    "launcher": {"data", "kernels", "trainer", "launcher", "config"},
+    "trainer": {"data", "kernels", "trainer", *SHARED},
+    "launcher": {"data", "kernels", "trainer", "launcher", *SHARED},
 }
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,8 +31,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from chatmill.config import validate
+from chatmill.files import sync
+from chatmill.run_files import MANIFEST, list_checkpoints, step_of
 from chatmill.trainer.checkpoint_files import (
-    MANIFEST,
     CheckpointError,
     Share,
     ShareWriter,
@@ -42,7 +42,6 @@ from chatmill.trainer.checkpoint_files import (
     file_problem,
     merge_parts,
     read_manifest,
-    sync,
     tensor_index,
     write_manifest,
 )
@@ -53,7 +52,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
-    "list_checkpoints",
     "open_checkpoint",
     "prune",
     "publish",
@@ -61,7 +59,6 @@ __all__ = [
     "verify_files",
 ]
 
-STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 BEST = "best.json"
 
 
@@ -261,20 +258,6 @@ def best_of(run_dir: Path) -> Path:
             "Train with checkpoint.best=loss (or accuracy) and evaluation.every_steps, or leave --best out."
         ) from None
     return run_dir / "checkpoints" / str(name)
-
-
-def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Published checkpoints of a run, oldest first (their contents are not looked at)."""
-    folder = Path(run_dir) / "checkpoints"
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if STEP_FOLDER.match(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """40 of .../step-00000040."""
-    return int(folder.name.split("-")[1])
 
 
 def prune(run_dir: str | Path, keep: int, protect: frozenset[str] = frozenset(), every_steps: int | None = None) -> None:

@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 
+from chatmill.run_files import MANIFEST, list_checkpoints, step_of
 from chatmill.trainer.checkpoint import (
-    MANIFEST,
     Checkpoint,
     CheckpointError,
     best_of,
-    list_checkpoints,
     open_checkpoint,
-    step_of,
     verify_files,
 )
 from chatmill.trainer.checkpoint_files import read_manifest

@@ -11,8 +11,8 @@ file, as whole rows where the cut falls between rows. Format 1 (one file per ten
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chatmill.config import ConfigError
+from chatmill.files import sync
+from chatmill.run_files import MANIFEST
 
 FORMAT = 2
-MANIFEST = "manifest.json"
 _NO_CHECKSUM = "0" * 32
 _CHECKSUM_AT = len(b'{"checksum": "')
 
@@ -215,17 +216,5 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 def hash_file(path: Path) -> str:
     """xxh3-128 of a file."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as handle:
-        while chunk := handle.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()

@@ -28,6 +28,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from chatmill.files import replace_text
 from chatmill.trainer import checkpoint_saver, loop
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.engine import Engine, StepSums
@@ -57,9 +58,7 @@ class Fault:
         """Write down that it happens, so that it happens once."""
         self.marker.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"kind": self.kind, "step": step, "rank": self.rank, "time": time.time()})
-        temporary = self.marker.with_suffix(".writing")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.marker)
+        replace_text(self.marker, text)
 
 
 def install(fault: Fault) -> None:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from chatmill.config import ConfigError
 from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.files import replace_text
 from chatmill.trainer.checkpoint import Checkpoint, open_checkpoint
 from chatmill.trainer.evaluation_options import EvaluationOptions, add_arguments, options_from
 from chatmill.trainer.figures import PARTS, compare, summarise
@@ -56,17 +57,10 @@ class Evaluation:
             lines.append(json.dumps(row | ({"reply": self.replies[uid]} if uid in self.replies else {}), ensure_ascii=False))
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(dialogues_file(out), "".join(line + "\n" for line in lines))
-            replace_file(out, json.dumps(self.summary, indent=1, ensure_ascii=False) + "\n")
+            replace_text(dialogues_file(out), "".join(line + "\n" for line in lines))
+            replace_text(out, json.dumps(self.summary, indent=1, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ConfigError(f"{out}: cannot be written ({error}). Name another file with --out FILE.") from None
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write and rename, so that a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def dialogues_file(out: Path) -> Path:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from chatmill.config import ConfigError
+from chatmill.files import replace_text
 from chatmill.trainer.chat_model import load_chat_model
 from chatmill.trainer.chat_terminal import Settings
 from chatmill.trainer.generation import fit_messages
@@ -105,9 +105,7 @@ class Progress:
 
     def publish(self, rows: list[Mapping[str, Any]]) -> None:
         """All replies under the real name; the progress is no longer needed."""
-        temporary = self.target.with_name(f".{self.target.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(self.target)
+        replace_text(self.target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.path.unlink(missing_ok=True)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chatmill.config import ConfigError
+from chatmill.files import sync
 from chatmill.trainer.checkpoint import Checkpoint, open_checkpoint
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.gguf_import import CONTROL, LAYER_TENSORS, NORMAL, TOP_TENSORS, USER_DEFINED
@@ -73,8 +74,7 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
             values = _rows_for(name, checkpoint.tensor(name), config)
             writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
         writer.close()
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
     finally:
         writer.close()

@@ -21,8 +21,9 @@ from typing import Literal
 from chatmill.config import ConfigError
 from chatmill.data.stream import PackedBatch
 from chatmill.data.training_data import RECORD, record_exclusion
+from chatmill.run_files import read_jsonl
 from chatmill.trainer.config import GuardSection
-from chatmill.trainer.run_folder import RunFolder, read_lines
+from chatmill.trainer.run_folder import RunFolder
 from chatmill.trainer.train_state import TrainState
 from chatmill.trainer.world import World
 
@@ -98,7 +99,7 @@ class Guard:
 
     def rollbacks(self) -> int:
         """How often the run was rolled back, attempts before included."""
-        lines = read_lines(self.folder.path / RECORD) if self.world.is_main else ()
+        lines = read_jsonl(self.folder.path / RECORD) if self.world.is_main else ()
         return self.world.gather(sum(str(line.get("reason", "")).startswith(REASON) for line in lines))[0]
 
     def _event(self, event: str, finding: Finding, state: TrainState, micro: Sequence[PackedBatch]) -> None:

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chatmill.config import ConfigError
-from chatmill.trainer.checkpoint import MANIFEST, Checkpoint, CheckpointWriter, open_checkpoint
+from chatmill.run_files import MANIFEST
+from chatmill.trainer.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.hf_config import read_hf_config, write_hf_config
 from chatmill.trainer.model import Decoder

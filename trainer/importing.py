@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from chatmill.config import ConfigError
-from chatmill.trainer.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from chatmill.run_files import MANIFEST
+from chatmill.trainer.checkpoint import Checkpoint, open_checkpoint
 
 
 def import_any(source: str, out: Path, force: bool = False) -> Checkpoint:

@@ -30,8 +30,9 @@ from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.data.training_data import exclusions, open_mixture
 from chatmill.data.verification import quarantine_lines
 from chatmill.kernels.attention_config import DevicePlan, plan_attention
+from chatmill.run_files import PREEMPTED, list_checkpoints
 from chatmill.trainer.budget import in_steps
-from chatmill.trainer.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from chatmill.trainer.checkpoint import Checkpoint, open_checkpoint
 from chatmill.trainer.config import ModelConfig, Recipe
 from chatmill.trainer.engine import Engine
 from chatmill.trainer.evaluation import check_tokenizer, evaluate, in_words, pooled, validation_batches, validation_sets
@@ -42,7 +43,7 @@ from chatmill.trainer.preference import check_objective, pair_objective, referen
 from chatmill.trainer.profiling import StepProfiler
 from chatmill.trainer.progress import StepDisplay
 from chatmill.trainer.run_checkpoints import RunCheckpoints, origin
-from chatmill.trainer.run_folder import PREEMPTED, RunFolder, describe_environment
+from chatmill.trainer.run_folder import RunFolder, describe_environment
 from chatmill.trainer.schedule import learning_rate
 from chatmill.trainer.trackers import Trackers
 from chatmill.trainer.train_state import TrainState

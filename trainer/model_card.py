@@ -7,13 +7,13 @@ Only what the checkpoint and its run folder say is told; what is not known is le
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from chatmill.run_files import read_jsonl
 from chatmill.trainer.checkpoint import Checkpoint
 
 
@@ -106,14 +106,9 @@ def _evaluation(checkpoint: Checkpoint) -> Iterator[str]:
     """The run's own validation at this step, and full evaluations that name this checkpoint."""
     step, run = checkpoint.meta.get("step"), checkpoint.path.parent.parent
     found: dict[str, Any] = {}
-    metrics = run / "metrics.jsonl"
-    if step is not None and metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and row.get("step") == step and isinstance(row.get("eval"), dict):
+    if step is not None:
+        for row in read_jsonl(run / "metrics.jsonl"):
+            if row.get("step") == step and isinstance(row.get("eval"), dict):
                 found = row["eval"]
     if found:
         yield "## Evaluation"

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from chatmill.data.stream import IGNORE, ROW_MULTIPLE, PackedBatch, PackedStream
 from chatmill.data.synthetic import MemoryDataset
+from chatmill.files import replace_text
 from chatmill.trainer.config import KernelSection, ModelConfig, Recipe
 from chatmill.trainer.engine import Engine
 from chatmill.trainer.loop import build_engine
@@ -66,9 +67,7 @@ def run_cases(rank: int, world_size: int, engine: str, group: Path, reference: P
         expected = load_file(reference / "gradients.safetensors")
         assert set(gradients) == set(expected), sorted(set(gradients) ^ set(expected))
         found["gradient"] = max(float((gradients[n] - g).norm() / g.norm()) for n, g in expected.items())
-        temporary = group / f".{number}"
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        temporary.replace(group / f"{number}.json")
+        replace_text(group / f"{number}.json", json.dumps(found))
     if dist.is_initialized():
         dist.barrier()  # no rank may go while another still gathers
 

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from chatmill.config import ConfigError
 from chatmill.data.mixture import Mixture
-from chatmill.data.shard_index import write_durably
 from chatmill.data.shards import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
+from chatmill.files import write_durably
 from chatmill.trainer.checkpoint import Checkpoint
 from chatmill.trainer.config import PreferenceSection, Recipe
 from chatmill.trainer.engine import Engine

@@ -9,7 +9,6 @@ It can be built at any time, also from a run that is still going, crashed, or ne
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import jinja2
 
+from chatmill.files import replace_text
 from chatmill.trainer.report_charts import Chart, Series, draw, number, running_median, smooth
 from chatmill.trainer.report_evaluation import beside_another, evaluation_section, evaluations_side_by_side
 from chatmill.trainer.report_reading import Run, flatten, read_run, real
@@ -63,9 +63,7 @@ def build_report(run_dir: Path, out: Path | None = None, compare: Sequence[Path]
     runs = [read_run(Path(run_dir)), *(read_run(Path(p)) for p in compare)]
     target = Path(out) if out is not None else runs[0].path / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(render(runs), encoding="utf-8")
-    temporary.replace(target)
+    replace_text(target, render(runs))
     return target
 
 

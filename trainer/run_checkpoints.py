@@ -19,16 +19,15 @@ from typing import Any
 from chatmill.config import ConfigError, dump_yaml
 from chatmill.data.stream import PackedStream
 from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.run_files import list_checkpoints, step_of
 from chatmill.trainer.checkpoint import (
     BEST,
     Checkpoint,
     CheckpointError,
     best_of,
-    list_checkpoints,
     open_checkpoint,
     prune,
     set_aside_after,
-    step_of,
     verify_files,
 )
 from chatmill.trainer.checkpoint_files import Share

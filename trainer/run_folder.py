@@ -12,7 +12,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import yaml
 
 from chatmill.config import ConfigError, dump_yaml, validate
+from chatmill.files import replace_text
+from chatmill.run_files import PREEMPTED, append_jsonl, read_jsonl
 from chatmill.trainer.config import Recipe
 
 # What may differ between the attempts of one run without changing what it computes.
@@ -35,7 +37,6 @@ FREE_TRAIN = (
 )
 # Weights and exclusions of steps to come may change; the position in the checkpoint refuses a change of those already taken.
 FREE_DATA = ("mix", "curriculum", "exclude", "damaged_blocks")
-PREEMPTED = "PREEMPTED"
 
 
 class RunFolder:
@@ -49,9 +50,9 @@ class RunFolder:
         """Make the folder and write what is known before the first step."""
         for folder in (self.path, self.path / "checkpoints", self.path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
-        _write(self.path / "config.yaml", dump_yaml(recipe))
-        _write(self.path / "command", shlex.join([sys.executable, *sys.orig_argv[1:]]) + "\n")
-        _write(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        replace_text(self.path / "config.yaml", dump_yaml(recipe))
+        replace_text(self.path / "command", shlex.join([sys.executable, *sys.orig_argv[1:]]) + "\n")
+        replace_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         (self.path / PREEMPTED).unlink(missing_ok=True)
 
     def check_same(self, recipe: Recipe) -> None:
@@ -96,34 +97,22 @@ class RunFolder:
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
         """A small JSON file, replaced in one step."""
-        _write(self.path / name, json.dumps(values, indent=1) + "\n")
+        replace_text(self.path / name, json.dumps(values, indent=1) + "\n")
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(values) + "\n")
+        append_jsonl(self.path / name, values)
 
     def is_finished(self, step: int) -> bool:
         """Whether the run has ended at this step, its last validation and checkpoint included."""
-        return any(e.get("event") == "finished" and e.get("step") == step for e in read_lines(self.path / "events.jsonl"))
+        return any(e.get("event") == "finished" and e.get("step") == step for e in read_jsonl(self.path / "events.jsonl"))
 
     def forget_after(self, step: int) -> None:
         """Drop metrics and samples later than `step`: the resumed run writes them again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.path / name
             if file.is_file():
-                kept = [line for line in read_lines(file) if line.get("step", 0) <= step]  # a torn last line goes too
-                _write(file, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a .jsonl file; a last line cut short by a kill is passed over."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+                kept = [line for line in read_jsonl(file) if line.get("step", 0) <= step]  # a torn last line goes too
+                replace_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def describe_environment() -> dict[str, Any]:
@@ -141,9 +130,3 @@ def describe_environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "versions": versions,
     }
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from chatmill.config import ConfigError
+from chatmill.files import replace_text
 from chatmill.trainer.config import Recipe
 
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
@@ -85,7 +86,7 @@ class Trackers:
             import secrets
 
             known[name] = secrets.token_hex(6)
-            file.write_text(json.dumps(known) + "\n", encoding="utf-8")
+            replace_text(file, json.dumps(known) + "\n")
         return str(known[name])
 
     def _guarded(self, name: str, action: Any) -> None:

@@ -15,8 +15,9 @@ from tests.launcher.tiny_run import make_data, write_recipe
 from chatmill.config import ConfigError
 from chatmill.launcher.__main__ import main
 from chatmill.launcher.resolve import resolve
-from chatmill.launcher.run_state import ATTEMPTS, append_jsonl, attempts, newest_step, read_jsonl
+from chatmill.launcher.run_state import ATTEMPTS, attempts, newest_step
 from chatmill.launcher.runs import all_runs, describe, find_run, query_slurm
+from chatmill.run_files import append_jsonl, read_jsonl
 
 
 def chatmill(cwd: Path, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:

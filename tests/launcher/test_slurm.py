@@ -18,7 +18,8 @@ from tests.launcher.slurm_cluster import SlurmCluster, missing_network, missing_
 from tests.launcher.tiny_run import make_data, write_recipe
 
 from chatmill.launcher.__main__ import main
-from chatmill.launcher.run_state import attempts, newest_step, read_jsonl
+from chatmill.launcher.run_state import attempts, newest_step
+from chatmill.run_files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG, SHORT, EVERY = 400, 120, 40

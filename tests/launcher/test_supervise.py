@@ -17,16 +17,15 @@ from chatmill.launcher.first_cause import find_cause
 from chatmill.launcher.run_state import (
     ATTEMPTS,
     CANCEL,
-    append_jsonl,
     attempts,
     failures_without_progress,
     needed_lead_s,
     newest_step,
-    read_jsonl,
     seconds_per_step,
 )
 from chatmill.launcher.slurm_job import parse_duration
 from chatmill.launcher.supervise import first_port, free_port
+from chatmill.run_files import append_jsonl, read_jsonl
 
 STAND_IN = """
 import os, signal, sys, time

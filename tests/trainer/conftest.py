@@ -17,7 +17,7 @@ import yaml
 from chatmill.config import merge
 from chatmill.data.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
-from chatmill.trainer.checkpoint import list_checkpoints
+from chatmill.run_files import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOUNS = ("cat", "dog", "boat", "tree", "river", "lamp", "stone", "bird", "cloud", "road")

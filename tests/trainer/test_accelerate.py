@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from chatmill.run_files import read_jsonl
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.loop import train
-from chatmill.trainer.run_folder import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = ROOT / "docs" / "engines.md"
@@ -20,7 +20,7 @@ DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
 
 
 def run_line(start: str, recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from chatmill.config import ConfigError
 from chatmill.launcher.__main__ import main
+from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer.averaging import WeightAverage
-from chatmill.trainer.checkpoint import list_checkpoints, open_checkpoint
+from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.evaluation import evaluate_checkpoint
 from chatmill.trainer.loop import train
-from chatmill.trainer.run_folder import read_lines
 
 from .conftest import cut_back
 
@@ -48,8 +48,8 @@ def test_a_run_keeps_measures_continues_and_exports_its_average(write_recipe, tm
         assert found.names(group) == expected.names(group) != []
         for (name, a), (_, b) in zip(found.tensors(group), expected.tensors(group), strict=True):
             assert torch.equal(a, b), name
-    measured = [line["eval_ema"] for line in read_lines(run / "metrics.jsonl") if "eval_ema" in line][-1]
-    trained = [line["eval"] for line in read_lines(run / "metrics.jsonl") if "eval" in line][-1]
+    measured = [line["eval_ema"] for line in read_jsonl(run / "metrics.jsonl") if "eval_ema" in line][-1]
+    trained = [line["eval"] for line in read_jsonl(run / "metrics.jsonl") if "eval" in line][-1]
     assert measured["loss"] != pytest.approx(trained["loss"], rel=1e-3)
     assert main(["export", str(run), str(tmp_path / "averaged"), "--ema", "--to", "chatmill"]) == 0
     figures = evaluate_checkpoint(str(tmp_path / "averaged"), sequence_length=128)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from chatmill.trainer.checkpoint import CheckpointError, CheckpointWriter, list_checkpoints, open_checkpoint, prune
+from chatmill.run_files import list_checkpoints
+from chatmill.trainer.checkpoint import CheckpointError, CheckpointWriter, open_checkpoint, prune
 from chatmill.trainer.config import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=32, layers=1, heads=2, kv_heads=1)

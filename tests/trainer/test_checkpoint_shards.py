@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from chatmill.run_files import list_checkpoints
 from chatmill.trainer import checkpoint_saver
-from chatmill.trainer.checkpoint import CheckpointError, list_checkpoints, open_checkpoint, prune, publish, set_aside_after
+from chatmill.trainer.checkpoint import CheckpointError, open_checkpoint, prune, publish, set_aside_after
 from chatmill.trainer.checkpoint_files import Share, hash_file, merge_parts, write_shares
 from chatmill.trainer.checkpoint_saver import CheckpointSaver, SaveResult, Snapshot
 from chatmill.trainer.config import ModelConfig

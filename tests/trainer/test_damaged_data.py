@@ -11,8 +11,8 @@ from chatmill.config import ConfigError
 from chatmill.data.mixture import Mixture
 from chatmill.data.shards import TokenDataset
 from chatmill.launcher.__main__ import main as chatmill
+from chatmill.run_files import read_jsonl
 from chatmill.trainer.loop import check_same_data
-from chatmill.trainer.run_folder import read_lines
 from chatmill.trainer.train import main
 
 
@@ -34,9 +34,9 @@ def test_damage_stops_a_run_and_a_quarantine_with_consent_lets_it_go_on(
     assert "a share of 0 is allowed" in capsys.readouterr().err
     assert main([recipe, "data.damaged_blocks=0.5"]) == 0
     run = tmp_path / "runs" / "damaged"
-    (event,) = [line for line in read_lines(run / "events.jsonl") if line["event"] == "quarantine"]
+    (event,) = [line for line in read_jsonl(run / "events.jsonl") if line["event"] == "quarantine"]
     assert "train/train-00000.tar, block 1: in quarantine" in event["block"]
-    assert len([line for line in read_lines(run / "metrics.jsonl") if "loss" in line]) == 4
+    assert len([line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]) == 4
 
 
 def test_ranks_whose_copies_differ_do_not_train(tiny_data: Path) -> None:

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from chatmill.run_files import read_jsonl
 from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.loop import train
-from chatmill.trainer.run_folder import read_lines
 
 from .conftest import cut_back, launch, start
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
 
 
 def curve(run: Path) -> list[tuple[float, float]]:
-    return [(line["loss"], line["grad_norm"]) for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    return [(line["loss"], line["grad_norm"]) for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
 
 
 def environment(run: Path) -> dict[str, object]:
@@ -48,7 +48,7 @@ def test_two_processes_are_one_run_of_world_size_two_with_the_same_losses(
     assert environment(run)["backend"] == "gloo"
     assert environment(run)["engine"] == "DistributedDataParallel"
     assert losses(run) == pytest.approx(reference, rel=2e-5)
-    assert len(list(read_lines(run / "metrics.jsonl"))) == len(reference) + 1
+    assert len(list(read_jsonl(run / "metrics.jsonl"))) == len(reference) + 1
 
 
 @pytest.mark.slow

@@ -12,20 +12,20 @@ import torch
 
 from chatmill.config import ConfigError
 from chatmill.data.training_data import recorded_exclusions
-from chatmill.trainer.checkpoint import list_checkpoints, open_checkpoint
+from chatmill.run_files import list_checkpoints, read_jsonl
+from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import GuardSection, load_recipe
 from chatmill.trainer.engine import Engine, StepSums
 from chatmill.trainer.guard import robust_z
 from chatmill.trainer.loop import train
-from chatmill.trainer.run_folder import read_lines
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_lines(run / "events.jsonl") if line["event"] == kind]
+    return [line for line in read_jsonl(run / "events.jsonl") if line["event"] == kind]
 
 
 class Injector:

@@ -13,10 +13,10 @@ import torch
 
 from chatmill.config import ConfigError
 from chatmill.data.stream import PackedBatch
+from chatmill.run_files import read_jsonl
 from chatmill.trainer.config import ModelConfig, load_recipe
 from chatmill.trainer.loop import train
 from chatmill.trainer.metrics import StepMeter
-from chatmill.trainer.run_folder import read_lines
 from chatmill.trainer.world import World
 
 from .conftest import cut_back
@@ -64,7 +64,7 @@ def test_the_figures_of_a_line_are_those_of_the_formulas(monkeypatch: pytest.Mon
 
 def test_every_field_that_is_written_is_explained(write_recipe, tmp_path: Path) -> None:
     train(load_recipe(str(write_recipe("fields", train={"steps": 2}, evaluation={"at_start": True}))))
-    lines = list(read_lines(tmp_path / "runs" / "fields" / "metrics.jsonl"))
+    lines = list(read_jsonl(tmp_path / "runs" / "fields" / "metrics.jsonl"))
     written = {key for line in lines for key in line}
     assert {"loss", "grad_norm", "lr", "tokens_per_s", "memory_peak_bytes", "eval"} <= written
     assert written <= documented()
@@ -80,7 +80,7 @@ def test_tensorboard_has_the_curves_and_no_step_twice_after_a_resume(write_recip
     cut_back(run, 4)
     train(recipe)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
-    losses = {line["step"]: line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line}
+    losses = {line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
     shown = events.Scalars("loss")
     assert [event.step for event in shown] == sorted(losses)
     assert [event.value for event in shown] == pytest.approx([losses[event.step] for event in shown], rel=1e-6)
@@ -121,12 +121,12 @@ def test_any_of_accelerate_s_trackers_gets_the_lines_and_cannot_stop_the_run(
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
     settings = {"train": {"steps": 2}, "evaluation": {"at_end": False}, "logging": {"trackers": ["notebook"]}}
     train(load_recipe(str(write_recipe("noted", **settings))))
-    lines = list(read_lines(tmp_path / "runs" / "noted" / "metrics.jsonl"))
+    lines = list(read_jsonl(tmp_path / "runs" / "noted" / "metrics.jsonl"))
     expected = [("settings", "noted", 5e-3), (1, lines[0]["loss"]), (2, lines[1]["loss"]), "finished"]
     assert Notebook.seen == expected
     settings["train"]["steps"] = 5
     train(load_recipe(str(write_recipe("broken", **settings))))
-    assert len(list(read_lines(tmp_path / "runs" / "broken" / "metrics.jsonl"))) == 5
+    assert len(list(read_jsonl(tmp_path / "runs" / "broken" / "metrics.jsonl"))) == 5
     assert capsys.readouterr().err.count("the network is gone") == 1
 
 

@@ -17,12 +17,12 @@ from chatmill.data.schedule import Schedule
 from chatmill.data.shards import TokenDataset
 from chatmill.data.training_data import open_mixture, record_exclusion
 from chatmill.data.usage import at, run_schedule, where
+from chatmill.run_files import read_jsonl
 from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.evaluation import pooled
 from chatmill.trainer.loop import train
 from chatmill.trainer.report import build_report
-from chatmill.trainer.run_folder import read_lines
 from chatmill.trainer.schedule import learning_rate
 
 from .conftest import cut_back, make_chats
@@ -62,7 +62,7 @@ def packs_of(run: Path, step: int) -> dict[str, int]:
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
 
 
 def test_a_mix_with_a_curriculum_trains_as_its_weights_say_and_names_what_it_used(mixed, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_mix_with_a_curriculum_trains_as_its_weights_say_and_names_what_it_use
     train(recipe)
     run = tmp_path / "runs" / "mix"
     assert [packs_of(run, step) for step in range(1, 9)] == [{"main": 3, "other": 1}] * 4 + [{"other": 4}] * 4
-    lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl") if "loss" in line}
+    lines = {line["step"]: line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
     for step, line in lines.items():
         uses = at(run, step)
         assert (sum(u.tokens for u in uses), sum(u.loss_tokens for u in uses)) == (line["tokens"], line["loss_tokens"])
@@ -82,7 +82,7 @@ def test_every_data_set_of_a_mix_is_measured_and_the_figures_are_those_of_all_to
     mixed, tiny_data: Path, other_data: Path, tmp_path: Path
 ) -> None:
     train(mixed("both"))
-    line = [x for x in read_lines(tmp_path / "runs/both/metrics.jsonl") if "eval" in x][-1]
+    line = [x for x in read_jsonl(tmp_path / "runs/both/metrics.jsonl") if "eval" in x][-1]
     tokens = {path: int(TokenDataset.open(path, "validation").loss_tokens.sum()) for path in (tiny_data, other_data)}
     each = line["eval_by_data"]
     assert {name: figures["loss_tokens"] for name, figures in each.items()} == {
@@ -93,7 +93,7 @@ def test_every_data_set_of_a_mix_is_measured_and_the_figures_are_those_of_all_to
     low, high = sorted(figures["loss"] for figures in each.values())
     assert low < line["eval"]["loss"] < high
     train(mixed("one", evaluation={"data": ["other"]}))
-    line = [x for x in read_lines(tmp_path / "runs/one/metrics.jsonl") if "eval" in x][-1]
+    line = [x for x in read_jsonl(tmp_path / "runs/one/metrics.jsonl") if "eval" in x][-1]
     assert "eval_by_data" not in line and line["eval"]["loss_tokens"] == tokens[other_data]
 
 
@@ -150,7 +150,7 @@ def test_a_budget_is_counted_in_steps_and_ends_the_run(
     recipe = load_recipe(str(path), words)
     assert train(recipe) > 2
     run = tmp_path / "runs" / "budget"
-    lines = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
     tokens = [line["tokens"] for line in lines]
     if "tokens" in budget:
         assert sum(tokens[:-1]) < budget["tokens"] <= sum(tokens)
@@ -181,7 +181,7 @@ def test_an_epoch_with_less_left_than_was_counted_ends_in_order(
     record_exclusion(run, 4, [dataset.uid(i) for i in range(0, len(dataset), 2)])
     fewer = train(recipe)
     assert 4 < fewer < steps
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line] == list(range(1, fewer + 1))
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line] == list(range(1, fewer + 1))
     assert open_checkpoint(run).meta["step"] == fewer and train(recipe) == fewer
 
 
@@ -194,7 +194,7 @@ def test_what_became_of_dialogues_longer_than_a_pack_is_in_the_metrics_and_the_r
     train(recipe)
     run = tmp_path / "runs" / "long"
     lengths = TokenDataset.open(tiny_data, "train").lengths
-    long = [line["overlong"] for line in read_lines(run / "metrics.jsonl") if "loss" in line][-1]
+    long = [line["overlong"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line][-1]
     assert long["dialogues"] == len(lengths) and long["overlong"] == int((lengths > 64).sum()) > 0
     assert long["truncated"] + long["split"] + long["dropped"] == long["overlong"] and long[fate] > 0
     page = build_report(run).read_text()

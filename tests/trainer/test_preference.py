@@ -17,12 +17,12 @@ from chatmill.data.recipe import DataRecipe
 from chatmill.data.shards import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.data.tokenizer import ChatTokenizer
-from chatmill.trainer.checkpoint import list_checkpoints, open_checkpoint
+from chatmill.run_files import list_checkpoints, read_jsonl
+from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import KernelSection, ModelConfig, PreferenceSection, load_recipe
 from chatmill.trainer.loop import train
 from chatmill.trainer.model import Decoder, LossOutput
 from chatmill.trainer.preference import REFERENCE, PairObjective, ScoreObjective, take_reference
-from chatmill.trainer.run_folder import read_lines
 from chatmill.trainer.world import World
 
 from .conftest import ADJECTIVES, NOUNS, cut_back, launch
@@ -83,7 +83,7 @@ def write_dpo(write_recipe, pair_data: Path, tmp_path: Path):
 
 
 def lines(run: Path, key: str) -> list[Any]:
-    return [line[key] for line in read_lines(run / "metrics.jsonl") if key in line]
+    return [line[key] for line in read_jsonl(run / "metrics.jsonl") if key in line]
 
 
 def small_model(seed: int) -> Decoder:

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from chatmill.data.shards import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
+from chatmill.run_files import read_jsonl
 from chatmill.trainer.checkpoint import CheckpointWriter, open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.hf import export_hf, hf_name
 from chatmill.trainer.loop import train
 from chatmill.trainer.model import Decoder
-from chatmill.trainer.run_folder import read_lines
 
 STEPS, ACCUMULATION, LR = 6, 2, 3e-3
 
@@ -56,7 +56,7 @@ def test_a_run_has_the_losses_of_transformers_with_plain_pytorch(family: str, wr
             writer.add_file(name, (tokenizer / name).read_bytes())
     train(load_recipe(str(file), [f"model.checkpoint={tmp_path / 'start'}"]))
     run = tmp_path / "runs" / "ours"
-    lines = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
 
     export_hf(open_checkpoint(tmp_path / "start"), tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")

@@ -12,18 +12,18 @@ import torch
 
 from chatmill.data.shards import TokenDataset
 from chatmill.launcher.__main__ import main as chatmill
+from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer import full_evaluation, loop
-from chatmill.trainer.checkpoint import best_of, list_checkpoints, open_checkpoint
+from chatmill.trainer.checkpoint import best_of, open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.evaluation import evaluate, validation_batches
 from chatmill.trainer.loop import train
 from chatmill.trainer.model import Decoder, LossOutput
-from chatmill.trainer.run_folder import read_lines
 from chatmill.trainer.world import World
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
 
 
 def flip(file: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_run_continues_from_the_newest_good_checkpoint_and_keeps_it(write_reci
     said = capsys.readouterr().out
     assert "manifest.json" in said
     assert "optimizer-rank0000-001.safetensors: contents differ" in said
-    (event,) = [e for e in read_lines(run / "events.jsonl") if e["event"] == "damaged_checkpoint"]
+    (event,) = [e for e in read_jsonl(run / "events.jsonl") if e["event"] == "damaged_checkpoint"]
     assert event["using"] == "step-00000004"
     assert losses(run) == whole
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000008"]
@@ -88,11 +88,11 @@ def test_a_run_without_progress_stops_early_and_stays_stopped(write_recipe, tmp_
     recipe = write_recipe("early", evaluation={"every_steps": 1, "patience": 2})
     assert train(load_recipe(str(recipe))) == 3
     run = tmp_path / "runs" / "early"
-    assert list(read_lines(run / "events.jsonl"))[-1] | {"time": 0} == {
+    assert list(read_jsonl(run / "events.jsonl"))[-1] | {"time": 0} == {
         "time": 0,
         "event": "finished",
         "step": 3,
-        "tokens": list(read_lines(run / "metrics.jsonl"))[-2]["total_tokens"],
+        "tokens": list(read_jsonl(run / "metrics.jsonl"))[-2]["total_tokens"],
         "loss_tokens": open_state(run)["loss_tokens"],
         "early_stop": True,
     }

@@ -17,22 +17,22 @@ import torch
 from chatmill.config import ConfigError
 from chatmill.data.shards import TokenDataset
 from chatmill.data.stream import PackedStream
-from chatmill.trainer.checkpoint import list_checkpoints, open_checkpoint
+from chatmill.run_files import list_checkpoints, read_jsonl
+from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.evaluation import evaluate_checkpoint
 from chatmill.trainer.loop import train
-from chatmill.trainer.run_folder import read_lines
 from chatmill.trainer.train import main
 
 from .conftest import launch, start
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
 
 
 def last_eval(run: Path) -> dict[str, Any]:
-    return [line["eval"] for line in read_lines(run / "metrics.jsonl") if "eval" in line][-1]
+    return [line["eval"] for line in read_jsonl(run / "metrics.jsonl") if "eval" in line][-1]
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
@@ -53,15 +53,15 @@ def test_a_run_learns_and_leaves_a_whole_folder(write_recipe, tmp_path: Path) ->
         "checkpoints",
         "samples.jsonl",
     } <= names
-    evaluations = [line["eval"] for line in read_lines(run / "metrics.jsonl") if "eval" in line]
+    evaluations = [line["eval"] for line in read_jsonl(run / "metrics.jsonl") if "eval" in line]
     assert evaluations[-1]["perplexity"] < evaluations[0]["perplexity"] / 10
     assert evaluations[-1]["accuracy"] > 0.5
     environment = json.loads((run / "environment.json").read_text())
     assert environment["world_size"] == 1
     assert environment["strategy"] == "single"
-    line = next(read_lines(run / "metrics.jsonl"))
+    line = next(read_jsonl(run / "metrics.jsonl"))
     assert {"step", "eval"} <= set(line)
-    step = next(x for x in read_lines(run / "metrics.jsonl") if "loss" in x)
+    step = next(x for x in read_jsonl(run / "metrics.jsonl") if "loss" in x)
     assert {"step", "loss", "lr", "grad_norm", "tokens", "loss_tokens", "tokens_per_s"} <= set(step)
     assert step["padding_share"] == pytest.approx(1 - step["tokens"] / (8 * 128))
     assert step["loss_share"] == step["loss_tokens"] / step["tokens"]
@@ -221,7 +221,7 @@ def test_fine_tuning_starts_from_the_checkpoints_weights(write_recipe, tmp_path:
     train(load_recipe(str(write_recipe("base"))))
     recipe = write_recipe("tuned", model={"checkpoint": str(tmp_path / "runs" / "base")}, evaluation={"at_start": True})
     train(load_recipe(str(recipe)))
-    first = next(line["eval"] for line in read_lines(tmp_path / "runs" / "tuned" / "metrics.jsonl") if "eval" in line)
+    first = next(line["eval"] for line in read_jsonl(tmp_path / "runs" / "tuned" / "metrics.jsonl") if "eval" in line)
     assert first == pytest.approx(last_eval(tmp_path / "runs" / "base"))
 
 
@@ -255,7 +255,7 @@ def test_a_full_disk_stops_no_training_and_leaves_the_old_checkpoint_whole(write
     assert done.returncode == 2
     assert "could not be written" in done.stderr
     assert len(losses(limited)) == 6, "training went on to its end"
-    assert [e["event"] for e in read_lines(limited / "events.jsonl")].count("checkpoint_failed") >= 3
+    assert [e["event"] for e in read_jsonl(limited / "events.jsonl")].count("checkpoint_failed") >= 3
     assert list_checkpoints(limited) == []
     assert not list((limited / "checkpoints").iterdir()), "nothing half-written is left"
     assert open_checkpoint(run).meta["step"] == 2
@@ -274,7 +274,7 @@ def test_a_signal_during_validation_is_heard_there(write_recipe, tmp_path: Path)
     assert "the same command continues" in out
     launch(recipe, 1, "evaluation.micro_batch=1", "data.sequence_length=128", launcher="python")
     assert len(losses(run)) == 8
-    assert "eval" in list(read_lines(run / "metrics.jsonl"))[-1]
+    assert "eval" in list(read_jsonl(run / "metrics.jsonl"))[-1]
 
 
 def test_a_run_killed_in_its_last_validation_still_gives_it(write_recipe, tmp_path: Path) -> None:

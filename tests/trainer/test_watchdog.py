@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from chatmill.launcher.first_cause import find_cause
-from chatmill.trainer.run_folder import RunFolder, read_lines
+from chatmill.run_files import read_jsonl
+from chatmill.trainer.run_folder import RunFolder
 from chatmill.trainer.watchdog import EXIT_CODE, Beat, Watchdog, blame
 from chatmill.trainer.world import World
 
@@ -69,7 +70,7 @@ def test_a_thread_that_stands_still_is_reported_with_its_stack(tmp_path: Path) -
     assert "rank 0 stands in `data` of step 6" in messages[0]
     assert "stuck_in_here" in messages[0]
     assert "stuck_in_here" in (tmp_path / "logs" / "hang-rank-0.txt").read_text()
-    (event,) = read_lines(tmp_path / "events.jsonl")
+    (event,) = read_jsonl(tmp_path / "events.jsonl")
     assert (event["event"], event["ranks"], event["section"]) == ("hang", [0], "data")
 
 
@@ -91,7 +92,7 @@ def test_a_rank_that_hangs_ends_the_group_and_is_the_first_cause(write_recipe, t
     assert "forward and backward" in cause.message
     assert "rank 0" not in cause.message
     assert "in forward_backward" in (run / "logs" / "hang-rank-1.txt").read_text()
-    events = [e for e in read_lines(run / "events.jsonl") if e["event"] == "hang"]
+    events = [e for e in read_jsonl(run / "events.jsonl") if e["event"] == "hang"]
     assert [e["ranks"] for e in events] == [[1]]
     assert json.loads((run / "logs" / "fault.json").read_text())["step"] == 5
     assert str(EXIT_CODE) in done.stderr

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from chatmill.config import ConfigError
+from chatmill.run_files import read_jsonl
 from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import Recipe, load_recipe
 from chatmill.trainer.loop import train
-from chatmill.trainer.run_folder import read_lines
 
 from .conftest import cut_back, launch
 
@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
 
 
 def test_offload_to_nvme_is_configured_for_deepspeed_and_refused_without_its_folder(tmp_path: Path) -> None:

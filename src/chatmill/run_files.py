@@ -1,0 +1,56 @@
+"""What the trainer writes into a run folder and the launcher reads there: names, whole checkpoints, JSON lines.
+
+    list_checkpoints(run)  step_of(folder)  read_jsonl(run / "metrics.jsonl")  append_jsonl(run / "events.jsonl", {...})
+
+Standard library only: the supervisor runs outside the container.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+PREEMPTED = "PREEMPTED"  # left by a trainer that saved because a signal asked it to stop
+MANIFEST = "manifest.json"  # of a checkpoint; written last
+_STEP_FOLDER = re.compile(r"step-(\d{8,})$")
+
+
+def list_checkpoints(run_dir: str | Path) -> list[Path]:
+    """Published checkpoints of a run, oldest first (their contents are not looked at)."""
+    folder = Path(run_dir) / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _STEP_FOLDER.match(p.name) and is_published(p)), key=step_of)
+
+
+def is_published(checkpoint: Path) -> bool:
+    """Whether a checkpoint was published there."""
+    return (checkpoint / MANIFEST).is_file()
+
+
+def step_of(checkpoint: Path) -> int:
+    """40 of .../step-00000040."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a .jsonl file, none where it is missing; a line cut short by a kill is passed over."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def append_jsonl(path: Path, values: Mapping[str, Any]) -> None:
+    """Add one line; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(values) + "\n")
