@@ -53,15 +53,23 @@ def stream(source: Any = SOURCE, **options: Any) -> PackedStream:
 
 def rows_of(batch: PackedBatch, length: int = LENGTH) -> list[bytes]:
     """Each pack of a batch as bytes: tokens, targets, positions."""
-    parts = [getattr(batch, name).numpy().reshape(-1, length) for name in ("tokens", "targets", "positions")]
+    parts = [np.asarray(getattr(batch, name)).reshape(-1, length) for name in ("tokens", "targets", "positions")]
     return [b"".join(part[k].tobytes() for part in parts) for k in range(len(parts[0]))]
+
+
+def as_arrays(batch: PackedBatch) -> PackedBatch:
+    """The batch with arrays for its tensors: they come out of a worker in the batch's own pickle, ten times faster."""
+    return batch._map(lambda tensor: tensor.numpy(), batch.plan)
 
 
 def loaded(ranked: PackedStream, workers: int) -> Iterator[PackedBatch]:
     """The batches of a stream: iterated itself, or through a DataLoader with worker processes."""
     if not workers:
         return iter(ranked)
-    return iter(torch.utils.data.DataLoader(ranked, batch_size=None, num_workers=workers))
+    shared = ranked.world_size == 1  # as in training: tensors in shared memory; other worlds differ in the rank alone
+    return iter(
+        torch.utils.data.DataLoader(ranked, batch_size=None, num_workers=workers, collate_fn=None if shared else as_arrays)
+    )
 
 
 def global_batches(
