@@ -358,6 +358,8 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, cu_seqlens, window, softcap, scale)
+    # a condition, not its value: with a number of documents that varies, Dynamo has a symbol here, and _decide wants constants
+    packed = True if cu_seqlens is not None and cu_seqlens.numel() > 2 else False  # noqa: SIM210
     engine = _decide(
         impl,
         str(q.device),
@@ -367,7 +369,7 @@ def attention(
         window or 0,
         softcap or 0.0,
         return_lse or sinks is not None,
-        cu_seqlens is not None and cu_seqlens.numel() > 2,
+        packed,
         causal,
     )
     if engine == "reference":

@@ -13,7 +13,7 @@ mixed-precision policy).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,8 @@ class Engine:
     def forward(self, batch: PackedBatch) -> LossOutput:
         """Loss sum and counts of one batch, through the wrapped model."""
         batch = batch.to(self.world.device, non_blocking=True)
+        if self.recipe.train.compile:
+            mark_varying(batch)
         with self.autocast():
             output: LossOutput = self.model(
                 batch.tokens,
@@ -252,7 +254,8 @@ class Engine:
             return
         self.decoder.eval()
         for prompt in prompts:
-            with self.autocast():
+            # not compiled: every length of a prompt and of its cache would be another shape
+            with self.autocast(), torch.compiler.set_stance("force_eager"):
                 reply = reply_to(
                     self.decoder,
                     tokenizer,
@@ -306,6 +309,13 @@ class Engine:
     def discard(self) -> None:
         """Throw the gradients of this step away instead of calling `step`: weights and optimizer stay as they are."""
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def mark_varying(batch: PackedBatch) -> None:
+    """Tell torch.compile that the number of documents and of attention tiles differs between batches: fewer compilations."""
+    plans = batch.plan.values() if isinstance(batch.plan, Mapping) else ()
+    for tensor in (batch.cu_seqlens, *(plan.data for plan in plans)):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def check_average(source: TensorSource, names: Sequence[str]) -> None:

@@ -210,3 +210,12 @@ def test_it_compiles_into_one_graph_and_gives_the_same() -> None:
     mine = torch.autograd.grad(compiled(q, k, v), (q, k, v))
     for a, b in zip(mine, torch.autograd.grad(loss(q, k, v), (q, k, v)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_one_compiled_graph_serves_every_number_of_documents() -> None:
+    """Once the number varies it is a symbol to Dynamo, on which the choice of the implementation must not depend."""
+    q = torch.randn(24, 2, 16)
+    compiled = torch.compile(lambda cu: attention(q, q, q, cu_seqlens=cu), fullgraph=True, backend="eager")
+    for documents in (3, 5, 6, 4):
+        cu = torch.arange(documents + 1, dtype=torch.int32) * (24 // documents)
+        assert torch.equal(compiled(cu), attention(q, q, q, cu_seqlens=cu))

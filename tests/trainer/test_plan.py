@@ -270,6 +270,7 @@ def test_a_step_on_a_gpu_needs_what_the_plan_says(checkpointing: bool) -> None:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     model = Decoder(shape, given.kernels)
+    model.activation_checkpointing = checkpointing
     model.init_weights(0)
     made = build_engine(given, model, World(0, 1, 0, 1, device, "none"))
     for _ in range(2):
