@@ -1,7 +1,7 @@
 """The importers by name, and which of them recognises a file.
 
 An importer is a module with `recognise(head, name)` and `read(file, options, source, ledger)`; see the Protocol below.
-Adding one: write the module, add its name here, render and re-import real conversations in tests/data/test_importers.py.
+Adding one: write the module, add its name here and a renderer in tests/data/importer_formats.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,7 @@ from chatmill.data.importers.spill import Spill, key, packed, unpacked
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import SourceSection
 
-_spec = importlib.util.spec_from_file_location("renderers", Path(__file__).with_name("test_importers.py"))
-assert _spec is not None and _spec.loader is not None
-renderers = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(renderers)
+from .importer_formats import FORMATS, TWO_TURNS, fit_dialogue
 
 
 def dialogues(n: int) -> list[list[str]]:
@@ -42,7 +38,7 @@ def peak_bytes(path: Path) -> tuple[int, int]:
 
 
 # One layout of each format, and those that nest what others have at the top.
-ONE_OF_EACH = {kind: name for name, (kind, _, _) in reversed(renderers.FORMATS.items())}
+ONE_OF_EACH = {kind: name for name, (kind, _, _) in reversed(FORMATS.items())}
 NAMES = sorted({*ONE_OF_EACH.values(), "telegram account", "slack zip", "cornell", "ubuntu"})
 
 
@@ -51,18 +47,18 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(json_fields, "_PIECE_CHARS", 1 << 12)
     monkeypatch.setattr(json_lines, "_PIECE_CHARS", 1 << 12)
     monkeypatch.setattr(parquet, "BATCH_ROWS", 8)
-    _, render, limits = renderers.FORMATS[name]
+    _, render, limits = FORMATS[name]
     peaks, sizes, files = [], [], []
     few = 45 if name == "mbox" else 60  # the parser of the standard library is slow, more so when watched
     # The first pays for modules and regular expressions; all are larger than what is read at a time.
     for n in (few, few, 3 * few):
         folder = tmp_path / f"{len(peaks)}"
         folder.mkdir()
-        path = render(folder, [renderers.fit_dialogue(d, limits) for d in dialogues(n)])
+        path = render(folder, [fit_dialogue(d, limits) for d in dialogues(n)])
         peak, count = peak_bytes(path)
         assert count == n
         peaks.append(peak)
-        sizes.append(sum(len(t) for d in dialogues(n) for t in (d[:2] if renderers.TWO_TURNS in limits else d)))
+        sizes.append(sum(len(t) for d in dialogues(n) for t in (d[:2] if TWO_TURNS in limits else d)))
         files.append(sum(len(file.parts()) for file in source_files(SourceSection(path=str(path)))))
     # The names of the files of a folder or a zip are known from the beginning.
     allowed = 100_000 + 0.15 * (sizes[2] - sizes[1]) + 2000 * (files[2] - files[1])

@@ -6,7 +6,6 @@ packages are there (tests/data/install_npm_parsers.sh).
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -22,15 +21,12 @@ from chatmill.data.importers.raw_file import RawFile
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import SourceSection
 
+from .importer_formats import FORMATS, real_dialogues
+
 HERE = Path(__file__).parent
 FIXTURE = HERE / "npm_fixture"
 MODULES = HERE.parents[1] / ".npm-parsers" / "node_modules"
 EXPORTS = sorted(path for path in FIXTURE.iterdir() if path.name != "counts.json")
-
-_spec = importlib.util.spec_from_file_location("renderers", HERE / "test_importers.py")
-assert _spec is not None and _spec.loader is not None
-renderers = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(renderers)
 
 
 def ours(path: Path) -> tuple[list[ChatMessage], Counter[str]]:
@@ -83,8 +79,8 @@ def test_the_committed_counts_are_those_of_the_parsers() -> None:
 @pytest.mark.parametrize("name", ["whatsapp android us", "whatsapp android de", "whatsapp ios", "whatsapp ios us", "telegram"])
 def test_npm_s_parsers_count_the_same_messages_by_the_same_people_in_real_chats(name: str, tmp_path: Path) -> None:
     needs_npm()
-    chats = renderers.real_dialogues()[:120]
-    path = renderers.FORMATS[name][1](tmp_path, chats)
+    chats = real_dialogues()[:120]
+    path = FORMATS[name][1](tmp_path, chats)
     counted = theirs(path)["files"][path.name]
     found, left_out = ours(path)
     senders = Counter(message.sender.removeprefix("user") for message in found)
