@@ -1,9 +1,9 @@
 """One of several processes that build engines side by side and compare them with the single process.
 
-    RANK=0 WORLD_SIZE=2 python -m tests.trainer.engine_worker STORE DATA CHECK ...        (started by test_engines.py)
+    RANK=0 WORLD_SIZE=2 python -m tests.trainer.engine_worker STORE DATA CHECK ...        (or `run`, in a forked rank)
 
-All checks share one process group (found through the file STORE, so that no port has to be free), because starting it costs
-more than the checks. Each rank also runs the single engine on the whole batch: the truth to compare with.
+All checks of a test share one process group (found through the file STORE, so that no port has to be free), because starting it
+costs more than the checks. Each rank also runs the single engine on the whole batch: the truth to compare with.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -378,24 +378,29 @@ def triton_kernels_work_on_gathered_weights(world: World, data: str) -> None:
         close(world.sum([float(sums.loss_sum)]), [total])
 
 
+def run(data: str, names: Sequence[str], meeting_place: str = "env://") -> None:
+    """Join the group that RANK and WORLD_SIZE tell of and run the named checks."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting_place, rank=rank, world_size=world_size)
+    world = World(rank, world_size, rank, world_size, torch.device("cpu"), "gloo")
+    for name in names:
+        CHECKS[name](world, data)
+        if rank == 0:
+            print(f"passed {name}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def main() -> int:
     """Run the named checks; exit 1 with the traceback of the first that fails."""
     store, data, *names = sys.argv[1:]
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    world = World(rank, world_size, rank, world_size, torch.device("cpu"), "gloo")
     try:
-        for name in names:
-            CHECKS[name](world, data)
-            if rank == 0:
-                print(f"passed {name}", flush=True)
+        run(data, names, f"file://{store}")
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # the other ranks wait in a collective: leave at once
-    dist.barrier()
-    dist.destroy_process_group()
     return 0
 
 

@@ -14,6 +14,7 @@ from chatmill.trainer.config import load_recipe
 from chatmill.trainer.loop import train
 
 from .conftest import cut_back, launch, start
+from .ranks import train_in_ranks
 
 
 def losses(run: Path) -> list[float]:
@@ -54,7 +55,7 @@ def test_two_processes_are_one_run_of_world_size_two_with_the_same_losses(
 @pytest.mark.slow
 def test_fsdp2_shards_everything_and_trains_the_same(write_recipe, reference: list[float], tmp_path: Path) -> None:
     recipe = write_recipe("sharded", parallel={"strategy": "fsdp2"}, train={"accumulation": 2}, evaluation={"prompts": ["Hi?"]})
-    out = launch(recipe, 2)
+    out = train_in_ranks(recipe, 2)
     run = tmp_path / "runs" / "sharded"
     assert "sharded 20 of 20" in out
     assert losses(run) == pytest.approx(reference, rel=2e-5)
@@ -70,15 +71,15 @@ def test_a_run_continues_with_another_engine_and_another_world_size(
     recipe = write_recipe("moved")
     run = tmp_path / "runs" / "moved"
 
-    launch(recipe, 2, "parallel.strategy=fsdp2", "train.accumulation=2")
+    train_in_ranks(recipe, 2, "parallel.strategy=fsdp2", "train.accumulation=2")
     cut_back(run, 4)
-    launch(recipe, 4, "parallel.strategy=ddp", "train.accumulation=1")
+    train_in_ranks(recipe, 4, "parallel.strategy=ddp", "train.accumulation=1")
     assert losses(run) == pytest.approx(reference, rel=2e-5)
     cut_back(run, 4)
-    launch(recipe, 1, launcher="python")
+    train(load_recipe(str(recipe)))
     assert losses(run) == pytest.approx(reference, rel=2e-5)
     cut_back(run, 4)
-    launch(recipe, 2, "parallel.strategy=fsdp2", "train.accumulation=1", "train.micro_batch=2")
+    train_in_ranks(recipe, 2, "parallel.strategy=fsdp2", "train.accumulation=1", "train.micro_batch=2")
     assert losses(run) == pytest.approx(reference, rel=2e-5)
 
 
@@ -95,11 +96,11 @@ def test_a_resumed_run_of_four_ranks_goes_on_bit_for_bit(write_recipe, tmp_path:
     """Four: the sum of two ranks has one order only. See trainer/ddp_buckets.py."""
     recipe = write_recipe("exact", parallel={"strategy": "ddp"}, train={"accumulation": 1, "steps": 6})
     run = tmp_path / "runs" / "exact"
-    launch(recipe, 4)
+    train_in_ranks(recipe, 4)
     expected = curve(run)
     weights = dict(open_checkpoint(run).tensors())
     cut_back(run, 4)
-    launch(recipe, 4)
+    train_in_ranks(recipe, 4)
     assert curve(run) == expected
     for name, tensor in open_checkpoint(run).tensors():
         assert torch.equal(tensor, weights[name]), name

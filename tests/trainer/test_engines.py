@@ -11,25 +11,32 @@ from pathlib import Path
 
 import pytest
 
+from . import engine_worker
+from .ranks import run_in_ranks
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-WORKER = Path(__file__).with_name("engine_worker.py")
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 TORCHAO = importlib.util.find_spec("torchao") is not None
 
 
-def run_checks(folder: Path, data: Path, processes: int, *checks: str, timeout_s: float = 600, **environment: str) -> str:
-    """Run checks of engine_worker.py in so many processes; returns what rank 0 printed. Fails with the first traceback."""
-    store = folder / "store"
+def run_checks(folder: Path, data: Path, processes: int, *checks: str) -> None:
+    """Run checks of engine_worker.py in so many processes. Fails with the first traceback."""
+    text = run_in_ranks(engine_worker.run, processes, (str(data), checks), folder)
+    assert all(f"passed {name}" in text for name in checks), text
+
+
+def run_interpreted(folder: Path, data: Path, processes: int, *checks: str, timeout_s: float = 600) -> None:
+    """The same in new processes: Triton must not be imported before it is told to interpret."""
     hidden = ("MASTER_ADDR", "MASTER_PORT")
     common = {k: v for k, v in os.environ.items() if k not in hidden}
-    common |= {"PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(processes), **environment}
-    common |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    common |= {"PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(processes)}
+    common |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     logs = [folder / f"rank-{rank}.log" for rank in range(processes)]
     group = []
     for rank, log in enumerate(logs):
         with log.open("w") as handle:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, str(WORKER), str(store), str(data), *checks]
+            command = [sys.executable, engine_worker.__file__, str(folder / "store"), str(data), *checks]
             group.append(subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT, env=common | place))
     deadline = time.monotonic() + timeout_s
     try:
@@ -43,7 +50,6 @@ def run_checks(folder: Path, data: Path, processes: int, *checks: str, timeout_s
     assert not failed, "\n".join(f"--- rank {rank}\n{logs[rank].read_text()[-6000:]}" for rank in failed)
     text = logs[0].read_text()
     assert all(f"passed {name}" in text for name in checks), text
-    return text
 
 
 @pytest.mark.slow
@@ -83,4 +89,4 @@ def test_zero_offloads_and_averages_as_one_process_does(tiny_data: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_triton_kernels_see_gathered_weights(tiny_data: Path, tmp_path: Path) -> None:
-    run_checks(tmp_path, tiny_data, 2, "triton_kernels_work_on_gathered_weights", TRITON_INTERPRET="1")
+    run_interpreted(tmp_path, tiny_data, 2, "triton_kernels_work_on_gathered_weights")

@@ -25,7 +25,8 @@ from chatmill.trainer.model import Decoder, LossOutput
 from chatmill.trainer.preference import REFERENCE, PairObjective, ScoreObjective, take_reference
 from chatmill.trainer.world import World
 
-from .conftest import ADJECTIVES, NOUNS, cut_back, launch
+from .conftest import ADJECTIVES, NOUNS, cut_back
+from .ranks import train_in_ranks
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
 
@@ -190,7 +191,7 @@ def test_a_resumed_run_keeps_its_reference_and_its_numbers(write_dpo, tmp_path: 
 @pytest.mark.slow
 def test_sharded_ranks_follow_one_process(write_dpo, tmp_path: Path) -> None:
     train(load_recipe(str(write_dpo("alone", train={"steps": 3, "accumulation": 2}))))
-    launch(write_dpo("two", train={"steps": 3, "accumulation": 1}, parallel={"strategy": "fsdp2"}), 2)
+    train_in_ranks(write_dpo("two", train={"steps": 3, "accumulation": 1}, parallel={"strategy": "fsdp2"}), 2)
     alone, two = (lines(tmp_path / "runs" / name, "loss") for name in ("alone", "two"))
     assert len(two) == 3
     assert two == pytest.approx(alone, rel=2e-5)

@@ -15,7 +15,8 @@ from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import Recipe, load_recipe
 from chatmill.trainer.loop import train
 
-from .conftest import cut_back, launch
+from .conftest import cut_back
+from .ranks import train_in_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,7 +61,7 @@ def test_offload_to_nvme_is_configured_for_deepspeed_and_refused_without_its_fol
 def test_zero_trains_as_the_single_process_does(stage: int, write_recipe, tmp_path: Path) -> None:
     train(load_recipe(str(write_recipe("reference"))))
     recipe = write_recipe("zero", parallel={"strategy": f"zero{stage}"}, train={"accumulation": 2})
-    out = launch(recipe, 2)
+    out = train_in_ranks(recipe, 2)
     run = tmp_path / "runs" / "zero"
     assert f"strategy zero{stage} (DeepSpeedEngine/" in out
     assert f"sharded {20 if stage == 3 else 0} of 20" in out
@@ -79,26 +80,26 @@ def test_a_checkpoint_moves_between_zero_and_the_other_engines(write_recipe, tmp
     expected = losses(tmp_path / "runs" / "reference")
     recipe = write_recipe("moved")
     run = tmp_path / "runs" / "moved"
-    launch(recipe, 2, "parallel.strategy=zero3", "train.accumulation=2")
+    train_in_ranks(recipe, 2, "parallel.strategy=zero3", "train.accumulation=2")
     cut_back(run, 4)
-    launch(recipe, 1, launcher="python")
+    train(load_recipe(str(recipe)))
     assert losses(run) == pytest.approx(expected, rel=2e-5)
     cut_back(run, 4)
-    launch(recipe, 2, "parallel.strategy=zero1", "train.accumulation=2")
+    train_in_ranks(recipe, 2, "parallel.strategy=zero1", "train.accumulation=2")
     assert losses(run) == pytest.approx(expected, rel=2e-5)
     cut_back(run, 4)
-    launch(recipe, 4, "parallel.strategy=zero3", "train.accumulation=1")
+    train_in_ranks(recipe, 4, "parallel.strategy=zero3", "train.accumulation=1")
     assert losses(run) == pytest.approx(expected, rel=2e-5)
     cut_back(run, 4)
-    launch(recipe, 2, "parallel.strategy=fsdp2", "train.accumulation=2")
+    train_in_ranks(recipe, 2, "parallel.strategy=fsdp2", "train.accumulation=2")
     assert losses(run) == pytest.approx(expected, rel=2e-5)
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
 def test_bf16_keeps_fp32_masters_and_follows_ddp(strategy: str, write_recipe, tmp_path: Path) -> None:
     settings = {"accumulation": 2, "precision": "bf16"}
-    launch(write_recipe("ddp", parallel={"strategy": "ddp"}, train=settings), 2)
-    launch(write_recipe("zero", parallel={"strategy": strategy}, train=settings), 2)
+    train_in_ranks(write_recipe("ddp", parallel={"strategy": "ddp"}, train=settings), 2)
+    train_in_ranks(write_recipe("zero", parallel={"strategy": strategy}, train=settings), 2)
     ddp, zero = losses(tmp_path / "runs" / "ddp"), losses(tmp_path / "runs" / "zero")
     assert zero == pytest.approx(ddp, rel=5e-3)
     tensor = open_checkpoint(tmp_path / "runs" / "zero").tensor("layers.0.mlp.up.weight")
