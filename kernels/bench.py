@@ -1,6 +1,6 @@
 """Benchmarks of the kernels, and what stands in for them where there is no GPU.
 
-    python -m chatmill.kernels.bench                       every kernel
+    python -m chatmill.kernels.bench all                   every kernel (the default)
     python -m chatmill.kernels.bench attention             one
     python -m chatmill.kernels.bench attention --json out.json --plot out.svg
     python -m chatmill.kernels.bench attention --tune      refit the shipped tile table on this GPU (10 minutes at most)
@@ -214,7 +214,7 @@ def compile_only(names: Sequence[str], archs: Sequence[int]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m chatmill.kernels.bench", description="Time the kernels against others.")
-    parser.add_argument("kernel", nargs="*", metavar="KERNEL", help=f"{', '.join(REGISTRY)} (all by default)")
+    parser.add_argument("kernel", nargs="*", metavar="KERNEL", help=f"{', '.join(REGISTRY)} or all (the default)")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write results and machine here")
     parser.add_argument("--plot", type=Path, help="write an SVG here")
@@ -223,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile-only", action="store_true", help="compile for GPUs that are not here; time nothing")
     parser.add_argument("--arch", type=int, action="append", help="compute capabilities of --compile-only (80, 90, 100)")
     args = parser.parse_args(argv)
+    if "all" in args.kernel:
+        args.kernel = list(REGISTRY)
     unknown = set(args.kernel) - set(REGISTRY)
     if unknown:
         parser.error(f"unknown kernel {', '.join(sorted(unknown))}; choose from {', '.join(REGISTRY)}")

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from chatmill.kernels.dispatch import choose, why_no_triton
-from chatmill.kernels.linear_cross_entropy import LossMetrics
+from chatmill.kernels.linear_cross_entropy import LossMetrics, check_options
 from chatmill.kernels.linear_cross_entropy_torch import CHUNK_BYTES, consume_logits
-from chatmill.kernels.vocabulary_shard import finish_rows
+from chatmill.kernels.vocabulary_shard import VocabularyShard, finish_rows
 
 Impl = Literal["auto", "triton", "torch"]
 Reduction = Literal["mean", "sum", "none"]
@@ -38,18 +38,20 @@ def cross_entropy(
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
     impl: Impl = "auto",
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, LossMetrics]:
     """(loss, metrics) of logits (N, V) and targets Int (N,); options as in linear_cross_entropy.
 
     inplace (not with reduction "none", whose row gradients are known only in backward): see the header. A second backward
-    through the same loss is refused then.
+    through the same loss is refused then. shard: logits are this rank's columns of a split vocabulary (vocabulary_shard.py).
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"cross_entropy: expected logits (N, V) and targets (N,); got {logits.shape} and {targets.shape}.")
+    if token_weights is not None and token_weights.shape != targets.shape:
+        raise ValueError(f"cross_entropy: expected token_weights of shape {targets.shape}; got {token_weights.shape}.")
     if inplace and reduction == "none":
         raise ValueError("cross_entropy: inplace=True needs reduction 'sum' or 'mean'. Set inplace=False.")
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"cross_entropy: normalizer divides a mean; got it with reduction={reduction!r}. Drop one of the two.")
+    check_options("cross_entropy", label_smoothing, softcap, reduction, normalizer)
     engine = choose("linear_cross_entropy", impl, logits.device, {"triton": why_no_triton(logits.device), "torch": None})
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
     valid = targets != ignore_index
@@ -58,17 +60,19 @@ def cross_entropy(
     count = valid.sum()
     if reduction == "mean":
         coefficients = coefficients / (count.clamp(min=1) if normalizer is None else normalizer)
-    options = (label_smoothing, z_loss, softcap or 0.0, engine)
+    if shard is not None:
+        labels = shard.local(labels, logits.shape[1])
+    options = (label_smoothing, z_loss, softcap or 0.0, engine, shard)
     if reduction == "none":
         losses, lse, hits = _RowLosses.apply(logits, labels, options)
-        loss = losses * coefficients
+        loss = torch.where(coefficients != 0, losses * coefficients, 0.0)
     else:
         loss, losses, lse, hits = _SummedLoss.apply(logits, labels, coefficients, inplace, options)
     lse, losses = (torch.where(valid, t.detach(), 0.0) for t in (lse, losses))
     return loss, LossMetrics(lse, (hits & valid).sum(), count, losses)
 
 
-Options = tuple[float, float, float, str]
+Options = tuple[float, float, float, str, VocabularyShard | None]
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -124,8 +128,9 @@ def _run(
     logits: Tensor, labels: Tensor, coefficients: Tensor | None, out: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, lse, hits), each (N,); out (N, V), which may be logits itself, receives the gradient."""
-    label_smoothing, z_loss, softcap, engine = options
+    label_smoothing, z_loss, softcap, engine, shard = options
     n_rows, vocabulary = logits.shape
+    whole = shard.vocabulary if shard else vocabulary
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
     if engine == "triton":
         from chatmill.kernels import linear_cross_entropy_triton as kernels
@@ -135,12 +140,10 @@ def _run(
             install()
         z = logits if logits.stride(1) == 1 else logits.contiguous()
         stats = kernels.statistics(z, labels, softcap, label_smoothing > 0)
-        rows = finish_rows(stats, vocabulary, label_smoothing, z_loss)
+        rows = finish_rows(stats, whole, label_smoothing, z_loss, shard)
         if out is not None and coefficients is not None:
             into = out if out.stride(1) == 1 else torch.empty_like(z)
-            kernels.to_gradient(
-                z, vocabulary, labels, stats.own, rows, coefficients, label_smoothing, z_loss, softcap, out=into
-            )
+            kernels.to_gradient(z, whole, labels, stats.own, rows, coefficients, label_smoothing, z_loss, softcap, out=into)
             if into is not out:
                 out.copy_(into)
         return rows.losses, rows.lse, rows.hits
@@ -151,7 +154,7 @@ def _run(
         part = slice(start, start + size)
         z = logits[part].to(wide, copy=True)
         scale = None if out is None or coefficients is None else coefficients[part]
-        losses[part], lse[part], hits[part] = consume_logits(z, labels[part], scale, label_smoothing, z_loss, softcap)
+        losses[part], lse[part], hits[part] = consume_logits(z, labels[part], scale, label_smoothing, z_loss, softcap, shard)
         if out is not None:
             out[part] = z
     return losses, lse, hits

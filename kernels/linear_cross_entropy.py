@@ -16,7 +16,9 @@ Source: maths after "Cut Your Losses" (arXiv:2411.09009) and Liger-Kernel's chun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -65,6 +67,7 @@ def linear_cross_entropy(
     rows: Tensor | None = ...,
     norm_weight: Tensor | None = ...,
     norm_eps: float = ...,
+    norm: Callable[[Tensor], Tensor] | None = ...,
     shard: VocabularyShard | None = ...,
     return_metrics: Literal[False] = ...,
 ) -> Tensor: ...
@@ -87,6 +90,7 @@ def linear_cross_entropy(
     rows: Tensor | None = ...,
     norm_weight: Tensor | None = ...,
     norm_eps: float = ...,
+    norm: Callable[[Tensor], Tensor] | None = ...,
     shard: VocabularyShard | None = ...,
     return_metrics: Literal[True],
 ) -> tuple[Tensor, LossMetrics]: ...
@@ -108,6 +112,7 @@ def linear_cross_entropy(
     rows: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    norm: Callable[[Tensor], Tensor] | None = None,
     shard: VocabularyShard | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, LossMetrics]:
@@ -120,13 +125,20 @@ def linear_cross_entropy(
     rows Int (R,): indices of the tokens with loss, -1 = padding; then nothing waits for the GPU. Without it they are
     looked up, which is one host sync in eager mode.
     norm_weight (H,): apply RMSNorm to the gathered rows first, so tokens without loss are not normalised either.
+    norm: applied to the gathered rows in its place: a module, whose engine gathers its weight around its own forward.
     shard: weight is this rank's part of a head split over the vocabulary; everything else is the same on all its ranks, and
     so are the loss, the metrics and d_hidden (vocabulary_shard.py).
     """
     _check(hidden, weight, targets, token_weights, label_smoothing, softcap, reduction, normalizer, rows)
+    if norm_weight is not None:
+        if norm is not None:
+            raise ValueError("linear_cross_entropy: norm and norm_weight are two ways to say one thing. Drop one of them.")
+        norm = partial(rms_norm, weight=norm_weight, eps=norm_eps, impl="auto" if impl == "torch" else impl)
     if impl == "reference":
+        if shard is not None:
+            raise ValueError("linear_cross_entropy: impl='reference' knows the whole head alone. Set impl=auto for a shard.")
         kept = targets if rows is None else _only_rows(targets, rows, ignore_index)
-        states = hidden if norm_weight is None else rms_norm(hidden, norm_weight, norm_eps, impl="reference")
+        states = hidden if norm is None else norm(hidden)
         loss, metrics = linear_cross_entropy_reference(
             states,
             weight,
@@ -147,18 +159,20 @@ def linear_cross_entropy(
     n_tokens = hidden.shape[0]
     if rows is None and not torch.compiler.is_compiling():
         rows = (targets != ignore_index).nonzero().squeeze(1)
+    # rows without loss are made 0, whatever is in them: 0 * inf is nan
     if rows is None:
-        x, labels, factors = hidden, targets, token_weights
+        labels, factors = targets, token_weights
         valid = labels != ignore_index
+        x = torch.where(valid[:, None], hidden, 0)
     else:
-        x = _GatherRows.apply(hidden, rows)
         at = rows.clamp(min=0)
         labels = targets.index_select(0, at)
         factors = None if token_weights is None else token_weights.index_select(0, at)
         valid = (rows >= 0) & (labels != ignore_index)
+        x = _GatherRows.apply(hidden, rows, valid)
     labels = torch.where(valid, labels, 0).to(torch.int64)
-    if norm_weight is not None:
-        x = rms_norm(x, norm_weight, norm_eps, impl="auto" if impl == "torch" else impl)
+    if norm is not None:
+        x = norm(x)
 
     sums = torch.float64 if x.dtype is torch.float64 else torch.float32
     coefficients = valid.to(sums) if factors is None else torch.where(valid, factors.detach().to(sums), 0.0)
@@ -173,10 +187,10 @@ def linear_cross_entropy(
         row_coefficients = None if reduction == "none" else coefficients
         loss, losses, lse, hits = _ShardedLoss.apply(x, weight, labels, row_coefficients, options, shard)
         if reduction == "none":
-            loss = _spread(loss * coefficients, rows, n_tokens)
+            loss = _spread(torch.where(coefficients != 0, loss * coefficients, 0.0), rows, n_tokens)
     elif reduction == "none":
         losses, lse, hits = _rows_op(x, weight, labels, *options)
-        loss = _spread(losses * coefficients, rows, n_tokens)
+        loss = _spread(torch.where(coefficients != 0, losses * coefficients, 0.0), rows, n_tokens)
     else:
         grad = torch.is_grad_enabled()
         needs = (grad and x.requires_grad, grad and weight.requires_grad)
@@ -224,18 +238,18 @@ def linear_cross_entropy_reference(
 
 
 class _GatherRows(torch.autograd.Function):
-    """hidden[rows] with zero rows for -1; backward writes each row once (no atomics, so it is deterministic)."""
+    """hidden[rows] with zero rows where not valid; backward writes each row once (no atomics, so it is deterministic)."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden: Tensor, rows: Tensor, valid: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(rows)
         ctx.n_tokens = hidden.shape[0]
-        return torch.where((rows >= 0)[:, None], hidden.index_select(0, rows.clamp(min=0)), 0)
+        return hidden.index_select(0, rows.clamp(min=0)).masked_fill_(~valid[:, None], 0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         (rows,) = ctx.saved_tensors
-        return _spread(grad, rows, ctx.n_tokens), None
+        return _spread(grad, rows, ctx.n_tokens), None, None
 
 
 def _spread(values: Tensor, rows: Tensor | None, n_tokens: int) -> Tensor:
@@ -440,6 +454,13 @@ def _check(
         raise ValueError(f"{name}: expected token_weights of shape {tuple(targets.shape)}; got {tuple(token_weights.shape)}.")
     if rows is not None and (rows.dim() != 1 or rows.is_floating_point()):
         raise ValueError(f"{name}: expected integer rows (R,); got {tuple(rows.shape)} {rows.dtype}.")
+    check_options(name, label_smoothing, softcap, reduction, normalizer)
+
+
+def check_options(
+    name: str, label_smoothing: float, softcap: float | None, reduction: str, normalizer: float | Tensor | None
+) -> None:
+    """Raises ValueError for options that no loss can have."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{name}: reduction={reduction!r}; expected 'mean', 'sum' or 'none'.")
     if normalizer is not None and reduction != "mean":

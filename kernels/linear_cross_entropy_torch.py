@@ -113,6 +113,9 @@ def consume_logits(
         z.scatter_add_(1, label, (label_smoothing - 1) * torch.where(held[:, None], scale, 0.0))
         if slope is not None:
             z.mul_(slope)
+        dead = coefficients == 0
+        if z.device.type != "cpu" or bool(dead.any()):  # reading a GPU's answer would wait for it
+            z.masked_fill_(dead[:, None], 0.0)  # a row without loss may hold inf or nan, and 0 * inf is nan
     return losses, lse, hits
 
 

@@ -39,19 +39,26 @@ def rope(
     Tables of width D (both halves equal, as Hugging Face makes them) are accepted: their first half is read.
     """
     _check(q, k, cos, sin)
-    half = q.shape[-1] // 2
+    return (
+        rope_one(q, cos, sin, norm=q_norm, norm_eps=norm_eps, impl=impl),
+        rope_one(k, cos, sin, norm=k_norm, norm_eps=norm_eps, impl=impl),
+    )
+
+
+def rope_one(
+    x: Tensor, cos: Tensor, sin: Tensor, *, norm: Tensor | None = None, norm_eps: float = 1e-6, impl: Impl = "auto"
+) -> Tensor:
+    """`rope` of queries or of keys alone, x (T, heads, D): for modules that own one norm each."""
+    _check(x, x, cos, sin)
+    half = x.shape[-1] // 2
     cos, sin = cos[..., :half], sin[..., :half]
-    chosen = choose("rope", impl, q.device, {"triton": why_no_triton(q.device), "torch": None, "reference": None})
+    chosen = choose("rope", impl, x.device, {"triton": why_no_triton(x.device), "torch": None, "reference": None})
     if chosen == "triton":
-        return _rope_op(q, cos, sin, q_norm, norm_eps)[0], _rope_op(k, cos, sin, k_norm, norm_eps)[0]
-    plain: Impl = "reference" if chosen == "reference" else "torch"
-    if q_norm is not None:
-        q = rms_norm(q, q_norm, norm_eps, impl=plain)
-    if k_norm is not None:
-        k = rms_norm(k, k_norm, norm_eps, impl=plain)
-    if chosen == "reference":
-        return rope_reference(q, k, cos, sin)
-    return _TorchTurn.apply(q, cos, sin), _TorchTurn.apply(k, cos, sin)
+        turned: Tensor = _rope_op(x, cos, sin, norm, norm_eps)[0]
+        return turned
+    if norm is not None:
+        x = rms_norm(x, norm, norm_eps, impl="reference" if chosen == "reference" else "torch")
+    return _turn(x, cos, sin) if chosen == "reference" else _TorchTurn.apply(x, cos, sin)
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from chatmill.kernels.attention import attention
 from chatmill.kernels.linear_cross_entropy import Impl, linear_cross_entropy
 from chatmill.kernels.rms_norm import rms_norm
-from chatmill.kernels.rope import rope
+from chatmill.kernels.rope import rope, rope_one
 from chatmill.kernels.swiglu import swiglu
 from chatmill.trainer.config import KernelSection, ModelConfig
 from chatmill.trainer.kv_cache import KVCache
@@ -90,6 +90,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, residual, impl=self.impl)
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of every head's channels and the rotary turn after it, in one pass over memory."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        """x Float["T heads D"], cos and sin Float["T D/2"]."""
+        return rope_one(x, cos, sin, norm=self.weight, norm_eps=self.eps, impl=self.impl)
+
+
 class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions inside each document."""
 
@@ -105,8 +113,8 @@ class Attention(nn.Module):
         self.k = Linear(H, config.kv_heads * D, bias=config.qkv_bias)
         self.v = Linear(H, config.kv_heads * D, bias=config.qkv_bias)
         self.o = Linear(config.heads * D, H, bias=config.output_bias)
-        self.q_norm = RMSNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
-        self.k_norm = RMSNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
+        self.q_norm = HeadNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
+        self.k_norm = HeadNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
 
     def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
         T, D = x.shape[0], self.d_head
@@ -114,8 +122,9 @@ class Attention(nn.Module):
         k = self.k(x).view(T, -1, D)  # (T, Hk, D)
         v = self.v(x).view(T, -1, D)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, k, layout.cos, layout.sin, impl=self.kernels.elementwise)
+            q, k = self.q_norm(q, layout.cos, layout.sin), self.k_norm(k, layout.cos, layout.sin)
+        else:
+            q, k = rope(q, k, layout.cos, layout.sin, impl=self.kernels.elementwise)
         if memory is None:
             plan = layout.plan.get(self.window) if isinstance(layout.plan, Mapping) else layout.plan
             out = attention(
@@ -214,21 +223,21 @@ class TokenTable(nn.Module):
         rows: Tensor | None = None,
         embed: bool = False,
         objective: Callable[[Tensor], LossOutput] | None = None,
+        norm: RMSNorm | None = None,
     ) -> Tensor | LossOutput:
-        """x: Int token ids ["T"] with embed=True; else hidden states ["T H"], to logits Float32["T V"] or a loss."""
+        """x: Int token ids ["T"] with embed=True; else hidden states ["T H"], to logits Float32["T V"] or a loss.
+
+        norm: the final norm, where x has not been through it: the loss applies it to the rows with a target alone.
+        """
         if embed:
             return F.embedding(x, self.weight)
         if targets is None:
             logits = F.linear(x, self.weight.to(x.dtype)).float()
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        options: dict[str, Any] = {"rows": rows, "norm": norm, "softcap": self.softcap, "impl": self.impl}
         if objective is not None:
-            losses = linear_cross_entropy(
-                x, self.weight, targets, rows=rows, softcap=self.softcap, reduction="none", impl=self.impl
-            )
-            return objective(losses)
-        loss_sum, metrics = linear_cross_entropy(
-            x, self.weight, targets, rows=rows, softcap=self.softcap, reduction="sum", impl=self.impl, return_metrics=True
-        )
+            return objective(linear_cross_entropy(x, self.weight, targets, reduction="none", **options))
+        loss_sum, metrics = linear_cross_entropy(x, self.weight, targets, reduction="sum", return_metrics=True, **options)
         return LossOutput(loss_sum.float(), metrics.correct, metrics.count)
 
 
@@ -287,14 +296,18 @@ class Decoder(nn.Module):
 
         tokens, positions: Int["T"]; positions restart at 0 in each document. cu_seqlens: Int32["S+1"].
         targets: Int64["T"], targets[t] is the token after tokens[t], -100 where there is no loss.
-        rows: Int["R"], the t with a target, padded with -1; spares the other rows the vocabulary-wide product.
+        rows: Int["R"], the t with a target, padded with -1; spares the others the final norm and the vocabulary-wide product.
         plan, max_seqlen: made on the host beside the batch, for the attention kernel.
         objective: makes the loss of the tokens' negative log-probabilities Float["T"] (0 without target), instead of their sum.
         """
         layout = self._layout(positions, cu_seqlens, max_seqlen, plan)
-        hidden = self._hidden(tokens, layout)
+        x = self._stream(tokens, layout)
         table = self.embed if self.head is None else self.head
-        out: Tensor | LossOutput = table(hidden, targets=targets, rows=rows, objective=objective)
+        out: Tensor | LossOutput
+        if targets is None:
+            out = table(self.norm(x))
+        else:
+            out = table(x, targets=targets, rows=rows, objective=objective, norm=self.norm)
         return out
 
     @torch.no_grad()
@@ -322,7 +335,8 @@ class Decoder(nn.Module):
         """
         if (cu_seqlens is None) == (memory is None):
             raise ValueError("hidden_states: give either cu_seqlens, for packed documents, or a memory.")
-        return self._hidden(tokens, self._layout(positions, cu_seqlens, None, None), memory)
+        normed: Tensor = self.norm(self._stream(tokens, self._layout(positions, cu_seqlens, None, None), memory))
+        return normed
 
     def classify(self, hidden: Tensor) -> Tensor:
         """Logits Float32["n V"] of hidden states ["n H"]."""
@@ -356,12 +370,12 @@ class Decoder(nn.Module):
         cos, sin = rotary_tables(positions, frequencies, self._rotary_factor)
         return Layout(cos, sin, cu_seqlens, max_seqlen, plan)
 
-    def _hidden(self, tokens: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
-        """Normed hidden states ["T H"] of the last layer."""
+    def _stream(self, tokens: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+        """The residual stream ["T H"] behind the last layer, before the final norm."""
         x = self.embed(tokens, embed=True)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         for block in self.layers:
             x = block(x, layout, memory)
-        return self.norm(x)
+        return x

@@ -65,6 +65,34 @@ def test_reduction_none_gives_every_token_its_own_gradient(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_token_weights_sum_and_a_global_normaliser_in_place_too(impl: str, inplace: bool, reduction: str) -> None:
+    logits, targets = problem(torch.float64)
+    weights = torch.linspace(0, 2, 23, dtype=torch.float64, device=DEVICE)
+    leaf, exact = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    divisor = 7.0 if reduction == "mean" else None
+    options: dict[str, Any] = {"reduction": reduction, "normalizer": divisor, "inplace": inplace, "impl": impl}
+    loss, _ = cross_entropy(leaf * 1, targets, token_weights=weights, **options)
+    loss.backward()
+    expected = (F.cross_entropy(exact, targets, reduction="none") * weights).sum() / (divisor or 1.0)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(leaf.grad, exact.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_an_ignored_row_holds_reaches_nothing(impl: str, reduction: str) -> None:
+    logits, targets = problem(torch.float32)
+    logits[0], logits[4] = float("nan"), float("inf")
+    assert targets[0] == targets[4] == -100
+    leaf = logits.clone().requires_grad_()
+    cross_entropy(leaf, targets, reduction=reduction, impl=impl)[0].sum().backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all() and not leaf.grad[targets == -100].any()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
 def test_in_place_uses_the_logits_memory_and_protects_the_graph(impl: str) -> None:
     logits, targets = problem(torch.float32)
     leaf = logits.clone().requires_grad_()
@@ -98,3 +126,7 @@ def test_misuse_is_refused_in_words() -> None:
         cross_entropy(logits, targets, inplace=True, reduction="none")
     with pytest.raises(ValueError, match="normalizer divides a mean"):
         cross_entropy(logits, targets, reduction="sum", normalizer=2.0)
+    with pytest.raises(ValueError, match=r"token_weights of shape"):
+        cross_entropy(logits, targets, token_weights=torch.ones(3))
+    with pytest.raises(ValueError, match=r"label_smoothing=1\.5"):
+        cross_entropy(logits, targets, label_smoothing=1.5)

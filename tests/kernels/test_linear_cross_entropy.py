@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chatmill.kernels import linear_cross_entropy as module
 from chatmill.kernels.linear_cross_entropy import LossMetrics, linear_cross_entropy
+from chatmill.kernels.vocabulary_shard import VocabularyShard
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ENGINES = ["torch", "triton", "reference"]
@@ -186,6 +187,10 @@ def test_rows_that_name_an_ignored_target_carry_no_loss(impl: str) -> None:
     everything = torch.arange(12, device=DEVICE)
     a = linear_cross_entropy(hidden, weight, targets, rows=everything, impl=impl)
     torch.testing.assert_close(a, F.cross_entropy(hidden @ weight.T, targets))
+    hidden[targets == -100] = float("nan")
+    x, w = leaves(hidden, weight)
+    linear_cross_entropy(x, w, targets, rows=everything, impl=impl).backward()
+    assert x.grad is not None and x.grad.isfinite().all() and w.grad is not None and w.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -360,6 +365,11 @@ def test_the_final_norm_folded_in_sees_only_rows_with_loss(impl: str) -> None:
     F.cross_entropy(F.rms_norm(x64, (16,), norm64, 1e-5) @ w64.T, targets).backward()
     for mine, theirs in ((x, x64), (w, w64), (norm, norm64)):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+    module_form = linear_cross_entropy(
+        hidden, weight, targets, norm=lambda h: F.rms_norm(h, (16,), scale, 1e-5), reduction="none", impl=impl
+    )
+    folded = linear_cross_entropy(hidden, weight, targets, norm_weight=scale, norm_eps=1e-5, reduction="none", impl=impl)
+    torch.testing.assert_close(module_form, folded)
     broken = torch.where((targets == -100)[:, None], float("nan"), hidden)
     assert linear_cross_entropy(broken, weight, targets, norm_weight=scale, impl=impl).isfinite()
 
@@ -447,6 +457,8 @@ def test_compiled_code_gives_the_eager_loss_and_gradients(reduction: str) -> Non
         ({"reduction": "average"}, "'mean', 'sum' or 'none'"),
         ({"softcap": 0.0}, "softcap=0.0"),
         ({"impl": "cuda"}, "impl='cuda' is unknown"),
+        ({"norm": torch.tanh, "norm_weight": torch.ones(16)}, "norm and norm_weight"),
+        ({"impl": "reference", "shard": VocabularyShard(0, 61)}, "knows the whole head"),
     ],
 )
 def test_misuse_is_refused_in_words(change: dict[str, Any], words: str) -> None:

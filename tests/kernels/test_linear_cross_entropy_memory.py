@@ -1,10 +1,11 @@
 """How much memory the fused loss takes beside the gradients that it returns, and how much work it does.
 
 At full size the engines' own host code runs on the meta device, where every tensor has its size and none has memory; only the
-launches of Triton kernels, which allocate nothing, are left out. At a small size the allocator itself is asked.
+launches of Triton kernels, which allocate nothing, are left out. At a small size they run.
 """
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -134,48 +135,33 @@ def test_every_engine_keeps_the_promise_for_weights_of_either_width(
     assert step(impl, N, weight_dtype).most - gradients(N, weight_dtype) < PROMISE
 
 
-def measured_peak(run: Callable[[], object]) -> int:
-    """Most bytes that torch's CPU allocator had handed out at once since the call began."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    results = profiler.profiler
-    assert results is not None
-    events = sorted((e for e in results.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    alive = peak = 0
-    for event in events:
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="asks the CPU's allocator; tests/kernels/test_layer_gpu.py asks the GPU's"
-)
-def test_the_allocator_hands_out_what_the_accounting_says(
-    unlaunched: dict[str, NoLaunch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Forward and backward through the real operator in three chunks; the interpreter would copy what it is given."""
+def test_what_kernels_really_run_on_takes_what_the_accounting_says(on_meta: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real tensors and launched kernels, three chunks: the storages are those that the meta device counted."""
     rows, width, vocabulary = 384, 128, 1600
-    row, tile = shapes.row_for(90, 2), shapes.row_for(90, 2).project
-    monkeypatch.setattr(module, "SCALED_ELEMENTS", 1 << 12)  # the same share of the whole as at full size
-    monkeypatch.setattr(shapes, "tiles", lambda *_: (tile, tile))
-    monkeypatch.setattr(shapes, "row_for", lambda *_: type(row)(**{**vars(row), "logits_bytes": 128 * 1664 * 2}))
+    row = dataclasses.replace(shapes.row_for(90, 2), logits_bytes=128 * 1664 * 2)
+    monkeypatch.setattr(shapes, "row_for", lambda *_: row)
+    monkeypatch.setattr(shapes, "tiles", lambda *_: (shapes.Tile(128, 256, 128, 8, 1), shapes.Tile(256, 128, 128, 8, 1)))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, width, generator=generator).bfloat16().requires_grad_()
     weight = (torch.randn(vocabulary, width, generator=generator) / 8).bfloat16().requires_grad_()
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)
     keep = torch.arange(rows, dtype=torch.int32)
-
-    def run() -> None:
-        loss = linear_cross_entropy(hidden, weight, targets, rows=keep, impl="triton")
-        torch.autograd.grad(loss * 2, (hidden, weight))
-
-    run()
-    found = measured_peak(run)
+    with Peak(hidden, weight, targets, keep) as peak:
+        linear_cross_entropy(hidden, weight, targets, rows=keep, impl="triton")
     own = vocabulary * width * 2 + rows * width * 2
     halves, logits, gathered = vocabulary * width * 2, 128 * 1664 * 2, rows * width * 2
-    # in backward the gradients are scaled into new tensors: twice what is returned, and no more than forward's peak
-    assert own + halves + logits < found < own + halves + logits + 2 * gathered + 150_000
+    assert own + halves + logits < peak.most < own + halves + logits + 2 * gathered + 50_000
+
+
+def test_scaling_a_gradient_in_backward_makes_one_new_tensor_of_its_size() -> None:
+    """A product with an fp32 factor is fp32: of d_weight that would be 1 GB beside it."""
+    gradient, factor = torch.randn(3001, 64).bfloat16(), torch.tensor(1 / 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SCALED_ELEMENTS", 100 * 64)
+        with Peak(gradient, factor) as peak:
+            scaled = module._scaled(gradient, factor)
+    assert torch.equal(scaled, (gradient.float() * factor).bfloat16())
+    assert peak.most < gradient.nbytes + 3 * 100 * 64 * 4
 
 
 def work(share: float, impl: str, unlaunched: dict[str, NoLaunch]) -> float:

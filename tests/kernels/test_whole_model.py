@@ -123,6 +123,44 @@ def test_gradients_of_the_whole_model_equal_the_naive_paths_in_float64(
         assert (gradient - exact[name]).norm() / exact[name].norm() < 1e-9, name
 
 
+@pytest.mark.parametrize("form", ["train", "loss only", "preference"])
+def test_rows_without_loss_are_neither_normed_nor_projected(form: str, batches: list[dict[str, Tensor]]) -> None:
+    decoder, batch = model(SHAPES["tied, like SmolLM2"], KernelSection(), torch.float64), batches[0]
+    with_loss = int((batch["targets"] != -100).sum())
+    rows = batch["rows"][:with_loss]
+    seen: list[int] = []
+    decoder.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    expected = naive_loss(decoder, batch)
+    assert seen == [T] and with_loss < T
+    handed: list[Tensor] = []
+
+    def objective(losses: Tensor) -> LossOutput:
+        handed.append(losses)
+        return LossOutput(losses.sum(), losses.new_zeros(()), losses.new_zeros(()))
+
+    with torch.set_grad_enabled(form != "loss only"):
+        options = {"objective": objective} if form == "preference" else {}
+        out = decoder(**{**batch, "rows": rows}, **options)
+    assert seen == [T, with_loss]
+    torch.testing.assert_close(out.loss_sum.double(), expected, rtol=1e-6, atol=0)
+    if form == "preference":
+        assert handed[0].shape == (T,) and not handed[0][batch["targets"] == -100].any()
+    if form != "loss only":
+        (gradient,) = torch.autograd.grad(out.loss_sum, decoder.norm.weight)
+        (exact,) = torch.autograd.grad(expected, decoder.norm.weight)
+        torch.testing.assert_close(gradient, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_names_of_parameters_are_those_of_the_modules_that_own_them() -> None:
+    """Checkpoints and exports know parameters by name; engines gather them around their module's forward."""
+    decoder = model(SHAPES["QK-norm, untied, soft-caps, window"], KernelSection(), torch.float32)
+    names = {name for name, _ in decoder.named_parameters() if "norm" in name}
+    layer = {
+        f"layers.{i}.{n}.weight" for i in (0, 1) for n in ("attention_norm", "mlp_norm", "attention.q_norm", "attention.k_norm")
+    }
+    assert names == layer | {"norm.weight"}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bf16_gradients_err_at_most_twice_as_much_as_pytorchs(shape: str, batches: list[dict[str, Tensor]]) -> None:
     source = model(SHAPES[shape], REFERENCE, torch.float32).to(torch.bfloat16).state_dict()
