@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from chatmill.kernels import attention_library as library
-from chatmill.kernels.attention_config import DevicePlan, plan_attention
+from chatmill.kernels.attention_config import HOPPER_FORWARD, DevicePlan, plan_attention
 from chatmill.kernels.attention_library import why_not
 from chatmill.kernels.attention_torch import Rules, attention_backward_torch, attention_forward_torch
-from chatmill.kernels.dispatch import capability, choose, why_no_triton
+from chatmill.kernels.dispatch import capability, choose, is_planning, why_no_triton
 
 # largest head dimension of the Triton kernels
 MAX_HEAD_DIM = 256
@@ -102,7 +102,7 @@ def attention_forward(
     if impl == "hopper":
         from chatmill.kernels.attention_hopper import attention_forward_hopper
 
-        return attention_forward_hopper(q, k, v, tiles, scale)
+        return attention_forward_hopper(q, k, v, tiles, softcap, scale)
     from chatmill.kernels.attention_triton import attention_forward_triton
 
     return attention_forward_triton(q, k, v, tiles, softcap, scale)
@@ -202,7 +202,7 @@ def _plan(
 ) -> DevicePlan:
     """The caller's plan where it fits the tier, or one made here: reading cu_seqlens then waits for the GPU."""
     given = None if plan is None else DevicePlan(plan, tuple(header))
-    if given is not None and not (impl == "hopper" and given.shared):
+    if given is not None and (impl != "hopper" or given.config.forward == HOPPER_FORWARD[q.shape[2]]):
         return given
     return _made_plan(_bounds(cu_seqlens), q.shape[0], max(q.shape[2], v.shape[2]), q.dtype, window, causal, q.device, impl)
 
@@ -249,21 +249,21 @@ def _decide(
     obstacles = {name: why_not(name, **call) for name in ("flash", "sdpa", "flex")}
     obstacles |= {
         "triton": triton,
-        "hopper": triton or _why_no_hopper(where, kind, head_dim, value_dim, softcap, causal),
+        "hopper": triton or _why_no_hopper(where, kind, head_dim, value_dim),
         "torch": None,
         "reference": None,
     }
     return choose("attention", impl, where, obstacles, packed=packed)
 
 
-def _why_no_hopper(
-    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float, causal: bool
-) -> str | None:
+def _why_no_hopper(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    if device.type != "cuda" and not is_planning():
+        return "the Hopper tier runs on a Hopper GPU alone: Triton's interpreter knows no Gluon"
     if device.type == "cuda" and not 90 <= capability(device) < 100:
         return f"the Hopper tier needs compute capability 90, this GPU has {capability(device)}"
     from chatmill.kernels.attention_hopper import why_not_hopper
 
-    return why_not_hopper(dtype, head_dim, value_dim, softcap, causal)
+    return why_not_hopper(dtype, head_dim, value_dim)
 
 
 def _check(

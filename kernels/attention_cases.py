@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatmill.kernels.attention_config import KernelConfig, TileConfig, kernel_config, padded
+from chatmill.kernels.attention_config import HOPPER_FORWARD, KernelConfig, TileConfig, kernel_config, padded
 from chatmill.kernels.attention_triton import attention_dkdv_kernel, attention_dq_kernel, attention_forward_kernel
 from chatmill.kernels.cross_compile import Case
 
@@ -23,6 +23,7 @@ DIMS = ((64, 64, True), (80, 80, False), (128, 128, True), (192, 128, False), (2
 # alone take half of Hopper's registers
 SPILLS = {("dkdv", 80, 90): 192, ("dkdv", 128, 90): 192, ("dkdv", 192, 90): 576, ("dkdv", 256, 90): 2048}
 FEW = 32  # saved once, outside the loops
+SPILLS_HOPPER = 256  # addresses of the epilogue, saved once per program; clean_loops sees to it that no step pays for them
 
 
 def shipped_cases() -> list[Case]:
@@ -47,29 +48,38 @@ def shipped_cases() -> list[Case]:
 
 
 def hopper_cases() -> list[Case]:
-    """The warp-specialised forward."""
-    from chatmill.kernels.attention_hopper import TILES_BY_DIM, attention_forward_hopper_kernel
+    """The Hopper tier's forward; fp16 and the soft-cap once each."""
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
+
+    from chatmill.kernels.attention_hopper import attention_forward_hopper_kernel
+
+    def blocks(rows: int, D: int, element: str) -> str:
+        layout = NVMMASharedLayout.get_default_for([rows, D], bfloat16 if element == "bf16" else float16)
+        return f"tensordesc<{element}[{rows}, {D}],{layout!r}>"
 
     cases = []
-    strides = tuple(f"{x}_{axis}" for x in "qkvo" for axis in ("row", "head"))
-    for D, (block_m, block_n, num_warps, num_stages) in TILES_BY_DIM.items():
-        types = {"OUT": "*bf16", "LSE": "*fp32", "TILES": "*i32", "scale2": "fp32"}
-        types |= dict.fromkeys(("T", "heads", "group", "reach", *strides), "i32")
-        types |= dict.fromkeys("QKV", "*bf16")
-        constants = {"D": D, "BLOCK_M": block_m, "BLOCK_N": block_n, "SPECIALISE": True}
-        cases.append(
-            Case(
-                f"forward hopper D{D} bf16",
-                attention_forward_hopper_kernel,
-                types,
-                constants,
-                arch=90,
-                num_warps=num_warps,
-                num_stages=num_stages,
-                aligned=strides,
-                specialised=True,
+    for D, (block_m, block_n, num_warps, stages) in HOPPER_FORWARD.items():
+        for element, cap in (("bf16", False), ("fp16", False) if D == 64 else ("bf16", True)):
+            types = {"OUT": f"*{element}", "LSE": "*fp32", "TILES": "*i32", "BOUNDS": "*i32", "scale2": "fp32", "cap2": "fp32"}
+            types |= dict.fromkeys(("T", "tiles", "heads", "group", "together"), "i32")
+            types |= {"q_desc": blocks(block_m // 2, D, element), "k_desc": blocks(block_n, D, element)}
+            types |= {"v_desc": types["k_desc"]}
+            cases.append(
+                Case(
+                    f"forward hopper D{D} {element}{' cap' * cap}",
+                    attention_forward_hopper_kernel,
+                    types,
+                    {"O_ROW": 16 * D, "STAGES": stages, "HAS_CAP": cap},
+                    arch=90,
+                    num_warps=num_warps,
+                    spill_bytes=SPILLS_HOPPER if D == 128 else 0,
+                    specialised=True,
+                    instructions=("UTMALDG", "WARPGROUP.DEPBAR"),
+                    clean_loops=True,
+                    # 64 rows x 128 keys on 128 threads
+                    overlapped=64,
+                )
             )
-        )
     return cases
 
 

@@ -48,6 +48,10 @@ class KernelConfig(NamedTuple):
     dq: TileConfig
 
 
+# forward of the Hopper tier by head dimension: two groups of 64 rows, keys per step, warps of a group, places of the K/V ring
+HOPPER_FORWARD = {64: TileConfig(128, 128, 4, 4), 128: TileConfig(128, 128, 4, 2)}
+
+
 def padded(channels: int) -> int:
     """Power of two that holds a head's channels, at least 16 (the smallest matrix operand)."""
     return max(16, 1 << (channels - 1).bit_length())
@@ -74,7 +78,7 @@ class DevicePlan:
     """Tile lists of one batch as a single int32 tensor, so that one copy moves them.
 
     data: the three tile lists (forward, dkdv, dq; COLUMNS numbers a tile), then visible_intervals (4 x T).
-    header: tiles of the three lists, T, causal, window, the tile sizes of the three kernels, shared: 19 numbers.
+    header: tiles of the three lists, T, causal, window, the tile sizes of the three kernels: 18 numbers.
     """
 
     data: Tensor
@@ -104,11 +108,6 @@ class DevicePlan:
     def config(self) -> KernelConfig:
         numbers = self.header[6:18]
         return KernelConfig(*(TileConfig(*numbers[i : i + 4]) for i in (0, 4, 8)))
-
-    @property
-    def shared(self) -> bool:
-        """Whether a query tile of the forward may hold several documents."""
-        return bool(self.header[18])
 
     def _list(self, i: int) -> Tensor:
         first = sum(self.header[:i])
@@ -154,20 +153,13 @@ def plan_attention(
         short = int(bounds[-1]) < SHORT * documents
         arch = 0 if device is None else capability(device)
         config = kernel_config(arch, dtype.itemsize, head_dim, short)
+        if impl == "hopper":
+            config = config._replace(forward=HOPPER_FORWARD.get(head_dim, config.forward))
     lists = [
-        make_plan(bounds, config.forward.block_m, config.forward.block_n, window, causal=causal, T=T, share=impl != "hopper"),
+        make_plan(bounds, config.forward.block_m, config.forward.block_n, window, causal=causal, T=T),
         make_plan(bounds, config.dkdv.block_n, config.dkdv.block_m, window, causal=causal, side="key", T=T),
         make_plan(bounds, config.dq.block_m, config.dq.block_n, window, causal=causal, T=T),
     ]
     data = np.concatenate([x.ravel() for x in (*lists, visible_intervals(bounds, T, window, causal=causal))])
-    header = (
-        *(len(x) for x in lists),
-        T,
-        int(causal),
-        window or 0,
-        *config.forward,
-        *config.dkdv,
-        *config.dq,
-        int(impl != "hopper"),
-    )
+    header = (*(len(x) for x in lists), T, int(causal), window or 0, *config.forward, *config.dkdv, *config.dq)
     return DevicePlan(torch.from_numpy(data), header)

@@ -98,19 +98,16 @@ def make_plan(
     causal: bool = True,
     side: Side = "query",
     T: int | None = None,
-    share: bool = True,
 ) -> NDArray[np.int32]:
     """Int32 (tiles, COLUMNS), see the header.
 
     cu_seqlens (S+1,): document boundaries, 0 first. block: rows of a tile. step: rows of the other side per step.
     window: tokens seen by a query, itself included. T: rows in all, where the documents end before them.
-    share: whether a tile may hold several documents.
     """
     T = int(cu_seqlens[-1]) if T is None else T
     check_cu_seqlens(cu_seqlens, T)
     # keys look ahead: of a causal key tile only the part within its own document counts, and that ends inside the tile
     history = T if side == "key" and causal else SHARED_HISTORY_STEPS * step
-    history = history if share else -1
     spans = np.array(list(_spans(np.asarray(cu_seqlens), T, block, history)), dtype=np.int64).reshape(-1, 4)
     s, e, a, b = spans.T
     inside = a >= 0

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chatmill.kernels.attention import attention
 from chatmill.kernels.attention_config import TABLE, KernelConfig, TileConfig, plan_attention, tuning_rows
+from chatmill.kernels.attention_hopper_check import why_unfit
 from chatmill.kernels.bench import BenchCase, Phases, median_ms
 from chatmill.kernels.dispatch import capability
 
@@ -61,10 +62,12 @@ def _phases(run: Callable[[], Tensor], leaves: list[Tensor]) -> Phases:
 
 def _ours(impl: str, bounds: NDArray[np.int64], heads: int, kv_heads: int, D: int) -> Callable[[torch.device], Phases]:
     def prepare(device: torch.device) -> Phases:
+        if impl == "hopper" and (reason := why_unfit()):
+            raise RuntimeError(reason)
         T = int(bounds[-1])
         leaves = _inputs(T, heads, kv_heads, D, device)
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device) if len(bounds) > 2 else None
-        plan = plan_attention(bounds, T, head_dim=D, device=device).to(device)
+        plan = plan_attention(bounds, T, head_dim=D, device=device, impl=impl).to(device)
         longest = int(np.diff(bounds).max())
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "impl": impl, "plan": plan, "max_seqlen": longest}
         return _phases(lambda: attention(*leaves, **options), leaves)

@@ -10,7 +10,8 @@ TRITON_INTERPRET (interpreted functions have no compiler); the tests therefore c
     python -m chatmill.kernels.cross_compile chatmill.kernels.attention_triton --arch 90 [--match NAME] [--json]
 
 Gates (`violations`): spills within the case's budget, shared memory within the chip's limit, tensor cores really used
-(HGMMA on sm_90, and no HMMA where HGMMA is expected), no wgmma serialised by ptxas (warning C7512).
+(HGMMA on sm_90, and no HMMA where HGMMA is expected), no wgmma serialised by ptxas (warning C7512); and what a case claims
+beyond: warp specialisation, instructions, matrix loops without spills, exponentials beside a product. Takes `gluon.jit` too.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Case:
     types: triton type per argument that is no constexpr ("*bf16", "fp32", "i32", "i64").
     constants: constexpr arguments. aligned: names of integer arguments known to be multiples of 16.
     spill_bytes: budget of spilled bytes (stores + loads of ptxas -v). tensor_cores: a dot is expected on them.
-    specialised: warp specialisation is claimed (setmaxnreg must be there).
+    specialised: warp specialisation is claimed (setmaxnreg must be there). instructions: mnemonics of OPCODES that must be.
+    clean_loops: nothing may be spilled inside the innermost loops with wgmma. overlapped: exponentials that must stand between
+    each wait that leaves a wgmma under way and the one that ends it.
     """
 
     name: str
@@ -60,12 +63,18 @@ class Case:
     spill_bytes: int = 0
     tensor_cores: bool = True
     specialised: bool = False
+    instructions: tuple[str, ...] = ()
+    clean_loops: bool = False
+    overlapped: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What the compiler made of one case. `sass` counts instructions by mnemonic (those of OPCODES)."""
+    """What the compiler made of one case. `sass` counts instructions by mnemonic (those of OPCODES).
+
+    loop_spills: loads and stores of local memory in the innermost loops with wgmma. overlapped: see overlapped_exponentials.
+    """
 
     name: str
     arch: int
@@ -78,6 +87,8 @@ class CompileReport:
     wgmma: int
     seconds: float
     sass: dict[str, int]
+    loop_spills: int = 0
+    overlapped: int = 0
 
 
 def _tool(name: str) -> str:
@@ -111,7 +122,6 @@ def compile_for(
         raise RuntimeError("cross-compilation needs a process without TRITON_INTERPRET.")
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     names = list(kernel.arg_names)
     given = set(types) | set(constants)
@@ -120,6 +130,10 @@ def compile_for(
         raise ValueError(f"{kernel.__name__}: arguments without type or value: {missing}; not its arguments: {foreign}.")
     signature = {n: types.get(n, "constexpr") for n in names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n in aligned}
+    if getattr(kernel, "is_gluon", bool)():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+    else:
+        from triton.compiler import ASTSource
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
     started = time.perf_counter()
     built = triton.compile(
@@ -161,7 +175,32 @@ def read_binary(built: Any, name: str, arch: int, seconds: float) -> CompileRepo
         wgmma=ptx.count("wgmma.mma_async"),
         seconds=round(seconds, 2),
         sass={op: count for op in OPCODES if (count := len(re.findall(rf"\b{re.escape(op)}", sass)))},
+        loop_spills=loop_spills(sass),
+        overlapped=overlapped_exponentials(sass),
     )
+
+
+def loop_spills(sass: str) -> int:
+    """Loads and stores of local memory in the innermost loops that hold wgmma: those cost time in every step."""
+    lines = sass.splitlines()
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:", line)}
+    loops, before = [], ""
+    for i, line in enumerate(lines):
+        target = re.search(r"@!?U?P\d+ BRA\b.*`\((\.L_x_\d+)\)", line)
+        start = labels.get(target[1], i) if target else i
+        # no loop: the slow path of a wait, which lies behind the code and jumps back into it
+        if start < i and "SYNCS.PHASECHK" not in before and any("HGMMA" in x for x in lines[start:i]):
+            loops.append((start, i))
+        if "/*" in line:
+            before = line
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return sum(len(re.findall(r"\b(?:LDL|STL)\b", "\n".join(lines[start:end]))) for start, end in inner)
+
+
+def overlapped_exponentials(sass: str) -> int:
+    """Fewest exponentials between a wait that leaves one wgmma under way and the next wait; 0 where none leaves one."""
+    parts = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", sass)[1:]
+    return min((len(re.findall(r"MUFU\.EX2", re.split(r"WARPGROUP\.DEPBAR", part)[0])) for part in parts), default=0)
 
 
 def compile_case(case: Case) -> CompileReport:
@@ -196,6 +235,11 @@ def violations(case: Case, report: CompileReport) -> list[str]:
             out.append(f"{report.sass['HMMA']} HMMA instructions on sm_90: a dot fell back to mma.sync")
     if case.specialised and not report.sass.get("USETMAXREG"):
         out.append("no setmaxnreg: warp specialisation was dropped")
+    out += [f"no {op} instruction" for op in case.instructions if not report.sass.get(op)]
+    if case.clean_loops and report.loop_spills:
+        out.append(f"{report.loop_spills} spilled registers inside the matrix loops")
+    if report.overlapped < case.overlapped:
+        out.append(f"{report.overlapped} exponentials beside a product under way, {case.overlapped} claimed: they wait for it")
     return out
 
 

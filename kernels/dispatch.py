@@ -73,6 +73,11 @@ def planning_for_gpu() -> Iterator[None]:
 _planning: list[bool] = []
 
 
+def is_planning() -> bool:
+    """Whether shapes alone are traced, see planning_for_gpu."""
+    return bool(_planning)
+
+
 def why_no_triton(device: torch.device) -> str | None:
     """Reason why Triton kernels cannot run on tensors of this device; None where they can."""
     if _planning:

@@ -41,11 +41,12 @@ def test_every_shipped_build_passes_its_gates(arch: int) -> None:
 def test_the_hopper_tier_is_really_specialised() -> None:
     status, rows, stderr = compiled(90, "hopper")
     assert status == 0, stderr
-    assert len(rows) == 2
+    assert len(rows) == 4
     for row in rows:
         assert row["sass"]["USETMAXREG"] > 0
         assert row["sass"]["UTMALDG"] > 0
-        assert row["warps"] > 4, "a producer group besides the compute groups"
+        assert row["warps"] == 12, "two groups of four warps, and the loader's"
+        assert row["loop_spills"] == 0 and row["overlapped"] >= 64
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 import chatmill.kernels.cross_compile as gates
 from chatmill.kernels.cross_compile import Case, CompileReport, violations
 
-GOOD = CompileReport("gemm", 90, 168, 0, 0, 100_000, 4, False, 8, 1.0, {"HGMMA": 8, "USETMAXREG": 3})
-CASE = Case("gemm", None, {}, {}, arch=90, specialised=True)
+GOOD = CompileReport("gemm", 90, 168, 0, 0, 100_000, 4, False, 8, 1.0, {"HGMMA": 8, "USETMAXREG": 3}, overlapped=64)
+CASE = Case("gemm", None, {}, {}, arch=90, specialised=True, clean_loops=True, overlapped=64)
 MODULE = """
 import triton, triton.language as tl
 from chatmill.kernels.cross_compile import Case
@@ -47,12 +47,47 @@ def shipped_cases():
         ({"sass": {"USETMAXREG": 3}}, "no HGMMA"),
         ({"sass": {"HGMMA": 8, "HMMA": 4, "USETMAXREG": 3}}, "fell back to mma.sync"),
         ({"sass": {"HGMMA": 8}}, "warp specialisation was dropped"),
+        ({"loop_spills": 2}, "2 spilled registers inside the matrix loops"),
+        ({"overlapped": 3}, "3 exponentials beside a product under way, 64 claimed"),
     ],
 )
 def test_each_gate_turns_red(change: dict, words: str) -> None:
     assert violations(CASE, GOOD) == []
     (found,) = violations(CASE, dataclasses.replace(GOOD, **change))
     assert words in found
+
+
+SASS = """
+.L_x_1:
+        /*0000*/ LDL R9, [R1] ;
+.L_x_2:
+        /*0010*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R8 ;
+        /*0020*/ @!P0 BRA `(.L_x_4) ;
+.L_x_3:
+        /*0030*/ HGMMA.64x128x16.F32.BF16 R24 ;
+        /*0040*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0050*/ MUFU.EX2 R2, R3 ;
+        /*0060*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/ @P0 BRA `(.L_x_2) ;
+        /*0080*/ @P1 BRA `(.L_x_1) ;
+        /*0090*/ STL [R1], R9 ;
+.L_x_4:
+        /*00a0*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R8 ;
+        /*00b0*/ @!P0 BRA `(.L_x_3) ;
+        /*00c0*/ BRA `(.L_x_3) ;
+"""
+
+
+def test_spills_count_inside_the_innermost_matrix_loop_alone() -> None:
+    assert gates.loop_spills(SASS) == 0
+    assert gates.loop_spills(SASS.replace("MUFU.EX2 R2, R3", "STL [R1], R2")) == 1
+
+
+def test_exponentials_count_between_the_wait_that_leaves_a_product_and_the_one_that_ends_it() -> None:
+    assert gates.overlapped_exponentials(SASS) == 1
+    late = SASS.replace("        /*0050*/ MUFU.EX2 R2, R3 ;\n", "").replace("@P0 BRA", "MUFU.EX2 R2, R3 ;\n @P0 BRA")
+    assert gates.overlapped_exponentials(late) == 0
+    assert gates.overlapped_exponentials("HMMA") == 0
 
 
 def test_a_module_is_compiled_for_three_generations_and_a_bad_tile_is_caught(tmp_path: Path) -> None:

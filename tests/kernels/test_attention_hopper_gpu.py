@@ -1,0 +1,55 @@
+"""The Hopper forward on a Hopper GPU, every check in a process of its own: a deadlock costs two minutes and is named.
+
+pytest -m gpu tests/kernels/test_attention_hopper_gpu.py
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.kernels.test_attention_gpu import chats, compare, error, inputs, results
+
+from chatmill.kernels.attention import attention
+from chatmill.kernels.attention_hopper_check import CHECKS, guarded, why_unfit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+    ),
+]
+
+
+@pytest.fixture
+def fit() -> None:
+    """Fails at once where the least call does not end, instead of hanging in this process."""
+    reason = why_unfit()
+    if reason is not None:
+        pytest.fail(reason, pytrace=False)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_check(name: str, fit: None, record_property: Callable[[str, object], None]) -> None:
+    for what, figure in guarded(name).items():
+        record_property(what, figure)
+        print(f"{name} {what}: {figure:.4g}")
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("longest", [60, 700, 10_000])
+def test_gradients_through_it(fit: None, D: int, longest: int) -> None:
+    compare("hopper", 1507, (4, 2), (D, D), torch.bfloat16, cu_seqlens=chats(1507, longest))
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_it_errs_at_most_twice_as_much_as_pytorch(fit: None, D: int) -> None:
+    leaves = inputs(2048, (8, 2), (D, D))
+    dout = torch.randn(2048, 8, D, device="cuda", dtype=torch.bfloat16)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    truth = results(attention(*wide, impl="reference"), wide, dout)
+    mine = results(attention(*leaves, impl="hopper"), leaves, dout)
+    batched = [x.transpose(0, 1)[None] for x in leaves]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True)
+    other = results(theirs[0].transpose(0, 1), leaves, dout)
+    for name, a, b, t in zip(("out", "dq", "dk", "dv"), mine, other, truth, strict=True):
+        assert error(a, t) <= 2 * error(b, t), f"{name}: {error(a, t):.2e} against {error(b, t):.2e}"
