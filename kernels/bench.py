@@ -40,9 +40,10 @@ REGISTRY = {
     "rms_norm": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.layer_cases"),
     "rope": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.layer_cases"),
     "swiglu": ("chatmill.kernels.bench_cross_entropy", "chatmill.kernels.layer_cases"),
+    "adamw": ("chatmill.kernels.bench_adamw", "chatmill.kernels.adamw_triton"),
 }
 
-# phase ("forward", "backward", "both") -> callable that runs it once
+# phase ("forward", "backward", "both", "step") -> callable that runs it once
 Phases = Mapping[str, Callable[[], Any]]
 
 

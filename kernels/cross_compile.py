@@ -36,7 +36,7 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 # an instruction's whole mnemonic starts with one of these
 OPCODES = (
     "HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "LDSM", "STSM",
-    "LDL", "STL", "USETMAXREG", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "MUFU.EX2",
+    "LDG.E.128", "STG.E.128", "LDL", "STL", "USETMAXREG", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "MUFU.EX2",
 )  # fmt: skip
 
 

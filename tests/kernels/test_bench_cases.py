@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from chatmill.kernels import bench, bench_cross_entropy, bench_decode, bench_layer
+from chatmill.kernels import bench, bench_adamw, bench_cross_entropy, bench_decode, bench_layer
 
 CPU = torch.device("cpu")
 HERE = ["triton", "torch chunked", "torch eager"]
@@ -53,6 +53,19 @@ def test_contenders_of_the_decoding_form_compute_the_same_output() -> None:
         outs.append(bench_decode._prepare(bench_decode.CONTENDERS[name], 2, 70, 4, 2, 32)(CPU)["forward"]())
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0], rtol=2e-2, atol=2e-3)
+
+
+def test_contenders_of_the_optimizer_step_give_the_same_weights() -> None:
+    found = []
+    for name in ("triton", "torch clip+fused", "torch scaled"):
+        torch.manual_seed(0)
+        weights = [torch.randn(70, 33), torch.randn(5)]
+        run = bench_adamw.CONTENDERS[name](weights, [torch.randn_like(w) * 3 for w in weights])
+        run()
+        found.append(weights)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kernel", bench.REGISTRY)

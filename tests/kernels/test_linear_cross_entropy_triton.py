@@ -234,7 +234,7 @@ def test_no_tensor_as_large_as_all_logits_is_ever_made(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", ["linear_cross_entropy_cases", "layer_cases"])
+@pytest.mark.parametrize("cases", ["linear_cross_entropy_cases", "layer_cases", "adamw_triton"])
 def test_every_shipped_configuration_compiles_within_its_gates(cases: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "chatmill.kernels.cross_compile", f"chatmill.kernels.{cases}", "--json"]
@@ -242,4 +242,4 @@ def test_every_shipped_configuration_compiles_within_its_gates(cases: str) -> No
     rows = json.loads(done.stdout)
     broken = {f"{row['name']} sm_{row['arch']}": row["violations"] for row in rows if row["violations"]}
     assert not broken and done.returncode == 0
-    assert len(rows) >= 20
+    assert len(rows) >= 12
