@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from rich.console import Console
@@ -52,7 +52,7 @@ class MemoryWatch:
         self.parent = self.worker = self.baseline = 0
         self._stop = threading.Event()
 
-    def __enter__(self) -> MemoryWatch:
+    def __enter__(self) -> Self:
         self.baseline = psutil.Process().memory_info().rss
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()

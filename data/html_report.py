@@ -61,8 +61,8 @@ def html_report(report: Mapping[str, Any], datasets: Mapping[str, TokenDataset],
         "the rest is only read.</p>",
     ]
     first = datasets.get("train") or next(iter(datasets.values()))
-    for k in range(min(SAMPLES, len(first))):
-        parts.append(sample(first, tokenizer, first.readable(k * len(first) // SAMPLES)))
+    shown = (first.readable(k * len(first) // SAMPLES) for k in range(min(SAMPLES, len(first))))
+    parts += [sample(first, tokenizer, dialogue) for dialogue in shown]
     body = "\n".join([*parts, "</section>"])
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
     head += f"<style>{_STYLE.read_text(encoding='utf-8')}</style>"

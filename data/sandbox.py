@@ -204,7 +204,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         budget.weigh(result)
         return result
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (jinja2's own names)
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, PYI063 (jinja2's own names)
         """A method of a text, list or dict, a macro, or one of jinja2's helpers."""
         budget, owner = __self._budget, getattr(__obj, "__self__", None)
         budget.spend()

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from chatmill.config import ConfigError
 from chatmill.files import replace_text
@@ -87,7 +87,7 @@ class Progress:
                 continue
             self.done[number] = found
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         """Write anew what counts: a line cut short would swallow the next one."""
         kept = [self._key, *(json.dumps([number, found]) for number, found in self.done.items())]
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -58,7 +59,7 @@ class StepDisplay:
         if not self.quiet:
             self.console.print(text)
 
-    def __enter__(self) -> StepDisplay:
+    def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
         return self

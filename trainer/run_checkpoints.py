@@ -14,7 +14,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from chatmill.config import ConfigError, dump_yaml
 from chatmill.data.stream import PackedStream
@@ -171,7 +171,7 @@ class RunCheckpoints:
         """Name the checkpoint on which the best validation so far was measured."""
         self.folder.write(f"checkpoints/{BEST}", {"checkpoint": f"step-{note['step']:08d}", **note})
 
-    def __enter__(self) -> RunCheckpoints:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

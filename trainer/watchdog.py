@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed as dist
 
@@ -89,7 +89,7 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join(timeout=10.0)
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> Self:
         self.start()
         return self
 

@@ -26,6 +26,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 CONF = """\
 ClusterName=ci
@@ -164,7 +165,7 @@ class SlurmCluster:
         self._daemons: list[subprocess.Popen[bytes]] = []
         self.start_seconds = 0.0
 
-    def __enter__(self) -> SlurmCluster:
+    def __enter__(self) -> Self:
         began = time.monotonic()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ def create_app(engine: Engine, *, token: str | None = None, limits: Limits | Non
     async def completions(request: Request) -> Response:
         return await complete(request, TextRequest)
 
-    async def complete(request: Request, kind: type[ChatRequest] | type[TextRequest]) -> Response:
+    async def complete(request: Request, kind: type[ChatRequest | TextRequest]) -> Response:
         deadline = time.monotonic() + limits.timeout_s
         try:
             asked = parse(kind, await read_json(request, limits))

@@ -178,7 +178,7 @@ class TextRequest(Request):
         return 16 if self.max_tokens is None else self.max_tokens
 
 
-def parse(kind: type[ChatRequest] | type[TextRequest], raw: Any) -> ChatRequest | TextRequest:
+def parse(kind: type[ChatRequest | TextRequest], raw: Any) -> ChatRequest | TextRequest:
     """kind(**raw), or RequestError naming the first field that is off."""
     if not isinstance(raw, dict):
         raise RequestError(400, "the body must be a JSON object.")
