@@ -29,6 +29,7 @@ from chatmill.data.verification import open_splits, verify_dataset
 
 __all__ = ["dataset_facts", "inspect_dataset", "mask_preview", "verify_dataset"]
 
+MARKS = ("⟦", "⟧")  # before and after tokens with loss
 PACK_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
@@ -52,13 +53,23 @@ def dataset_facts(dataset: TokenDataset) -> dict[str, Any]:
     }
 
 
-def mask_preview(dataset: TokenDataset, tokenizer: ChatTokenizer, number: int, limit: int = 400) -> Text:
-    """The first `limit` tokens of a dialogue: green with loss, grey without; neighbours in two shades tell tokens apart."""
+def mask_preview(
+    dataset: TokenDataset, tokenizer: ChatTokenizer, number: int, limit: int = 400, *, plain: bool = False
+) -> Text:
+    """The first `limit` tokens of a dialogue: green with loss, grey without; neighbours in two shades tell tokens apart.
+
+    plain: runs with loss stand between marks, for places without colour.
+    """
     ids, mask, _ = dialogue_tokens(dataset, number)
-    text = Text()
+    text, marked = Text(), False
     for k, piece in enumerate(token_pieces(tokenizer, ids[:limit].tolist(), mask[:limit].tolist())):
+        if plain and piece.has_loss != marked:
+            text.append(MARKS[marked])
+            marked = piece.has_loss
         shades = ("black on green", "black on bright_green") if piece.has_loss else ("default on grey23", "default on grey35")
         text.append(piece.text.replace("\n", "↵\n"), style=shades[k % 2])
+    if marked:
+        text.append(MARKS[True])
     if len(ids) > limit:
         text.append(f" … {len(ids) - limit} more tokens", style="italic")
     return text
@@ -115,8 +126,10 @@ def _inspect(
     dataset = splits.get("train") or next(iter(splits.values()))
     for k in range(min(samples, len(dataset))):
         number = dataset.readable(k * len(dataset) // samples)
-        console.print(f"\n[bold]dialogue {number}[/bold] {dataset.uid(number)} (green: carries loss)")
-        console.print(mask_preview(dataset, tokenizer, number))
+        plain = console.color_system is None  # in a file or a pipe
+        shown = "between ⟦ and ⟧" if plain else "green"
+        console.print(f"\n[bold]dialogue {number}[/bold] {dataset.uid(number)} ({shown}: carries loss)")
+        console.print(mask_preview(dataset, tokenizer, number, plain=plain))
     if html is not None:
         Path(html).write_text(html_report(report, splits, tokenizer), encoding="utf-8")
     return facts

@@ -51,7 +51,8 @@ def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger
         yield from preference.samples(conversation, str(conversation.meta.get("thread", conversation.uid)), ledger)
         return
     conversation = preference.without_rejected(conversation)
-    turns = merge_same_role(trim(merge_same_role(conversation.turns)))
+    inside = trim(conversation.turns)
+    turns = whole = merge_same_role(inside)
     if config.max_turns is not None and len(turns) > config.max_turns:
         turns = trim(turns[: config.max_turns])
         ledger.change("cut at pair.max_turns", conversation.origin)
@@ -60,9 +61,10 @@ def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger
         reason = "no user turn followed by an assistant turn" if replies == 0 else f"fewer than {config.min_replies} replies"
         ledger.drop(reason, f"{conversation.origin}: {' / '.join(t.content for t in conversation.turns[:3])}")
         return
-    trimmed = len(conversation.turns) - len(turns)
-    if trimmed:
-        ledger.change("turns merged or trimmed", n=trimmed)
+    if joined := len(inside) - len(whole):
+        ledger.change("turns of one speaker in a row joined", conversation.origin, joined)
+    if outside := len(conversation.turns) - len(inside):
+        ledger.change("turns before the first user turn, after the last reply, or of the system later on left out", n=outside)
     thread = str(conversation.meta.get("thread", conversation.uid))
     meta = {**conversation.meta, "thread": thread}
     if config.mode == "dialogues":

@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,8 +33,8 @@ from chatmill.data.dedup import CONTAMINATED, REASONS, deduplicate
 from chatmill.data.dialogue_shards import DialogueWriter
 from chatmill.data.executor import Task, run_tasks
 from chatmill.data.html_report import html_report
-from chatmill.data.importers.raw_file import RawFile
-from chatmill.data.importers.registry import importer, recognise, source_files, spans
+from chatmill.data.importers.raw_file import RawFile, distinct
+from chatmill.data.importers.registry import importer, is_recognised, recognise, source_files, spans
 from chatmill.data.ledger import Ledger, shorten
 from chatmill.data.near_duplicates import near_pairs
 from chatmill.data.publish import publish
@@ -65,7 +66,7 @@ def build_dataset(
     place = str(out or recipe.place)
     url = place.rstrip("/") if is_url(place) else None
     folder = (staging_folder(url) if url else Path(place)).absolute()
-    files = [(number, file) for number, source in enumerate(recipe.sources) for file in source_files(source)]
+    files, left_out = _raw_files(recipe)
     tokenizer = _given_tokenizer(recipe)
     digest, inputs = _digest(recipe, files, tokenizer)
     if until == "shard" and not url and _is_built(folder, digest):
@@ -81,7 +82,7 @@ def build_dataset(
         work = Work(folder.parent / f".{folder.name}.work-{digest[:12]}", recipe, tuple(parts))
         for stage in ("import", "prepare", "assign", "tokenize"):
             (work.folder / stage).mkdir(parents=True, exist_ok=True)
-        build = _Build(work, folder, digest, inputs, tokenizer, progress or (lambda stage, done, total: None))
+        build = _Build(work, folder, digest, inputs, left_out, tokenizer, progress or (lambda stage, done, total: None))
         report = build.run(until)
         if until == "shard":
             _remove_work(folder)
@@ -119,10 +120,12 @@ class _Build:
         out: Path,
         digest: str,
         inputs: list[dict[str, Any]],
+        left_out: list[str],
         tokenizer: ChatTokenizer | None,
         progress: Progress,
     ) -> None:
         self.work, self.out, self.digest, self.inputs, self.progress = work, out, digest, inputs, progress
+        self.left_out = left_out
         self.recipe, self.tokenizer = work.recipe, tokenizer
         self.workers = work.recipe.workers or available_cores()
         self.stages: list[dict[str, Any]] = []
@@ -163,7 +166,9 @@ class _Build:
 
     def _report(self, **more: Any) -> dict[str, Any]:
         stages = [stage | {"seconds": self.seconds.get(stage["name"], 0.0)} for stage in self.stages]
-        return {"name": self.recipe.name, "stages": stages, "built": True, "out": str(self.out), **more}
+        formats = dict(Counter(record["format"] for record in self.inputs).most_common())
+        files = {"formats": formats, "left_out": self.left_out}
+        return {"name": self.recipe.name, "files": files, "stages": stages, "built": True, "out": str(self.out), **more}
 
     def _import(self) -> list[str]:
         names = [f"f{number:05d}" for number in range(len(self.work.files))]
@@ -407,6 +412,26 @@ def _digest(
     tokens = tokenizer.fingerprint if tokenizer else template
     facts = [BUILD_VERSION, FORMAT_VERSION, _recipe_facts(recipe), inputs, benchmarks, tokens]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), inputs
+
+
+def _raw_files(recipe: DataRecipe) -> tuple[list[tuple[int, RawFile]], list[str]]:
+    """(source number, file) of all raw files that are read, and the labels of those of a folder or glob that no format fits.
+
+    A file that a source names itself must be readable; beside others a picture or a README is no mistake.
+    """
+    found = [(number, file) for number, source in enumerate(recipe.sources) for file in source_files(source)]
+    labelled = zip((number for number, _ in found), distinct([file for _, file in found]), strict=True)
+    files, left_out = list[tuple[int, RawFile]](), list[str]()
+    per_source = Counter(number for number, _ in found)
+    for number, file in labelled:
+        guessed = per_source[number] > 1 and recipe.sources[number].format == "auto"
+        if guessed and not is_recognised(file):
+            left_out.append(file.label)
+        else:
+            files.append((number, file))
+    for number in sorted(set(per_source) - {number for number, _ in files}):
+        recognise(next(file for n, file in found if n == number))  # says what is wrong with the first
+    return files, left_out
 
 
 def _spans(recipe: DataRecipe, number: int, file: RawFile, found: dict[str, Any]) -> list[RawFile]:

@@ -15,6 +15,9 @@ from rich.table import Table
 
 from chatmill.data.html_charts import binned_turns
 
+FILES_NAMED = 5
+_NAMES = {"documents": "documents (plain texts: every token carries loss)"}
+
 
 def print_funnel(report: dict[str, Any], console: Console | None = None) -> None:
     """One row per stage, then the split sizes and the certificate."""
@@ -43,6 +46,7 @@ def print_funnel(report: dict[str, Any], console: Console | None = None) -> None
         ]
         table.add_row(*row, *([f"{stage.get('seconds', 0):.1f}"] if timed else []))
     console.print(table)
+    print_files(report.get("files") or {}, console)
     for split, part in report.get("splits", {}).items():
         share = part["loss_tokens"] / max(part["tokens"], 1)
         sizes = f"{part['dialogues']:,} dialogues, {part['tokens']:,} tokens"
@@ -52,6 +56,16 @@ def print_funnel(report: dict[str, Any], console: Console | None = None) -> None
     if proof:
         shared = ", ".join(f"{proof['shared'][name]} {name.replace('_', ' ')}" for name in proof["asked"])
         console.print(f"split certificate: {'valid' if proof['valid'] else 'LEAKS'} (shared by train and validation: {shared})")
+
+
+def print_files(files: dict[str, Any], console: Console) -> None:
+    """How many raw files were read as what, and which were not."""
+    if formats := files.get("formats"):
+        console.print(f"files: {', '.join(f'{n:,} {_NAMES.get(name, name)}' for name, n in formats.items())}", highlight=False)
+    if left_out := files.get("left_out"):
+        named = ", ".join(left_out[:FILES_NAMED]) + (", …" if len(left_out) > FILES_NAMED else "")
+        line = f"left out, empty or of no known format: {len(left_out):,} file(s): {escape(named)}"
+        console.print(line, style="yellow", highlight=False)
 
 
 def print_texts(report: dict[str, Any], console: Console) -> None:

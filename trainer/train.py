@@ -7,8 +7,11 @@ torchrun --nproc-per-node N -m chatmill.trainer.train RECIPE ...
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -24,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if words else 2
+    _save_on_interrupt()
     try:
         relaunch_if_alone(words)
         train(load_recipe(words[0], words[1:]))
@@ -31,6 +35,24 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _save_on_interrupt() -> None:
+    """The first Ctrl-C is a SIGTERM to the run, which saves at the next step boundary; the second ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or in the background of a shell
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.SIG_IGN):  # no step has begun: nothing to save
+            raise KeyboardInterrupt
+        if os.environ.get("RANK", "0") == "0":
+            print("\nCtrl-C: saving after this step; once more ends at once, without a checkpoint", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, stop)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from chatmill.data.ledger import Ledger
 
 _PIECE_CHARS = 1 << 20
 _BLANK = re.compile(r"[\s,]*")
+_LINES_TRIED = 5
 
 
 def json_lines(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -68,12 +69,16 @@ def _array(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[int, 
 
 
 def first_object(head: bytes) -> dict[str, Any] | None:
-    """The first object of JSON lines or of an array, if the head holds it whole."""
+    """The first object of JSON lines or of an array, if the head holds it whole. Broken lines before it are passed over."""
     text = head.decode("utf-8-sig", "ignore").lstrip()
     if text.startswith("["):
         text = text[1:].lstrip()
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+    for start in (text, *text.split("\n")[1:_LINES_TRIED]):
+        try:
+            value, _ = json.JSONDecoder().raw_decode(start.lstrip())
+        except ValueError:
+            if not start.lstrip().startswith("{"):
+                return None
+            continue
+        return value if isinstance(value, dict) else None
+    return None

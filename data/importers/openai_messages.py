@@ -32,7 +32,7 @@ def recognise(head: bytes, name: str) -> bool:
     if first is None:
         return head.lstrip()[:1] in (b"{", b"[") and b'"messages"' in head[:4000] and b'"role"' in head and b'"content"' in head
     messages = first.get("messages")
-    return isinstance(messages, list) and bool(messages) and isinstance(messages[0], dict) and "role" in messages[0]
+    return isinstance(messages, list) and (not messages or (isinstance(messages[0], dict) and "role" in messages[0]))
 
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
@@ -55,6 +55,9 @@ def from_records(
         except (KeyError, TypeError, ValueError) as error:
             ledger.drop("bad message", f"{origin}: {error}")
             continue
+        for message in messages:
+            if others := other_parts(message.get("content")):
+                ledger.change("picture, sound or file left out of a message", f"{origin}: {others}", len(others))
         meta: dict[str, Any] = {key: record[key] for key in ("id", "license", "tools", "meta") if key in record}
         ledger.keep()
         yield Conversation(make_uid(source, origin), turns, source, origin, meta)
@@ -74,6 +77,12 @@ def turn_of(message: dict[str, Any]) -> Turn:
     return Turn(
         _ROLES[role], text, message.get("name"), float(time) if time is not None else None, float(message.get("weight", 1)) > 0
     )
+
+
+def other_parts(content: Any) -> list[str]:
+    """Kinds of the parts that have no text: image_url, input_audio, file."""
+    parts = content if isinstance(content, list) else []
+    return [str(part.get("type")) for part in parts if isinstance(part, dict) and not isinstance(part.get("text"), str)]
 
 
 def _text(content: Any) -> str:

@@ -6,6 +6,7 @@ A RawFile is a path, a URL or one member of a zip. Everything is streamed; nothi
 from __future__ import annotations
 
 import bz2
+import codecs
 import glob
 import gzip
 import importlib
@@ -13,16 +14,20 @@ import io
 import lzma
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 from chatmill.config import ConfigError
 from chatmill.data.remote_files import RemotePath, find_remote, is_url
 
 HEAD_BYTES = 1 << 16
+# Windows programs write UTF-16 with a mark. The longer marks come first: UTF-32's begins like UTF-16's.
+_WIDE_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_WIDE = re.compile(r"^utf[-_]?(16|32)([-_]?[lb]e)?$", re.IGNORECASE)
 _DAY_FILE = re.compile(r"(^|/)\d{4}-\d\d-\d\d\.json$")
 _SLACK_LISTS = re.compile(r"(^|/)(users|channels|groups|dms|mpims|integration_logs)\.json$")
 
@@ -32,16 +37,19 @@ class RawFile:
     """A file on disk, or `member` of the zip at path.
 
     span: only these whole lines of a line-by-line file: first byte, byte after the last, number of lines before.
+    folders: how many of the folders above the file its label names.
     """
 
     path: Path | RemotePath
     member: str | None = None
     span: tuple[int, int, int] | None = None
+    folders: int = 0
 
     @property
     def label(self) -> str:
-        """Short name for lineage and messages, free of folders above the file."""
-        return self.path.name if self.member is None else f"{self.path.name}!{self.member}"
+        """Short name for lineage and messages, with no more folders above the file than tell it from others."""
+        name = "/".join(part for part in str(self.path).split("/")[-1 - self.folders :] if part)
+        return name if self.member is None else f"{name}!{self.member}"
 
     @property
     def stem(self) -> str:
@@ -52,8 +60,20 @@ class RawFile:
         return name
 
     @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
-        """The uncompressed bytes, streamed."""
+    def open(self, encoding: str = "utf-8") -> Iterator[IO[bytes]]:
+        """The uncompressed bytes, streamed; text in UTF-16 or UTF-32 (by its mark or by `encoding`) as UTF-8."""
+        with self._open_bytes() as raw:
+            buffered = cast(Any, raw if hasattr(raw, "peek") else io.BufferedReader(cast(Any, raw)))
+            mark = next((m for m in _WIDE_MARKS if buffered.peek(4).startswith(m)), b"")
+            if mark:
+                yield _Recoded(buffered, "utf-32" if len(mark) == 4 else "utf-16")
+            elif _WIDE.match(encoding):
+                yield _Recoded(buffered, encoding)
+            else:
+                yield buffered
+
+    @contextmanager
+    def _open_bytes(self) -> Iterator[IO[bytes]]:
         if self.member is not None:
             with _open_zip(self.path) as archive, archive.open(self.member) as file:
                 yield file
@@ -78,13 +98,15 @@ class RawFile:
     @contextmanager
     def text(self, encoding: str = "utf-8") -> Iterator[io.TextIOWrapper]:
         """Text lines; a byte-order mark is skipped, undecodable bytes become U+FFFD (the cleaner counts them)."""
-        with self.open() as raw:
-            name = "utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding
+        with self.open(encoding) as raw:
+            utf8 = isinstance(raw, _Recoded) or encoding.lower().replace("_", "-") == "utf-8"
+            name = "utf-8-sig" if utf8 else encoding
             yield io.TextIOWrapper(raw, encoding=name, errors="replace", newline="")
 
     def lines(self, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
         """(line number from 1, line) of the file or of its span; undecodable bytes become U+FFFD."""
-        with self.open() as raw:
+        with self.open(encoding) as raw:
+            encoding = "utf-8" if isinstance(raw, _Recoded) else encoding
             first, end, before = self.span or (0, None, 0)
             if first:
                 raw.seek(first)
@@ -108,13 +130,16 @@ class RawFile:
             return [self]
         if self.path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst"):
             return [self]
+        with self.open() as start:
+            if isinstance(start, _Recoded):  # its line ends cannot be found by bytes
+                return [self]
         found: list[RawFile] = []
         first = lines = 0
         with self.path.open("rb") as raw:
             while piece := raw.read(size):
                 piece += raw.readline()
                 end = first + len(piece)
-                found.append(RawFile(self.path, None, (first, end, lines)))
+                found.append(replace(self, span=(first, end, lines)))
                 first, lines = end, lines + piece.count(b"\n")
         return found
 
@@ -160,6 +185,32 @@ class RawFile:
             return file.read(size)
 
 
+class _Recoded(io.BufferedReader):
+    """A text of another encoding, read as UTF-8 without a mark; what cannot be decoded becomes U+FFFD."""
+
+    def __init__(self, raw: IO[bytes], encoding: str) -> None:
+        super().__init__(_Recoding(raw, encoding), 1 << 16)
+
+
+class _Recoding(io.RawIOBase):
+    def __init__(self, raw: IO[bytes], encoding: str) -> None:
+        self.raw, self.decoder, self.left = raw, codecs.getincrementaldecoder(encoding)("replace"), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.left:
+            piece = self.raw.read(1 << 16)
+            # A surrogate without its other half is nothing that UTF-8 can say.
+            self.left = self.decoder.decode(piece, final=not piece).encode("utf-8", "replace").removeprefix(codecs.BOM_UTF8)
+            if not piece:
+                break
+        size = min(len(buffer), len(self.left))
+        buffer[:size], self.left = self.left[:size], self.left[size:]
+        return size
+
+
 @contextmanager
 def _open_zip(path: Path | RemotePath) -> Iterator[zipfile.ZipFile]:
     with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
@@ -202,6 +253,17 @@ def find_files(pattern: str) -> list[RawFile]:
         else:
             files.append(RawFile(p))
     return _channels(files)
+
+
+def distinct(files: list[RawFile]) -> list[RawFile]:
+    """The same files; those of one name get the folders that tell them apart: `2023/x.jsonl`, `2024/x.jsonl`."""
+    files = list(files)
+    for _ in range(max((str(file.path).count("/") for file in files), default=0)):
+        labels = Counter(file.label for file in files)
+        if labels.total() == len(labels):
+            break
+        files = [replace(f, folders=f.folders + 1) if labels[f.label] > 1 else f for f in files]
+    return files
 
 
 def _channels(files: list[RawFile]) -> list[RawFile]:

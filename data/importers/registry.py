@@ -13,7 +13,7 @@ from typing import Protocol, cast
 from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation
 from chatmill.data.importers.raw_file import RawFile, find_files
-from chatmill.data.ledger import Ledger
+from chatmill.data.ledger import Ledger, shorten
 from chatmill.data.recipe import SourceSection
 
 # Asked in this order: the pickier first.
@@ -25,6 +25,7 @@ IMPORTERS: dict[str, str] = {
     "chitchat": "chitchat",
     "telegram": "telegram",
     "slack": "slack",
+    "chatgpt": "chatgpt",
     "preference": "preference",
     "openai": "openai_messages",
     "sharegpt": "sharegpt",
@@ -71,7 +72,22 @@ def recognise(file: RawFile) -> str:
     for name in IMPORTERS:
         if importer(name).recognise(head, file.stem):
             return name
-    raise ConfigError(f"source {file.label}: format not recognised. Set `format:` to one of {', '.join(IMPORTERS)}.")
+    if not head:
+        raise ConfigError(f"source {file.path}: the file is empty. Take it out of the recipe's sources.")
+    start = shorten(head[:200].decode("utf-8", "replace"), 60)
+    raise ConfigError(
+        f"source {file.label}: format not recognised; it begins {start!r}. Set `format:` of this source to one of "
+        f"{', '.join(IMPORTERS)}; docs/data.md says what each looks like."
+    )
+
+
+def is_recognised(file: RawFile) -> bool:
+    """Would `recognise` name a format?"""
+    try:
+        recognise(file)
+    except ConfigError:
+        return False
+    return True
 
 
 def source_files(options: SourceSection) -> list[RawFile]:

@@ -31,7 +31,9 @@ def recognise(head: bytes, name: str) -> bool:
     """Objects with a conversations list of from/value."""
     first = first_object(head)
     if first is None:
-        return b'"conversations"' in head[:4000] and b'"from"' in head and b'"value"' in head
+        return (
+            head.lstrip()[:1] in (b"{", b"[") and b'"conversations"' in head[:4000] and b'"from"' in head and b'"value"' in head
+        )
     turns = first.get("conversations")
     return isinstance(turns, list) and (not turns or (isinstance(turns[0], dict) and "from" in turns[0]))
 

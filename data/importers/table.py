@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,7 +27,16 @@ _USUAL = {
     "prompt": ("prompt", "question", "query", "input", "user"),
     "reply": ("reply", "response", "answer", "completion", "output", "assistant"),
     "text": ("text", "document"),
-    "conversation": ("conversation", "conversation_id", "dialogue_id", "dialog_id", "thread", "chat_id"),
+    "conversation": (
+        "conversation",
+        "conversation_id",
+        "dialogue_id",
+        "dialog_id",
+        "thread",
+        "thread_id",
+        "topic_id",
+        "chat_id",
+    ),
     "role": ("role",),
     "sender": ("sender", "author", "speaker", "from", "user_id"),
     "content": ("content", "message", "utterance", "text", "body"),
@@ -63,7 +73,10 @@ def column_map(names: list[str], given: Mapping[str, str], label: str) -> dict[s
         keep = ("text",)
     else:
         raise ConfigError(
-            f"{label}: columns {names} are not understood. Map them, for example sources.columns: {{prompt: …, reply: …}}"
+            f"{label}: the columns {names} have no usual names. Say in the recipe which is which, "
+            f"sources: - {{path: …, columns: {{prompt: {json.dumps(names[0], ensure_ascii=False)}, "
+            f"reply: {json.dumps(names[-1], ensure_ascii=False)}}}}} for a dialogue per row, "
+            "{text: …} for a document per row, {conversation: …, sender: …, content: …} for a message per row."
         )
     return {field: found[field] for field in keep if found[field]}
 
@@ -148,7 +161,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
     """CSV or TSV with a header row; cells may hold line feeds; a row number counts records, the header is row 1."""
     csv.field_size_limit(min(sys.maxsize, 1 << 27))
     with file.text(options.encoding) as text:
-        delimiter = "\t" if file.stem.lower().endswith(".tsv") else ","
+        delimiter = "\t" if file.stem.lower().endswith(".tsv") else _delimiter(file.head())
         reader = csv.reader(text, delimiter=delimiter)
         header = next(reader, None)
         if header is None:
@@ -166,6 +179,12 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
                 yield number, dict(zip(header, row, strict=True))
 
         yield from rows_to_conversations(rows(), columns, file, options, source, ledger)
+
+
+def _delimiter(head: bytes) -> str:
+    """Comma, semicolon (spreadsheets of many countries), tab or bar: whichever the header row has most of, outside quotes."""
+    header = re.sub(r'"[^"]*"', "", head.decode("utf-8", "replace").split("\n")[0])
+    return max(",;\t|", key=header.count)
 
 
 def json_cell(value: Any) -> Any:

@@ -71,13 +71,16 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+YAML_HINT = "Values that hold [ ] { } : # or begin with * & ! % @ need quotes; indent with blanks, not tabs."
+
+
 def load_section(kind: type[S], name: str, overrides: Iterable[str], folder: Path) -> S:
     """Read, override and validate any YAML config of this project. Raises ConfigError in words."""
     path = find_recipe(name, folder)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML: {error}\n{YAML_HINT}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
     return validate(kind, merge(raw, parse_overrides(overrides)), str(path))

@@ -78,8 +78,8 @@ def test_a_conversation_survives_its_rendering(
 
 
 def test_every_importer_is_rendered_above() -> None:
-    # oasst_ranks makes pairs of replies, not dialogues: test_preference.py
-    assert {kind for kind, _, _ in FORMATS.values()} == set(IMPORTERS) - {"oasst_ranks"}
+    # oasst_ranks makes pairs of replies, not dialogues: test_preference.py; chatgpt: test_own_data.py
+    assert {kind for kind, _, _ in FORMATS.values()} == set(IMPORTERS) - {"oasst_ranks", "chatgpt"}
 
 
 def test_times_survive_where_the_format_has_them(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_documents_carry_no_roles_and_long_files_are_cut_at_paragraphs(tmp_path:
 def test_csv_columns_are_mapped_or_the_error_names_them(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('frage,antwort\n"was, wie?","so\nund so"\nnur eins\nleer,\n')
-    with pytest.raises(ConfigError, match=r"columns \['frage', 'antwort'\] are not understood"):
+    with pytest.raises(ConfigError, match=r"columns \['frage', 'antwort'\] have no usual names"):
         import_all(path)
     with pytest.raises(ConfigError, match="names"):
         import_all(path, columns={"prompt": "x", "reply": "antwort"})

@@ -429,7 +429,7 @@ def test_authors_stay_on_one_side_where_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("records", "over", "reason"),
     [
-        ([], {}, "no conversation|not recognised"),
+        ([], {}, "the file is empty"),
         ([{"messages": [{"role": "user", "content": "nobody answers this question"}]}] * 5, {}, "`pair` left nothing"),
         ([{"messages": [{"role": "user", "content": ""}]}], {}, "`clean` left nothing"),
         (chats(2), {}, "the split left"),
