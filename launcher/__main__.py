@@ -15,6 +15,7 @@ from typing import Any
 
 from chatmill import __version__
 from chatmill.launcher.commands import add_commands
+from chatmill.launcher.examples import with_examples
 from chatmill.trainer.evaluation_options import add_arguments as add_evaluation_arguments
 from chatmill.trainer.evaluation_options import options_from
 
@@ -51,13 +52,14 @@ def _is_for_users(error: Exception) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(prog="chatmill", description="From raw conversations to a chat model that answers.")
+    summary = "From raw conversations to a chat model that answers."
+    parser = argparse.ArgumentParser(prog="chatmill", description=summary, **with_examples(""))
     parser.add_argument("--version", action="version", version=f"chatmill {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_data(commands)
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(name, help=summary, description=summary, **with_examples(name))
         command.set_defaults(run=run)
         return command
 
@@ -84,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("serve", _serve, "web page and OpenAI-compatible API on this machine (extra: serve)")
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
     command.add_argument("--host", default="127.0.0.1", help="default: loopback only; anything else needs a token")
-    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--port", type=int, default=8000, help="default 8000")
     command.add_argument("--token", help="required from clients (better: CHATMILL_TOKEN in the environment)")
     command.add_argument("--max-active", type=int, default=8, help="replies made at once (default 8)")
     command.add_argument("--max-waiting", type=int, default=64, help="requests that may wait (default 64)")
@@ -127,9 +129,9 @@ def _recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _sampling(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max-new-tokens", type=int, default=256)
+    command.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default 256)")
     command.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
-    command.add_argument("--top-p", type=float, default=0.95)
+    command.add_argument("--top-p", type=float, default=0.95, help="among the likeliest that make up so much (default 0.95)")
     command.add_argument("--top-k", type=int, help="draw among the so many likeliest tokens")
     command.add_argument("--min-p", type=float, help="among those at least this fraction as likely as the likeliest")
     command.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: less likely what was said (default 1)")
@@ -143,7 +145,9 @@ def _add_data(commands: Any) -> None:
     stages = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = stages.add_parser(name, help=summary, description=summary)
+        command: argparse.ArgumentParser = stages.add_parser(
+            name, help=summary, description=summary, **with_examples(f"data {name}")
+        )
         command.set_defaults(run=run)
         return command
 
@@ -156,7 +160,7 @@ def _add_data(commands: Any) -> None:
     _data_recipe(build)
     inspect = add("inspect", _data_inspect, "counts, lengths, loss share, coloured mask preview, packing fill")
     inspect.add_argument("path", metavar="DIR")
-    inspect.add_argument("--samples", type=int, default=2, help="dialogues to show (default 2)")
+    inspect.add_argument("--samples", type=int, default=2, metavar="N", help="dialogues to show (default 2)")
     inspect.add_argument("--html", metavar="FILE", help="also write the page with coloured tokens")
     verify = add("verify", _data_verify, "recompute hashes, masks and the split certificate; exit 1 where anything is off")
     verify.add_argument("path", metavar="DIR")
@@ -168,11 +172,11 @@ def _add_data(commands: Any) -> None:
         help="name the damaged blocks in DIR/quarantine.json, at most this share of a split; training may then do without",
     )
     at = add("at", _data_at, "which dialogues a run used in a step, with raw file and line")
-    at.add_argument("run_dir", metavar="RUN")
-    at.add_argument("step", type=int)
+    at.add_argument("run_dir", metavar="RUN", help="run folder, for example runs/demo")
+    at.add_argument("step", metavar="STEP", type=int, help="a step of metrics.jsonl, counted from 1")
     where = add("where", _data_where, "in which steps a run used a dialogue")
-    where.add_argument("run_dir", metavar="RUN")
-    where.add_argument("uid")
+    where.add_argument("run_dir", metavar="RUN", help="run folder, for example runs/demo")
+    where.add_argument("uid", metavar="UID", help="as `data at` and `data inspect` print it")
 
 
 def _add_checkpoint(commands: Any) -> None:
@@ -180,7 +184,9 @@ def _add_checkpoint(commands: Any) -> None:
     kinds = checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = kinds.add_parser(name, help=summary, description=summary)
+        command: argparse.ArgumentParser = kinds.add_parser(
+            name, help=summary, description=summary, **with_examples(f"checkpoint {name}")
+        )
         command.set_defaults(run=run)
         return command
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from chatmill.launcher.examples import with_examples
+
 
 class _KeepOverrides(argparse.ArgumentParser):
     """Takes section.field=value words wherever they stand; argparse alone refuses them after an option."""
@@ -62,7 +64,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _add(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, **with_examples(name))
     command.set_defaults(run=run)
     return command
 

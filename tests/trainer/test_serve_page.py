@@ -186,6 +186,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def page(browser: Browser, address: str) -> Browser:
     browser.shape(1100, 800)
     browser.open(address)
+    browser.js("removeEventListener('pagehide', keep), sessionStorage.clear()")
+    browser.open(address)
     browser.js("$('max_tokens').value = 30, $('temperature').value = 0, input.focus()")
     return browser
 
@@ -258,6 +260,19 @@ def test_settings_reach_the_server(page: Browser) -> None:
     page.js("$('seed').value = 9, $('new').click(), ask_text('same')")
     page.wait(REPLY_DONE)
     assert page.js("turns.at(-1).content") == greedy
+
+
+def test_a_reload_keeps_conversation_and_settings_but_not_the_token(page: Browser, address: str) -> None:
+    page.js("$('system').value = 'Be kind', $('token').value = 'secret-secret', ask_text('hello')")
+    page.wait(REPLY_DONE)
+    said = page.js("turns.map(t => [t.role, t.content])")
+    page.open(address)
+    assert page.js("turns.map(t => [t.role, t.content])") == said and len(said) == 2
+    assert page.js("[$('system').value, $('max_tokens').value, $('token').value]") == ["Be kind", "30", ""]
+    assert "secret" not in page.js("JSON.stringify(sessionStorage)")
+    page.js("$('new').click()")
+    page.open(address)
+    assert page.js("turns.length") == 0
 
 
 def test_an_error_is_shown_and_can_be_retried(page: Browser) -> None:

@@ -132,7 +132,7 @@ def create_app(engine: Engine, *, token: str | None = None, limits: Limits | Non
             asked = parse(kind, await read_json(request, limits))
         except ClientDisconnect:
             return Response(status_code=499)
-        if asked.model != chat.name:
+        if asked.model not in (None, chat.name):
             raise RequestError(
                 404, f"model {asked.model!r} is not served here; this is {chat.name!r}.", param="model", code="model_not_found"
             )

@@ -45,7 +45,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    model: str
+    model: str | None = None  # without one: the model that is served
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=100)

@@ -40,6 +40,7 @@ def serve(
     from chatmill.trainer.chat_model import load_chat_model
     from chatmill.trainer.serve.engine import Engine
 
+    print(f"loading {checkpoint} ...", file=sys.stderr, flush=True)
     engine = Engine(load_chat_model(checkpoint), max_active=max_active, max_waiting=max_waiting)
     app = create_app(engine, token=token, limits=Limits(timeout_s=timeout_s))
     name = engine.chat.name
