@@ -115,7 +115,7 @@ def update(
             which,
             start,
             sizes,
-            torch.tensor(decays, dtype=torch.float32).to(scalars.device, non_blocking=True),
+            _upload(torch.tensor(decays, dtype=torch.float32), scalars.device),
             scalars,
             len(weights),
             *betas,
@@ -142,8 +142,11 @@ def _addresses(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
     """Int64["kinds tensors"]; made anew for each step, because gradients move."""
     if is_interpreting():
         install()
-    table = torch.tensor([[t.data_ptr() for t in kind] for kind in tensors], dtype=torch.int64)
-    device = tensors[0][0].device
+    return _upload(torch.tensor([[t.data_ptr() for t in kind] for kind in tensors], dtype=torch.int64), tensors[0][0].device)
+
+
+def _upload(table: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; from page-locked memory, so that the host does not wait."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 

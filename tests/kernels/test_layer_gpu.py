@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from chatmill.kernels.adamw import adamw_
 from chatmill.kernels.cross_entropy import cross_entropy
 from chatmill.kernels.linear_cross_entropy import linear_cross_entropy
 from chatmill.kernels.rms_norm import rms_norm
@@ -156,6 +157,30 @@ def test_layer_kernels_at_model_sizes_err_at_most_twice_as_much_as_pytorch() -> 
             found.append([out, *torch.autograd.grad(out, leaves, upstream.to(dtype))])
         for ours, their, exact in zip(*found, strict=True):
             assert error(ours, exact) <= 2 * error(their, exact) + 1e-5
+
+
+def test_an_optimizer_step_waits_for_nothing_and_equals_torchs() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(4096, 4097, device="cuda"), torch.randn(4097, device="cuda")]
+    gradients, means, squares = ([f(w) for w in weights] for f in (torch.randn_like, torch.zeros_like, torch.zeros_like))
+    theirs = [w.clone().requires_grad_() for w in weights]
+    optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    for w, g in zip(theirs, gradients, strict=True):
+        w.grad = g.clone()
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    optimizer.step()
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decays": [0.1, 0.1], "max_norm": 1.0}
+    trial = [[t.clone() for t in kind] for kind in (weights, gradients, means, squares)]
+    adamw_(*trial, torch.zeros((), device="cuda"), **options)  # compile first
+    step = torch.zeros((), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        adamw_(weights, gradients, means, squares, step, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for mine, their in zip(weights, theirs, strict=True):
+        torch.testing.assert_close(mine, their.detach(), rtol=2e-6, atol=2e-7)
 
 
 @pytest.mark.parametrize("backend", ["inductor"])
