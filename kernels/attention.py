@@ -95,7 +95,11 @@ def attention_forward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """out (T, Hq, Dv) and lse (Hq, T). window 0 and softcap 0.0 mean none; plan, header: DevicePlan's. impl: torch, triton."""
+    """out (T, Hq, Dv) and lse (Hq, T). window 0 and softcap 0.0 mean none; plan, header: DevicePlan's.
+
+    impl: torch, triton, hopper, or hopper-fused, which differs in the backward alone.
+    """
+    impl = impl.removesuffix("-fused")
     if impl == "torch":
         return attention_forward_torch(q, k, v, _bounds(cu_seqlens), Rules(causal, window, softcap, scale))
     tiles = _plan(q, v, cu_seqlens, plan, header, causal, window, impl)
@@ -149,9 +153,13 @@ def attention_backward(
     if impl == "torch":
         rules = Rules(causal, window, softcap, scale)
         return attention_backward_torch(q, k, v, out, lse, dout, dlse, _bounds(cu_seqlens), rules)
+    tiles = _plan(q, v, cu_seqlens, plan, header, causal, window, impl.removesuffix("-fused"))
+    if impl == "hopper-fused":
+        from chatmill.kernels.attention_hopper_backward import attention_backward_hopper
+
+        return attention_backward_hopper(q, k, v, out, lse, dout, dlse, tiles, softcap, scale)
     from chatmill.kernels.attention_triton import attention_backward_triton
 
-    tiles = _plan(q, v, cu_seqlens, plan, header, causal, window, impl)
     return attention_backward_triton(q, k, v, out, lse, dout, dlse, tiles, softcap, scale)
 
 
@@ -309,6 +317,7 @@ def attention(
     plan: DevicePlan | Mapping[int | None, DevicePlan] | None = ...,
     max_seqlen: int | None = ...,
     sinks: Tensor | None = ...,
+    deterministic: bool | None = ...,
 ) -> Tensor: ...
 
 
@@ -328,6 +337,7 @@ def attention(
     plan: DevicePlan | Mapping[int | None, DevicePlan] | None = ...,
     max_seqlen: int | None = ...,
     sinks: Tensor | None = ...,
+    deterministic: bool | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -346,6 +356,7 @@ def attention(
     plan: DevicePlan | Mapping[int | None, DevicePlan] | None = None,
     max_seqlen: int | None = None,
     sinks: Tensor | None = None,
+    deterministic: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of packed documents.
 
@@ -354,6 +365,8 @@ def attention(
     sinks (Hq,): one extra logit per head that takes weight and gives no value.
     plan: attention_config.plan_attention(...) of these cu_seqlens, or one such per window; max_seqlen: the longest document.
     Given by the data stream, they spare a wait for the GPU.
+    deterministic: gradients bitwise equal from run to run; None: torch.are_deterministic_algorithms_enabled(). The triton and
+    torch tiers' always are; the Hopper tier has a backward of five matrix products for seven that is not: False allows it.
     Returns out (T, Hq, Dv), and with return_lse also lse (Hq, T). Rows past cu_seqlens[-1] give 0 and -inf.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -386,6 +399,8 @@ def attention(
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32)
     tiles, header = (None, ()) if plan is None or engine == "torch" else (plan.data, plan.header)
+    if engine == "hopper" and _may_fuse(q.shape[2], softcap, deterministic):
+        engine = "hopper-fused"
     out, lse = attention_forward(q, k, v, cu_seqlens, tiles, header, causal, window or 0, softcap or 0.0, scale, engine)
     if sinks is not None:
         # softmax with one more column of value 0: out shrinks by exp(lse) / (exp(lse) + exp(sink))
@@ -394,6 +409,12 @@ def attention(
         out = out * torch.where(inside, torch.sigmoid(lse - sink), 0.0).t()[..., None].to(out.dtype)
         lse = torch.where(inside, torch.logaddexp(lse, sink), lse)
     return (out, lse) if return_lse else out
+
+
+def _may_fuse(head_dim: int, softcap: float | None, deterministic: bool | None) -> bool:
+    """Whether the Hopper tier takes its fused backward; a soft-cap at 128 channels does not fit into its registers."""
+    asked = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+    return not asked and (softcap is None or head_dim <= 64)
 
 
 def _check_plan(plan: DevicePlan, q: Tensor, causal: bool, window: int | None) -> None:

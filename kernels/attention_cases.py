@@ -22,6 +22,9 @@ DIMS = ((64, 64, True), (80, 80, False), (128, 128, True), (192, 128, False), (2
 # bytes spilled, by kernel, D and generation, where triton 3.7.1 goes past FEW; the accumulators of dk and dv at D = 256
 # alone take half of Hopper's registers
 SPILLS = {("dkdv", 80, 90): 192, ("dkdv", 128, 90): 192, ("dkdv", 192, 90): 576, ("dkdv", 256, 90): 2048}
+# the fused backward: addresses, a few of them fetched again in every step; the 64 keys per tile that would spill nothing
+# double what is added to dq in memory
+SPILLS_FUSED = {(128, 128): 128}
 FEW = 32  # saved once, outside the loops
 SPILLS_HOPPER = 256  # addresses of the epilogue, saved once per program; clean_loops sees to it that no step pays for them
 
@@ -44,7 +47,7 @@ def shipped_cases() -> list[Case]:
         cases.append(compile_case(kernel, tiles, arch=90, D=64, DV=64, cap=True))
         cases.append(compile_case(kernel, tiles, arch=90, D=64, DV=64, element="fp16"))
         cases.append(compile_case(kernel, getattr(exact, kernel), arch=90, D=64, DV=64, element="fp32", spill_bytes=1 << 16))
-    return cases + hopper_cases()
+    return cases + hopper_cases() + hopper_backward_cases()
 
 
 def hopper_cases() -> list[Case]:
@@ -80,6 +83,38 @@ def hopper_cases() -> list[Case]:
                     overlapped=64,
                 )
             )
+    return cases
+
+
+def hopper_backward_cases() -> list[Case]:
+    """The fused backward, with the key tiles of the table's dk and dv; the passes before and after it."""
+    from chatmill.kernels import attention_hopper_backward as fused
+
+    cases = []
+    variants = [(D, short, "bf16", False) for D in fused.DIMS for short in (False, True)]
+    variants += [(64, False, "fp16", False), (64, False, "bf16", True)]
+    for D, short, element, cap in variants:
+        block_m, block_n = kernel_config(90, 2, D, short).dkdv[:2]
+        num_warps, num_stages = fused.launch_shape(D, block_n)
+        types = {name: _type_of(name, element) for name in fused.attention_backward_hopper_kernel.arg_names}
+        types |= dict.fromkeys(("Q", "DOUT"), f"tensordesc<{element}[{block_m}, {D}]>")
+        types |= dict.fromkeys("KV", f"tensordesc<{element}[{block_n}, {D}]>")
+        types |= {"DQ_SUM": f"tensordesc<fp32[{block_m}, {D}]>", "DV": f"*{element}"}
+        types |= dict.fromkeys(("LSE2", "DELTA"), f"tensordesc<fp32[1, {block_m}]>")
+        constants = {"D": D, "BLOCK_M": block_m, "BLOCK_N": block_n, "HAS_CAP": cap}
+        cases.append(
+            Case(
+                f"backward hopper fused D{D} {element}{' cap' * cap}{' short' * short}",
+                fused.attention_backward_hopper_kernel,
+                {name: kind for name, kind in types.items() if name not in constants},
+                constants,
+                arch=90,
+                num_warps=num_warps,
+                num_stages=num_stages,
+                aligned=("q_head", "k_head", "v_head", "do_head"),
+                spill_bytes=SPILLS_FUSED.get((D, block_n), 0),
+            )
+        )
     return cases
 
 

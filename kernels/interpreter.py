@@ -7,8 +7,11 @@ so the interpreter keeps the raw uint16 bits, and in every version up to 3.9 it 
 `tl.max` of bf16 values are silently wrong (triton issue 11584), and the cast from fp32 truncates instead of rounding to nearest
 even. `install()` lifts bf16 operands to fp32 around each operation and rounds the result back, as the hardware does.
 
-Not supported by the interpreter, with or without this: autotune over several configs, inline assembly, `desc.atomic_add`,
-bf16 atomics, Gluon. Out-of-bounds loads return garbage instead of failing: tests pad their buffers with canaries.
+It also gives the interpreter fp32 `desc.atomic_add` (the TMA unit's reduction); what lies outside of the descriptor is left
+alone, as the hardware does.
+
+Not supported, with or without this: autotune over several configs, inline assembly, bf16 atomics, Gluon. Out-of-bounds loads
+return garbage instead of failing: tests pad their buffers with canaries.
 """
 
 from __future__ import annotations
@@ -108,8 +111,21 @@ def install() -> None:
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast, fp_to_fp, dot
     if not hasattr(builder, "get_bf16"):
         builder.get_bf16 = lambda self, value: lower(self.get_fp32(value))
+    if not hasattr(builder, "create_descriptor_reduce"):
+        builder.create_descriptor_reduce = _descriptor_reduce
     _patch_reductions(machine, tl, lift)
     builder.chatmill_bf16 = True
+
+
+def _descriptor_reduce(self: Any, kind: Any, desc: Any, value: Any, indices: Any) -> None:
+    """desc.atomic_add of fp32: the descriptor's own pointers and bounds, the interpreter's own atomics."""
+    from triton._C.libtriton import ir
+
+    if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD or value.data.dtype != np.float32:
+        raise NotImplementedError(f"interpreter: descriptors add fp32 values, no {kind} of {value.data.dtype}.")
+    pointers, inside = desc.materialize_pointers(indices)
+    mask = type(value)(inside, value.dtype)
+    self.create_atomic_rmw(ir.ATOMIC_OP.FADD, pointers, value, mask, ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU)
 
 
 def _patch_reductions(machine: Any, tl: Any, lift: Callable[[Any], Any]) -> None:

@@ -39,7 +39,7 @@ def test_every_shipped_build_passes_its_gates(arch: int) -> None:
 
 @pytest.mark.slow
 def test_the_hopper_tier_is_really_specialised() -> None:
-    status, rows, stderr = compiled(90, "hopper")
+    status, rows, stderr = compiled(90, "forward hopper")
     assert status == 0, stderr
     assert len(rows) == 4
     for row in rows:
@@ -47,6 +47,17 @@ def test_the_hopper_tier_is_really_specialised() -> None:
         assert row["sass"]["UTMALDG"] > 0
         assert row["warps"] == 12, "two groups of four warps, and the loader's"
         assert row["loop_spills"] == 0 and row["overlapped"] >= 64
+
+
+@pytest.mark.slow
+def test_the_fused_backward_loads_and_adds_by_tma() -> None:
+    status, rows, stderr = compiled(90, "hopper fused")
+    assert status == 0, stderr
+    assert len(rows) == 6
+    for row in rows:
+        assert row["sass"]["UTMALDG"] > 0
+        assert row["sass"]["UTMAREDG"] > 0
+        assert row["sass"]["WARPGROUP.ARRIVE"] == 5, "one wgmma group per product, none split or serialised"
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -49,6 +49,25 @@ def reduce_kernel(X, TOTAL, TOP, N: tl.constexpr):
     tl.store(TOP, tl.max(x, 0))
 
 
+@triton.jit
+def descriptor_add_kernel(X, OUT, ROWS, COLUMNS: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(X + i[:, None] * N + i[None, :])
+    out = tl.make_tensor_descriptor(OUT, [ROWS, COLUMNS], [COLUMNS, 1], [N, N])
+    out.atomic_add([tl.program_id(0) * 4 - 4, 8], x)
+
+
+def test_adding_through_a_descriptor_stops_at_its_edges() -> None:
+    x, out = torch.randn(16, 16), torch.ones(24, 24)
+    # four programs, each 4 rows further down, from 4 rows above the first; rows from 10 on are not the descriptor's
+    descriptor_add_kernel[(4,)](x, out, 10, COLUMNS=24, N=16)
+    expected = torch.ones(24, 24)
+    for first in (-4, 0, 4, 8):
+        rows = range(max(first, 0), min(first + 16, 10))
+        expected[rows.start : rows.stop, 8:] += x[rows.start - first : rows.stop - first]
+    torch.testing.assert_close(out, expected)
+
+
 def test_bf16_arithmetic_equals_torch() -> None:
     torch.manual_seed(0)
     a, b = (torch.randn(64, dtype=torch.bfloat16) for _ in range(2))
