@@ -1,4 +1,4 @@
-# make demo | test | check | bench | gpu | venv | clean
+# make demo | test | check | bench | gpu | wheels | venv | clean
 # Every target sets up what it needs. PYTHON picks the interpreter; PIP_ARGS is handed to pip (an index of your own, say).
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test check bench gpu venv venv-dev clean
+.PHONY: demo test check bench gpu wheels venv venv-dev clean
 
 # The whole way once: real chats in, a fine-tuned model's replies and a report out.
 demo: venv
@@ -25,11 +25,20 @@ check: venv-dev
 bench: venv-dev
 	$(BIN)/python -m chatmill.kernels.bench $(ARGS)
 
-# All GPU tests, the kernel benchmarks and a short training, results as JSON in results/. Uses the python that has the
+# All GPU tests, the kernel benchmarks and short trainings, results as JSON in results/ (or $OUT). Uses the python that has the
 # CUDA torch (GPU_PYTHON), installs nothing but wheels found in wheels/, and says so and ends 0 where there is no GPU.
+# ARGS="--parts tests,bench" picks parts, which docs/gpu.md lists; it also says what to run first on a machine lent for half an hour.
 GPU_PYTHON ?= $(shell if [ -x $(BIN)/python ]; then echo $(BIN)/python; else echo $(PYTHON); fi)
 gpu:
-	PYTHONPATH=src:.gpu-site $(GPU_PYTHON) tests/gpu_check.py --wheels wheels --site .gpu-site --out $${OUT:-results} $(ARGS)
+	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/.gpu-site $(GPU_PYTHON) tests/gpu_check.py --wheels wheels --site .gpu-site --out $${OUT:-results} $(ARGS)
+
+# What a GPU machine without a network lacks (its image brings torch, triton, transformers, tokenizers): carry wheels/ there.
+GPU_PYTHON_VERSION ?= 3.12
+wheels:
+	$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
+	  --python-version $(GPU_PYTHON_VERSION) --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+	  --platform manylinux2014_x86_64 -d wheels $(PIP_ARGS) -r tests/gpu_wheels.txt
+	@du -sh wheels
 
 # What the demo needs; venv-dev adds what lint, types and tests need.
 venv: $(VENV)/.ready

@@ -216,11 +216,11 @@ def compile_only(names: Sequence[str], archs: Sequence[int]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m chatmill.kernels.bench", description="Time the kernels against others.")
     parser.add_argument("kernel", nargs="*", metavar="KERNEL", help=f"{', '.join(REGISTRY)} or all (the default)")
-    parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="write results and machine here")
+    parser.add_argument("--match", action="append", help="only cases whose name contains this; again: or that")
+    parser.add_argument("--json", type=Path, help="write results and machine here, after every case")
     parser.add_argument("--plot", type=Path, help="write an SVG here")
     parser.add_argument("--tune", action="store_true", help="refit the tile table on this GPU")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="time limit of --tune, seconds")
+    parser.add_argument("--budget-s", type=float, help="begin nothing new after so many seconds (default of --tune: 540)")
     parser.add_argument("--compile-only", action="store_true", help="compile for GPUs that are not here; time nothing")
     parser.add_argument("--arch", type=int, action="append", help="compute capabilities of --compile-only (80, 90, 100)")
     args = parser.parse_args(argv)
@@ -236,18 +236,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return compile_only(names, args.arch or [])
     device = torch.device("cuda", torch.cuda.current_device())
     if args.tune:
-        return _tune(names, device, args.budget_s)
+        return _tune(names, device, args.budget_s or 540.0)
+    began = time.monotonic()
     rates = machine_rates(device)
     about = environment(device) | {"gemm_tflops": rates["flops"] / 1e12, "copy_gbytes_per_s": rates["bytes"] / 1e9}
-    print(json.dumps(about))
+    print(json.dumps(about), flush=True)
     results: list[BenchResult] = []
-    for module in dict.fromkeys(REGISTRY[name][0] for name in names):
-        for case in importlib.import_module(module).bench_cases() if is_installed(module) else ():
-            if case.kernel in names and args.match in case.name:
-                results += run_case(case, device, rates)
+    modules = dict.fromkeys(REGISTRY[name][0] for name in names if is_installed(REGISTRY[name][0]))
+    for case in (case for module in modules for case in importlib.import_module(module).bench_cases()):
+        if case.kernel not in names or not any(words in case.name for words in args.match or [""]):
+            continue
+        if args.budget_s and time.monotonic() - began > args.budget_s:
+            results.append(BenchResult(case.kernel, case.name, "all", "-", reason=f"the {args.budget_s:.0f} s were used up"))
+        else:
+            results += run_case(case, device, rates)
+            print(f"{time.monotonic() - began:6.1f} s  {case.name}", flush=True)
+        if args.json:  # a run that is cut short keeps what it measured
+            args.json.write_text(json.dumps({"machine": about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
     print(table(results))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
     if args.plot:
         args.plot.write_text(plot(results))
     return 0

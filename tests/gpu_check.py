@@ -1,32 +1,311 @@
-"""Everything that needs a GPU, in one go: `make gpu`.
+"""Everything that needs a GPU, in one go: `make gpu`, or parts of it: `make gpu ARGS="--parts tests,bench"`.
 
-Runs all tests marked `gpu`, the kernel benchmarks and a short real training with throughput and MFU, and writes
-results/{machine,tests,training}.json and the benchmarks' own JSON. Where there is no GPU it says so and exits 0.
-Missing pure-Python packages are installed from --wheels (built elsewhere by `pip download`) into --site; nothing is downloaded.
+Parts, in order of what they are worth:
+
+    imports    does everything that follows import at all; where not, what to carry in wheels/ (`make wheels`)
+    tests      each Triton kernel against its reference, the trainer on CUDA: in parallel, one hang or crash costs one test
+    timed      the tests that read a clock, alone on the machine
+    attention, loss, layer, decode    the kernels against other people's
+    train      a billion parameters in bf16 at T=4096: tokens/s, MFU, a profile; then compiled, with other attentions, SmolLM2
+    engines    FSDP2 and DDP with NCCL in a world of one
+    tune       refits the table of attention's tiles (in results/, to be reviewed and committed)
+
+Every part is a process of its own with a time limit, and results/gpu.json is written every few seconds: what a time-out takes
+is the part that runs. results/ holds 8 files at most: gpu.json, tests.jsonl, log.txt, operators.txt, trace.json.gz,
+attention.json. `bench`, `fast` and `all` name groups of parts. Where there is no GPU it says so and exits 0. Nothing is
+downloaded: missing packages are installed from --wheels into --site.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gzip
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from gpu_log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = (
+    "chatmill.kernels.bench",
+    "chatmill.data.pipeline",
+    "chatmill.trainer.loop",
+    "chatmill.trainer.generation",
+    "chatmill.launcher.__main__",
+    "pytest",
+    "hypothesis",
+)
+# test files whose kernels run compiled on a GPU; GPU tests come first in each shard
+TESTS = (
+    "kernels/test_attention_gpu.py",
+    "kernels/test_attention_hopper_gpu.py",
+    "kernels/test_layer_gpu.py",
+    "trainer/test_training_gpu.py",
+    "data/test_stream_gpu.py",
+    "trainer/test_plan.py",
+    "kernels/test_attention_triton.py",
+    "kernels/test_attention_hopper.py",
+    "kernels/test_attention_decode.py",
+    "kernels/test_linear_cross_entropy_triton.py",
+    "kernels/test_linear_cross_entropy.py",
+    "kernels/test_cross_entropy.py",
+    "kernels/test_rms_norm.py",
+    "kernels/test_rope.py",
+    "kernels/test_swiglu.py",
+    "kernels/test_adamw.py",
+    "kernels/test_whole_model.py",
+)
+TIMED = "time_follows"
+BENCHES = {
+    "attention": (["attention"], ["T8192 mean500", "D128 S8192 H16/4", "D128 T8192 mean100", "D64 S4096", "D128 T32768"]),
+    "loss": (["linear_cross_entropy", "cross_entropy"], ["V128256 loss", "V49152 loss 50%", "plain N8192 V1"]),
+    "layer": (["rms_norm", "swiglu", "rope", "adamw"], ["H2048", "F8192", "D128", "1.2B"]),
+    "decode": (["decode_attention"], [""]),
+}  # fmt: skip
+BILLION = ["--recipe", "1b", "data.sequence_length=4096", "train.micro_batch=4"]
+TRAININGS = {
+    "1b": [*BILLION, "logging.profile_steps=[14,15]"],
+    "1b compiled": [*BILLION, "train.compile=true"],
+    "1b hopper": [*BILLION, "kernels.attention=hopper"],
+    "1b sdpa": [*BILLION, "kernels.attention=sdpa"],
+    "1b packs of 8192, selective": [*BILLION, "data.sequence_length=8192", "train.activation_checkpointing=selective"],
+    "smollm2-135m": ["--recipe", "smollm2-135m"],
+    "smollm2-135m compiled": ["--recipe", "smollm2-135m", "train.compile=true"],
+}
+SMALL = ["--recipe", "1b", "model.layers=4", "data.sequence_length=2048", "--steps", "8"]
+ENGINES = {name: [*SMALL, f"parallel.strategy={name}"] for name in ("fsdp2", "ddp")}
+# part -> seconds at most
+PARTS = {
+    "imports": 60,
+    "tests": 270,
+    "timed": 60,
+    "attention": 90,
+    "loss": 80,
+    "layer": 45,
+    "decode": 30,
+    "train": 400,
+    "engines": 80,
+    "tune": 420,
+}
+GROUPS = {"all": tuple(PARTS), "bench": tuple(BENCHES), "fast": ("imports", "tests", "timed")}
+
+
+class Report:
+    """results/gpu.json: written anew after every piece of news."""
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / "gpu.json"
+        self.content: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self.content.setdefault("parts", {})
+
+    def put(self, part: str, **figures: Any) -> None:
+        self.content["parts"].setdefault(part, {}).update(figures)
+        self.write()
+
+    def write(self) -> None:
+        fresh = self._path.with_suffix(".new")
+        fresh.write_text(json.dumps(self.content, indent=1) + "\n")
+        fresh.replace(self._path)
+
+
+class Check:
+    """The parts, with what they share: where results go, and how much time is left."""
+
+    def __init__(self, out: Path, budget_s: float, jobs: int) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.jobs = out, jobs
+        self.report = Report(out)
+        self.scratch = Path(tempfile.mkdtemp(prefix="chatmill-gpu-"))
+        self.log = (out / "log.txt").open("a")
+        self._end = time.monotonic() + budget_s
+        self._data: subprocess.Popen[bytes] | None = None
+        self.environment = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+
+    def left_s(self) -> float:
+        return self._end - time.monotonic()
+
+    def start(self, command: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
+        """A process in a session of its own, whose output goes to the log."""
+        self.log.write(f"\n$ {' '.join(command)}\n")
+        self.log.flush()
+        return subprocess.Popen(
+            command, stdout=self.log, stderr=self.log, env=self.environment | environment, cwd=ROOT, start_new_session=True
+        )
+
+    def wait(self, running: Sequence[subprocess.Popen[bytes]], limit_s: float, news: Callable[[], None]) -> list[int | None]:
+        """Exit codes, None for what had to be killed; `news` is called every two seconds and at the end."""
+        end = time.monotonic() + min(limit_s, self.left_s())
+        while any(process.poll() is None for process in running) and time.monotonic() < end:
+            time.sleep(min(2.0, max(0.05, end - time.monotonic())))
+            news()
+        codes = [process.poll() for process in running]
+        for process, code in zip(running, codes, strict=True):
+            if code is None:
+                end_session(process)
+        news()
+        return codes
+
+    def run(self, part: str, name: str, command: Sequence[str], limit_s: float, result: Path, **environment: str) -> bool:
+        """One process, and the JSON that it writes as it goes under its name in the report. True where it ended well."""
+        began = time.monotonic()
+        if self.left_s() < 15:
+            self.report.put(part, **{name: {"outcome": "no time was left"}})
+            return False
+
+        def news() -> None:
+            figures: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
+            with contextlib.suppress(OSError, ValueError):  # not there yet, or half written
+                figures["figures"] = json.loads(result.read_text())
+            self.report.put(part, **{name: {"outcome": "running"} | figures})
+
+        code = self.wait([self.start(command, **environment)], limit_s, news)[0]
+        outcome = {0: "ok", None: "killed: it hung or took too long"}.get(code, f"exit code {code}")
+        entry = self.report.content["parts"][part][name]
+        entry["outcome"] = outcome
+        self.report.write()
+        print(f"  {name}: {outcome}, {time.monotonic() - began:.0f} s", flush=True)
+        return code == 0
+
+    def imports(self) -> bool:
+        missing = {}
+        trials = {
+            module: subprocess.Popen(
+                [sys.executable, "-c", f"import {module}"], stderr=subprocess.PIPE, text=True, env=self.environment
+            )
+            for module in IMPORTS
+        }
+        for module, trial in trials.items():
+            _, problem = trial.communicate()
+            if trial.returncode:
+                missing[module] = (problem.strip().splitlines() or ["it died"])[-1]
+        self.report.put("imports", outcome=missing or "ok")
+        for module, problem in missing.items():
+            print(f"  {module}: {problem}")
+        if missing:
+            print("  Where the package index can be reached run `make wheels`, and carry wheels/ to this machine.")
+        return not missing
+
+    def make_data(self) -> Path:
+        """Begin to write the training data, on the CPU beside the tests; the folder it will be in."""
+        folder = self.scratch / "data"
+        if self._data is None and not folder.exists():
+            script = str(ROOT / "tests" / "gpu_training.py")
+            self._data = self.start([sys.executable, script, "--data", str(folder), "--only-data"], CUDA_VISIBLE_DEVICES="")
+        return folder
+
+    def tests(self, limit_s: float, *, timed: bool = False) -> bool:
+        """All tests in shards; a process that died goes on with the tests that its log does not know."""
+        log, end = self.out / "tests.jsonl", time.monotonic() + min(limit_s, self.left_s())
+        files = [str(ROOT / "tests" / name) for name in TESTS if (ROOT / "tests" / name).exists()]
+        chosen = ["-k", TIMED if timed else f"not {TIMED}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "gpu_log",
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+            *chosen,
+            *files,
+        ]
+        shards = 1 if timed else self.jobs
+        part = "timed" if timed else "tests"
+
+        def news() -> None:
+            entries = read_log(log.read_text().splitlines()) if log.exists() else {}
+            names = {name: entry for name, entry in entries.items() if (TIMED in name) == timed}
+            bad = {name: entry.get("message", "") for name, entry in names.items() if entry["outcome"] == "failed"}
+            unfinished = [name for name, entry in names.items() if entry["outcome"] == "started"]
+            passed = sum(entry["outcome"] == "passed" for entry in names.values())
+            self.report.content["parts"][part] = {"passed": passed, "failed": bad, "unfinished": unfinished}
+            self.report.write()
+
+        again = list(range(shards))
+        codes: list[int | None] = []
+        while again and time.monotonic() < end - 5:
+            running = [
+                self.start(command, CHATMILL_TEST_LOG=str(log), CHATMILL_TEST_SHARD=f"{i}/{shards}", CHATMILL_TEST_LIMIT_S="90")
+                for i in again
+            ]
+            codes = self.wait(running, end - time.monotonic(), news)
+            # 0: ended; 5: no test was left; 2 to 4: pytest itself failed, and would again; 1 is a test that hung
+            again = [i for i, code in zip(again, codes, strict=True) if code is not None and code not in (0, 2, 3, 4, 5)]
+        result = self.report.content["parts"].get(part, {})
+        print(f"  {result.get('passed', 0)} passed, {len(result.get('failed', ()))} failed, unfinished or hung: ", end="")
+        print(len(result.get("unfinished", ())), flush=True)
+        for name, message in [*result.get("failed", {}).items(), *((n, "never ended") for n in result.get("unfinished", ()))]:
+            print(f"    {name.split('tests/')[-1]}: {' '.join(message.split())[-150:]}", flush=True)
+        return bool(result.get("passed")) and not result["failed"] and not result["unfinished"] and set(codes) <= {0, 5}
+
+    def bench(self, part: str, limit_s: float) -> bool:
+        kernels, matches = BENCHES[part]
+        result = self.scratch / f"{part}.json"
+        words = [w for match in matches for w in ("--match", match)]
+        command = [sys.executable, "-m", "chatmill.kernels.bench", *kernels, *words, "--json", str(result)]
+        return self.run(part, "bench", [*command, "--budget-s", str(min(limit_s, self.left_s()) - 12)], limit_s, result)
+
+    def train(self, part: str, limit_s: float) -> bool:
+        good, end, data = True, time.monotonic() + limit_s, self.make_data()
+        if self._data is not None and self.wait([self._data], 120, lambda: None) != [0]:
+            self.report.put(part, data={"outcome": "the training data could not be made: see log.txt"})
+            return False
+        self._data = None
+        for name, words in (TRAININGS if part == "train" else ENGINES).items():
+            result = self.scratch / f"{name.replace(' ', '-')}.json"
+            launcher = [] if part == "train" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+            script = [sys.executable, *launcher, str(ROOT / "tests" / "gpu_training.py")]
+            command = [*script, "--data", str(data), "--out", str(result), "--profile", str(self.scratch / "profile"), *words]
+            good &= self.run(part, name, command, min(100.0, end - time.monotonic()), result)
+            self.keep_profile()
+        return good
+
+    def keep_profile(self) -> None:
+        folder = self.scratch / "profile"
+        if (table := folder / "operators.txt").exists():
+            shutil.move(table, self.out / "operators.txt")
+        if (trace := folder / "trace-rank0.json").exists():
+            with trace.open("rb") as source, gzip.open(self.out / "trace.json.gz", "wb", 6) as target:
+                shutil.copyfileobj(source, target)
+            trace.unlink()
+
+    def tune(self, limit_s: float) -> bool:
+        table = ROOT / "kernels" / "tuning" / "attention.json"
+        result = self.scratch / "none.json"
+        limit_s = min(limit_s, self.left_s())
+        command = [sys.executable, "-m", "chatmill.kernels.bench", "attention", "--tune", "--budget-s", str(limit_s - 15)]
+        good = self.run("tune", "attention", command, limit_s, result)
+        shutil.copy(table, self.out / "attention.json")
+        return good
 
 
 def main() -> int:
-    """Run all parts, each bounded in time; a part that fails does not stop the next. Exit code 1 if one failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the asked parts; 1 if one failed, 2 if nothing can run here."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--wheels", type=Path, default=Path("wheels"))
     parser.add_argument("--site", type=Path, default=Path(".gpu-site"))
-    parser.add_argument("--only", choices=("tests", "bench", "train"), help="one part alone")
-    parser.add_argument("--part-timeout-s", type=float, default=420.0)
+    parser.add_argument("--parts", default="all", help=f"some of {','.join(PARTS)}, or {', '.join(GROUPS)}")
+    parser.add_argument("--budget-s", type=float, default=560.0, help="seconds in all")
+    parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="test processes")
     options = parser.parse_args()
+    asked = [part for word in options.parts.split(",") for part in GROUPS.get(word, (word,))]
+    if unknown := [part for part in asked if part not in PARTS]:
+        parser.error(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)} or {', '.join(GROUPS)}")
     try:
         import torch
     except ImportError:
@@ -38,51 +317,62 @@ def main() -> int:
             "On a GPU machine this runs the gpu tests, the kernel benchmarks and a short training."
         )
         return 0
-    wheels = sorted(options.wheels.glob("*.whl"))
-    if wheels:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-index",
-            "--no-deps",
-            "--upgrade",
-            "--target",
-            str(options.site),
-        ]
-        subprocess.run([*pip, *map(str, wheels)], check=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    machine = describe(torch)
-    (options.out / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
-    print(json.dumps(machine, indent=2), flush=True)
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    parts = {
-        "tests": [*pytest, f"--junitxml={options.out / 'tests.xml'}"],
-        "bench": [sys.executable, "-m", "chatmill.kernels.bench", "all", "--json", str(options.out / "kernels.json")],
-        "train": [sys.executable, str(ROOT / "tests" / "gpu_training.py"), "--out", str(options.out)],
-    }
-    outcome = {}
-    for name, command in parts.items():
-        if options.only not in (None, name):
+    install(options.wheels, options.site)
+    check = Check(options.out, options.budget_s, options.jobs)
+    check.report.content["machine"] = describe(torch)
+    check.report.write()
+    print(json.dumps(check.report.content["machine"]), flush=True)
+    outcome: dict[str, bool] = {}
+    if "train" in asked or "engines" in asked:
+        check.make_data()
+    for part, limit_s in PARTS.items():
+        if part not in asked:
             continue
-        print(f"\n== {name}", flush=True)
-        began = time.monotonic()
-        try:
-            code = subprocess.run(command, check=False, timeout=options.part_timeout_s).returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-        outcome[name] = {"exit_code": code, "seconds": round(time.monotonic() - began, 1)}
-        (options.out / "outcome.json").write_text(json.dumps(outcome, indent=2) + "\n")
-    print(json.dumps(outcome, indent=2))
-    return int(any(part["exit_code"] for part in outcome.values()))
+        print(f"== {part} ({check.left_s():.0f} s left)", flush=True)
+        if check.left_s() < 15:
+            break
+        if part == "imports":
+            outcome[part] = check.imports()
+            if not outcome[part]:
+                return 2
+        elif part in ("tests", "timed"):
+            outcome[part] = check.tests(limit_s, timed=part == "timed")
+        elif part in BENCHES:
+            outcome[part] = check.bench(part, limit_s)
+        elif part in ("train", "engines"):
+            outcome[part] = check.train(part, limit_s)
+        else:
+            outcome[part] = check.tune(limit_s)
+    shutil.rmtree(check.scratch, ignore_errors=True)
+    print(json.dumps({part: outcome.get(part, "not begun") for part in asked}))
+    return int(not all(outcome.get(part, False) for part in asked))
 
 
-def describe(torch) -> dict[str, object]:
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill it and what it started. torchrun's workers have sessions of their own: it ends them when it is asked to end."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(8)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def install(wheels: Path, site: Path) -> None:
+    """The carried packages, once per machine."""
+    found = sorted(wheels.glob("*.whl"))
+    names = sorted(wheel.name for wheel in found)
+    mark = site / "installed.json"
+    if found and not (mark.exists() and json.loads(mark.read_text()) == names):
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade"]
+        subprocess.run([*pip, "--target", str(site), *map(str, found)], check=True)
+        mark.write_text(json.dumps(names))
+
+
+def describe(torch: Any) -> dict[str, object]:
     """Machine and versions, for the head of every result."""
     versions = {}
-    for name in ("torch", "triton", "numpy", "accelerate", "deepspeed", "flash-attn", "transformers"):
+    for name in ("torch", "triton", "numpy", "accelerate", "deepspeed", "flash-attn", "transformers", "pydantic", "webdataset"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -95,6 +385,7 @@ def describe(torch) -> dict[str, object]:
         "memory_bytes": gpu.total_memory,
         "capability": f"{gpu.major}.{gpu.minor}",
         "cuda": torch.version.cuda,
+        "cores": os.cpu_count(),
         "python": sys.version.split()[0],
         "versions": versions,
     }

@@ -1,15 +1,20 @@
-"""A short real training on one GPU: throughput, MFU and memory of the trainer with its kernels, as JSON.
+"""A short real training on a GPU: throughput, MFU and memory of the trainer with its kernels, as JSON.
 
-    python tests/gpu_training.py --out results [--recipe smollm2-135m] [--steps 30]
+    python tests/gpu_training.py --out result.json [--recipe smollm2-135m] [--steps 20] [train.compile=true ...]
+    torchrun --standalone --nproc-per-node 1 tests/gpu_training.py --out result.json parallel.strategy=fsdp2
 
 The text is generated (no data set travels to the machine): real shards, stream, kernels and loop; only the words are made up.
+The result is written as soon as the last step is done; the checkpoint (15 GB for the 1b) is written with --save alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -20,45 +25,72 @@ from chatmill.data.recipe import DataRecipe
 from chatmill.run_files import read_jsonl
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.loop import train
+from chatmill.trainer.run_checkpoints import RunCheckpoints
 
 WARMUP_STEPS = 5
+OVERRIDES = (
+    "run.name=gpu",
+    "parallel.strategy=single",
+    "train.accumulation=1",
+    "checkpoint.every_steps=1000000",
+    "model.checkpoint=null",
+    "evaluation.every_steps=0",
+    "evaluation.at_start=false",
+    "evaluation.at_end=false",
+    "logging.every_steps=1",
+    "logging.trackers=[]",
+)
 
 
 def main() -> int:
-    """Train each asked recipe for some steps; write training.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--recipe", action="append", help="shipped recipe, several allowed (default: smollm2-135m and 1b)")
-    parser.add_argument("--steps", type=int, default=30)
+    """Train one recipe for some steps; write what it measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("training.json"))
+    parser.add_argument("--recipe", default="smollm2-135m", help="a shipped recipe")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--data", type=Path, help="built before, or to be built here")
+    parser.add_argument("--only-data", action="store_true", help="build the data and stop")
+    parser.add_argument("--save", action="store_true", help="write the last checkpoint, as a training does")
+    parser.add_argument("--profile", type=Path, help="where the profile of logging.profile_steps goes")
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = []
+    options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = make_data(Path(folder))
-        for name in options.recipe or ["smollm2-135m", "1b"]:
-            words = [f"data.path={data}", f"run.dir={folder}/runs", f"run.name={name}", f"train.steps={options.steps}"]
-            words += ["parallel.strategy=single", "train.accumulation=1", "checkpoint.every_steps=1000000"]
-            words += [
-                "model.checkpoint=null",
-                "evaluation.every_steps=0",
-                "evaluation.at_start=false",
-                "evaluation.max_dialogues=20",
-            ]
-            words += ["logging.every_steps=1", *options.overrides]
-            recipe = load_recipe(name, words)
+        data = options.data or Path(folder) / "data"
+        if not (data / "manifest.json").exists():
+            make_data(data)
+        if options.only_data:
+            return 0
+        words = [f"data.path={data}", f"run.dir={folder}/runs", f"train.steps={options.steps}", *OVERRIDES, *options.overrides]
+        recipe = load_recipe(options.recipe, words)
+        if not options.save:
+            RunCheckpoints.save_last = stop_here  # type: ignore[assignment, method-assign]
+        with contextlib.suppress(EnoughError):
             train(recipe)
-            results.append(summarise(name, recipe.model_dump(mode="json"), recipe.run_dir))
-            print(json.dumps(results[-1], indent=2), flush=True)
-            (options.out / "training.json").write_text(json.dumps(results, indent=2) + "\n")
+        if int(os.environ.get("RANK", "0")):
+            return 0
+        result = summarise(options.recipe, recipe.model_dump(mode="json"), recipe.run_dir)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result, indent=1), flush=True)
+        if options.profile and (recipe.run_dir / "profile").exists():
+            shutil.copytree(recipe.run_dir / "profile", options.profile, dirs_exist_ok=True)
     return 0
 
 
-def make_data(folder: Path) -> Path:
+class EnoughError(Exception):
+    """The steps are done, and their checkpoint is not wanted."""
+
+
+def stop_here(*_: object) -> None:
+    """In place of the last checkpoint."""
+    raise EnoughError
+
+
+def make_data(folder: Path) -> None:
     """Chats of random words, mean length about 500 tokens, through the real pipeline."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(3000)]
-    raw = folder / "chats.jsonl"
+    raw = folder.with_name(folder.name + ".jsonl")
+    raw.parent.mkdir(parents=True, exist_ok=True)
     with raw.open("w", encoding="utf-8") as handle:
         for _ in range(6000):
             messages = []
@@ -68,34 +100,36 @@ def make_data(folder: Path) -> Path:
             handle.write(json.dumps({"messages": messages}) + "\n")
     recipe = {
         "name": "words",
-        "out": str(folder / "data"),
+        "out": str(folder),
         "sources": [{"format": "openai", "path": str(raw)}],
         "tokenizer": {"train": {"vocab_size": 8192}},
     }
     build_dataset(DataRecipe.model_validate(recipe))
-    return folder / "data"
 
 
 def summarise(name: str, recipe: dict[str, Any], run: Path) -> dict[str, Any]:
     """Medians after the warm-up steps."""
-    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line][WARMUP_STEPS:]
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
+    steady = lines[WARMUP_STEPS:] or lines
     median = {
-        key: statistics.median(line[key] for line in lines)
-        for key in ("tokens_per_s", "mfu", "data_wait_share")
-        if key in lines[0]
+        key: statistics.median(line[key] for line in steady)
+        for key in ("tokens_per_s", "mfu", "required_mfu", "data_wait_share")
+        if key in steady[0]
     }
     environment = json.loads((run / "environment.json").read_text())
     return {
         "recipe": name,
         "median": median,
+        "first_steps_s": [round(line["tokens"] / line["tokens_per_s"], 3) for line in lines[:WARMUP_STEPS]],
         "memory_peak_bytes": max(line.get("memory_peak_bytes", 0) for line in lines),
-        "first_loss": lines[0]["loss"],
-        "last_loss": lines[-1]["loss"],
+        "losses": [round(line["loss"], 4) for line in lines],
         "sequence_length": recipe["data"]["sequence_length"],
         "micro_batch": recipe["train"]["micro_batch"],
+        "strategy": recipe["parallel"]["strategy"],
+        "compile": recipe["train"]["compile"],
+        "attention": recipe["kernels"]["attention"],
         "parameters": environment["parameters"]["total"],
         "device": environment["device"],
-        "versions": environment["versions"],
     }
 
 

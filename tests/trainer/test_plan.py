@@ -267,6 +267,7 @@ def test_a_step_on_a_gpu_needs_what_the_plan_says(checkpointing: bool) -> None:
     given = Recipe.model_validate({"model": shape.model_dump(), "data": {"sequence_length": 4096}, "train": train})
     predicted = Estimator(given, shape).memory("single", 1).tensors
     device = torch.device("cuda", 0)
+    torch.cuda.init()  # the statistics exist from then on
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     model = Decoder(shape, given.kernels)
