@@ -35,7 +35,8 @@ FREE_TRAIN = (
     "cpu_threads",
     "hang_timeout_s",
 )
-# Weights and exclusions of steps to come may change; the position in the checkpoint refuses a change of those already taken.
+# Weights and exclusions of steps to come may change, and data may have moved; the position in the checkpoint refuses other data
+# and a change of what steps already taken have used.
 FREE_DATA = ("mix", "curriculum", "exclude", "damaged_blocks")
 
 
@@ -63,7 +64,8 @@ class RunFolder:
         old, new = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.model_dump(mode="json")
         with contextlib.suppress(ConfigError):  # fields that are newer than the run count with their defaults
             old = validate(Recipe, old, str(file)).model_dump(mode="json")
-        free_data = (*FREE_DATA, "path") if recipe.data.mix and old.get("data", {}).get("mix") else FREE_DATA
+        both_mixed = bool(recipe.data.mix and old.get("data", {}).get("mix"))
+        free_data = (*FREE_DATA, "path") if both_mixed or self._data_moved(old, recipe) else FREE_DATA
         differing = [
             f"  {section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
             for section, fields in new.items()
@@ -78,8 +80,15 @@ class RunFolder:
         if differing:
             raise ConfigError(
                 f"{self.path} holds a run with another recipe:\n" + "\n".join(differing) + "\n"
-                "Continue with the same values, or choose another run.name."
+                f"Continue it as it was: chatmill train {self.path}/config.yaml\n"
+                f"or begin another run, from its weights if you like: run.name=NEW model.checkpoint={self.path}"
             )
+
+    def _data_moved(self, old: Mapping[str, Any], recipe: Recipe) -> bool:
+        """One data set under another name: its old folder is gone, and a checkpoint is there to tell whether it is the same."""
+        before, now = old.get("data", {}).get("path"), recipe.data.path
+        moved = bool(before and now and "://" not in before) and not Path(before).exists()
+        return moved and any((self.path / "checkpoints").glob("step-*"))
 
     def metric(self, **values: Any) -> None:
         """One line of metrics.jsonl; also to the trackers."""

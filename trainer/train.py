@@ -7,10 +7,12 @@ torchrun --nproc-per-node N -m chatmill.trainer.train RECIPE ...
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -27,21 +29,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if words else 2
-    _save_on_interrupt()
     try:
-        relaunch_if_alone(words)
-        train(load_recipe(words[0], words[1:]))
+        with _save_on_interrupt():
+            relaunch_if_alone(words)
+            train(load_recipe(words[0], words[1:]))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _save_on_interrupt() -> None:
+@contextlib.contextmanager
+def _save_on_interrupt() -> Iterator[None]:
     """The first Ctrl-C is a SIGTERM to the run, which saves at the next step boundary; the second ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or in the background of a shell
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a caller's, or ignored by a shell
+        yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -53,6 +56,10 @@ def _save_on_interrupt() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":
