@@ -45,7 +45,7 @@ def find_cause(logs: Path) -> Cause | None:
             message, seconds = details
             node, local_rank = _place(file, logs)
             cause = Cause(node, local_rank, message, file.with_name("stderr.log"))
-            raised.append((any(word in message for word in _COLLATERAL), seconds, cause))
+            raised.append((_only_lost_others(message), seconds, cause))
     spoken = [c for file in sorted(logs.glob("node-*/**/stderr.log")) if (c := _last_words(file, logs)) is not None]
     refused = [c for c in spoken if c.permanent]
     if refused:
@@ -56,7 +56,11 @@ def find_cause(logs: Path) -> Cause | None:
         if collateral and silent:
             return silent[0]
         return first
-    return spoken[0] if spoken else None
+    return min(spoken, key=lambda cause: _only_lost_others(cause.message), default=None)
+
+
+def _only_lost_others(message: str) -> bool:
+    return any(word in message for word in _COLLATERAL)
 
 
 def _silent_ranks(logs: Path, raised: set[tuple[int, int]]) -> list[Cause]:

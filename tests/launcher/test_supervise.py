@@ -268,6 +268,13 @@ def test_a_refused_recipe_is_a_permanent_cause(tmp_path: Path) -> None:
     assert cause is not None and cause.permanent and cause.message.startswith("data.path: no data set there run:")
 
 
+def test_without_error_files_the_first_rank_that_lost_more_than_a_connection_is_the_cause(tmp_path: Path) -> None:
+    write_rank(tmp_path, 0, 0, None, stderr=f"Traceback (most recent call last):\n{LOST}\n")
+    write_rank(tmp_path, 0, 1, None, stderr="[W101] Error of no weight\nZeroDivisionError: division by zero\n")
+    write_rank(tmp_path, 1, 0, None, stderr="ValueError: a later one\n")
+    assert str(find_cause(tmp_path)) == "node 0, local rank 1: ZeroDivisionError: division by zero"
+
+
 def test_nothing_said_is_no_cause(tmp_path: Path) -> None:
     write_rank(tmp_path, 0, 0, None)
     assert find_cause(tmp_path) is None
