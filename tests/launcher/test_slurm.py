@@ -53,7 +53,7 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
 
 
-def until(what: str, done: Any, timeout_s: float = 120.0) -> None:
+def until(what: str, done: Any, timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
@@ -102,7 +102,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 def undisturbed(bench: Bench) -> dict[int, float]:
     """Losses by step of a run of LONG steps on 2 nodes x 2 processes that ended by itself."""
     job, run = bench.submit("undisturbed", steps=LONG)
-    state = bench.cluster.wait(job, 240)
+    state = bench.cluster.wait(job, 600)
     assert state == "COMPLETED", bench.output("undisturbed", job)
     return losses(run)
 
@@ -169,7 +169,7 @@ def test_a_chain_of_wall_times_is_one_run(bench: Bench, undisturbed: dict[int, f
     job, run = bench.submit("chained", "--array=1-2%1")
     until("first checkpoint", lambda: newest_step(run) >= EVERY)
     os.kill(batch_process(job), signal.SIGUSR1)  # what Slurm sends (--signal=B:USR1) near the end of a wall time
-    assert [bench.cluster.wait(f"{job}_{element}", 240) for element in (1, 2)] == ["COMPLETED"] * 2
+    assert [bench.cluster.wait(f"{job}_{element}", 600) for element in (1, 2)] == ["COMPLETED"] * 2
     assert [attempt.outcome for attempt in attempts(run)] == ["preempted", "finished"]
     assert_same_losses(run, undisturbed)
 
@@ -200,11 +200,11 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_in_the_next_one(
         fresh = Bench(cluster, bench.folder, bench.vocab)
         time.sleep(7)
         job, run = fresh.submit("limited", "--time=1", "--signal=B:USR1@10", steps=LONG)
-        until("stopped by the signal", lambda: any(a.outcome for a in attempts(run)), 120)
+        until("stopped by the signal", lambda: any(a.outcome for a in attempts(run)))
         at_step, since = last_step(run), (attempts(run)[0].ended or 0.0)
-        cluster.wait_until(job, ("PENDING",), 30)
+        cluster.wait_until(job, ("PENDING",), 120)
         cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # one interruption is enough
-        state = cluster.wait(job, 240)
+        state = cluster.wait(job, 600)
     assert state == "COMPLETED", fresh.output("limited", job)
     assert attempts(run)[0].outcome == "preempted"
     assert "requeued" in fresh.output("limited", job)
@@ -222,7 +222,7 @@ def test_a_run_goes_on_without_a_node_whose_link_was_cut(
         until("half way to the second checkpoint", lambda: last_step(run) >= EVERY + EVERY // 2)
         at_step, since = last_step(run), time.time()
         cluster.cut("n2")
-        state = cluster.wait(job, 240)
+        state = cluster.wait(job, 600)
     assert state == "COMPLETED", isolated.output("cut", job)
     assert [attempt.nodes for attempt in attempts(run)] == [("n1", "n2"), ("n1", "n3")]
     assert_same_losses(run, undisturbed)

@@ -71,10 +71,11 @@ def run_in_ranks(
     for process in running:  # the others would wait in a collective for the one that failed
         process.kill()
         process.join()
-    first = [rank for rank, process in enumerate(group) if process not in running and process.exitcode]
-    late = [rank for rank, process in enumerate(group) if process in running]
-    for rank in first or late:
-        raise AssertionError(f"rank {rank} ended with {group[rank].exitcode}:\n{logs[rank].read_text()[-6000:]}")
+    failed = [rank for rank, process in enumerate(group) if process not in running and process.exitcode]
+    if failed or running:
+        rank = failed[0] if failed else group.index(running[0])
+        how = f"ended with {group[rank].exitcode}" if failed else f"did not end within {timeout_s} s"
+        raise AssertionError(f"rank {rank} {how}:\n{logs[rank].read_text()[-6000:]}")
     return "".join(log.read_text() for log in logs)
 
 
