@@ -198,6 +198,7 @@ class ScheduleSection(Section):
     """Learning rate over the run: linear warm-up, then the named decay down to min_ratio x lr.
 
     unit: `steps` (warmup_steps, train.steps) or `tokens` (warmup_tokens, total_tokens; padding does not count).
+    total_tokens: over which the rate falls; null: train.tokens, the budget of the run.
     wsd: warm-up, stable, then a linear decay over the last decay_fraction. inverse_sqrt: lr sqrt(warm-up / position).
     """
 
@@ -215,10 +216,6 @@ class ScheduleSection(Section):
             raise ValueError("warmup_tokens and total_tokens need schedule.unit=tokens")
         if self.unit == "tokens" and self.warmup_steps:
             raise ValueError("schedule.unit=tokens takes warmup_tokens, not warmup_steps")
-        if self.unit == "tokens" and self.total_tokens is None:
-            raise ValueError("schedule.unit=tokens needs total_tokens, the tokens over which the rate falls")
-        if self.total_tokens is not None and self.warmup_tokens >= self.total_tokens:
-            raise ValueError(f"warmup_tokens={self.warmup_tokens} leaves nothing of total_tokens={self.total_tokens}")
         if self.name == "inverse_sqrt" and not (self.warmup_steps or self.warmup_tokens):
             raise ValueError("inverse_sqrt falls from the end of the warm-up: set warmup_steps (or warmup_tokens)")
         return self
@@ -401,6 +398,25 @@ class Recipe(Section):
             raise ValueError("objective=dpo needs data.overlong=drop: half a preference pair teaches nothing")
         if self.model.checkpoint is None and self.data.sequence_length > self.model.context:
             raise ValueError(f"data.sequence_length={self.data.sequence_length} exceeds model.context={self.model.context}")
+        return self
+
+    @property
+    def schedule_tokens(self) -> int | None:
+        """Tokens over which the learning rate falls with schedule.unit=tokens; None by steps."""
+        return (self.schedule.total_tokens or self.train.tokens) if self.schedule.unit == "tokens" else None
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Recipe:
+        if self.schedule.unit == "tokens" and self.schedule_tokens is None:
+            raise ValueError(
+                "schedule.unit=tokens needs the tokens over which the rate falls: set train.tokens (the budget of the run) "
+                "or schedule.total_tokens"
+            )
+        if self.schedule_tokens is not None and self.schedule.warmup_tokens >= self.schedule_tokens:
+            name = "train.tokens" if self.schedule.total_tokens is None else "schedule.total_tokens"
+            raise ValueError(
+                f"schedule.warmup_tokens={self.schedule.warmup_tokens} leaves nothing of {name}={self.schedule_tokens}"
+            )
         return self
 
     @model_validator(mode="after")

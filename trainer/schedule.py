@@ -17,14 +17,18 @@ import math
 from chatmill.trainer.config import ScheduleSection
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleSection, tokens: int = 0) -> float:
+def learning_rate(
+    step: int, steps: int, peak: float, schedule: ScheduleSection, tokens: int = 0, total_tokens: int | None = None
+) -> float:
     """Learning rate of optimizer step `step` (0-based) out of `steps`.
 
-    tokens: seen before and in this step, without padding; counts only with schedule.unit=tokens.
+    tokens: seen before and in this step, without padding. total_tokens: over which the rate falls (Recipe.schedule_tokens).
+    Both count only with schedule.unit=tokens.
     """
     if schedule.unit == "tokens":
-        assert schedule.total_tokens is not None  # ScheduleSection refuses it
-        return rate(tokens, schedule.warmup_tokens, schedule.total_tokens, peak, schedule)
+        if total_tokens is None:
+            raise ValueError("a schedule by tokens needs total_tokens")
+        return rate(tokens, schedule.warmup_tokens, total_tokens, peak, schedule)
     return rate(step + 1, schedule.warmup_steps + 1, steps, peak, schedule)
 
 

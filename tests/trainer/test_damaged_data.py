@@ -12,7 +12,7 @@ from chatmill.data.mixture import Mixture
 from chatmill.data.shards import TokenDataset
 from chatmill.launcher.__main__ import main as chatmill
 from chatmill.run_files import read_jsonl
-from chatmill.trainer.loop import check_same_data
+from chatmill.trainer.starting import check_same_data
 from chatmill.trainer.train import main
 
 

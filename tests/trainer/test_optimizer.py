@@ -52,16 +52,29 @@ def test_no_schedule_jumps(name: str) -> None:
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd", "inverse_sqrt"])
 def test_equal_steps_have_the_same_rates_by_tokens_as_by_steps(name: str) -> None:
     by_steps = ScheduleSection(name=name, warmup_steps=4)
-    by_tokens = ScheduleSection(name=name, unit="tokens", warmup_tokens=5 * 1000, total_tokens=50 * 1000)
+    by_tokens = ScheduleSection(name=name, unit="tokens", warmup_tokens=5 * 1000)
     for step in range(50):
         expected = learning_rate(step, 50, 3e-4, by_steps)
-        assert learning_rate(step, 7, 3e-4, by_tokens, tokens=(step + 1) * 1000) == pytest.approx(expected)
+        assert learning_rate(step, 7, 3e-4, by_tokens, (step + 1) * 1000, 50 * 1000) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("train", "schedule", "expected"),
+    [
+        ({"tokens": 5000}, {"unit": "tokens"}, 5000),
+        ({"tokens": 5000}, {"unit": "tokens", "total_tokens": 8000}, 8000),
+        ({}, {"unit": "tokens", "total_tokens": 8000}, 8000),
+        ({"tokens": 5000}, {}, None),
+    ],
+)
+def test_a_token_budget_is_the_end_of_a_schedule_by_tokens(train: dict, schedule: dict, expected: int | None) -> None:
+    assert validate(Recipe, {"train": train, "schedule": schedule}, "recipe").schedule_tokens == expected
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"unit": "tokens"}, "needs total_tokens"),
+        ({"unit": "tokens"}, "set train.tokens"),
         ({"total_tokens": 100}, "schedule.unit=tokens"),
         ({"unit": "tokens", "total_tokens": 100, "warmup_steps": 3}, "warmup_tokens, not warmup_steps"),
         ({"unit": "tokens", "total_tokens": 100, "warmup_tokens": 100}, "leaves nothing"),
@@ -70,7 +83,7 @@ def test_equal_steps_have_the_same_rates_by_tokens_as_by_steps(name: str) -> Non
 )
 def test_a_schedule_that_cannot_be_meant_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        validate(ScheduleSection, fields, "recipe")
+        validate(Recipe, {"schedule": fields}, "recipe")
 
 
 def layers() -> nn.ModuleDict:
