@@ -29,7 +29,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from chatmill.files import replace_text
-from chatmill.trainer import checkpoint_saver, loop
+from chatmill.trainer import checkpoint_saver, validation
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.engine import Engine, StepSums
 from chatmill.trainer.run_checkpoints import RunCheckpoints
@@ -64,7 +64,7 @@ class Fault:
 def install(fault: Fault) -> None:
     """Put the fault into this process's trainer."""
     done = [0]  # optimizer steps
-    real_step, real_evaluate, real_write = Engine.forward_backward, loop.evaluate, checkpoint_saver.write_shares
+    real_step, real_evaluate, real_write = Engine.forward_backward, validation.evaluate, checkpoint_saver.write_shares
     real_restore = RunCheckpoints.restore
 
     def restore(checkpoints: RunCheckpoints, *arguments: Any) -> TrainState:
@@ -111,7 +111,7 @@ def install(fault: Fault) -> None:
     replacements: list[tuple[Any, str, Any]] = [
         (Engine, "forward_backward", forward_backward),
         (RunCheckpoints, "restore", restore),
-        (loop, "evaluate", evaluate),
+        (validation, "evaluate", evaluate),
         (checkpoint_saver, "write_shares", write_shares),
     ]
     for owner, name, function in replacements:

@@ -13,7 +13,7 @@ import torch
 from chatmill.data.shards import TokenDataset
 from chatmill.launcher.__main__ import main as chatmill
 from chatmill.run_files import list_checkpoints, read_jsonl
-from chatmill.trainer import full_evaluation, loop
+from chatmill.trainer import full_evaluation, validation
 from chatmill.trainer.checkpoint import best_of, open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.evaluation import evaluate, validation_batches
@@ -62,7 +62,7 @@ def worsening(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
         value = next(figures)
         return {"loss": value, "perplexity": 1.0, "accuracy": 1.0 / value, "loss_tokens": 1}
 
-    monkeypatch.setattr(loop, "evaluate", measured)
+    monkeypatch.setattr(validation, "evaluate", measured)
 
 
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
