@@ -176,7 +176,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.is_file():
         what = "has no manifest.json" if path.is_dir() else "does not exist"
-        raise ConfigError(f"data set {path}: {what}. Build it with: chatmill data build RECIPE")
+        raise ConfigError(
+            f"data set {path}: {what}. Build it with: chatmill data build RECIPE\n"
+            "If it lies elsewhere now: data.path=FOLDER for training, --data FOLDER for `chatmill eval`."
+        )
     return parse_manifest(file.read_bytes(), str(file))
 
 

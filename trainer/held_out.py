@@ -123,6 +123,7 @@ def _conversations(folder: Path, split: str) -> Iterator[Conversation]:
         records = manifest["dialogues"][split]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{folder} holds no dialogues of a split {split!r}: expected a data-set folder made by `chatmill data build`."
+            f"{folder} holds no dialogues of a split {split!r}: expected a data-set folder made by `chatmill data build`.\n"
+            "If the data set lies elsewhere, name it: --data FOLDER"
         ) from None
     return read_dialogues(folder, records)
