@@ -9,7 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from tests.kernels.gluon_simulator import DeadlockError, Edits, RaceError, Simulated, SimulationError
+from tests.kernels.gluon_memory import DeadlockError, RaceError, SimulationError
+from tests.kernels.gluon_simulator import Edits, Simulated
 
 from chatmill.kernels import attention_hopper, dispatch, interpreter
 from chatmill.kernels.attention import attention, attention_reference
