@@ -72,13 +72,19 @@ def _rounds(items):
 
 
 @gluon.jit
-def _item(r, tiles, together):
-    """Tile and head of this program's round r: sections of `together` heads, in each the tiles in order."""
+def _item(r, TILES, tiles, heads, together):
+    """Start, end, low, lead, full and tail of the tile and the head of this program's round r; of the last item past the end.
+
+    Heads come in sections of `together`, in each the tiles in order. Read one tile ahead: nobody waits for these numbers.
+    """
     programs = gl.num_programs(0)
     place = r * programs + gl.program_id(0) + (r & 1) * (programs - 1 - 2 * gl.program_id(0))
+    place = gl.minimum(place, tiles * heads - 1)
     section = place // (tiles * together)
     rest = place - section * tiles * together
-    return rest // together, section * together + rest % together
+    row = TILES + rest // together * 8
+    head = section * together + rest % together
+    return gl.load(row), gl.load(row + 1), gl.load(row + 2), gl.load(row + 4), gl.load(row + 5), gl.load(row + 6), head
 
 
 @gluon.jit
@@ -101,15 +107,11 @@ def attention_hopper_loader(
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[0]
     n = 0
     t = 0
+    following = _item(0, TILES, tiles, heads, together)
     for r in range(_rounds(tiles * heads)):
-        tile, head = _item(r, tiles, together)
-        start = gl.load(TILES + tile * 8)
-        end = gl.load(TILES + tile * 8 + 1)
+        start, end, low, lead, full, tail, head = following
+        following = _item(r + 1, TILES, tiles, heads, together)
         if end > start:
-            low = gl.load(TILES + tile * 8 + 2)
-            lead = gl.load(TILES + tile * 8 + 4)
-            full = gl.load(TILES + tile * 8 + 5)
-            tail = gl.load(TILES + tile * 8 + 6)
             steps = gl.maximum(lead + full + tail, 1)
             column = head // group * D
             row = low + _step(0, lead, full, tail) * BLOCK_N
@@ -200,15 +202,11 @@ def attention_hopper_group(
     q = q_s.index(C)
     n = 0
     t = 0
+    following = _item(0, TILES, tiles, heads, together)
     for r in range(_rounds(tiles * heads)):
-        tile, head = _item(r, tiles, together)
-        start = gl.load(TILES + tile * 8)
-        end = gl.load(TILES + tile * 8 + 1)
+        start, end, low, lead, full, tail, head = following
+        following = _item(r + 1, TILES, tiles, heads, together)
         if end > start:
-            low = gl.load(TILES + tile * 8 + 2)
-            lead = gl.load(TILES + tile * 8 + 4)
-            full = gl.load(TILES + tile * 8 + 5)
-            tail = gl.load(TILES + tile * 8 + 6)
             steps = gl.maximum(lead + full + tail, 1)
             rows = start + C * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
             inside = rows < end
