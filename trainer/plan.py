@@ -322,7 +322,7 @@ def show(plan: Plan) -> str:
     lines += [
         "",
         f"steps       {work.steps:,} x {work.step_tokens:,} tokens at most = {work.tokens:,}",
-        f"time        {work.hours:.3g} h on {plan.gpus} GPU(s), {work.gpu_hours:.3g} GPU-hours, "
+        f"time        {_duration(work.hours)} on {plan.gpus} GPU(s), {work.gpu_hours:.2f} GPU-hours, "
         f"{work.step_seconds:.3g} s per step",
         f"            assumed: MFU {100 * work.mfu:.1f} % (recomputation taken off; --mfu sets it), "
         f"{work.flops_per_token:.3g} FLOPs per token at a context of {work.context:,.0f}",
@@ -331,3 +331,10 @@ def show(plan: Plan) -> str:
         *(f"            {reason}" for reason in plan.reasons),
     ]
     return "\n".join(lines)
+
+
+def _duration(hours: float) -> str:
+    """Hours, or minutes or seconds where that reads better."""
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{hours * 60:.0f} min" if hours * 60 >= 2 else f"{hours * 3600:.0f} s" if hours * 3600 >= 1 else "less than 1 s"
