@@ -19,9 +19,9 @@ KERNELS = {"forward": attention_forward_kernel, "dkdv": attention_dkdv_kernel, "
 # generations that ship: A100, Hopper, Blackwell; (D, Dv, with the small tiles of short documents too)
 ARCHS = (80, 90, 100)
 DIMS = ((64, 64, True), (80, 80, False), (128, 128, True), (192, 128, False), (256, 256, False))
-# bytes spilled, by kernel, D and generation, where triton 3.6 or 3.7 goes past FEW: addresses and, at D = 256, part of what masked
-# steps hold; its unmasked steps touch no spilled register, those of D = 80 and 128 two or three. With one pipeline stage tiles
-# are fetched through registers: 504 bytes at D = 192 and 1,820 at 256
+# bytes spilled, by kernel, D and generation, where triton 3.6 or 3.7 goes past FEW: addresses and, at D = 256, part of what its
+# masked steps hold; its unmasked steps touch no spilled register, those of D = 80 and 128 two or three. With one pipeline
+# stage, tiles are fetched through registers: 504 bytes at D = 192 and 1,820 at 256
 SPILLS = {("dkdv", 80, 90): 176, ("dkdv", 128, 90): 176, ("dkdv", 256, 90): 256}
 # the fused backward: addresses, a few of them fetched again in every step; the 64 keys per tile that would spill nothing
 # double what is added to dq in memory
@@ -89,7 +89,7 @@ def hopper_cases() -> list[Case]:
 
 
 def hopper_backward_cases() -> list[Case]:
-    """The fused backward, with the key tiles of the table's dk and dv; the passes before and after it."""
+    """The fused backward, with the key tiles of the table's dk and dv; fp16 and the soft-cap once each."""
     from chatmill.kernels import attention_hopper_backward as fused
 
     cases = []
@@ -115,6 +115,7 @@ def hopper_backward_cases() -> list[Case]:
                 num_stages=num_stages,
                 aligned=("q_head", "k_head", "v_head", "do_head"),
                 spill_bytes=SPILLS_FUSED.get((D, block_n), 0),
+                instructions=("UTMALDG", "UTMAREDG"),
             )
         )
     return cases

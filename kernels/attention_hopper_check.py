@@ -1,4 +1,4 @@
-"""Is the Hopper forward right on this GPU, and does it end? Each check in its own process: a deadlock costs seconds.
+"""Is the Hopper tier right on this GPU, and does it end? Each check in its own process: a deadlock costs seconds.
 
     python -m chatmill.kernels.attention_hopper_check [NAME ...] [--timeout-s 120]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chatmill.kernels.attention import attention, attention_reference
+from chatmill.kernels.attention import attention, attention_backward, attention_reference
 from chatmill.kernels.attention_config import plan_attention
 from chatmill.kernels.dispatch import capability
 
@@ -70,6 +71,29 @@ def layouts() -> dict[str, float]:
     }
 
 
+def backward() -> dict[str, float]:
+    """Gradients of the fused backward, whose forward is the reference, in every layout; how far two of its runs differ."""
+    found = {}
+    for (name, (bounds, T, rules)), D in itertools.product(LAYOUTS.items(), (64, 128)):
+        if rules.get("softcap") and D > 64:
+            continue
+        qkv, cu_seqlens = _inputs(T, 4, 2, D, torch.bfloat16), torch.tensor(bounds, dtype=torch.int32, device="cuda")
+        dout, wide = torch.randn_like(qkv[0]), [x.double().requires_grad_() for x in qkv]
+        out, lse = attention_reference(*wide, cu_seqlens=cu_seqlens, **rules)
+        expected = torch.autograd.grad((out * dout).sum(), wide)
+        causal, window, softcap = rules.get("causal", True), rules.get("window", 0), rules.get("softcap", 0.0)
+        options = (None, cu_seqlens, None, (), causal, window, softcap, D**-0.5, "hopper-fused")
+        given = (*qkv, out.detach().to(qkv[0].dtype), lse.detach().float(), dout)
+        grads, again = (attention_backward(*given, *options) for _ in range(2))
+        for which, mine, other, true in zip(("dq", "dk", "dv"), grads, again, expected, strict=True):
+            # one token: dq and dk are zero but for rounding
+            error = float((mine.double() - true).norm() / true.norm().clamp_min(1e-2 * expected[2].norm()))
+            assert error < 1.2e-2, f"{name}, D = {D}, {which}: error {error:.2e}"
+            assert float((mine - other).norm()) <= 5e-3 * float(mine.norm()) + 1e-6, f"{name}, D = {D}, {which}: runs differ"
+            found[f"{name} D{D} {which}"] = error
+    return found
+
+
 def bitwise() -> dict[str, float]:
     """Fifty runs of one call are equal: a race would show here first."""
     q, k, v = _inputs(8192, 16, 4, 128, torch.bfloat16)
@@ -108,7 +132,7 @@ def speed() -> dict[str, float]:
 
 
 CHECKS: dict[str, Callable[[], dict[str, float]]] = {
-    "one_tile": one_tile, "layouts": layouts, "bitwise": bitwise, "long_row": long_row, "speed": speed,
+    "one_tile": one_tile, "layouts": layouts, "backward": backward, "bitwise": bitwise, "long_row": long_row, "speed": speed,
 }  # fmt: skip
 
 
@@ -129,10 +153,13 @@ def guarded(name: str, timeout_s: float = 120.0) -> dict[str, float]:
 
 
 @functools.cache
-def why_unfit() -> str | None:
-    """Reason not to run the Hopper tier in this process, found in another one; None where it works."""
+def why_unfit(check: str = "one_tile") -> str | None:
+    """Reason not to run the Hopper tier in this process, found in another one; None where it works.
+
+    "one_tile" for the forward, "backward" for the fused backward.
+    """
     try:
-        guarded("one_tile")
+        guarded(check)
     except RuntimeError as error:
         return str(error)
     return None

@@ -62,14 +62,16 @@ def _phases(run: Callable[[], Tensor], leaves: list[Tensor]) -> Phases:
 
 def _ours(impl: str, bounds: NDArray[np.int64], heads: int, kv_heads: int, D: int) -> Callable[[torch.device], Phases]:
     def prepare(device: torch.device) -> Phases:
-        if impl == "hopper" and (reason := why_unfit()):
+        tier, fused = impl.removesuffix(" fused"), impl.endswith(" fused")
+        if tier == "hopper" and (reason := why_unfit() or (why_unfit("backward") if fused else None)):
             raise RuntimeError(reason)
         T = int(bounds[-1])
         leaves = _inputs(T, heads, kv_heads, D, device)
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device) if len(bounds) > 2 else None
-        plan = plan_attention(bounds, T, head_dim=D, device=device, impl=impl).to(device)
+        plan = plan_attention(bounds, T, head_dim=D, device=device, impl=tier).to(device)
         longest = int(np.diff(bounds).max())
-        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "impl": impl, "plan": plan, "max_seqlen": longest}
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "impl": tier, "plan": plan, "max_seqlen": longest}
+        options["deterministic"] = not fused
         return _phases(lambda: attention(*leaves, **options), leaves)
 
     return prepare
@@ -90,6 +92,10 @@ def _sdpa(backend: SDPBackend, T: int, heads: int, kv_heads: int, D: int) -> Cal
     return prepare
 
 
+# the backward of "hopper" gives bitwise equal gradients, that of "hopper fused" does not: their difference is its cost
+OURS = ("triton", "hopper", "hopper fused")
+
+
 def bench_cases() -> list[BenchCase]:
     """Causal documents of 512 to 32k tokens at D 64 and 128, grouped heads, and packed chats."""
     return list(_cases())
@@ -100,7 +106,7 @@ def _cases() -> Iterator[BenchCase]:
         heads = 2048 // D
         for kv_heads in (heads, heads // 4) if S == 8192 else (heads,):
             bounds = np.array([0, S])
-            contenders = {name: _ours(name, bounds, heads, kv_heads, D) for name in ("triton", "hopper", "flash", "flex")}
+            contenders = {name: _ours(name, bounds, heads, kv_heads, D) for name in (*OURS, "flash", "flex")}
             contenders["sdpa-cudnn"] = _sdpa(SDPBackend.CUDNN_ATTENTION, S, heads, kv_heads, D)
             contenders["sdpa-flash"] = _sdpa(SDPBackend.FLASH_ATTENTION, S, heads, kv_heads, D)
             yield BenchCase(
@@ -108,7 +114,7 @@ def _cases() -> Iterator[BenchCase]:
             )
     for D, (T, mean) in itertools.product((64, 128), ((8192, 100), (8192, 500), (8192, 2000), (32768, 500))):
         heads, bounds = 2048 // D, chat_lengths(T, mean)
-        contenders = {name: _ours(name, bounds, heads, heads // 4, D) for name in ("triton", "hopper", "flash", "sdpa", "flex")}
+        contenders = {name: _ours(name, bounds, heads, heads // 4, D) for name in (*OURS, "flash", "sdpa", "flex")}
         name = f"packed D{D} T{T} mean{mean} H{heads}/{heads // 4} bf16"
         yield BenchCase("attention", name, contenders, causal_flops(bounds, heads, D))
 

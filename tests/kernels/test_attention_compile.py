@@ -55,8 +55,7 @@ def test_the_fused_backward_loads_and_adds_by_tma() -> None:
     assert status == 0, stderr
     assert len(rows) == 6
     for row in rows:
-        assert row["sass"]["UTMALDG"] > 0
-        assert row["sass"]["UTMAREDG"] > 0
+        assert row["sass"]["UTMAREDG"] == 1
         assert row["sass"]["WARPGROUP.ARRIVE"] == 5, "one wgmma group per product, none split or serialised"
 
 

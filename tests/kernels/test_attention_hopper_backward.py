@@ -12,6 +12,7 @@ from chatmill.kernels import interpreter
 from chatmill.kernels.attention import _may_fuse, attention_backward, attention_reference
 from chatmill.kernels.attention_config import DevicePlan, KernelConfig, TileConfig, plan_attention
 from chatmill.kernels.attention_hopper_backward import _rows_of_heads, attention_backward_hopper
+from chatmill.kernels.attention_hopper_check import why_unfit
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 DEVICE = torch.device("cuda" if ON_HOPPER else "cpu")
@@ -26,6 +27,8 @@ CONFIG = KernelConfig(TILE, TILE, TILE)
 def _interpreter() -> None:
     if DEVICE.type == "cpu":
         interpreter.install()
+    elif (reason := why_unfit("backward")) is not None:  # found in another process, so that a hang costs two minutes
+        pytest.fail(reason, pytrace=False)
 
 
 def problem(T: int, heads: tuple[int, int], D: int, dtype: torch.dtype, bounds: list[int], **rules: Any) -> dict[str, Any]:
