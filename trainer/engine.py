@@ -73,6 +73,7 @@ class Engine:
         decay = recipe.train.ema
         self.average = WeightAverage(list(model.parameters()), decay) if decay is not None else None
         self._gradients_seen = False
+        self._norm: Tensor | None = None
 
     def _wrap(self, model: Decoder) -> nn.Module:
         parallel, world = self.recipe.parallel, self.world
@@ -200,14 +201,20 @@ class Engine:
                 self.model.set_requires_gradient_sync(last)
             yield
 
-    def step(self, lr: float) -> float:
-        """Clip, update, zero; returns the gradient norm before clipping."""
+    def clip(self) -> None:
+        """Start to measure and clip the gradients, without waiting: who then waits for the loss has waited for both."""
         self._check_gradients()
         clip = self.recipe.optimizer.clip_norm
         norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), clip if clip is not None else float("inf"))
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        value = float(norm)
+        self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def step(self, lr: float) -> float:
+        """Clip (unless `clip` was called), update, zero; returns the gradient norm before clipping."""
+        if self._norm is None:
+            self.clip()
+        assert self._norm is not None
+        value = float(self._norm)
+        self._norm = None
         if value == value and value != float("inf"):  # a step with NaN or inf gradients is skipped on every rank alike
             set_rate(self.optimizer, lr)
             self.optimizer.step()
@@ -308,6 +315,7 @@ class Engine:
 
     def discard(self) -> None:
         """Throw the gradients of this step away instead of calling `step`: weights and optimizer stay as they are."""
+        self._norm = None
         self.optimizer.zero_grad(set_to_none=True)
 
 

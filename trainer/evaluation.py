@@ -16,8 +16,9 @@ from torch import Tensor
 
 from chatmill.config import ConfigError
 from chatmill.data.shards import TokenDataset
-from chatmill.data.stream import PackedBatch, PackedStream
+from chatmill.data.stream import Annotate, PackedBatch, PackedStream
 from chatmill.data.tokenizer import ChatTokenizer
+from chatmill.trainer.attention_plans import plan_maker
 from chatmill.trainer.checkpoint import Checkpoint, open_checkpoint
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.model import Decoder, LossOutput
@@ -25,9 +26,15 @@ from chatmill.trainer.world import World
 
 
 def validation_batches(
-    dataset: TokenDataset, *, sequence_length: int, micro_batch: int, world: World, max_dialogues: int | None = None
+    dataset: TokenDataset,
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    world: World,
+    max_dialogues: int | None = None,
+    annotate: Annotate | None = None,
 ) -> PackedStream:
-    """All validation dialogues (the first max_dialogues of them) once, in a fixed order."""
+    """All validation dialogues (the first max_dialogues of them) once, in a fixed order. annotate: makes batch.plan."""
     return PackedStream(
         dataset,
         sequence_length=sequence_length,
@@ -38,6 +45,8 @@ def validation_batches(
         epochs=1,
         overlong="drop" if getattr(dataset, "preference", False) else "truncate",
         max_dialogues=max_dialogues,
+        annotate=annotate,
+        pin=world.device.type == "cuda",
     )
 
 
@@ -134,13 +143,24 @@ def evaluate_checkpoint(
         on = batch.to(device, non_blocking=True)
         with autocast:
             output: LossOutput = model(
-                on.tokens, on.positions, on.cu_seqlens, targets=on.targets, rows=on.rows, max_seqlen=on.max_seqlen
+                on.tokens,
+                on.positions,
+                on.cu_seqlens,
+                targets=on.targets,
+                rows=on.rows,
+                plan=on.plan,
+                max_seqlen=on.max_seqlen,
             )
         return output
 
     length = min(sequence_length, checkpoint.config.context)
     batches = validation_batches(
-        dataset, sequence_length=length, micro_batch=micro_batch, world=world, max_dialogues=max_dialogues
+        dataset,
+        sequence_length=length,
+        micro_batch=micro_batch,
+        world=world,
+        max_dialogues=max_dialogues,
+        annotate=plan_maker(checkpoint.config, "auto", precision, device),
     )
     figures = evaluate(forward, batches, world)
     assert figures is not None

@@ -197,6 +197,7 @@ def _steps(run: Run, validation: Validation, evaluated: int) -> int:
         lr = learning_rate(state.step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule, seen, recipe.schedule_tokens)
         watchdog.beat("forward and backward", state.step)
         sums = engine.forward_backward(micro)
+        engine.clip()
         watchdog.beat("update", state.step)
         loss_sum, stops = world.sum([float(sums.loss_sum), float(run.stop.asked)])
         loss = loss_sum / max(1, micro[0].step_examples)

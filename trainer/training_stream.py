@@ -6,14 +6,10 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from chatmill.config import ConfigError
 from chatmill.data.mixture import Mixture
 from chatmill.data.stream import PackedBatch, PackedStream
-from chatmill.kernels.attention_config import DevicePlan, plan_attention
+from chatmill.trainer.attention_plans import plan_maker
 from chatmill.trainer.config import ModelConfig, Recipe
 from chatmill.trainer.world import World
 
@@ -22,24 +18,6 @@ def training_stream(
     recipe: Recipe, config: ModelConfig, mixture: Mixture, exclude: Mapping[int, frozenset[str]], world: World
 ) -> PackedStream:
     """The shuffled stream of this rank; on a GPU with the attention kernel's tile plans, made beside the batches."""
-
-    def plans(cu_seqlens: NDArray[np.int32], length: int) -> AttentionPlans:
-        def plan(window: int | None) -> DevicePlan:
-            return plan_attention(
-                cu_seqlens,
-                length,
-                head_dim=config.d_head,
-                dtype=dtype,
-                window=window,
-                device=world.device,
-                impl=recipe.kernels.attention,
-            )
-
-        return AttentionPlans({window: plan(window) for window in windows})
-
-    windows = {config.window_of(layer) for layer in range(config.layers)}
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    wants_plans = world.device.type == "cuda" and recipe.kernels.attention in ("auto", "triton", "hopper")
     return PackedStream(
         mixture,
         sequence_length=recipe.data.sequence_length,
@@ -54,7 +32,7 @@ def training_stream(
         max_tokens=recipe.train.tokens,
         max_dialogues=recipe.data.max_dialogues,
         exclude=exclude,
-        annotate=plans if wants_plans else None,
+        annotate=plan_maker(config, recipe.kernels.attention, recipe.train.precision, world.device),
         pin=world.device.type == "cuda",
     )
 
@@ -76,15 +54,3 @@ def overlong_figures(stream: PackedStream) -> dict[str, Any]:
 def merged(exclude: Mapping[int, frozenset[str]], step: int, uids: frozenset[str]) -> dict[int, frozenset[str]]:
     """The exclusions with some more dialogues left out once `step` steps are done."""
     return {**exclude, step: exclude.get(step, frozenset()) | uids}
-
-
-class AttentionPlans(dict[int | None, DevicePlan]):
-    """One tile plan per sliding window that the model's layers use; moves to the device with its batch."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlans:
-        """Copies on `device`."""
-        return AttentionPlans({window: plan.to(device, non_blocking) for window, plan in self.items()})
-
-    def pin_memory(self) -> AttentionPlans:
-        """Copies in page-locked memory."""
-        return AttentionPlans({window: plan.pin_memory() for window, plan in self.items()})

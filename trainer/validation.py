@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 
 from chatmill.data.shards import TokenDataset
+from chatmill.trainer.attention_plans import plan_maker
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.engine import Engine
 from chatmill.trainer.evaluation import evaluate, in_words, pooled, validation_batches
@@ -38,6 +39,8 @@ class Validation:
         self.recipe, self.splits, self.engine, self.display = recipe, splits, engine, display
         self.folder, self.world, self.tokenizer = checkpoints.folder, checkpoints.world, checkpoints.tokenizer
         self.watchdog, self.stop = watchdog, stop
+        train, kernel = recipe.train, recipe.kernels.attention
+        self.annotate = plan_maker(engine.decoder.config, kernel, train.precision, self.world.device)
 
     def run(self, state: TrainState) -> bool:
         """Measure, log and answer the prompts; True when it is the best validation so far and checkpoints follow it."""
@@ -74,6 +77,7 @@ class Validation:
                 micro_batch=evaluation.micro_batch or self.recipe.train.micro_batch,
                 world=self.world,
                 max_dialogues=evaluation.max_dialogues,
+                annotate=self.annotate,
             )
             figures = evaluate(self.engine.forward, batches, self.world, asked, self.recipe.objective == "dpo")
             if figures is None:

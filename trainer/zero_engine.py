@@ -129,6 +129,9 @@ class ZeroEngine(Engine):
         assert sums is not None
         return sums
 
+    def clip(self) -> None:
+        """Nothing here: DeepSpeed clips in its step."""
+
     def step(self, lr: float) -> float:
         """Clip, update, zero (all inside DeepSpeed); returns the gradient norm before clipping."""
         set_rate(self.optimizer, lr)

@@ -20,10 +20,10 @@ from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.data.synthetic import MemoryDataset
 from chatmill.kernels import linear_cross_entropy
 from chatmill.kernels.attention_config import plan_attention
+from chatmill.trainer.attention_plans import AttentionPlans
 from chatmill.trainer.config import ModelConfig, Recipe
 from chatmill.trainer.engine import Engine
 from chatmill.trainer.generation import generate
-from chatmill.trainer.loop import AttentionPlans
 from chatmill.trainer.model import Decoder
 from chatmill.trainer.random_state import random_state, restore_random_state
 from chatmill.trainer.world import World
@@ -99,6 +99,7 @@ def test_a_step_waits_for_nothing_but_the_gradients_norm(device: str, monkeypatc
     engine.step(1e-3)
     with no_wait(where):
         engine.forward_backward(data[2:])
+        engine.clip()
     with Waits() as waits:
         engine.step(1e-3)
     assert [name for name in waits.found if name != "aten::equal"] == ["aten::_local_scalar_dense"]
