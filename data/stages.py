@@ -77,6 +77,8 @@ class ImportFile:
             lines, size = [], 0
 
         for conversation in read_file(file, self.work.recipe.sources[source], ledger):
+            if any("\ufffd" in turn.content for turn in conversation.turns):
+                ledger.change("with characters that could not be decoded (another sources.encoding?)", conversation.origin)
             lines.append(encode_line(conversation))
             size += len(lines[-1])
             if size >= CHUNK_BYTES:

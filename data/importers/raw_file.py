@@ -97,7 +97,7 @@ class RawFile:
 
     @contextmanager
     def text(self, encoding: str = "utf-8") -> Iterator[io.TextIOWrapper]:
-        """Text lines; a byte-order mark is skipped, undecodable bytes become U+FFFD (the cleaner counts them)."""
+        """Text lines; a byte-order mark is skipped, undecodable bytes become U+FFFD (the import counts them)."""
         with self.open(encoding) as raw:
             utf8 = isinstance(raw, _Recoded) or encoding.lower().replace("_", "-") == "utf-8"
             name = "utf-8-sig" if utf8 else encoding

@@ -15,6 +15,7 @@ from chatmill.data.ledger import Ledger
 from chatmill.data.pair import make_samples
 from chatmill.data.pipeline import _raw_files
 from chatmill.data.recipe import DataRecipe, PairSection, SourceSection
+from chatmill.data.stages import ImportFile, Work
 
 
 def chat(text: str) -> str:
@@ -143,3 +144,15 @@ def test_turns_that_are_joined_and_turns_that_are_left_out_are_counted_apart(tmp
     samples = list(make_samples(found[0], PairSection(), ledger))
     assert [(t.role, t.content) for t in samples[0].turns] == [("user", "1\n2"), ("assistant", "3\n5")]
     assert sorted(ledger.changed.values()) == [2, 3] and ledger.changed["turns of one speaker in a row joined"] == 2
+
+
+def test_a_wrong_encoding_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes("question;answer\nWie?;Sehr schön\nWas?;Nichts\n".encode("cp1252"))
+    (tmp_path / "import").mkdir()
+    for encoding, expected in (("utf-8", 1), ("cp1252", 0)):
+        chosen = recipe(tmp_path / "x.csv")
+        source = chosen.sources[0].model_copy(update={"encoding": encoding})
+        files, _ = _raw_files(chosen)
+        work = Work(tmp_path, chosen.model_copy(update={"sources": [source]}), tuple(files))
+        found = ImportFile(work)("f00000")["import"]
+        assert found["kept"] == 2 and sum(found["changed"].values()) == expected
