@@ -5,15 +5,16 @@
 
 Every row is a real run of two processes (gloo, so no GPU is needed) on a data set made here, under the supervisor that Slurm
 jobs run under; trainer/fault_injection.py makes the fault happen in one rank. steps lost: computed before the fault and again
-after it. seconds: from the fault to the first step of the run that goes on. kept: the losses of all steps equal those of a run
-to which nothing happened (bit for bit with the same engine and world size), or, where dialogues are left out by intention,
-those of a run that left them out from the beginning. Takes about five minutes on two cores.
+after it. seconds: from the fault to the first step of the run that goes on. kept: every step's tokens and loss equal those of
+a run to which nothing happened (the loss bit for bit with the same engine and world size), or, where dialogues are left out by
+intention, those of a run that left them out from the beginning. Takes about five minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -53,7 +54,7 @@ class Bench:
         self.folder = folder
         self.chance = random.Random(seed)
         self.vocab = make_data(folder / "data")
-        self._reference: list[float] = []
+        self._reference: list[tuple[float, int, int]] = []
 
     def recipe(self, name: str, **sections: dict[str, Any]) -> Path:
         """A recipe of two processes, in a file."""
@@ -95,24 +96,27 @@ class Bench:
         """Run folder of a recipe."""
         return self.folder / "runs" / recipe.stem
 
-    def losses(self, recipe: Path) -> list[float]:
-        """Loss of every step that the run's metrics hold."""
-        return [line["loss"] for line in read_jsonl(self.run_of(recipe) / "metrics.jsonl") if "loss" in line]
+    def steps(self, recipe: Path) -> list[tuple[float, int, int]]:
+        """(loss, tokens, tokens with loss) of every step that the run's metrics hold."""
+        lines = read_jsonl(self.run_of(recipe) / "metrics.jsonl")
+        return [(line["loss"], line["tokens"], line["loss_tokens"]) for line in lines if "loss" in line]
 
-    def reference(self) -> list[float]:
-        """The losses of the run to which nothing happens."""
+    def reference(self) -> list[tuple[float, int, int]]:
+        """The steps of the run to which nothing happens."""
         if not self._reference:
             recipe = self.recipe("reference")
             done = self.run(recipe)
-            self._reference = self.losses(recipe)
+            self._reference = self.steps(recipe)
             if len(self._reference) != STEPS:
                 raise RuntimeError(f"the reference run did not finish:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         return self._reference
 
     def is_kept(self, recipe: Path, tolerance: float = 0.0) -> bool:
-        """Whether the run's losses are the reference's."""
-        found, wanted = self.losses(recipe), self.reference()
-        return len(found) == len(wanted) and all(abs(a - b) <= tolerance * abs(b) for a, b in zip(found, wanted, strict=True))
+        """Whether every step had the reference's tokens, and its loss within a relative tolerance."""
+        found, wanted = self.steps(recipe), self.reference()
+        return [step[1:] for step in found] == [step[1:] for step in wanted] and all(
+            abs(a[0] - b[0]) <= tolerance * abs(b[0]) for a, b in zip(found, wanted, strict=True)
+        )
 
     def cost(self, recipe: Path) -> tuple[int, float]:
         """(steps lost, seconds from the fault to the first step afterwards)."""
@@ -227,7 +231,7 @@ def full_disk(bench: Bench) -> Row:
     recipe = bench.recipe("disk")
     bench.run(recipe, fault="disk:1:6")
     failed = bench.events(recipe, "checkpoint_failed")
-    steps = len(bench.losses(recipe))
+    steps = len(bench.steps(recipe))
     old = [p.name for p in (bench.run_of(recipe) / "checkpoints").glob("step-*")]
     bench.run(recipe)
     found = f"{failed[0]['reason'][:60]}...; trained to step {steps}, kept {old}" if failed else "not noticed"
@@ -250,9 +254,10 @@ def not_a_number(bench: Bench) -> Row:
     bench.run(recipe, fault="nan:1:7")
     events = bench.events(recipe, "skipped_step")
     found = f"step {events[0]['step']} left out, {len(events[0]['uids'])} dialogues named" if events else "not noticed"
-    losses = bench.losses(recipe)
-    others = [x for i, x in enumerate(losses) if i != 6]
-    kept = len(events) == 1 and len(losses) == STEPS and all(x == x for x in others) and losses[:6] == bench.reference()[:6]
+    steps, wanted = bench.steps(recipe), bench.reference()
+    finite = all(math.isfinite(loss) for i, (loss, *_) in enumerate(steps) if i != 6)
+    same_tokens = [step[1:] for step in steps] == [step[1:] for step in wanted]
+    kept = len(events) == 1 and same_tokens and finite and steps[:6] == wanted[:6]
     return Row("NaN on one rank", found, 0, 0.0, kept)
 
 
@@ -272,7 +277,7 @@ def spike(bench: Bench) -> Row:
     bench.run(clean)
     lost = events[0]["step"] - events[0]["to_step"] - 1
     found = f"rolled back from step {events[0]['step']} to {events[0]['to_step']}, {events[0]['excluded']} dialogues excluded"
-    return Row("loss spike on one rank", found, lost, bench.cost(recipe)[1], bench.losses(recipe) == bench.losses(clean))
+    return Row("loss spike on one rank", found, lost, bench.cost(recipe)[1], bench.steps(recipe) == bench.steps(clean))
 
 
 def crash_loop(bench: Bench) -> Row:

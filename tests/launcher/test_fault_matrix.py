@@ -26,13 +26,21 @@ def test_kill_minus_nine_loses_nothing_and_another_engine_and_world_size_go_on(t
 def test_a_loss_curve_that_differs_counts_as_lost(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(fault_matrix, "make_data", lambda folder: 320)
     bench = Bench(tmp_path)
-    monkeypatch.setattr(bench, "_reference", [3.0, 2.0])
+    monkeypatch.setattr(bench, "_reference", [(3.0, 9, 4), (2.0, 8, 5)])
     recipe = bench.recipe("run")
     run = bench.run_of(recipe)
     run.mkdir(parents=True)
-    for losses, kept in (([3.0, 2.0], True), ([3.0, 2.0000001], False), ([3.0], False), ([3.0, 2.0, 1.0], False)):
-        (run / "metrics.jsonl").write_text("".join(json.dumps({"step": 1, "loss": loss}) + "\n" for loss in losses))
-        assert bench.is_kept(recipe) is kept
+    for steps, kept in (
+        ([(3.0, 9, 4), (2.0, 8, 5)], True),
+        ([(3.0, 9, 4), (2.0000001, 8, 5)], False),
+        ([(3.0, 9, 4), (2.0, 7, 5)], False),
+        ([(3.0, 9, 4), (2.0, 8, 4)], False),
+        ([(3.0, 9, 4)], False),
+        ([(3.0, 9, 4), (2.0, 8, 5), (1.0, 8, 5)], False),
+    ):
+        lines = [{"step": 1, "loss": loss, "tokens": tokens, "loss_tokens": supervised} for loss, tokens, supervised in steps]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert bench.is_kept(recipe) is kept, steps
     monkeypatch.setitem(fault_matrix.FAULTS, "kill", lambda bench: Row("kill", "not noticed", None, None, False))
     assert main(["--only", "kill"]) == 1
     assert "lost or not noticed: kill" in capsys.readouterr().out

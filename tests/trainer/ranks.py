@@ -41,10 +41,10 @@ def _context() -> ForkServerContext:
     return context
 
 
-def train_in_ranks(recipe: Path, processes: int, *overrides: str, timeout_s: float = 600) -> str:
-    """Train a recipe and return what all ranks printed."""
+def train_in_ranks(recipe: Path, processes: int, *overrides: str, fault: str = "", timeout_s: float = 600) -> str:
+    """Train a recipe and return what all ranks printed. fault: what goes wrong in it (trainer/fault_injection.py)."""
     with tempfile.TemporaryDirectory() as folder:
-        return run_in_ranks(_train, processes, ([str(recipe), *overrides],), Path(folder), timeout_s)
+        return run_in_ranks(_train, processes, ([str(recipe), *overrides], fault), Path(folder), timeout_s)
 
 
 def run_in_ranks(
@@ -98,10 +98,14 @@ def _rank(environment: dict[str, str], log: Path, target: Callable[..., None], a
     os._exit(code)  # waits neither for other ranks nor for the threads of DeepSpeed and gloo
 
 
-def _train(words: list[str]) -> None:
+def _train(words: list[str], fault: str) -> None:
+    from chatmill.trainer.config import load_recipe
+    from chatmill.trainer.fault_injection import Fault, install
     from chatmill.trainer.train import main
 
     sys.argv = sys.orig_argv = ["trainer/train.py", *words]
+    if fault:
+        install(Fault(fault, load_recipe(words[0], words[1:]).run_dir))
     code = main(words)
     if code:
         raise SystemExit(code)
