@@ -6,7 +6,8 @@
 Shapes: T tokens of all documents in one row, Hq query heads, Hk key/value heads (Hq a multiple of Hk), D and Dv channels.
 `cu_seqlens` holds the document boundaries; nothing attends across one.
 Method: Dao et al., FlashAttention-2, arXiv:2307.08691 and -3, arXiv:2407.08608; tiles planned on the CPU (attention_plan.py).
-Tiers:  triton (attention_triton.py), flash-attn, SDPA, FlexAttention, torch (attention_torch.py); dispatch.py chooses.
+Tiers:  triton (attention_triton.py), hopper (attention_hopper.py), flash-attn, SDPA, FlexAttention, torch (attention_torch.py);
+        dispatch.py chooses.
 Bench:  python -m chatmill.kernels.bench attention
 """
 

@@ -12,6 +12,7 @@ import argparse
 import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -139,8 +140,9 @@ CHECKS: dict[str, Callable[[], dict[str, float]]] = {
 def guarded(name: str, timeout_s: float = 120.0) -> dict[str, float]:
     """Figures of one check, made in another process; RuntimeError where it fails or does not end."""
     command = [sys.executable, "-m", "chatmill.kernels.attention_hopper_check", "--here", name]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
         raise RuntimeError(
             f"attention, Hopper tier: {name} did not end within {timeout_s:.0f} s: a deadlock of its barriers, or a compiler "

@@ -1,5 +1,6 @@
 """The Hopper forward, run by the simulator: right under adversarial schedules, and every broken barrier is seen."""
 
+import subprocess
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ pytest.importorskip("triton.experimental.gluon")
 from tests.kernels.gluon_memory import DeadlockError, RaceError, SimulationError
 from tests.kernels.gluon_simulator import Edits, Simulated
 
-from chatmill.kernels import attention_hopper, dispatch, interpreter
+from chatmill.kernels import attention_hopper, attention_hopper_check, dispatch, interpreter
 from chatmill.kernels.attention import attention, attention_reference
 from chatmill.kernels.attention_config import HOPPER_FORWARD, KernelConfig, TileConfig, plan_attention
 from chatmill.kernels.attention_hopper import attention_forward_hopper, heads_together, why_not_hopper
@@ -245,3 +246,19 @@ def test_without_a_gpu_it_is_refused_in_words() -> None:
     q = torch.randn(8, 1, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="runs on a Hopper GPU alone"):
         attention(q, q, q, impl="hopper")
+
+
+def test_a_check_that_hangs_or_fails_is_named_and_spares_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(command: list[str], *, timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:
+        if command[-1] == "one_tile":
+            raise subprocess.TimeoutExpired(command, timeout)
+        code = int(command[-1] == "layouts")
+        return subprocess.CompletedProcess(command, code, 'warning\n{"D64": 0.001}\n', "Traceback\nAssertionError: error 1e-1")
+
+    monkeypatch.setattr(attention_hopper_check.subprocess, "run", answer)
+    assert attention_hopper_check.guarded("bitwise") == {"D64": 0.001}
+    with pytest.raises(RuntimeError, match="layouts failed:\nTraceback\nAssertionError: error 1e-1"):
+        attention_hopper_check.guarded("layouts")
+    attention_hopper_check.why_unfit.cache_clear()
+    assert "one_tile did not end within 120 s: a deadlock" in str(attention_hopper_check.why_unfit())
+    attention_hopper_check.why_unfit.cache_clear()
