@@ -79,5 +79,5 @@ from chatmill.data.synthetic import MemoryDataset
 batches = iter(PackedStream(MemoryDataset.random(300), sequence_length=512, prefetch=3))
 print(len(list(islice(batches, 5))))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")

@@ -233,7 +233,7 @@ class SlurmCluster:
         with (self.folder / "log" / name).open("wb") as log:
             self._daemons.append(subprocess.Popen(words, env=self.environment, stdout=log, stderr=subprocess.STDOUT))
 
-    def _until(self, what: str, done: object, timeout_s: float = 120.0) -> None:
+    def _until(self, what: str, done: object, timeout_s: float = 600.0) -> None:
         assert callable(done)
         deadline = time.monotonic() + timeout_s
         while not done():
@@ -271,7 +271,7 @@ class SlurmCluster:
         """Output of one of Slurm's commands."""
         words = self.network.inside("ctl", list(command)) if self.network else list(command)
         done = subprocess.run(
-            words, env=self.environment | dict(extra or {}), cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+            words, env=self.environment | dict(extra or {}), cwd=cwd, capture_output=True, text=True, timeout=300, check=False
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip()}")
@@ -290,7 +290,7 @@ class SlurmCluster:
         """One field of `scontrol show job`."""
         return self.call("scontrol", "show", "job", "-o", job).partition(f" {name}=")[2].split(" ")[0]
 
-    def wait_until(self, job: str, states: tuple[str, ...], timeout_s: float = 300.0) -> str:
+    def wait_until(self, job: str, states: tuple[str, ...], timeout_s: float = 600.0) -> str:
         """Poll until the job is in one of the states (sbatch --wait backs off for most of a minute)."""
         deadline = time.monotonic() + timeout_s
         while (state := self.state(job)) not in states:
@@ -299,6 +299,6 @@ class SlurmCluster:
             time.sleep(0.1)
         return state
 
-    def wait(self, job: str, timeout_s: float = 300.0) -> str:
+    def wait(self, job: str, timeout_s: float = 600.0) -> str:
         """Until the job is over for good; returns its state."""
         return self.wait_until(job, ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"), timeout_s)

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,19 +32,13 @@ def test_every_command_of_the_readme_is_understood(command: str) -> None:
     build_parser().parse_args(shlex.split(command)[1:])
 
 
-def test_help_answers_in_under_four_tenths_of_a_second() -> None:
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "chatmill.launcher", "--help"], check=True, capture_output=True, cwd=ROOT)
-        best = min(best, time.perf_counter() - began)
-    assert best < 0.4 or best < 4 * _bare_start(), f"{best:.2f} s"
-
-
-def _bare_start() -> float:
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import argparse"], check=True, capture_output=True)
-    return time.perf_counter() - began
+def test_help_loads_nothing_heavy() -> None:
+    program = "import sys; from chatmill.launcher.__main__ import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    heavy = {"torch", "numpy", "yaml", "pydantic", "rich", "transformers", "accelerate", "deepspeed", "webdataset", "asyncio"}
+    assert "argparse" in loaded
+    assert not loaded & heavy
 
 
 @pytest.mark.parametrize(

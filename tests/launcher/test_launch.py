@@ -146,7 +146,7 @@ def test_a_launch_runs_its_own_copy_of_the_code_and_is_cancelled_and_resumed_as_
     assert [event["step"] for event in resumed] == [stopped]
 
 
-def wait_until(what: str, done: object, timeout_s: float = 120.0) -> None:
+def wait_until(what: str, done: object, timeout_s: float = 600.0) -> None:
     assert callable(done)
     deadline = time.monotonic() + timeout_s
     while not done():

@@ -53,7 +53,7 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
 
 
-def until(what: str, done: Any, timeout_s: float = 300.0) -> None:
+def until(what: str, done: Any, timeout_s: float = 600.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
@@ -202,7 +202,7 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_in_the_next_one(
         job, run = fresh.submit("limited", "--time=1", "--signal=B:USR1@10", steps=LONG)
         until("stopped by the signal", lambda: any(a.outcome for a in attempts(run)))
         at_step, since = last_step(run), (attempts(run)[0].ended or 0.0)
-        cluster.wait_until(job, ("PENDING",), 120)
+        cluster.wait_until(job, ("PENDING",), 600)
         cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # one interruption is enough
         state = cluster.wait(job, 600)
     assert state == "COMPLETED", fresh.output("limited", job)

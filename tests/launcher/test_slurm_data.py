@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def until(what: str, done: Callable[[], bool], timeout_s: float = 240.0) -> None:
+def until(what: str, done: Callable[[], bool], timeout_s: float = 600.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
@@ -79,7 +79,7 @@ def test_a_build_killed_with_its_arrays_goes_on_to_the_bytes_of_a_local_one(clus
         if stage == "prepare":
             cluster.call("scancel", "--user=root")
             until("the queue is empty", lambda: not cluster.call("squeue", "-h", "-o", "%i"))
-    finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert tree(out) == tree(folder / "local")
 

@@ -158,7 +158,7 @@ def test_the_script_for_hands_is_what_the_launcher_renders() -> None:
     assert "#SBATCH --array=1-8\n" in script and "set -- '/a b/s.yaml'\n" in script and "export A='$(id)'\n" in script
 
 
-def wait_until(what: str, done: Any, timeout_s: float = 180.0) -> None:
+def wait_until(what: str, done: Any, timeout_s: float = 600.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"

@@ -104,7 +104,7 @@ def cut_back(run: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def launch(recipe: Path, processes: int, *overrides: str, launcher: str = "torchrun", timeout_s: float = 240) -> str:
+def launch(recipe: Path, processes: int, *overrides: str, launcher: str = "torchrun", timeout_s: float = 900) -> str:
     """Run a recipe in `processes` processes and return what it printed. Raises on a non-zero exit."""
     done = start(recipe, processes, *overrides, launcher=launcher)
     out, _ = done.communicate(timeout=timeout_s)

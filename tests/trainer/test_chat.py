@@ -278,7 +278,7 @@ def test_a_real_terminal_streams_and_ctrl_c_stops_the_reply_not_the_program(chec
     os.close(slave)
     seen = ""
 
-    def wait_for(words: str, timeout_s: float = 120) -> None:
+    def wait_for(words: str, timeout_s: float = 600) -> None:
         nonlocal seen
         until = time.monotonic() + timeout_s
         while words not in seen:

@@ -47,7 +47,7 @@ class Served:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
-        until = time.monotonic() + 30
+        until = time.monotonic() + 300
         while not self._server.started:
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -55,12 +55,12 @@ class Served:
 
     def close(self) -> None:
         self._server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(300)
         assert not self._thread.is_alive()
 
     def send(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, http.client.HTTPResponse]:
         """(status, JSON or text, response)."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=3000)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         kind = {} if body is None else {"Content-Type": "application/json"}
         connection.request(method, path, data, {**kind, **{k.replace("_", "-"): v for k, v in headers.items()}})
@@ -78,7 +78,7 @@ class Served:
         """An open connection whose reply has begun."""
         body = json.dumps(HELLO | {"stream": True, "max_tokens": 400} | changes).encode()
         head = f"{POST.format('chat/completions')}Content-Length: {len(body)}\r\n\r\n"
-        link = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        link = socket.create_connection(("127.0.0.1", self.port), timeout=300)
         link.sendall(head.encode() + body)
         seen = b""
         while b"data:" not in seen:
@@ -86,7 +86,7 @@ class Served:
         return link
 
     def wait_idle(self) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while self.engine.load != (0, 0):
             assert time.monotonic() < until, self.engine.load
             time.sleep(0.02)
@@ -289,7 +289,7 @@ def test_oversized_bodies_and_other_types_are_refused(served: Served) -> None:
     assert served.send("POST", "/v1/chat/completions", HELLO, Content_Type="text/plain")[0] == 415
     assert served.send("GET", "/v1/chat/completions")[0] == 405
     assert served.send("GET", "/nothing")[0] == 404
-    link = socket.create_connection(("127.0.0.1", served.port), timeout=30)  # no length is declared
+    link = socket.create_connection(("127.0.0.1", served.port), timeout=300)  # no length is declared
     link.sendall((POST.format("completions") + "Transfer-Encoding: chunked\r\n\r\n").encode())
     for _ in range(3):
         link.sendall(b"2710\r\n" + b" " * 10_000 + b"\r\n")
