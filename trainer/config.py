@@ -198,7 +198,7 @@ class ScheduleSection(Section):
     """Learning rate over the run: linear warm-up, then the named decay down to min_ratio x lr.
 
     unit: `steps` (warmup_steps, train.steps) or `tokens` (warmup_tokens, total_tokens; padding does not count).
-    total_tokens: over which the rate falls; null: train.tokens, the budget of the run.
+    total_tokens: over which the rate falls; null: those of the run, which train.tokens or train.epochs ends.
     wsd: warm-up, stable, then a linear decay over the last decay_fraction. inverse_sqrt: lr sqrt(warm-up / position).
     """
 
@@ -402,15 +402,15 @@ class Recipe(Section):
 
     @property
     def schedule_tokens(self) -> int | None:
-        """Tokens over which the learning rate falls with schedule.unit=tokens; None by steps."""
+        """Tokens over which the learning rate falls with schedule.unit=tokens; None by steps, or before epochs are counted."""
         return (self.schedule.total_tokens or self.train.tokens) if self.schedule.unit == "tokens" else None
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Recipe:
-        if self.schedule.unit == "tokens" and self.schedule_tokens is None:
+        if self.schedule.unit == "tokens" and self.schedule_tokens is None and self.train.epochs is None:
             raise ValueError(
-                "schedule.unit=tokens needs the tokens over which the rate falls: set train.tokens (the budget of the run) "
-                "or schedule.total_tokens"
+                "schedule.unit=tokens needs the tokens over which the rate falls: set train.tokens (the budget of the run), "
+                "train.epochs or schedule.total_tokens"
             )
         if self.schedule_tokens is not None and self.schedule.warmup_tokens >= self.schedule_tokens:
             name = "train.tokens" if self.schedule.total_tokens is None else "schedule.total_tokens"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,25 @@ def test_a_budget_is_counted_in_steps_and_ends_the_run(
     assert train(recipe) == steps
 
 
+def test_the_last_epoch_is_the_end_of_a_schedule_by_tokens(write_recipe, tmp_path: Path) -> None:
+    by_tokens = {"unit": "tokens", "warmup_steps": 0, "warmup_tokens": 500, "min_ratio": 0.0}
+    path = write_recipe("falling", data={"max_dialogues": 60}, evaluation={"at_end": False}, schedule=by_tokens)
+    path.write_text(path.read_text().replace("  steps: 8\n", ""))
+    recipe = load_recipe(str(path), ["train.epochs=1"])
+    run = tmp_path / "runs" / "falling"
+    steps = train(recipe)
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
+    seen = list(itertools.accumulate(line["tokens"] for line in lines))
+    expected = [learning_rate(0, 1, recipe.optimizer.lr, recipe.schedule, tokens, seen[-1]) for tokens in seen]
+    assert [line["lr"] for line in lines] == expected
+    assert expected[-1] == 0.0 < expected[-2]
+    cut_back(run, 4)  # the same command goes on with the same end in sight
+    assert train(recipe) == steps > 4
+    assert [line["lr"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line] == expected
+    with pytest.raises(ConfigError, match=r"warmup_tokens=9000000 leaves nothing of the run's"):
+        train(load_recipe(str(path), ["train.epochs=1", "run.name=long", "schedule.warmup_tokens=9000000"]))
+
+
 def test_an_epoch_with_less_left_than_was_counted_ends_in_order(
     write_recipe, other_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +224,7 @@ def test_the_order_in_which_a_recipe_lists_its_data_sets_does_not_matter(mixed) 
     recipe = mixed("order")
     turned = mixed("order", {"mix": [item.model_dump() for item in recipe.data.mix[::-1]]})
     one, other = (Schedule(open_mixture(recipe.data), sequence_length=128, global_batch=4) for recipe in (recipe, turned))
-    first, second = ([[pack.uids() for pack in plan.packs] for plan in islice(s.steps(), 8)] for s in (one, other))
+    first, second = ([[pack.uids() for pack in plan.packs] for plan in itertools.islice(s.steps(), 8)] for s in (one, other))
     assert first == second and one.mixture.fingerprint == other.mixture.fingerprint
 
 
