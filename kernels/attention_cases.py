@@ -118,6 +118,19 @@ def hopper_backward_cases() -> list[Case]:
                 instructions=("UTMALDG", "UTMAREDG"),
             )
         )
+    passes = (
+        (fused.backward_prepare_kernel, {"D": 128, "BLOCK_M": fused.ROWS, "HAS_DLSE": True}),
+        (
+            fused.backward_finish_kernel,
+            {"BLOCK": fused.FINISH_BLOCK},
+        ),
+    )
+    for kernel, constants in passes:
+        kinds = {"LSE": "*fp32", "DLSE": "*fp32", "LSE2": "*fp32", "DELTA": "*fp32", "DQ_SUM": "*fp32", "scale": "fp32"}
+        types = {n: kinds.get(n, _type_of(n, "bf16")) for n in kernel.arg_names if n not in constants}
+        strides = tuple(name for name in types if name.endswith(("_row", "_head")))
+        name = f"backward hopper {kernel.__name__}"
+        cases.append(Case(name, kernel, types, constants, arch=90, aligned=strides, tensor_cores=False))
     return cases
 
 

@@ -36,6 +36,8 @@ from chatmill.kernels.attention_triton import LOG2E, LOG2E_, _cap_slope, _capped
 DIMS = (64, 128)
 # rows of a pass over all rows
 ROWS = 64
+# elements of the last pass
+FINISH_BLOCK = 2048
 # lse and delta are read in blocks that start at multiples of this many rows
 ALIGNED_ROWS = tl.constexpr(4)
 
@@ -163,7 +165,8 @@ def attention_backward_hopper(
         scale, scale * LOG2E, max(softcap, 1e-6) * LOG2E,
         D=D, BLOCK_M=block_m, BLOCK_N=block_n, HAS_CAP=softcap > 0, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    backward_finish_kernel[(triton.cdiv(dq.numel(), 2048),)](dq_sum, dq, dq.numel(), scale, BLOCK=2048, num_warps=8)
+    finish = (triton.cdiv(dq.numel(), FINISH_BLOCK),)
+    backward_finish_kernel[finish](dq_sum, dq, dq.numel(), scale, BLOCK=FINISH_BLOCK, num_warps=4)
     return dq, dk, dv
 
 
