@@ -290,6 +290,21 @@ def accumulation_communicates_once(world: World, data: str) -> None:
 
 
 @check
+def zero_2_and_3_reduce_every_micro_batch(world: World, data: str) -> None:
+    """They hold a share of the gradients only, so nothing is left in which a rank could add up its own."""
+    for strategy in ("zero2", "zero3"):
+        reductions = []
+        for accumulation in (1, 4):
+            recipe = recipe_for(data, strategy, train={"accumulation": accumulation})
+            engine = make_engine(world, recipe)
+            micro = [next(steps_of(recipe, world, 1))[0] for _ in range(accumulation)]
+            with counting() as found:
+                engine.forward_backward(micro)
+            reductions.append(sum(n for name, n in found.items() if "allreduce" in name or "reduce_scatter" in name))
+        assert 0 < 4 * reductions[0] == reductions[1], (strategy, reductions)
+
+
+@check
 def compiled_layers_and_recomputation_equal_one_process(world: World, data: str) -> None:
     wanted = train(make_engine(alone(), recipe_for(data, "single")), 2)
     cases = [("ddp", "full", True), ("fsdp2", "selective", True), ("fsdp2", "full", False)]

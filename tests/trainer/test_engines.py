@@ -83,6 +83,7 @@ def test_zero_offloads_and_averages_as_one_process_does(tiny_data: Path, tmp_pat
         "the_average_works_under_zero",
         "a_step_left_out_leaves_no_trace_under_zero",
         "zero_offload_equals_one_process",
+        "zero_2_and_3_reduce_every_micro_batch",
     )
 
 
