@@ -108,8 +108,8 @@ def _train(
     ended = state.step >= recipe.train.steps or is_stale(state, recipe)
     if world.any(world.is_main and ended and folder.is_finished(state.step)):
         if world.is_main:
-            more = "Raise train.steps" if state.step >= recipe.train.steps else "It stopped early; raise evaluation.patience"
-            print(f"{folder.path} is finished: {state.step} of {recipe.train.steps} steps. {more} to go on.")
+            early = "It stopped early; raise evaluation.patience to go on." if state.step < recipe.train.steps else ""
+            print(f"{folder.path} is finished: {state.step} of {recipe.train.steps} steps. {early}".rstrip())
         return state.step
     with StepDisplay(recipe.train.steps, state.step, quiet=not world.is_main) as display:
         checkpoints.say = display.say

@@ -21,10 +21,12 @@ import yaml
 
 from chatmill.config import ConfigError, dump_yaml, validate
 from chatmill.files import replace_text
-from chatmill.run_files import PREEMPTED, append_jsonl, read_jsonl
+from chatmill.run_files import PREEMPTED, append_jsonl, list_checkpoints, read_jsonl, step_of
 from chatmill.trainer.config import Recipe
+from chatmill.trainer.schedule import same_rates
 
-# What may differ between the attempts of one run without changing what it computes.
+# What may differ between the attempts of one run without changing what it computes; train.steps too, where the steps done keep
+# their learning rates.
 FREE = ("run", "logging", "checkpoint", "evaluation", "parallel", "kernels", "guard")
 FREE_TRAIN = (
     "micro_batch",
@@ -62,8 +64,13 @@ class RunFolder:
         if not file.is_file():
             return
         old, new = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.model_dump(mode="json")
+        free_train: tuple[str, ...] = FREE_TRAIN
         with contextlib.suppress(ConfigError):  # fields that are newer than the run count with their defaults
-            old = validate(Recipe, old, str(file)).model_dump(mode="json")
+            begun = validate(Recipe, old, str(file))
+            old = begun.model_dump(mode="json")
+            done = max(map(step_of, list_checkpoints(self.path)), default=0)
+            if done <= recipe.train.steps and same_rates(begun, recipe, done):
+                free_train = (*FREE_TRAIN, "steps")
         both_mixed = bool(recipe.data.mix and old.get("data", {}).get("mix"))
         free_data = (*FREE_DATA, "path") if both_mixed or self._data_moved(old, recipe) else FREE_DATA
         differing = [
@@ -71,7 +78,7 @@ class RunFolder:
             for section, fields in new.items()
             if section not in FREE and isinstance(fields, dict)
             for key, value in fields.items()
-            if not (section == "train" and key in FREE_TRAIN)
+            if not (section == "train" and key in free_train)
             and not (section == "data" and key in free_data)
             and old.get(section, {}).get(key) != value
         ]

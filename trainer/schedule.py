@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 
-from chatmill.trainer.config import ScheduleSection
+from chatmill.trainer.config import Recipe, ScheduleSection
 
 
 def learning_rate(
@@ -30,6 +30,17 @@ def learning_rate(
             raise ValueError("a schedule by tokens needs total_tokens")
         return rate(tokens, schedule.warmup_tokens, total_tokens, peak, schedule)
     return rate(step + 1, schedule.warmup_steps + 1, steps, peak, schedule)
+
+
+def same_rates(before: Recipe, after: Recipe, done: int) -> bool:
+    """Whether `done` steps with train.steps of one recipe had the learning rates that they have with the other's."""
+    if after.schedule.unit == "tokens":
+        return before.schedule_tokens == after.schedule_tokens
+    old, new = (
+        [learning_rate(step, recipe.train.steps, recipe.optimizer.lr, recipe.schedule) for step in range(done)]
+        for recipe in (before, after)
+    )
+    return old == new
 
 
 def rate(position: int, warmup: int, total: int, peak: float, schedule: ScheduleSection) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from chatmill.config import ConfigError
+from chatmill.run_files import MANIFEST
 from chatmill.trainer.config import Recipe, load_recipe
 from chatmill.trainer.run_folder import RunFolder
 from chatmill.trainer.train import _save_on_interrupt
@@ -40,6 +41,13 @@ def recipe(data: Path, *more: str) -> Recipe:
     return load_recipe("tiny", [f"data.path={data}", *more])
 
 
+def checkpoint(run: RunFolder, step: int) -> None:
+    """A checkpoint in name only."""
+    folder = run.path / f"checkpoints/step-{step:08d}"
+    folder.mkdir()
+    (folder / MANIFEST).touch()
+
+
 def test_a_moved_data_set_is_no_other_recipe_while_a_checkpoint_can_tell(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
@@ -52,7 +60,33 @@ def test_a_moved_data_set_is_no_other_recipe_while_a_checkpoint_can_tell(tmp_pat
     old.rmdir()
     with pytest.raises(ConfigError, match=r"data\.path"):
         run.check_same(recipe(new))  # no checkpoint that knows the data
-    (run.path / "checkpoints/step-00000001").mkdir()
+    checkpoint(run, 100)
     run.check_same(recipe(new))
-    with pytest.raises(ConfigError, match=r"train.steps: 300 -> 400\nContinue it as it was: chatmill train .*run/config.yaml"):
-        run.check_same(recipe(new, "train.steps=400"))
+    with pytest.raises(ConfigError, match=r"train.seed: \d+ -> 9\nContinue it as it was: chatmill train .*run/config.yaml"):
+        run.check_same(recipe(new, "train.seed=9"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "allowed"),
+    [
+        (["schedule.name=constant"], 900, True),
+        (["schedule.name=inverse_sqrt", "schedule.warmup_steps=10"], 900, True),
+        (["schedule.name=wsd", "schedule.decay_fraction=0.5"], 900, True),  # step 100 of 300 is in its stable part
+        (["schedule.name=wsd", "schedule.decay_fraction=0.9"], 900, False),
+        (["schedule.name=cosine"], 900, False),
+        (["schedule.name=constant"], 90, False),  # more is done already
+        (["schedule.unit=tokens", "schedule.warmup_steps=0", "schedule.total_tokens=100000"], 900, True),
+    ],
+)
+def test_steps_may_change_where_those_done_keep_their_learning_rates(
+    tmp_path: Path, schedule: list[str], steps: int, allowed: bool
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(recipe(tmp_path, *schedule), {})
+    checkpoint(run, 100)
+    longer = recipe(tmp_path, *schedule, f"train.steps={steps}")
+    if allowed:
+        run.check_same(longer)
+    else:
+        with pytest.raises(ConfigError, match=f"train.steps: 300 -> {steps}"):
+            run.check_same(longer)
