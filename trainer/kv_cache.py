@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from chatmill.kernels.attention_decode import decode_attention
+from chatmill.kernels.dispatch import why_no_triton
 from chatmill.trainer.config import ModelConfig
 
 
@@ -20,7 +22,8 @@ class KVCache:
     """One conversation's keys and values, preallocated.
 
     k, v: ["layers Hk capacity D"]; head first, so that decoding reads each head's keys as one stretch of memory.
-    length: tokens held.
+    length: tokens held. decode: implementation of decode_attention for single tokens, or "" for torch's attention; on a GPU
+    that Triton knows it is the split-K kernel.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -31,6 +34,10 @@ class KVCache:
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.capacity = capacity
         self.length = 0
+        on_gpu = self.k.is_cuda and why_no_triton(self.k.device) is None
+        self.decode = "auto" if on_gpu else ""
+        self._end = torch.zeros(1, dtype=torch.int32, device=device)  # tokens held during a step, where the kernel reads it
+        self._end_is = 0
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
@@ -56,6 +63,12 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
         """Store k and v, then causal attention of q over everything held; see `chatmill.trainer.model.Memory`."""
         keys, values = self.write(layer, k, v)
+        if self.decode and len(q) == 1 and keys.dtype == q.dtype:
+            if self._end_is != keys.shape[1]:
+                self._end_is = keys.shape[1]
+                self._end.fill_(self._end_is)
+            whole = (self.k[layer].transpose(0, 1)[None], self.v[layer].transpose(0, 1)[None])  # (1, capacity, Hk, D)
+            return decode_attention(q, *whole, self._end, window=window, softcap=softcap, impl=self.decode)
         return cached_attention(q, keys.to(q.dtype), values.to(q.dtype), window=window, softcap=softcap)
 
 

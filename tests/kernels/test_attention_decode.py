@@ -8,6 +8,8 @@ from torch import Tensor
 
 from chatmill.kernels.attention import attention_reference
 from chatmill.kernels.attention_decode import decode_attention
+from chatmill.trainer.config import ModelConfig
+from chatmill.trainer.kv_cache import KVCache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -83,3 +85,23 @@ def prepare(impl: str) -> None:
             from chatmill.kernels import interpreter
 
             interpreter.install()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 2.0}])
+def test_a_conversations_cache_is_read_by_it(options: dict[str, Any]) -> None:
+    prepare("triton")
+    config = ModelConfig(vocab_size=16, hidden_size=96, intermediate_size=16, layers=2, heads=6, kv_heads=2, context=64)
+    replies = {}
+    for decode in ("triton", ""):
+        cache = KVCache(config, capacity=64, dtype=torch.float32, device=DEVICE)
+        cache.decode = decode
+        generator = torch.Generator().manual_seed(1)
+        replies[decode] = []
+        for tokens in (20, 1, 1):  # a prompt, then two tokens of the reply
+            cache.reserve(tokens)
+            q, k, v = (torch.randn(tokens, heads, 16, generator=generator).to(DEVICE) for heads in (6, 2, 2))
+            window, softcap = options.get("window"), options.get("softcap")
+            replies[decode] += [cache.attend(layer, q, k, v, window=window, softcap=softcap) for layer in range(2)]
+            cache.length += tokens
+    for ours, torchs in zip(replies["triton"], replies[""], strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
