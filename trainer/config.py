@@ -422,10 +422,15 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_engine(self) -> Recipe:
         zero = self.parallel.strategy.startswith("zero")
-        if zero and self.optimizer.name != "adamw":
+        if zero and self.optimizer.name == "adamw8bit":
             raise ValueError(
-                f"optimizer.name={self.optimizer.name} needs whole rows of each matrix, ZeRO flattens them: "
-                "use parallel.strategy=fsdp2, or optimizer.name=adamw"
+                "optimizer.name=adamw8bit keeps one scale per block of a row, and ZeRO cuts weights in the middle of blocks: "
+                "use parallel.strategy=fsdp2, or optimizer.name=adamw (ZeRO shares its moments out among the processes anyway)"
+            )
+        if self.optimizer.name == "muon" and self.parallel.offload == "nvme":
+            raise ValueError(
+                "optimizer.name=muon with parallel.offload=nvme is not supported: its momentum was never swapped to a disk in "
+                "a test; use parallel.offload=cpu"
             )
         if self.train.ema is not None and self.parallel.offload == "nvme":
             raise ValueError("train.ema with parallel.offload=nvme is not supported: the average has no place in memory")

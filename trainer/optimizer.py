@@ -65,12 +65,18 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerSection, precision: str = "fp32", copies: dist.ProcessGroup | None = None
+    model: nn.Module,
+    config: OptimizerSection,
+    precision: str = "fp32",
+    copies: dist.ProcessGroup | None = None,
+    *,
+    flat: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer of a recipe over model's (possibly sharded) parameters.
 
     precision: of Muon's Newton-Schulz iterations, fp32 or bf16; every other state and update is fp32.
     copies: the processes that hold equal copies of the weights (DDP), among which Muon divides its work.
+    flat: ZeRO will put flat partitions in the place of the parameters; Muon must then be told what they hold (zero_muon.py).
     """
     groups = parameter_groups([(n, p) for n, p in model.named_parameters() if p.requires_grad], config)
     for group in groups:
@@ -93,9 +99,10 @@ def build_optimizer(
         assert adamw is not None
         return adamw
     from chatmill.trainer.muon import Muon
+    from chatmill.trainer.zero_muon import ZeroMuon
 
     muon = config.muon
-    return Muon(
+    return (ZeroMuon if flat else Muon)(
         matrices,
         adamw,
         lr=config.lr,
@@ -129,23 +136,32 @@ def restore_state(
     optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, entries: Sequence[str], source: TensorSource
 ) -> None:
     """Set the state of one parameter from a checkpoint that any engine or world size wrote. entries: keys that it holds."""
-    wanted = expected_keys(optimizer, parameter)
+    wanted = expected_keys(is_stepped_by_muon(optimizer, parameter))
     joined: dict[str, Tensor]
     if (join := getattr(optimizer, "join_state", None)) is not None and entries:
         joined = join(parameter, {key: source.tensor(f"{name}.{key}") for key in entries})
     elif set(entries) == set(wanted):
         joined = {key: _placed(source, f"{name}.{key}", parameter) for key in entries}
     else:
-        raise ConfigError(
-            f"the checkpoint's optimizer state of {name} is {sorted(entries) or 'missing'}, {type(optimizer).__name__} needs "
-            f"{sorted(wanted)}.\nContinue with the optimizer that wrote it."
-        )
+        raise wrong_state(optimizer, name, entries, wanted)
     optimizer.state[parameter] = joined
 
 
-def expected_keys(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[str, ...]:
+def wrong_state(optimizer: torch.optim.Optimizer, name: str, entries: Sequence[str], wanted: Sequence[str]) -> ConfigError:
+    """The refusal of a checkpoint whose state of one parameter is another optimizer's."""
+    return ConfigError(
+        f"the checkpoint's optimizer state of {name} is {sorted(entries) or 'missing'}, {type(optimizer).__name__} needs "
+        f"{sorted(wanted)}.\nContinue with the optimizer that wrote it."
+    )
+
+
+def is_stepped_by_muon(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+    """Whether a parameter (or ZeRO's flat partition of several) is in one of Muon's groups."""
+    return any(group["muon"] and any(p is parameter for p in group["params"]) for group in optimizer.param_groups)
+
+
+def expected_keys(muon: bool) -> tuple[str, ...]:
     """Names of the state tensors of one parameter."""
-    muon = any(group["muon"] and any(p is parameter for p in group["params"]) for group in optimizer.param_groups)
     return ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq", "step")
 
 

@@ -10,7 +10,7 @@ keeps, measured in tests/trainer/test_plan.py):
     ddp       4 N       4 N (8 N)          8 N           -                                      (): with accumulation
     fsdp2     4 N/w     4 N/w (+ 4 N)      8 N/w         top c, three layers of weights c, one unit's gradients c + 4
     zero1     c N       4 N                12 N/w        gradients in the compute dtype: 2 N
-    zero2     c N       4 N/w              12 N/w        one bucket of 5e8 elements
+    zero2     c N       4 N/w              12 N/w        one bucket: N elements, at most 5e8
     zero3     c N/w     4 N/w              12 N/w        one bucket, weights gathered ahead (up to 1e9)
 
 Activations and the loss's workspace come from the real model, run on fake tensors (memory_trace.py). At the largest moment of a
@@ -39,7 +39,7 @@ RECOMPUTE = {
 CONTEXT = {False: 6 << 27, True: 5 << 28}  # driver and cuBLAS 0.75 GiB; with NCCL 1.25 GiB
 MARGIN = 0.05
 LOGITS = 600_000_000  # the loss kernel holds at most so many bytes of logits at once (kernels/tuning/linear_cross_entropy.json)
-BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters, in elements
+BUCKET, LIVE = 500_000_000, 1_000_000_000  # ZeRO's largest reduce_bucket_size and its stage3_max_live_parameters, in elements
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Estimator:
             weights = c * n if engine != "zero3" else c * n // w
             optimizer = (state + 4 * n) // w
             gradients = 4 * n if engine == "zero1" and c == 2 else 4 * n // w
-            buffers = 2 * n if engine == "zero1" and c == 2 else BUCKET * c
+            buffers = 2 * n if engine == "zero1" and c == 2 else min(n, BUCKET) * c
             if engine == "zero3":
                 buffers += c * min(n, LIVE)
         if self.recipe.train.ema is not None:

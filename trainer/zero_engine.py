@@ -4,6 +4,7 @@
 
 DeepSpeed's own checkpoint format is tied to the world size that wrote it. Here the full fp32 weights and Adam moments are
 gathered one tensor at a time, so that a checkpoint is the same as every other engine's and loads into any of them.
+Muon works on whole matrices, which travel to an owner and back (zero_muon.py).
 Source: Rajbhandari et al., "ZeRO", arXiv:1910.02054. Install: pip install 'chatmill[gpu]'.
 """
 
@@ -25,19 +26,33 @@ from chatmill.trainer.checkpoint_files import Share
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.engine import Engine, StepSums, check_average
 from chatmill.trainer.model import Decoder
-from chatmill.trainer.optimizer import build_optimizer, set_rate
+from chatmill.trainer.optimizer import build_optimizer, expected_keys, set_rate, wrong_state
 from chatmill.trainer.shares import TensorSource, shares_of, states_by_parameter
 from chatmill.trainer.world import World
+from chatmill.trainer.zero_muon import SlicedMatrix, ZeroMuon, slices_of
+
+_NOTHING = torch.empty(0)
 
 
-def zero_config(recipe: Recipe, stage: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a recipe."""
+LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
+
+
+def zero_config(recipe: Recipe, stage: int, elements: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a recipe and a model of so many elements.
+
+    DeepSpeed allocates the whole bucket in which it collects gradients, 2 GB of fp32 by default, however small the model is.
+    (Its bucket for gathering weights is only a limit.)
+    """
     bf16 = recipe.train.precision == "bf16"
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch,
         "gradient_accumulation_steps": recipe.train.accumulation,
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": False},
-        "zero_allow_untested_optimizer": True,  # torch's own AdamW, as in every other engine
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            "reduce_bucket_size": min(elements, LARGEST_BUCKET),
+        },
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW, or Muon, as in every other engine
         "communication_data_type": "fp32",
         "steps_per_print": 1 << 30,
         "bf16": {"enabled": bf16},
@@ -59,7 +74,7 @@ def zero_config(recipe: Recipe, stage: int) -> dict[str, Any]:
 
 
 class ZeroEngine(Engine):
-    """A model in a DeepSpeedEngine; torch's AdamW steps on the local shards."""
+    """A model in a DeepSpeedEngine; torch's AdamW, or Muon beside it, steps on the local shards."""
 
     def __init__(self, recipe: Recipe, model: Decoder, world: World) -> None:
         self.recipe, self.world, self.decoder = recipe, world, model
@@ -71,13 +86,18 @@ class ZeroEngine(Engine):
         model.to(world.device)
         if recipe.train.compile:
             model.compile_layers(recipe.train.compile_backend)
-        optimizer = build_optimizer(model, recipe.optimizer)
+        optimizer = build_optimizer(model, recipe.optimizer, recipe.train.precision, flat=True)
         self.names = [name for name, _ in model.named_parameters()]
-        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config(recipe, self.stage))
+        self._groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._muon_groups = {i for i, group in enumerate(optimizer.param_groups) if group["muon"]}
+        config = zero_config(recipe, self.stage, sum(p.numel() for p in model.parameters()))
+        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model: nn.Module = engine
         self.deepspeed = engine
         self.zero = engine.optimizer
         self.optimizer = optimizer
+        if isinstance(optimizer, ZeroMuon):
+            optimizer.place(self._matrices(), world.device)
         decay = recipe.train.ema
         self.average = WeightAverage(self._flat_partitions(), decay) if decay is not None else None
 
@@ -179,13 +199,13 @@ class ZeroEngine(Engine):
 
     def _state_shares(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[Share]:
         self._link_states()
-        state = self._states()[0]
-        split = [key for key, value in state.items() if isinstance(value, Tensor) and value.ndim]
-        counts = [(key, torch.as_tensor(value, dtype=torch.float32)) for key, value in state.items() if key not in split]
+        whole: list[tuple[str, str, Tensor]] = []
         for name, parameter in named:
-            for key in split:
-                yield from self._share("optimizer", f"{name}.{key}", parameter, key)
-        whole = (("optimizer", f"{name}.{key}", value) for name in self.names for key, value in counts)
+            for key, value in self.optimizer.state[self._flat_of(parameter)].items():
+                if isinstance(value, Tensor) and value.ndim:
+                    yield from self._share("optimizer", f"{name}.{key}", parameter, key)
+                else:
+                    whole.append(("optimizer", f"{name}.{key}", torch.as_tensor(value, dtype=torch.float32)))
         yield from shares_of(whole, self.world.rank, self.world.world_size)
 
     def _share(self, group: str, name: str, parameter: Tensor, key: str | None) -> Iterator[Share]:
@@ -236,16 +256,23 @@ class ZeroEngine(Engine):
         stored = states_by_parameter(source)
         if sorted(stored) != sorted(self.names):
             raise ConfigError("the checkpoint does not hold the optimizer state of this model: it cannot continue a run")
-        first = self.names[0]
-        split = [key for key in stored[first] if len(source.shape(f"{first}.{key}"))]
-        counts = {key: source.tensor(f"{first}.{key}") for key in stored[first] if key not in split}
-        for flat in self._flat_partitions():
-            zeros = {key: torch.zeros_like(flat, dtype=torch.float32) for key in split}
-            self.optimizer.state[flat] = {key: value.to(flat.device).clone() for key, value in counts.items()} | zeros
+        fresh: dict[Tensor, dict[str, Tensor]] = {}
+        for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
+            wanted = expected_keys(self._groups[id(parameter)] in self._muon_groups)
+            if set(stored[name]) != set(wanted):
+                raise wrong_state(self.optimizer, name, stored[name], wanted)
+            flat = self._flat_of(parameter)
+            if flat not in fresh:
+                counts = {key: source.tensor(f"{name}.{key}") for key in wanted if not len(source.shape(f"{name}.{key}"))}
+                zeros = {key: torch.zeros_like(flat) for key in wanted if key not in counts}
+                fresh[flat] = {key: value.to(flat.device).clone() for key, value in counts.items()} | zeros
+        for flat, state in fresh.items():
+            self.optimizer.state[flat] = state
         self._link_states()
         for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
-            for key in split:
-                self._read_piece(source, f"{name}.{key}", parameter, key)
+            for key in stored[name]:
+                if len(source.shape(f"{name}.{key}")):
+                    self._read_piece(source, f"{name}.{key}", parameter, key)
 
     def _read_piece(self, source: TensorSource, name: str, parameter: Tensor, key: str | None) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -286,6 +313,29 @@ class ZeroEngine(Engine):
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
         return list(next(getattr(self.zero, name) for name in names if hasattr(self.zero, name)))
 
+    def _place_of(self, parameter: Tensor) -> tuple[int, int]:
+        """(which flat partition, where in it this rank's run of the parameter begins)."""
+        if self.stage == 3:
+            index, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            return int(index), int(offset)
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        return self._groups[id(parameter)], mapping.hp_fragment_address.start if mapping is not None else 0
+
+    def _flat_of(self, parameter: Tensor) -> Tensor:
+        return self._flat_partitions()[self._place_of(parameter)[0]]
+
+    def _matrices(self) -> dict[int, list[SlicedMatrix]]:
+        """The matrices of each of Muon's flat partitions: every rank tells which elements it holds. Collective."""
+        chosen = [p for p in self.decoder.parameters() if self._groups[id(p)] in self._muon_groups]
+        pieces = [self._local_piece(parameter, None) for parameter in chosen]
+        runs = self.world.gather([(start, values.numel()) for start, values in (piece or (0, _NOTHING) for piece in pieces)])
+        found: dict[int, list[SlicedMatrix]] = {}
+        for i, parameter in enumerate(chosen):
+            flat, shape = self._flat_of(parameter), _shape(parameter)
+            matrix = slices_of((shape[0], shape[1]), self._place_of(parameter)[1], [held[i] for held in runs])
+            found.setdefault(id(flat), []).append(matrix)
+        return found
+
     def _link_states(self) -> None:
         """Let DeepSpeed find each parameter's moments: it links once, and AdamW makes them later than that."""
         if self.stage < 3:
@@ -296,7 +346,7 @@ class ZeroEngine(Engine):
         return [self.optimizer.state[flat] for flat in self._flat_partitions() if flat in self.optimizer.state]
 
     def _has_state(self) -> bool:
-        return any("exp_avg" in state for state in self._states())
+        return any(self._states())
 
 
 def check_nvme(folder: Path) -> None:

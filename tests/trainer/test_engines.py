@@ -83,7 +83,6 @@ def test_zero_offloads_and_averages_as_one_process_does(tiny_data: Path, tmp_pat
         "the_average_works_under_zero",
         "a_step_left_out_leaves_no_trace_under_zero",
         "zero_offload_equals_one_process",
-        "zero_2_and_3_reduce_every_micro_batch",
     )
 
 
@@ -91,3 +90,9 @@ def test_zero_offloads_and_averages_as_one_process_does(tiny_data: Path, tmp_pat
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_triton_kernels_see_gathered_weights(tiny_data: Path, tmp_path: Path) -> None:
     run_interpreted(tmp_path, tiny_data, 2, "triton_kernels_work_on_gathered_weights")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DEEPSPEED, reason="DeepSpeed is not installed (make .venv/.deepspeed)")
+def test_muon_under_zero_is_muon_of_one_process(tiny_data: Path, tmp_path: Path) -> None:
+    run_checks(tmp_path, tiny_data, 2, "muon_under_zero_equals_one_process", "muon_under_zero_offloads_and_computes_in_bf16")

@@ -14,6 +14,7 @@ from chatmill.trainer.config import OptimizerSection, Recipe, ScheduleSection
 from chatmill.trainer.muon import newton_schulz, shard_rows
 from chatmill.trainer.optimizer import build_optimizer, parameter_groups, saved_state, set_rate
 from chatmill.trainer.schedule import learning_rate
+from chatmill.trainer.zero_muon import SlicedMatrix, slices_of
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
@@ -201,10 +202,19 @@ def test_eight_bit_adamw_follows_adamw_and_takes_a_quarter_of_the_memory() -> No
     assert bytes_of(eight) < 0.26 * bytes_of(full)
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw8bit"])
-def test_zero_refuses_what_it_cannot_shard(name: str) -> None:
-    with pytest.raises(ConfigError, match="ZeRO flattens them"):
-        validate(Recipe, {"optimizer": {"name": name}, "parallel": {"strategy": "zero2"}}, "recipe")
+def test_zero_refuses_what_it_cannot_shard() -> None:
+    with pytest.raises(ConfigError, match="cuts weights in the middle of blocks"):
+        validate(Recipe, {"optimizer": {"name": "adamw8bit"}, "parallel": {"strategy": "zero2"}}, "recipe")
+    disk = {"strategy": "zero3", "offload": "nvme", "nvme_path": "x"}
+    with pytest.raises(ConfigError, match=r"use parallel\.offload=cpu"):
+        validate(Recipe, {"optimizer": {"name": "muon"}, "parallel": disk}, "recipe")
+
+
+def test_muon_refuses_slices_that_are_not_a_matrix_in_the_order_of_ranks() -> None:
+    assert slices_of((3, 4), 5, [(0, 0), (0, 7), (7, 5), (0, 0)]) == SlicedMatrix((3, 4), 5, (0, 7, 5, 0))
+    for runs in ([(0, 7), (8, 4)], [(5, 7), (0, 5)], [(0, 7), (7, 4)], [(0, 0)], [(1, 11)]):
+        with pytest.raises(RuntimeError, match="not the matrix in the order of ranks"):
+            slices_of((3, 4), 0, runs)
 
 
 @pytest.mark.parametrize(

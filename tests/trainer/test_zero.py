@@ -36,12 +36,13 @@ def test_offload_to_nvme_is_configured_for_deepspeed_and_refused_without_its_fol
     parallel = {"strategy": "zero3", "offload": "nvme", "nvme_path": str(tmp_path)}
     recipe = Recipe.model_validate({"parallel": parallel, "train": {"accumulation": 8}})
     place = {"device": "nvme", "pin_memory": torch.cuda.is_available(), "nvme_path": str(tmp_path)}
-    assert zero_config(recipe, 3) == {
+    assert zero_config(recipe, 3, 10**6) == {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 8,
         "zero_optimization": {
             "stage": 3,
             "stage3_gather_16bit_weights_on_model_save": False,
+            "reduce_bucket_size": 10**6,
             "offload_optimizer": place,
             "offload_param": place,
         },
@@ -55,6 +56,17 @@ def test_offload_to_nvme_is_configured_for_deepspeed_and_refused_without_its_fol
     }
     with pytest.raises(ConfigError, match=r"nvme_path=.* is not a folder|needs libaio"):
         check_nvme(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_bucket_of_gradients_is_no_larger_than_the_model_or_deepspeed_s_own(stage: int) -> None:
+    from chatmill.trainer.zero_engine import zero_config
+
+    recipe = Recipe.model_validate({"parallel": {"strategy": f"zero{stage}"}})
+    sizes = {
+        n: zero_config(recipe, stage, n)["zero_optimization"]["reduce_bucket_size"] for n in (1, 12_345, 5 * 10**8, 10**10)
+    }
+    assert sizes == {1: 1, 12_345: 12_345, 5 * 10**8: 5 * 10**8, 10**10: 5 * 10**8}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
