@@ -35,6 +35,7 @@ from chatmill.trainer.engine import Engine, StepSums
 from chatmill.trainer.run_checkpoints import RunCheckpoints
 from chatmill.trainer.train import main
 from chatmill.trainer.train_state import TrainState
+from chatmill.trainer.zero_engine import ZeroEngine
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 DISK_BYTES = 60_000
@@ -64,7 +65,8 @@ class Fault:
 def install(fault: Fault) -> None:
     """Put the fault into this process's trainer."""
     done = [0]  # optimizer steps
-    real_step, real_evaluate, real_write = Engine.forward_backward, validation.evaluate, checkpoint_saver.write_shares
+    real_evaluate, real_write = validation.evaluate, checkpoint_saver.write_shares
+    real_steps = {kind: kind.forward_backward for kind in (Engine, ZeroEngine)}
     real_restore = RunCheckpoints.restore
 
     def restore(checkpoints: RunCheckpoints, *arguments: Any) -> TrainState:
@@ -85,7 +87,7 @@ def install(fault: Fault) -> None:
             raise RuntimeError("injected error")
         if due and fault.kind == "disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (DISK_BYTES, DISK_BYTES))
-        sums = real_step(engine, batches)
+        sums = real_steps[type(engine)](engine, batches)
         if due and fault.kind in ("nan", "spike"):
             factor = math.nan if fault.kind == "nan" else 1000.0
             for parameter in engine.decoder.parameters():
@@ -109,7 +111,7 @@ def install(fault: Fault) -> None:
         return real_write(folder, *arguments)
 
     replacements: list[tuple[Any, str, Any]] = [
-        (Engine, "forward_backward", forward_backward),
+        *((kind, "forward_backward", forward_backward) for kind in real_steps),
         (RunCheckpoints, "restore", restore),
         (validation, "evaluate", evaluate),
         (checkpoint_saver, "write_shares", write_shares),

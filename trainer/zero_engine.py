@@ -11,6 +11,7 @@ Source: Rajbhandari et al., "ZeRO", arXiv:1910.02054. Install: pip install 'chat
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -376,6 +377,8 @@ def _import_deepspeed() -> Any:
             "parallel.strategy=zero* needs DeepSpeed, which is not installed.\n"
             "Install it with: DS_BUILD_OPS=0 pip install --no-build-isolation 'chatmill[gpu]', or use parallel.strategy=fsdp2."
         ) from error
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 calls deprecated, which fills a log with one warning per call
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not torch.cuda.is_available():
         from deepspeed.ops import __compatible_ops__
 

@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chatmill.run_files import read_jsonl
+from chatmill.trainer import checkpoint_saver, validation
 from chatmill.trainer.config import load_recipe
+from chatmill.trainer.engine import Engine
+from chatmill.trainer.fault_injection import Fault, install
 from chatmill.trainer.loop import train
+from chatmill.trainer.run_checkpoints import RunCheckpoints
+from chatmill.trainer.world import World
+from chatmill.trainer.zero_engine import ZeroEngine
 
 from .ranks import train_in_ranks
 
@@ -56,3 +63,21 @@ def test_a_killed_run_goes_on_with_another_engine_and_world_size_as_if_nothing_h
     resumed = [e for e in read_jsonl(run / "events.jsonl") if e["event"] == "resume"]
     began = [(step - 1) // EVERY * EVERY for step in (first, second)]
     assert [(e["strategy"], e["world_size"], e["step"]) for e in resumed] == [("fsdp2", 4, began[0]), ("single", 1, began[1])]
+
+
+@pytest.mark.parametrize("kind", [Engine, ZeroEngine])
+def test_a_fault_happens_under_every_engine(kind: type[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in [
+        (Engine, "forward_backward"),
+        (ZeroEngine, "forward_backward"),
+        (RunCheckpoints, "restore"),
+        (validation, "evaluate"),
+        (checkpoint_saver, "write_shares"),
+    ]:
+        monkeypatch.setattr(owner, name, lambda *arguments: "done")  # and put back what install() replaces
+    install(Fault("raise:1:2", tmp_path))
+    engine = kind.__new__(kind)
+    engine.world = World(1, 2, 1, 2, torch.device("cpu"), "gloo")
+    assert engine.forward_backward([]) == "done"
+    with pytest.raises(RuntimeError, match="injected error"):
+        engine.forward_backward([])
