@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,13 +32,14 @@ from chatmill.data.dedup import CONTAMINATED, REASONS, deduplicate
 from chatmill.data.dialogue_shards import DialogueWriter
 from chatmill.data.executor import Task, run_tasks
 from chatmill.data.html_report import html_report
-from chatmill.data.importers.raw_file import RawFile, distinct
-from chatmill.data.importers.registry import importer, is_recognised, recognise, source_files, spans
+from chatmill.data.importers.raw_file import RawFile
+from chatmill.data.importers.registry import spans
 from chatmill.data.ledger import Ledger, shorten
 from chatmill.data.near_duplicates import near_pairs
 from chatmill.data.publish import publish
+from chatmill.data.raw_inputs import describe_inputs, input_sha256, raw_files
 from chatmill.data.recipe import DataRecipe
-from chatmill.data.remote_files import RemotePath, is_url, publish_remotely, read_remote_json, remote_files, staging_folder
+from chatmill.data.remote_files import is_url, publish_remotely, read_remote_json, remote_files, staging_folder
 from chatmill.data.shards import FORMAT_VERSION, MANIFEST, ShardWriter, TokenDataset, read_manifest
 from chatmill.data.split import Facts, assign, certificate, group
 from chatmill.data.stages import ImportFile, PrepareChunk, TokenizeChunk, Work, load_arrays, save_arrays
@@ -66,7 +66,7 @@ def build_dataset(
     place = str(out or recipe.place)
     url = place.rstrip("/") if is_url(place) else None
     folder = (staging_folder(url) if url else Path(place)).absolute()
-    files, left_out = _raw_files(recipe)
+    files, left_out = raw_files(recipe)
     tokenizer = _given_tokenizer(recipe)
     digest, inputs = _digest(recipe, files, tokenizer)
     if until == "shard" and not url and _is_built(folder, digest):
@@ -78,7 +78,11 @@ def build_dataset(
         if until == "shard" and url and _is_built(folder, digest):  # killed while it was copied
             copied = json.loads((folder / "report.json").read_text(encoding="utf-8"))
             return _copy_out(folder, url, copied | {"built": True}, progress)
-        parts = [(n, part) for (n, file), found in zip(files, inputs, strict=True) for part in _spans(recipe, n, file, found)]
+        parts = [
+            (n, part)
+            for (n, file), found in zip(files, inputs, strict=True)
+            for part in spans(file, found["format"], recipe.sources[n])
+        ]
         work = Work(folder.parent / f".{folder.name}.work-{digest[:12]}", recipe, tuple(parts))
         for stage in ("import", "prepare", "assign", "tokenize"):
             (work.folder / stage).mkdir(parents=True, exist_ok=True)
@@ -397,61 +401,12 @@ def _digest(
     recipe: DataRecipe, files: list[tuple[int, RawFile]], tokenizer: ChatTokenizer | None
 ) -> tuple[str, list[dict[str, Any]]]:
     """(sha256 of all that shapes the bytes, one record per raw file)."""
-    inputs: list[dict[str, Any]] = []
-    distinct = {file.path: file for _, file in files}
-    with ThreadPoolExecutor(8) as pool:
-        hashes = dict(zip(distinct, pool.map(_input_sha256, distinct.values()), strict=True))
-    for number, file in files:
-        sha = hashes[file.path]
-        given = recipe.sources[number].format
-        kind = given if given != "auto" else recognise(file)
-        importer(kind)
-        inputs.append({"source": number, "file": file.label, "format": kind, "bytes": _input_bytes(file), "sha256": sha})
+    inputs = describe_inputs(recipe, files)
     template = _template_source(recipe.tokenizer.template) if tokenizer is None else None
-    benchmarks = [_input_sha256(file) for file in benchmark_files(recipe.dedup.decontaminate)]
+    benchmarks = [input_sha256(file) for file in benchmark_files(recipe.dedup.decontaminate)]
     tokens = tokenizer.fingerprint if tokenizer else template
     facts = [BUILD_VERSION, FORMAT_VERSION, _recipe_facts(recipe), inputs, benchmarks, tokens]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), inputs
-
-
-def _raw_files(recipe: DataRecipe) -> tuple[list[tuple[int, RawFile]], list[str]]:
-    """(source number, file) of all raw files that are read, and the labels of those of a folder or glob that no format fits.
-
-    A file that a source names itself must be readable; beside others a picture or a README is no mistake.
-    """
-    found = [(number, file) for number, source in enumerate(recipe.sources) for file in source_files(source)]
-    labelled = zip((number for number, _ in found), distinct([file for _, file in found]), strict=True)
-    files, left_out = list[tuple[int, RawFile]](), list[str]()
-    per_source = Counter(number for number, _ in found)
-    for number, file in labelled:
-        guessed = per_source[number] > 1 and recipe.sources[number].format == "auto"
-        if guessed and not is_recognised(file):
-            left_out.append(file.label)
-        else:
-            files.append((number, file))
-    for number in sorted(set(per_source) - {number for number, _ in files}):
-        recognise(next(file for n, file in found if n == number))  # says what is wrong with the first
-    return files, left_out
-
-
-def _spans(recipe: DataRecipe, number: int, file: RawFile, found: dict[str, Any]) -> list[RawFile]:
-    return spans(file, found["format"], recipe.sources[number])
-
-
-def _input_sha256(file: RawFile) -> str:
-    """sha256 of a raw file; of a folder, over the names and hashes of its files."""
-    if not file.path.is_dir():
-        return _raw_sha256(file.path)
-    lines = [f"{part.path.name} {_raw_sha256(part.path)}" for part in file.parts()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _raw_sha256(path: Path | RemotePath) -> str:
-    return path.sha256() if isinstance(path, RemotePath) else sha256_file(path)
-
-
-def _input_bytes(file: RawFile) -> int:
-    return sum(part.path.stat().st_size for part in RawFile(file.path).parts())
 
 
 def _recipe_facts(recipe: DataRecipe) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from chatmill.data.conversation import Conversation
 from chatmill.data.importers.registry import read_file, recognise, source_files
 from chatmill.data.ledger import Ledger
 from chatmill.data.pair import make_samples
-from chatmill.data.pipeline import _raw_files
+from chatmill.data.raw_inputs import raw_files
 from chatmill.data.recipe import DataRecipe, PairSection, SourceSection
 from chatmill.data.stages import ImportFile, Work
 
@@ -115,7 +115,7 @@ def test_files_of_one_name_have_labels_and_uids_of_their_own(tmp_path: Path) -> 
         (tmp_path / folder / "x.jsonl").write_text(chat(folder))
     (tmp_path / "b/2024/y.jsonl").write_text(chat("y"))
     chosen = recipe(tmp_path / "a", tmp_path / "b")
-    files, left_out = _raw_files(chosen)
+    files, left_out = raw_files(chosen)
     assert [file.label for _, file in files] == ["2023/x.jsonl", "a/2024/x.jsonl", "b/2024/x.jsonl", "y.jsonl"] and not left_out
     uids = [c.uid for number, file in files for c in read_file(file, chosen.sources[number], Ledger())]
     assert len(set(uids)) == 4
@@ -125,14 +125,14 @@ def test_pictures_and_empty_files_of_a_folder_are_left_out_by_name_and_alone_the
     (tmp_path / "chat.jsonl").write_text(chat("a"))
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
-    files, left_out = _raw_files(recipe(tmp_path))
+    files, left_out = raw_files(recipe(tmp_path))
     assert [file.label for _, file in files] == ["chat.jsonl"] and left_out == ["empty.jsonl", "photo.png"]
-    (alone,), _ = _raw_files(recipe(tmp_path / "photo.png"))
+    (alone,), _ = raw_files(recipe(tmp_path / "photo.png"))
     with pytest.raises(ConfigError, match=r"photo\.png: format not recognised"):
         recognise(alone[1])
     (tmp_path / "chat.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"empty\.jsonl: the file is empty"):
-        _raw_files(recipe(tmp_path))
+        raw_files(recipe(tmp_path))
 
 
 def test_turns_that_are_joined_and_turns_that_are_left_out_are_counted_apart(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_wrong_encoding_is_counted(tmp_path: Path) -> None:
     for encoding, expected in (("utf-8", 1), ("cp1252", 0)):
         chosen = recipe(tmp_path / "x.csv")
         source = chosen.sources[0].model_copy(update={"encoding": encoding})
-        files, _ = _raw_files(chosen)
+        files, _ = raw_files(chosen)
         work = Work(tmp_path, chosen.model_copy(update={"sources": [source]}), tuple(files))
         found = ImportFile(work)("f00000")["import"]
         assert found["kept"] == 2 and sum(found["changed"].values()) == expected
