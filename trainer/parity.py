@@ -265,8 +265,10 @@ def main(arguments: list[str] | None = None) -> int:
             if row.loss is None:
                 print(f"\n{line(row)}\n{row.problem}")
         worst = [max((v for v in values if v is not None), default=math.nan) for values in zip(*_figures(rows), strict=True)]
+        idle = sum(row.loss is None for row in rows) - sum(row.loss is None for row in failures)
+        left_out = f", {idle} not run (see above)" if idle else ""
         print(
-            f"\n{len(rows)} of {len(product)} cases in {seconds:.0f} s, {len(failures)} failed; "
+            f"\n{len(rows) - idle} of {len(product)} cases in {seconds:.0f} s, {len(failures)} failed{left_out}; "
             f"largest difference: loss {worst[0]:.1e} (tolerance {LOSS_TOLERANCE:g}), "
             f"gradient {worst[1]:.1e} (tolerance {GRADIENT_TOLERANCE:g})"
         )
