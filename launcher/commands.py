@@ -61,6 +61,7 @@ def add_commands(commands: Any) -> None:
     faults = command.add_argument_group("faults (instead of the findings; 1 when something is lost); --out as above")
     faults.add_argument("--faults", action="store_true", help="make runs fail on purpose: what is noticed, what it costs")
     faults.add_argument("--only", help="only these faults, for example kill,hang")
+    faults.add_argument("--seed", help="repeat the random steps of an earlier call")
 
 
 def _add(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -157,6 +158,6 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.faults:
         from chatmill.launcher.fault_matrix import main as fault_matrix
 
-        words = [word for name in ("only", "out") if (value := getattr(options, name)) for word in (f"--{name}", value)]
+        words = [word for name in ("only", "seed", "out") if (value := getattr(options, name)) for word in (f"--{name}", value)]
         return fault_matrix(words)
     return doctor(options.folder, as_json=options.json, quick=options.quick)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from chatmill.launcher import fault_matrix
+from chatmill.launcher.__main__ import main as chatmill
 from chatmill.launcher.fault_matrix import Bench, Row, main
 
 
@@ -43,3 +44,11 @@ def test_a_loss_curve_that_differs_counts_as_lost(tmp_path: Path, monkeypatch, c
     monkeypatch.setitem(fault_matrix.FAULTS, "kill", lambda bench: Row("kill", "not noticed", None, None, False))
     assert main(["--only", "kill"]) == 1
     assert "lost or not noticed: kill" in capsys.readouterr().out
+
+
+def test_the_doctor_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(fault_matrix, "main", lambda words: seen.append(words) or 0)
+    assert chatmill(["doctor", "--faults", "--only", "kill", "--seed", "0", "--out", "table.json"]) == 0
+    assert chatmill(["doctor", "--faults"]) == 0
+    assert seen == [["--only", "kill", "--seed", "0", "--out", "table.json"], []]
