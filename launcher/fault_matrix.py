@@ -122,9 +122,10 @@ class Bench:
         """(steps lost, seconds from the fault to the first step afterwards)."""
         run = self.run_of(recipe)
         fault = json.loads((run / "logs" / "fault.json").read_text(encoding="utf-8"))
-        after = [e for e in self.events(recipe, "resume") if e["time"] >= fault["time"]]
-        began = after[0]["step"] if after else 0
-        first = min((m["time"] for m in read_jsonl(run / "metrics.jsonl") if m.get("time", 0) > fault["time"]), default=0.0)
+        later = (e for e in read_jsonl(run / "events.jsonl") if e["time"] >= fault["time"])
+        again = [e for e in later if e["event"] in ("start", "resume")]
+        began, since = (again[0]["step"], again[0]["time"]) if again else (0, fault["time"])
+        first = min((m["time"] for m in read_jsonl(run / "metrics.jsonl") if m.get("time", 0) > since), default=0.0)
         return max(0, fault["step"] - 1 - began), round(first - fault["time"], 1)
 
     def events(self, recipe: Path, kind: str) -> list[dict[str, Any]]:
