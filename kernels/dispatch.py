@@ -40,20 +40,28 @@ def shipped_table() -> dict[str, list[dict[str, Any]]]:
     return _TABLE
 
 
-@functools.lru_cache(maxsize=64)
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # outside of the cache: Dynamo traces through one, with a warning
 def capability(device: torch.device) -> int:
     """Compute capability as one number (90 = Hopper); 0 where the device is no CUDA GPU."""
+    return _capability(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _capability(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip is not None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-@functools.lru_cache(maxsize=16)
 @torch.compiler.assume_constant_result
 def is_installed(module: str) -> bool:
     """Whether a package can be imported; it is not imported."""
+    return _is_installed(module)
+
+
+@functools.lru_cache(maxsize=16)
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package is missing

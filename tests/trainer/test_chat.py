@@ -241,7 +241,8 @@ def test_a_foreign_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> Non
 
 # The real loop and loading, with replies slow enough to be interrupted for certain.
 SLOW_CHAT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background by a shell inherit it ignored
 from chatmill.trainer import chat_terminal
 from chatmill.trainer.generate_file import generate_file, read_prompts
 from chatmill.trainer.generation import Reply, reply_to
