@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.data.test_pipeline import chats, recipe, tree, write_jsonl
+from tests.data.build_cases import chats, recipe, tree, write_jsonl
 
 from chatmill.config import ConfigError
 from chatmill.data import stages

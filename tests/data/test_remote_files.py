@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.data.test_pipeline import chats, recipe, tree, write_jsonl
+from tests.data.build_cases import chats, recipe, tree, write_jsonl
 
 from chatmill.config import ConfigError
 from chatmill.data import remote_files

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.data.test_pipeline import chats, tree, write_jsonl
+from tests.data.build_cases import chats, tree, write_jsonl
 from tests.launcher.slurm_cluster import SlurmCluster, missing_programs
 
 from chatmill.config import ConfigError
