@@ -240,6 +240,17 @@ def full_disk(bench: Bench) -> Row:
     return Row("disk full on one rank", found, STEPS - EVERY, None, kept)
 
 
+def disk_without_room(bench: Bench) -> Row:
+    """Nothing at all can be written on rank 0 for four steps, records and log included: not even a restart."""
+    recipe = bench.recipe("room")
+    bench.run(recipe, fault="full-disk:0:6")
+    found = bench.events(recipe, "disk_full")
+    tried = attempts(bench.run_of(recipe))
+    said = f"{found[0]['waited']} records waited {found[0]['seconds']:.1f} s in memory" if found else "not noticed"
+    kept = bench.is_kept(recipe) and bool(found) and len(tried) == 1 and tried[0].step_after == STEPS
+    return Row("no room for any file, then some", said, 0, 0.0, kept)
+
+
 def hung(bench: Bench) -> Row:
     """A rank is stopped (SIGSTOP): it is named, the group ends and starts again."""
     recipe = bench.recipe("hung")
@@ -328,6 +339,7 @@ FAULTS: dict[str, Callable[[Bench], Row]] = {
     "save": in_save,
     "flip": flipped,
     "disk": full_disk,
+    "room": disk_without_room,
     "hang": hung,
     "nan": not_a_number,
     "spike": spike,

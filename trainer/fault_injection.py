@@ -10,6 +10,7 @@ folder (RUN/logs/fault.json says when it was; KIND "always-..." is the exception
     validation-usr1   sends itself SIGUSR1 in the first validation after that step
     save-kill       kills itself while it writes the checkpoint of that step or a later one
     disk            lets every write of a file beyond 60 KB fail from then on, as on a full disk
+    full-disk       lets every write to any file fail for four steps, the run's records and the log too
     raise           raises an error
 """
 
@@ -39,6 +40,7 @@ from chatmill.trainer.zero_engine import ZeroEngine
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 DISK_BYTES = 60_000
+FULL_STEPS = 4
 
 
 class Fault:
@@ -65,6 +67,7 @@ class Fault:
 def install(fault: Fault) -> None:
     """Put the fault into this process's trainer."""
     done = [0]  # optimizer steps
+    full_since, limits = [math.inf], resource.getrlimit(resource.RLIMIT_FSIZE)
     real_evaluate, real_write = validation.evaluate, checkpoint_saver.write_shares
     real_steps = {kind: kind.forward_backward for kind in (Engine, ZeroEngine)}
     real_restore = RunCheckpoints.restore
@@ -77,7 +80,9 @@ def install(fault: Fault) -> None:
     def forward_backward(engine: Engine, batches: Any) -> StepSums:
         done[0] += 1
         due = fault.is_due(engine.world.rank, done[0])
-        if due and fault.kind in ("nan", "spike", "sleep", "kill", "term", "usr1", "stop", "raise", "disk"):
+        if done[0] - full_since[0] == FULL_STEPS:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
+        if due and fault.kind in ("nan", "spike", "sleep", "kill", "term", "usr1", "stop", "raise", "disk", "full-disk"):
             fault.note(done[0])
         if due and fault.kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[fault.kind])
@@ -87,6 +92,9 @@ def install(fault: Fault) -> None:
             raise RuntimeError("injected error")
         if due and fault.kind == "disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (DISK_BYTES, DISK_BYTES))
+        if due and fault.kind == "full-disk":
+            full_since[0] = done[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
         sums = real_steps[type(engine)](engine, batches)
         if due and fault.kind in ("nan", "spike"):
             factor = math.nan if fault.kind == "nan" else 1000.0

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from chatmill.trainer.full_disk import warn
 from chatmill.trainer.world import World
 
 ROWS = 40
@@ -50,13 +51,20 @@ class StepProfiler:
         if on_gpu:
             torch.cuda.synchronize(self.world.device)
         self._profile.__exit__(None, None, None)
+        try:
+            self._write(self._profile, on_gpu)
+        except (OSError, RuntimeError) as error:  # a full disk costs the profile, not the run
+            warn(f"the profile could not be written to {self.folder}: {error}")
+        if on_gpu:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self._profile = None
+
+    def _write(self, profiled: profile, on_gpu: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         rank = self.world.rank
-        self._profile.export_chrome_trace(str(self.folder / f"trace-rank{rank}.json"))
+        profiled.export_chrome_trace(str(self.folder / f"trace-rank{rank}.json"))
         order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-        table = self._profile.key_averages().table(sort_by=order, row_limit=ROWS)
+        table = profiled.key_averages().table(sort_by=order, row_limit=ROWS)
         (self.folder / "operators.txt").write_text(f"steps {self.first} to {self.last}\n{table}\n", encoding="utf-8")
         if on_gpu:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-rank{rank}.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
-        self._profile = None

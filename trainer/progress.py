@@ -10,6 +10,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from chatmill.trainer.full_disk import is_full
+
 
 class StepDisplay:
     """Context manager; `show` per logged step, `say` for messages. Silent where quiet (ranks other than 0)."""
@@ -40,7 +42,7 @@ class StepDisplay:
             self._bar.update(self._task, completed=step, description=text)
             return
         width = len(str(self.steps))
-        self.console.print(
+        self._print(
             f"step {step:>{width}}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  "
             f"{tokens_per_s:,.0f} tok/s  ETA {eta}"
         )
@@ -57,7 +59,14 @@ class StepDisplay:
     def say(self, text: str) -> None:
         """A message above the bar, or a line of the log."""
         if not self.quiet:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        try:
             self.console.print(text)
+        except OSError as error:  # a log file on a full disk: the line is lost, the run is not
+            if not is_full(error):
+                raise
 
     def __enter__(self) -> Self:
         if self._bar is not None:

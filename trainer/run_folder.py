@@ -21,8 +21,9 @@ import yaml
 
 from chatmill.config import ConfigError, dump_yaml, validate
 from chatmill.files import replace_text
-from chatmill.run_files import PREEMPTED, append_jsonl, list_checkpoints, read_jsonl, step_of
+from chatmill.run_files import PREEMPTED, list_checkpoints, read_jsonl, step_of
 from chatmill.trainer.config import Recipe
+from chatmill.trainer.full_disk import WaitingFiles
 from chatmill.trainer.schedule import same_rates
 
 # What may differ between the attempts of one run without changing what it computes; train.steps too, where the steps done keep
@@ -43,10 +44,11 @@ FREE_DATA = ("mix", "curriculum", "exclude", "damaged_blocks")
 
 
 class RunFolder:
-    """Appends to the run's files; every line is flushed, so that a killed run loses none."""
+    """Appends to the run's files; every line is flushed, so that a killed run loses none. A full disk stops no run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._files = WaitingFiles(path)
         self.on_metric: Callable[[Mapping[str, Any]], None] | None = None
 
     def create(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
@@ -113,10 +115,10 @@ class RunFolder:
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
         """A small JSON file, replaced in one step."""
-        replace_text(self.path / name, json.dumps(values, indent=1) + "\n")
+        self._files.replace(name, json.dumps(values, indent=1) + "\n")
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
-        append_jsonl(self.path / name, values)
+        self._files.append(name, json.dumps(values) + "\n")
 
     def is_finished(self, step: int) -> bool:
         """Whether the run has ended at this step, its last validation and checkpoint included."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 from chatmill.config import ConfigError
 from chatmill.files import replace_text
 from chatmill.trainer.config import Recipe
+from chatmill.trainer.full_disk import warn
 
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 PROJECT = "chatmill"
@@ -94,7 +94,7 @@ class Trackers:
             action()
         except Exception as error:
             self._open.pop(name, None)
-            print(f"tracker {name} dropped: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            warn(f"tracker {name} dropped: {type(error).__name__}: {error}")
 
 
 def tracker_class(name: str) -> Any:

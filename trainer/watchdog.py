@@ -159,7 +159,7 @@ class Watchdog:
         logs = self.folder.path / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         stacks = logs / f"hang-rank-{self.world.rank}.txt"
-        with stacks.open("w", encoding="utf-8") as handle:
+        with contextlib.suppress(OSError), stacks.open("w", encoding="utf-8") as handle:  # a full disk must not keep it here
             faulthandler.dump_traceback(handle, all_threads=True)
         before = self._beats()
         for _ in range(3):  # long enough for every rank that is alive to speak again
@@ -182,13 +182,15 @@ class Watchdog:
 
     def _leave(self, message: str) -> None:
         first, _, rest = message.partition("\n")
-        os.write(2, f"HangError: {first}\n{rest}\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"HangError: {first}\n{rest}\n".encode())
         error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if error_file:  # what torchrun's @record would have written
             extra = {"timestamp": str(int(time.time())), "py_callstack": rest}
             text = json.dumps({"message": {"message": f"HangError: {first}", "extraInfo": extra}})
-            Path(error_file).parent.mkdir(parents=True, exist_ok=True)
-            Path(error_file).write_text(text, encoding="utf-8")
+            with contextlib.suppress(OSError):
+                Path(error_file).parent.mkdir(parents=True, exist_ok=True)
+                Path(error_file).write_text(text, encoding="utf-8")
         os._exit(EXIT_CODE)
 
 

@@ -17,8 +17,12 @@ from pathlib import Path
 def replace_text(path: Path, text: str) -> None:
     """Write beside and rename. Two processes that do so at once leave one of their texts."""
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_durably(path: Path, data: bytes) -> None:

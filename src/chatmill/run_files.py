@@ -7,7 +7,9 @@ Standard library only: the supervisor runs outside the container.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,6 +53,19 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def append_jsonl(path: Path, values: Mapping[str, Any]) -> None:
     """Add one line; the folder is made where it is missing."""
+    append_text(path, json.dumps(values) + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add text at the end, all of it or, where the disk is full, nothing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(values) + "\n")
+    data = memoryview(text.encode())
+    with path.open("ab", buffering=0) as handle:
+        size = handle.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[handle.write(data) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                handle.truncate(size)  # half a line would swallow the one after it
+            raise
