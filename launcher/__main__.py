@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("export", _export, "write a checkpoint as a Hugging Face folder or a GGUF file")
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
-    command.add_argument("out", help="folder (hf, chatmill) or file (gguf) to make")
+    command.add_argument("out", help="folder (hf, chatmill) or .gguf file to make")
     command.add_argument("--to", choices=("hf", "gguf", "chatmill"), default="hf", help="chatmill: a checkpoint, with --ema")
     command.add_argument("--ema", action="store_true", help="the averaged weights of a run with train.ema")
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "q8_0"), help="hf: as in the checkpoint; gguf: bf16")
@@ -283,6 +283,7 @@ def _export(options: argparse.Namespace) -> int:
         return 0
     with averaged(source, out) if options.ema else contextlib.nullcontext(source) as chosen:
         if options.to == "gguf":
+            out = out if out.suffix == ".gguf" else out.with_name(out.name + ".gguf")  # what loads it goes by the ending
             export_gguf(chosen, out, dtype=options.dtype or "bf16", overwrite=options.force)
         else:
             export_hf(chosen, out, dtype=options.dtype, overwrite=options.force)

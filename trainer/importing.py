@@ -29,5 +29,6 @@ def import_any(source: str, out: Path, force: bool = False) -> Checkpoint:
     else:
         from chatmill.trainer.gguf_import import import_gguf
 
-        import_gguf(source if path.is_file() else source.replace("-", "_"), out)
+        module = source.replace("-", "_")  # of a package, as pip writes its name
+        import_gguf(module if module.isidentifier() and not path.is_file() else source, out)
     return open_checkpoint(out)

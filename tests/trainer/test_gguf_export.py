@@ -131,6 +131,12 @@ def test_the_command_writes_both_kinds(tiny_data: Path, tmp_path: Path, capsys: 
     assert main(["export", str(tmp_path / "c"), str(tmp_path / "m.gguf"), "--to", "gguf", "--dtype", "q8_0"]) == 0
     assert main(["export", str(tmp_path / "c"), str(tmp_path / "hf"), "--dtype", "bf16"]) == 0
     assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF" and (tmp_path / "hf" / "README.md").is_file()
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "c"), str(tmp_path / "my-model"), "--to", "gguf"]) == 0
+    assert f"{tmp_path / 'my-model.gguf'}: GGUF file" in capsys.readouterr().out
+    assert main(["import", str(tmp_path / "my-model.gguf"), str(tmp_path / "back")]) == 0
+    assert main(["import", str(tmp_path / "no-such.gguf"), str(tmp_path / "other")]) != 0
+    assert "no-such.gguf: neither a file" in capsys.readouterr().err
 
 
 def test_the_card_tells_lineage_and_figures_of_a_run(write_recipe, tiny_data: Path, tmp_path: Path) -> None:
