@@ -3,7 +3,8 @@
     dialogues = read_held_out(["corpora/chitchat"], tokenizer, split="validation", limit=2048)
 
 Rendering anew (rather than reading token shards) keeps the turns apart, and lets a model be measured on data that was
-built with another tokenizer. With the tokenizer of the data the tokens and the mask are those of the shards.
+built with another tokenizer. With the tokenizer of the data the tokens and the mask are those of the shards. Of a preference
+pair the dialogue with the chosen reply is read.
 
 Shapes: L tokens of a dialogue.
 """
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation
 from chatmill.data.dialogue_shards import read_dialogues
+from chatmill.data.preference import without_rejected
 from chatmill.data.tokenizer import ChatTokenizer
 
 
@@ -92,6 +94,7 @@ def read_held_out(
 
 def held_out(conversation: Conversation, tokenizer: ChatTokenizer, limit: int, source: str = "") -> HeldOut:
     """A conversation rendered for measuring."""
+    conversation = without_rejected(conversation)
     dialogue, turns = tokenizer.encode_turns(conversation)
     ids, mask, whole = dialogue.ids[:limit].astype(np.int64), dialogue.loss_mask[:limit], len(dialogue.ids)
     turns = turns[:limit]

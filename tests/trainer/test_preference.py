@@ -20,6 +20,7 @@ from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer.checkpoint import open_checkpoint
 from chatmill.trainer.config import KernelSection, ModelConfig, PreferenceSection, load_recipe
+from chatmill.trainer.held_out import read_held_out
 from chatmill.trainer.loop import train
 from chatmill.trainer.model import Decoder, LossOutput
 from chatmill.trainer.preference import REFERENCE, PairObjective, ScoreObjective, take_reference
@@ -195,6 +196,18 @@ def test_sharded_ranks_follow_one_process(write_dpo, tmp_path: Path) -> None:
     alone, two = (lines(tmp_path / "runs" / name, "loss") for name in ("alone", "two"))
     assert len(two) == 3
     assert two == pytest.approx(alone, rel=2e-5)
+
+
+def test_an_evaluation_reads_the_chosen_replies_of_a_set_of_pairs(pair_data: Path) -> None:
+    tokenizer = ChatTokenizer.load(pair_data / "tokenizer")
+    found = read_held_out([pair_data], tokenizer, split="train", limit=500)
+    raw = {record["prompt"]: record for record in pairs(160)}
+    for dialogue in found:
+        prompt, chosen = (turn.content for turn in dialogue.conversation.turns[-2:])
+        assert chosen == raw[prompt]["chosen"] and dialogue.text_bytes == len(chosen)
+        assert tokenizer.decode(dialogue.reply_ids(dialogue.replies()[-1]), skip_special=True).strip() == chosen
+        assert raw[prompt]["rejected"] not in tokenizer.decode(dialogue.ids)
+    assert len(found) > 10
 
 
 def test_pairs_are_refused_for_likelihood_and_dialogues_for_dpo(
