@@ -25,7 +25,8 @@ import yaml
 from chatmill.config import ConfigError
 from chatmill.launcher.first_cause import find_cause
 from chatmill.launcher.run_state import CANCEL, Attempt, attempts, last_activity, needed_lead_s, newest_step, seconds_per_step
-from chatmill.run_files import read_jsonl
+from chatmill.processes import is_running
+from chatmill.run_files import PREEMPTED, read_jsonl
 
 ACTIVE = ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "running")
 
@@ -168,13 +169,20 @@ def _state(run_dir: Path, tried: list[Attempt], job: str, queue: dict[str, tuple
         return queued, detail
     if tried and tried[-1].outcome is None and is_supervising(tried[-1]):
         return "running", f"process {tried[-1].lines.get('pid')}"
+    if pid := training_process(run_dir):
+        return "running", f"process {pid}, started by hand"
     if events and events[-1] == "finished":
         return "finished", ""
     if not tried:
         if queued:
             return ("failed", f"{queued} {detail}") if queued != "COMPLETED" else ("stopped", queued)
+        if (run_dir / PREEMPTED).is_file():
+            return "stopped", "by a signal, started by hand; the same command continues"
+        mark = _process_mark(run_dir)
+        if is_running(mark) is False:
+            return "ended", f"process {mark['pid']}, started by hand, is gone; the same command continues"
         recent = bool(events) and time.time() - last_activity(run_dir) < 60
-        return ("running", "started by hand") if recent else ("unknown", "started by hand; no launcher's records")
+        return ("running", "started by hand") if recent else ("unknown", "started by hand on another machine; no records of it")
     outcome = tried[-1].outcome
     if outcome is None:
         return "killed", f"attempt {tried[-1].number} was killed with its supervisor {queued}".rstrip()
@@ -192,6 +200,20 @@ def is_supervising(attempt: Attempt) -> bool:
     except (OSError, KeyError):
         return False
     return b"chatmill.launcher.supervise" in command
+
+
+def training_process(run_dir: Path) -> int | None:
+    """The process number of the run's rank 0, where it is alive on this machine."""
+    mark = _process_mark(run_dir)
+    return int(mark["pid"]) if is_running(mark) else None
+
+
+def _process_mark(run_dir: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["process"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def show(one: RunStatus) -> str:
@@ -305,12 +327,16 @@ def cancel(name: str, *, now: bool) -> int:
             raise ConfigError(f"{' '.join(command)}: {done.stderr.strip()}")
         print(f"job {job}: asked to save and stop" if gentle else f"job {job} cancelled")
     elif tried and tried[-1].outcome is None and is_supervising(tried[-1]):
-        pid = int(tried[-1].lines["pid"])
-        os.kill(pid, signal.SIGTERM)
+        supervisor = int(tried[-1].lines["pid"])
+        os.kill(supervisor, signal.SIGTERM)
         if now:
             time.sleep(0.5)
-            os.kill(pid, signal.SIGTERM)
-        print(f"process {pid}: " + ("stopped" if now else "asked to save and stop"))
+            os.kill(supervisor, signal.SIGTERM)
+        print(f"process {supervisor}: " + ("stopped" if now else "asked to save and stop"))
+    elif pid := training_process(run_dir):
+        os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
+        print(f"process {pid}: " + ("stopped" if now else "asked to save and stop") + "\nthe command that started it continues it")
+        return 0
     else:
         print(f"{run_dir} is not running: nothing to cancel")
         return 0

@@ -21,6 +21,7 @@ import yaml
 
 from chatmill.config import ConfigError, dump_yaml, validate
 from chatmill.files import replace_text
+from chatmill.processes import own_process
 from chatmill.run_files import PREEMPTED, list_checkpoints, read_jsonl, step_of
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.full_disk import WaitingFiles
@@ -134,7 +135,7 @@ class RunFolder:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions and machine, for environment.json."""
+    """Versions, machine and process, for environment.json."""
     versions = {}
     for name in ("chatmill", "torch", "triton", "numpy", "accelerate", "deepspeed", "flash-attn", "webdataset", "tokenizers"):
         try:
@@ -145,6 +146,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
+        "process": own_process(),
         "cpus": os.cpu_count(),
         "versions": versions,
     }

@@ -1,0 +1,49 @@
+"""Whether the process that wrote something is still alive: a process number alone may be another one's by now.
+
+    mark = own_process()           # JSON-ready; kept in a run's environment.json
+    is_running(mark)               # True, False, or None where this machine cannot tell
+
+A mark names machine, boot, process namespace (a container's), process number and the tick at which the process started. Linux
+only: elsewhere, and for another machine's process, the answer is None. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def own_process() -> dict[str, Any]:
+    """The mark of this process."""
+    return _place() | {"pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def is_running(mark: object) -> bool | None:
+    """Whether that process lives; None for another machine's or container's, or where nothing was noted."""
+    if not isinstance(mark, Mapping) or not isinstance(mark.get("pid"), int) or not isinstance(mark.get("started"), int):
+        return None
+    here = _place()
+    if here["boot"] is None or any(mark.get(key) != value for key, value in here.items()):
+        return None
+    return _started(mark["pid"]) == mark["started"]
+
+
+def _place() -> dict[str, Any]:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        boot = namespace = None
+    return {"host": os.uname().nodename, "boot": boot, "namespace": namespace}
+
+
+def _started(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a process; None where it is gone, or dead and not yet waited for."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before may hold anything
+    return None if fields[0] in "ZX" else int(fields[19])
