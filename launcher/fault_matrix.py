@@ -7,7 +7,7 @@ Every row is a real run of two processes (gloo, so no GPU is needed) on a data s
 jobs run under; trainer/fault_injection.py makes the fault happen in one rank. steps lost: computed before the fault and again
 after it. seconds: from the fault to the first step of the run that goes on. kept: every step's tokens and loss equal those of
 a run to which nothing happened (the loss bit for bit with the same engine and world size), or, where dialogues are left out by
-intention, those of a run that left them out from the beginning. Takes about five minutes on two cores.
+intention, those of a run that left them out from the beginning. Takes about six minutes on two cores.
 """
 
 from __future__ import annotations

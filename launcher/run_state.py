@@ -9,6 +9,7 @@ logs/attempts.jsonl; an attempt without an end was killed together with its supe
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -69,6 +70,27 @@ def attempts(run_dir: Path) -> list[Attempt]:
                 first.lines,
             )
     return [found[number] for number in sorted(found)]
+
+
+def attempt_spans(run_dir: Path, *, active: bool) -> list[tuple[float, float]]:
+    """When each attempt began and ended, those by hand (the run's own start and resume events) too, oldest first.
+
+    An attempt whose end nobody noted ended with its last record; the newest one of an active run goes on now.
+    """
+    events = list(read_jsonl(run_dir / "events.jsonl"))
+    tried = attempts(run_dir)
+    known: list[tuple[float, float | None]] = [(a.began, a.ended) for a in tried]
+    begins = (float(e["time"]) for e in events if e.get("event") in ("start", "resume"))
+    known += [(t, None) for t in begins if not any(a.began <= t <= (a.ended or math.inf) for a in tried)]
+    known.sort(key=lambda span: span[0])
+    written = [float(line["time"]) for line in (*events, *read_jsonl(run_dir / "metrics.jsonl")) if "time" in line]
+    spans = []
+    for (began, ended), (following, _) in itertools.zip_longest(known, known[1:], fillvalue=(math.inf, None)):
+        if ended is None and active and following == math.inf:
+            ended = time.time()
+        last = max((t for t in written if began <= t < following), default=began)
+        spans.append((began, last if ended is None else ended))
+    return spans
 
 
 def failures_without_progress(run_dir: Path, job: str) -> int:

@@ -23,8 +23,18 @@ from typing import Any
 import yaml
 
 from chatmill.config import ConfigError
+from chatmill.launcher.cause_page import PAGE
 from chatmill.launcher.first_cause import find_cause
-from chatmill.launcher.run_state import CANCEL, Attempt, attempts, last_activity, needed_lead_s, newest_step, seconds_per_step
+from chatmill.launcher.run_state import (
+    CANCEL,
+    Attempt,
+    attempt_spans,
+    attempts,
+    last_activity,
+    needed_lead_s,
+    newest_step,
+    seconds_per_step,
+)
 from chatmill.processes import is_running
 from chatmill.run_files import PREEMPTED, read_jsonl
 
@@ -33,7 +43,8 @@ ACTIVE = ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUE
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What `chatmill status` shows of one run. Times in seconds; goodput: time spent on steps that were kept / wall time."""
+    """What `chatmill status` shows of one run. Times in seconds; goodput: time spent on steps that were kept / wall time
+    of all attempts (waiting in a queue between them is not counted)."""
 
     run: str
     state: str
@@ -136,13 +147,14 @@ def describe(run_dir: Path, queue: dict[str, tuple[str, str]]) -> RunStatus:
     step = int(metrics[-1]["step"]) if metrics else 0
     state, detail = _state(run_dir, tried, job, queue)
     step_s = seconds_per_step(run_dir)
-    began = tried[0].began if tried else next((e["time"] for e in read_jsonl(run_dir / "events.jsonl")), 0.0)
-    elapsed = (time.time() if state in ACTIVE else last_activity(run_dir)) - began
+    spans = attempt_spans(run_dir, active=state in ACTIVE)
+    elapsed = sum(ended - began for began, ended in spans)
     last = tried[-1] if tried else None
     cause = None
     if state == "failed" and last is not None:
         found = find_cause(run_dir / "logs" / f"attempt-{last.number:03d}")
-        cause = f"{found}\n{'':<12}{found.log}" if found else last.cause
+        page = run_dir / "logs" / f"attempt-{last.number:03d}" / PAGE
+        cause = f"{found}\n{'':<14}{page if page.is_file() else found.log}" if found else last.cause
     return RunStatus(
         run=str(run_dir),
         state=state,
@@ -153,8 +165,8 @@ def describe(run_dir: Path, queue: dict[str, tuple[str, str]]) -> RunStatus:
         loss=float(metrics[-1]["loss"]) if metrics else None,
         seconds_per_step=step_s,
         eta_s=(steps - step) * step_s if step_s is not None and state in ACTIVE else None,
-        goodput=min(1.0, step * step_s / elapsed) if step_s and began and elapsed > 0 else None,
-        attempts=len(tried),
+        goodput=min(1.0, step * step_s / elapsed) if step_s and elapsed > 0 else None,
+        attempts=len(spans),
         job=job,
         nodes=" ".join(last.nodes) if last else "",
         log=str(launcher_log(run_dir) or ""),
@@ -335,7 +347,9 @@ def cancel(name: str, *, now: bool) -> int:
         print(f"process {supervisor}: " + ("stopped" if now else "asked to save and stop"))
     elif pid := training_process(run_dir):
         os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
-        print(f"process {pid}: " + ("stopped" if now else "asked to save and stop") + "\nthe command that started it continues it")
+        print(
+            f"process {pid}: " + ("stopped" if now else "asked to save and stop") + "\nthe command that started it continues it"
+        )
         return 0
     else:
         print(f"{run_dir} is not running: nothing to cancel")

@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from chatmill.launcher.cause_page import write_page
 from chatmill.launcher.first_cause import Cause, find_cause
 from chatmill.launcher.run_state import (
     ATTEMPTS,
@@ -133,8 +134,8 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
         stale = failures_without_progress(run_dir, job)
         if outcome == "failed":
             say(f"first cause: {cause}" if cause else f"no rank said why; see {logs}")
-            if cause:
-                say(f"log: {cause.log}")
+            if page := write_page(run_dir, attempts(run_dir)[-1], cause):
+                say(f"all about it: {page}")
             if code == 2 or (cause and cause.permanent):
                 say("the same start would fail again: not restarted")
                 return 2

@@ -95,6 +95,7 @@ def test_a_run_that_crashes_but_gets_further_each_time_is_started_until_it_is_do
 def test_a_run_that_gets_no_further_is_given_up(tmp_path: Path) -> None:
     done = supervise(tmp_path, "crash", "--max-no-progress", "2")
     assert done.returncode == 1 and outcomes(tmp_path) == ["failed"] * 2
+    assert (tmp_path / "run" / "logs" / "attempt-002" / "first-cause.md").is_file()
     assert "given up: 2 attempts in a row brought no newer checkpoint (no checkpoint yet)" in done.stdout
 
 
