@@ -217,6 +217,32 @@ def test_the_same_seed_gives_the_same_sampled_reply(served: Served, chat_model: 
     assert first == expected(chat_model, "hello", 12, **knobs)
 
 
+def test_several_replies_to_one_request_are_those_of_consecutive_seeds(served: Served, chat_model: ChatModel) -> None:
+    knobs = {"temperature": 1.5, "max_tokens": 10}
+    alone = [served.chat(seed=7 + k, **knobs)[1] for k in range(3)]
+    texts = [answer["choices"][0]["message"]["content"] for answer in alone]
+    assert len(set(texts)) == 3
+    status, answer = served.chat(seed=7, n=3, **knobs)
+    assert status == 200 and [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert [choice["message"]["content"] for choice in answer["choices"]] == texts
+    assert answer["usage"]["prompt_tokens"] == alone[0]["usage"]["prompt_tokens"]  # counted once
+    assert answer["usage"]["completion_tokens"] == sum(one["usage"]["completion_tokens"] for one in alone)
+    told = {"stream": True, "stream_options": {"include_usage": True}}
+    events = events_of(served.chat(seed=7, n=3, **knobs, **told)[1])
+    assert events[-1]["usage"] == answer["usage"] and events[-1]["choices"] == []
+    streamed, ends = ["", "", ""], [0, 0, 0]
+    for choice in (event["choices"][0] for event in events[:-1]):
+        assert not ends[choice["index"]]  # nothing of a reply comes after its end
+        streamed[choice["index"]] += choice["delta"].get("content", "")
+        ends[choice["index"]] += choice["finish_reason"] is not None
+    assert streamed == texts and ends == [1, 1, 1]
+    body = {"prompt": ["hello there", "how are"], "n": 2, "seed": 7, "temperature": 1.5, "max_tokens": 6, "echo": True}
+    status, plain, _ = served.send("POST", "/v1/completions", body)
+    starts = [choice["text"][:7] for choice in plain["choices"]]
+    assert status == 200 and starts == ["hello t", "hello t", "how are", "how are"]
+    assert plain["choices"][0]["text"] != plain["choices"][1]["text"]
+
+
 def test_a_stop_string_ends_the_reply_before_it(served: Served, chat_model: ChatModel) -> None:
     whole = expected(chat_model, "hello", 40)
     stop = whole[6:9]
@@ -263,7 +289,7 @@ def test_plain_completions_continue_text_and_token_ids(served: Served, chat_mode
         ({"temperature": "hot"}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),
         ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"n": 2}, 400, "n:"),
+        ({"n": 65}, 400, "n:"),
         ({"tools": [{}]}, 400, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"stop": ["", "a"]}, 400, "stop"),

@@ -10,6 +10,7 @@ rebound domain name reaches nothing; a client that goes away takes its reply wit
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import json
 import secrets
@@ -147,112 +148,120 @@ def create_app(engine: Engine, *, token: str | None = None, limits: Limits | Non
         loop = asyncio.get_running_loop()
         echo = isinstance(asked, TextRequest) and asked.echo
         wanted = limits.default_tokens if asked.wanted_tokens is None else asked.wanted_tokens
-        jobs: list[tuple[Job, asyncio.Queue[Event]]] = []
+        jobs: list[Job] = []
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()  # of all replies, each with its index
 
-        def submit(ids: list[int]) -> None:
-            events: asyncio.Queue[Event] = asyncio.Queue()
-
-            def emit(event: Event) -> None:
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(events.put_nowait, event)
-
-            job = Job(
-                prompt_ids=ids,
-                max_new_tokens=max(1, min(wanted, limits.max_tokens)),
-                emit=emit,
-                sampling=asked.sampling,
-                stop_strings=asked.stops,
-                seed=asked.seed,
-                logprobs=asked.wanted_logprobs,
-                prompt_logprobs=asked.wanted_logprobs if echo else None,
-                deadline=deadline,
-            )
-            jobs.append((job, events))
-            engine.submit(job)
+        def emit(index: int, event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         try:
             for ids in prompts:
-                submit(ids)
+                for k in range(asked.n or 1):
+                    job = Job(
+                        prompt_ids=ids,
+                        max_new_tokens=max(1, min(wanted, limits.max_tokens)),
+                        emit=functools.partial(emit, len(jobs)),
+                        sampling=asked.sampling,
+                        stop_strings=asked.stops,
+                        seed=None if asked.seed is None else asked.seed + k,
+                        logprobs=asked.wanted_logprobs,
+                        prompt_logprobs=asked.wanted_logprobs if echo else None,
+                        deadline=deadline,
+                    )
+                    jobs.append(job)
+                    engine.submit(job)
         except BusyError as error:
-            for job, _ in jobs:
+            for job in jobs:
                 job.cancel()
             raise RequestError(429, str(error), code="queue_full") from None
         shape = Shape(chat.name, isinstance(asked, ChatRequest))
+        prompt_tokens = sum(map(len, prompts))
         if asked.stream:
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            body = stream(*jobs[0], shape, with_usage)
+            body = stream(jobs, events, shape, prompt_tokens if with_usage else None)
             return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await whole(request, jobs, shape, Echo(wanted > 0) if echo else None)
+        return await whole(request, jobs, events, shape, prompt_tokens, Echo(wanted > 0) if echo else None)
 
-    async def stream(job: Job, events: asyncio.Queue[Event], shape: Shape, with_usage: bool) -> AsyncIterator[str]:
+    async def stream(
+        jobs: list[Job], events: asyncio.Queue[tuple[int, Event]], shape: Shape, prompt_tokens: int | None
+    ) -> AsyncIterator[str]:
+        """Server-sent events; prompt_tokens: count to send at the end, with the generated ones."""
         try:
-            offset = 0
+            offsets, going, generated = [0] * len(jobs), len(jobs), 0
             if shape.is_chat:
-                yield sse(shape.chunk({"role": "assistant", "content": ""}))
-            while True:
+                for index in range(len(jobs)):
+                    yield sse(shape.chunk(index, {"role": "assistant", "content": ""}))
+            while going:
                 try:
-                    event = await asyncio.wait_for(events.get(), KEEP_ALIVE_S)
+                    index, event = await asyncio.wait_for(events.get(), KEEP_ALIVE_S)
                 except TimeoutError:
                     yield ": waiting\n\n"
                     continue
                 if isinstance(event, Piece):
-                    told = logprobs_of(job, shape, event.steps, offset)
-                    offset += len(event.text)
-                    yield sse(shape.chunk({"content": event.text} if shape.is_chat else event.text, logprobs=told))
+                    told = logprobs_of(jobs[index], shape, event.steps, offsets[index])
+                    offsets[index] += len(event.text)
+                    yield sse(shape.chunk(index, {"content": event.text} if shape.is_chat else event.text, logprobs=told))
                 elif isinstance(event, Done):
-                    yield sse(shape.chunk({} if shape.is_chat else "", finish_reason=event.finish_reason))
-                    if with_usage:
-                        counts = usage(len(job.prompt_ids), event.completion_tokens)
-                        yield sse(shape.chunk(None) | {"choices": [], "usage": counts})
-                    break
+                    yield sse(shape.chunk(index, {} if shape.is_chat else "", finish_reason=event.finish_reason))
+                    going, generated = going - 1, generated + event.completion_tokens
                 else:
                     yield sse(RequestError(504 if event.kind == "timeout" else 500, event.message).body())
                     break
+            if prompt_tokens is not None and not going:
+                yield sse(shape.chunk(0, None) | {"choices": [], "usage": usage(prompt_tokens, generated)})
             yield "data: [DONE]\n\n"
         finally:
-            job.cancel()  # without effect on a finished reply
+            for job in jobs:
+                job.cancel()  # without effect on a finished reply
 
     async def whole(
-        request: Request, jobs: list[tuple[Job, asyncio.Queue[Event]]], shape: Shape, echo: Echo | None
+        request: Request,
+        jobs: list[Job],
+        events: asyncio.Queue[tuple[int, Event]],
+        shape: Shape,
+        prompt_tokens: int,
+        echo: Echo | None,
     ) -> Response:
-        choices, counts = list[dict[str, Any]](), usage(0, 0)
+        choices, generated = list[dict[str, Any]](), 0
         try:
-            for job, events in jobs:
-                found = await finished(request, events)
-                if found is None:
-                    return Response(status_code=499)
-                text, steps, done = found
+            replies = await finished(request, len(jobs), events)
+            if replies is None:
+                return Response(status_code=499)
+            for job, (text, steps, done) in zip(jobs, replies, strict=True):
                 told = logprobs_of(job, shape, steps, 0)
                 tokens = done.completion_tokens
                 if echo is not None:
                     text, told, tokens = echo.apply(chat.tokenizer, job, text, steps, done)
                 choices.append(shape.choice(len(choices), text, told, done.finish_reason))
-                more = usage(len(job.prompt_ids), tokens)
-                counts = {name: counts[name] + more[name] for name in counts}
-            return JSONResponse(shape.answer(choices) | {"usage": counts})
+                generated += tokens
+            return JSONResponse(shape.answer(choices) | {"usage": usage(prompt_tokens, generated)})
         finally:
-            for job, _ in jobs:
+            for job in jobs:
                 job.cancel()
 
-    async def finished(request: Request, events: asyncio.Queue[Event]) -> tuple[str, list[TokenStep], Done] | None:
-        """(text, tokens, end) of a reply; None when the client has gone."""
-        text, steps = "", list[TokenStep]()
-        while True:
+    async def finished(
+        request: Request, count: int, events: asyncio.Queue[tuple[int, Event]]
+    ) -> list[tuple[str, list[TokenStep], Done]] | None:
+        """(text, tokens, end) of each reply; None when the client has gone."""
+        texts, steps, ends = [""] * count, [list[TokenStep]() for _ in range(count)], dict[int, Done]()
+        while len(ends) < count:
             try:
-                event = await asyncio.wait_for(events.get(), DISCONNECT_POLL_S)
+                index, event = await asyncio.wait_for(events.get(), DISCONNECT_POLL_S)
             except TimeoutError:
                 if await request.is_disconnected():
                     return None
                 continue
             if isinstance(event, Piece):
-                text += event.text
-                steps += event.steps
+                texts[index] += event.text
+                steps[index] += event.steps
                 if events.empty() and await request.is_disconnected():
                     return None
             elif isinstance(event, Failed):
                 raise RequestError(504 if event.kind == "timeout" else 500, event.message, code=event.kind)
             else:
-                return text, steps, event
+                ends[index] = event
+        return [(texts[index], steps[index], ends[index]) for index in range(count)]
 
     def logprobs_of(
         job: Job, shape: Shape, steps: list[TokenStep] | tuple[TokenStep, ...], offset: int
@@ -296,10 +305,12 @@ class Shape:
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
-    def chunk(self, content: Any, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None) -> dict[str, Any]:
-        """One event of a stream."""
+    def chunk(
+        self, index: int, content: Any, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        """One event of a stream: more of the reply `index`."""
         body = {"delta" if self.is_chat else "text": content, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._envelope("chat.completion.chunk" if self.is_chat else "text_completion", [{"index": 0} | body])
+        return self._envelope("chat.completion.chunk" if self.is_chat else "text_completion", [{"index": index} | body])
 
     def choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str) -> dict[str, Any]:
         """One whole reply."""

@@ -1,6 +1,6 @@
 """The requests of the OpenAI API that are understood, and the answers, as plain data.
 
-What would change the answer and is not supported is refused with status 400 (tools, n > 1, JSON mode, penalties on
+What would change the answer and is not supported is refused with status 400 (tools, JSON mode, penalties on
 presence and frequency, logit_bias); what is harmless (user, metadata, store ...) is accepted and ignored.
 Extensions: top_k, min_p, repetition_penalty.
 """
@@ -17,7 +17,7 @@ from chatmill.data.tokenizer import ChatTokenizer
 from chatmill.trainer.generation import TokenStep
 from chatmill.trainer.sampling import Sampling
 
-MAX_PROMPTS = 64  # of one request
+MAX_REPLIES = 64  # to one request: prompts times n
 
 
 class RequestError(Exception):
@@ -56,7 +56,7 @@ class Request(BaseModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     max_tokens: int | None = Field(default=None, ge=1)
-    n: Literal[1] | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_REPLIES)  # replies to one prompt; a seed gives seed, seed + 1, ...
     presence_penalty: float | None = Field(default=None, ge=0, le=0)
     frequency_penalty: float | None = Field(default=None, ge=0, le=0)
 
@@ -147,8 +147,8 @@ class TextRequest(Request):
             raise ValueError("max_tokens: 0 is possible only with echo")
         if self.stream and (self.echo or self.is_batch):
             raise ValueError("stream: not supported together with echo or with several prompts")
-        if self.is_batch and len(self.prompt) > MAX_PROMPTS:
-            raise ValueError(f"prompt: at most {MAX_PROMPTS} prompts in one request")
+        if self.is_batch and len(self.prompt) * (self.n or 1) > MAX_REPLIES:
+            raise ValueError(f"prompt: at most {MAX_REPLIES} replies in one request, prompts times n")
         return self
 
     @property
