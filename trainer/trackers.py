@@ -5,8 +5,8 @@
 
 They are accelerate's own tracker classes, also those a user registered with accelerate.tracking.register_tracker_class. Rank 0
 alone talks to them. Every line of metrics.jsonl goes to each, nested figures as `eval/loss`. A tracker that fails is dropped
-with one message: it never stops a run. A resumed run continues the same page: W&B's id is kept in RUN/trackers.json, and
-TensorBoard forgets what lies after the step that was resumed.
+with one message: it never stops a run. A resumed run continues the same page: the ids of W&B, trackio and MLflow are kept in
+RUN/trackers.json, their project is `chatmill`; TensorBoard forgets what lies after the step that was resumed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from chatmill.trainer.config import Recipe
 from chatmill.trainer.full_disk import warn
 
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
-PROJECT = "chatmill"
+PROJECT, IDS = "chatmill", "trackers.json"
 SETTINGS = ("run", "data", "model", "optimizer", "schedule", "train", "parallel")
 
 
@@ -63,31 +64,39 @@ class Trackers:
         base = self._classes[name]
         # on rank 0 by our own rule: accelerate's would set up a process group of its own to find out
         made: Any = type(base.__name__, (base,), {"main_process_only": False})
-        options: dict[str, Any] = {}
+        known = self._ids().get(name)
+        run = self.recipe.run.name
         if name == "tensorboard":
-            options = {"logging_dir": str(self.run_dir), "purge_step": step}
-            tracker = made("tensorboard", **options)
+            tracker = made("tensorboard", logging_dir=str(self.run_dir), purge_step=step)
         elif name == "wandb":
-            tracker = made(PROJECT, name=self.recipe.run.name, id=self._run_id(name), resume="allow", dir=str(self.run_dir))
+            tracker = made(PROJECT, name=run, id=self._run_id(name), resume="allow", dir=str(self.run_dir))
+        elif name == "trackio":  # knows runs by their names
+            tracker = made(PROJECT, name=f"{run}-{self._run_id(name)}", resume="allow")
+        elif name == "mlflow":
+            tracker = made(PROJECT, run_name=run, run_id=known)
         elif base.requires_logging_directory:
             tracker = made(self.recipe.run.name, str(self.run_dir))
         else:
             tracker = made(self.recipe.run.name)
         tracker.start()
         self._open[name] = tracker
-        if name != "tensorboard":  # its table of settings would open a second run beside this one
+        if name == "mlflow" and known is None:
+            self._keep_id(name, tracker.tracker.info.run_id)
+        # TensorBoard's table of settings would open a second run beside this one; MLflow refuses settings that a resume changed
+        if name != "tensorboard" and not (name == "mlflow" and known is not None):
             dump = self.recipe.model_dump(mode="json")
             tracker.store_init_configuration(flat({section: dump[section] for section in SETTINGS}))
 
-    def _run_id(self, name: str) -> str:
-        file = self.run_dir / "trackers.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if name not in known:
-            import secrets
+    def _ids(self) -> dict[str, str]:
+        file = self.run_dir / IDS
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
-            known[name] = secrets.token_hex(6)
-            replace_text(file, json.dumps(known) + "\n")
-        return str(known[name])
+    def _keep_id(self, name: str, value: str) -> str:
+        replace_text(self.run_dir / IDS, json.dumps(self._ids() | {name: value}) + "\n")
+        return value
+
+    def _run_id(self, name: str) -> str:
+        return self._ids().get(name) or self._keep_id(name, secrets.token_hex(6))
 
     def _guarded(self, name: str, action: Any) -> None:
         try:

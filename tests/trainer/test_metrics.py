@@ -6,6 +6,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate.tracking
 import pytest
@@ -17,6 +18,7 @@ from chatmill.run_files import read_jsonl
 from chatmill.trainer.config import ModelConfig, load_recipe
 from chatmill.trainer.loop import train
 from chatmill.trainer.metrics import StepMeter
+from chatmill.trainer.trackers import Trackers
 from chatmill.trainer.world import World
 
 from .conftest import cut_back
@@ -149,3 +151,43 @@ def test_the_asked_steps_are_profiled(write_recipe, tmp_path: Path) -> None:
     assert sum(event.get("name") == "Optimizer.step#AdamW.step" and event.get("ph") == "X" for event in events) == 2
     with pytest.raises(ConfigError, match="profile_steps"):
         load_recipe(str(write_recipe("wrong", logging={"profile_steps": [3, 2]})))
+
+
+class Page(accelerate.tracking.GeneralTracker):
+    """Stands for MLflow's and trackio's trackers: notes how it was made, and has an id as an MLflow run has one."""
+
+    name, requires_logging_directory, main_process_only = "page", False, False
+    made: list = []  # noqa: RUF012
+
+    def __init__(self, project: str, **options: object) -> None:
+        super().__init__()
+        self.options = options
+        self.made.append((project, options))
+
+    @property
+    def tracker(self) -> SimpleNamespace:
+        return SimpleNamespace(info=SimpleNamespace(run_id="f00"))
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.made.append("settings")
+
+    def log(self, values: dict, step: int | None = None, **kwargs: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", ["mlflow", "trackio"])
+def test_a_resumed_run_continues_its_page(name: str, write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Page, "made", [])
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [name])
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, name, Page)
+    recipe = load_recipe(str(write_recipe("paged", logging={"trackers": [name]})))
+    for step in (1, 5):
+        trackers = Trackers(recipe, tmp_path, is_main=True)
+        trackers.log({"step": step, "loss": 1.0})
+        trackers.close()
+    if name == "mlflow":  # settings are not sent again: MLflow refuses one that changed
+        begun = ("chatmill", {"run_name": "paged", "run_id": None})
+        assert Page.made == [begun, "settings", ("chatmill", {"run_name": "paged", "run_id": "f00"})]
+    else:
+        page = ("chatmill", {"name": "paged-" + json.loads((tmp_path / "trackers.json").read_text())[name], "resume": "allow"})
+        assert Page.made == [page, "settings"] * 2
