@@ -36,7 +36,7 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 # an instruction's whole mnemonic starts with one of these
 OPCODES = (
     "HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "LDSM", "STSM",
-    "LDG.E.128", "STG.E.128", "LDL", "STL", "USETMAXREG", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "MUFU.EX2",
+    "LDG.E.128", "STG.E.128", "LDG.E.U16", "STG.E.U16", "LDL", "STL", "USETMAXREG", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "MUFU.EX2",
 )  # fmt: skip
 
 
@@ -47,7 +47,8 @@ class Case:
     types: triton type per argument that is no constexpr ("*bf16", "fp32", "i32", "i64").
     constants: constexpr arguments. aligned: names of integer arguments known to be multiples of 16.
     spill_bytes: budget of spilled bytes (stores + loads of ptxas -v). tensor_cores: a dot is expected on them.
-    specialised: warp specialisation is claimed (setmaxnreg must be there). instructions: mnemonics of OPCODES that must be.
+    specialised: warp specialisation is claimed (setmaxnreg must be there). instructions, forbidden: mnemonics of OPCODES that must
+    be, or must not.
     clean_loops: nothing may be spilled inside the innermost loops with wgmma. overlapped: exponentials that must stand between
     each wait that leaves a wgmma under way and the one that ends it.
     """
@@ -64,6 +65,7 @@ class Case:
     tensor_cores: bool = True
     specialised: bool = False
     instructions: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = ()
     clean_loops: bool = False
     overlapped: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -236,6 +238,7 @@ def violations(case: Case, report: CompileReport) -> list[str]:
     if case.specialised and not report.sass.get("USETMAXREG"):
         out.append("no setmaxnreg: warp specialisation was dropped")
     out += [f"no {op} instruction" for op in case.instructions if not report.sass.get(op)]
+    out += [f"{report.sass[op]} {op} instructions, which must not be" for op in case.forbidden if report.sass.get(op)]
     if case.clean_loops and report.loop_spills:
         out.append(f"{report.loop_spills} spilled registers inside the matrix loops")
     if report.overlapped < case.overlapped:

@@ -5,8 +5,14 @@ python -m chatmill.kernels.cross_compile chatmill.kernels.layer_cases
 
 from __future__ import annotations
 
+import triton
+
 from chatmill.kernels import rms_norm_triton, rope_triton, swiglu_triton
 from chatmill.kernels.cross_compile import Case
+
+# 16 bytes at a time both ways: a mask or stride that the compiler cannot see through costs up to eight times the accesses
+WHOLE_VECTORS = ("LDG.E.128", "STG.E.128")
+SINGLE = ("LDG.E.U16", "STG.E.U16")
 
 
 def shipped_cases() -> list[Case]:
@@ -33,11 +39,14 @@ def rms_norm_cases() -> list[Case]:
                     num_warps=warps,
                     aligned=("width", "x_stride", "residual_stride"),
                     tensor_cores=False,
+                    instructions=WHOLE_VECTORS,
+                    forbidden=SINGLE,
                 )
             )
             types = dict.fromkeys(("H", "WEIGHT", "DY", "DH", "DX"), "*bf16") | {"SCALE": "*fp32", "PARTIAL": "*fp32"}
             types |= dict.fromkeys(("n_rows", "width", "h_stride", "dy_stride", "dh_stride", "n_blocks"), "i32")
-            constants = {"HAS_DH": extra, "NEED_X": True, "NEED_WEIGHT": True, "ROWS": rows, "BLOCK": block}
+            stages = rms_norm_triton._stages(rows * block * 2 * (3 if extra else 2))
+            constants = {"HAS_DH": extra, "NEED_X": True, "NEED_WEIGHT": True, "STAGES": stages, "ROWS": rows, "BLOCK": block}
             cases.append(
                 Case(
                     f"{name} backward",
@@ -47,6 +56,8 @@ def rms_norm_cases() -> list[Case]:
                     num_warps=warps,
                     aligned=("width", "h_stride", "dy_stride", "dh_stride"),
                     tensor_cores=False,
+                    instructions=WHOLE_VECTORS,
+                    forbidden=SINGLE,
                 )
             )
     return cases
@@ -55,27 +66,35 @@ def rms_norm_cases() -> list[Case]:
 def rope_cases() -> list[Case]:
     """Rotary positions."""
     cases = []
-    for width in (64, 128):
-        block = width // 2
-        shape = {"DOUBLE": False, "ROWS": rope_triton.TILE // block, "BLOCK": block}
+    for width in (64, 80, 96, 128):
+        block = triton.next_power_of_2(width // 2)
+        shape = {
+            "DOUBLE": False,
+            "HALF": width // 2,
+            "HEADS": rope_triton.HEADS,
+            "ROWS": rope_triton.TILE // block,
+            "BLOCK": block,
+        }
         tables = {"COS": "*fp32", "SIN": "*fp32", "WEIGHT": "*bf16", "SCALE": "*fp32"}
-        numbers = ("n_positions", "n_heads", "half", "x_stride", "x_head_stride", "cos_stride")
+        numbers = ("n_positions", "n_heads", "x_stride", "x_head_stride", "cos_stride")
         for norm, backward in ((False, False), (False, True), (True, False)):
             types = {"X": "*bf16", "Y": "*bf16", "eps": "fp32"} | tables | dict.fromkeys(numbers, "i32")
-            constants = {"BACKWARD": backward, "NORM": norm, "HEADS": rope_triton.HEADS} | shape
+            constants = {"BACKWARD": backward, "NORM": norm} | shape
             cases.append(
                 Case(
                     f"rope{' norm' if norm else ''} {width} {'backward' if backward else 'forward'}",
                     rope_triton.rope_kernel,
                     types,
                     constants,
-                    aligned=("half", "x_stride", "x_head_stride", "cos_stride"),
+                    aligned=("x_stride", "x_head_stride", "cos_stride"),
                     tensor_cores=False,
+                    instructions=WHOLE_VECTORS,
+                    forbidden=SINGLE,
                 )
             )
         types = {"X": "*bf16", "DY": "*bf16", "DX": "*bf16", "PARTIAL": "*fp32"} | tables
         types |= dict.fromkeys((*numbers, "dy_stride", "dy_head_stride", "n_blocks"), "i32")
-        strides = ("half", "x_stride", "x_head_stride", "dy_stride", "dy_head_stride", "cos_stride")
+        strides = ("x_stride", "x_head_stride", "dy_stride", "dy_head_stride", "cos_stride")
         cases.append(
             Case(
                 f"rope norm {width} backward",
@@ -84,6 +103,8 @@ def rope_cases() -> list[Case]:
                 shape,
                 aligned=strides,
                 tensor_cores=False,
+                instructions=WHOLE_VECTORS,
+                forbidden=SINGLE,
             )
         )
     return cases
@@ -104,5 +125,16 @@ def swiglu_cases() -> list[Case]:
             ("forward", swiglu_triton.swiglu_forward_kernel, forward, strides),
             ("backward", swiglu_triton.swiglu_backward_kernel, backward, (*strides, "dy_stride")),
         ):
-            cases.append(Case(f"swiglu {width} {name}", kernel, types, constants, aligned=aligned, tensor_cores=False))
+            cases.append(
+                Case(
+                    f"swiglu {width} {name}",
+                    kernel,
+                    types,
+                    constants,
+                    aligned=aligned,
+                    tensor_cores=False,
+                    instructions=WHOLE_VECTORS,
+                    forbidden=SINGLE,
+                )
+            )
     return cases

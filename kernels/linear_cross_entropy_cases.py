@@ -19,18 +19,34 @@ def shipped_cases() -> list[Case]:
         cases += _product_cases(arch, narrow, (row.project, row.accumulate), arch >= 90, True)
     cases += _product_cases(90, True, UNALIGNED, False, False)
     rows = dict.fromkeys(("OWN", "TOP", "P_SCALE", "HIT_SCALE", "FLOOR"), "*fp32")
+    vectors: tuple[str, ...] = ("LDG.E.128", "STG.E.128")
     for softcap in (0.0, 30.0):
-        numbers = dict.fromkeys(("vocabulary", "logits_stride", "out_stride"), "i32")
+        numbers = dict.fromkeys(("n_columns", "logits_stride", "out_stride"), "i32")
         types = {"LOGITS": "*bf16", "OUT": "*bf16", "LABELS": "*i64", **rows, **numbers}
         constants = {"SOFTCAP": softcap, "SMOOTHING": softcap > 0, "BLOCK": GRADIENT_BLOCK}
         name = f"gradient softcap {softcap:g}"
-        strides: tuple[str, ...] = ("logits_stride", "out_stride")
-        cases.append(Case(name, gradient_kernel, types, constants, num_warps=8, aligned=strides, tensor_cores=False))
+        strides: tuple[str, ...] = ("n_columns", "logits_stride", "out_stride")
+        cases.append(
+            Case(
+                name, gradient_kernel, types, constants, num_warps=8, aligned=strides, tensor_cores=False, instructions=vectors
+            )
+        )
     types = {"LOGITS": "*bf16", "LABELS": "*i64", "vocabulary": "i32", "logits_stride": "i32"}
     types |= dict.fromkeys(("TILE_MAX", "TILE_SUM", "TILE_TOTAL", "OWN"), "*fp32")
     constants = {"SOFTCAP": 30.0, "NEEDS_TOTAL": True, "BLOCK": GRADIENT_BLOCK}
-    strides = ("logits_stride",)
-    cases.append(Case("statistics", statistics_kernel, types, constants, num_warps=8, aligned=strides, tensor_cores=False))
+    strides = ("vocabulary", "logits_stride")
+    cases.append(
+        Case(
+            "statistics",
+            statistics_kernel,
+            types,
+            constants,
+            num_warps=8,
+            aligned=strides,
+            tensor_cores=False,
+            instructions=vectors[:1],
+        )
+    )
     return cases
 
 
@@ -45,7 +61,7 @@ def _product_cases(arch: int, narrow: bool, pair: tuple[Tile, Tile], described: 
     t = pair[0]
     types = {"X": operand(t.rows, t.depth), "W": operand(t.columns, t.depth), "LOGITS": f"*{dtype}", "LABELS": "*i64"}
     types |= dict.fromkeys(("TILE_MAX", "TILE_SUM", "TILE_TOTAL", "OWN"), "*fp32")
-    types |= dict.fromkeys(("n_rows", "vocabulary", "width", "x_stride", "w_stride", "logits_stride"), "i32")
+    types |= dict.fromkeys(("n_rows", "vocabulary", "width", "x_stride", "w_stride", "logits_stride", "n_stored"), "i32")
     strides = ("width", "x_stride", "w_stride") if aligned else ()
     cases = []
     for name, softcap, total, store in (("train", 0.0, False, True), ("capped", 30.0, True, True), ("loss", 0.0, False, False)):
@@ -60,8 +76,9 @@ def _product_cases(arch: int, narrow: bool, pair: tuple[Tile, Tile], described: 
                 arch=arch,
                 num_warps=t.warps,
                 num_stages=t.stages,
-                aligned=(*strides, "logits_stride"),
+                aligned=(*strides, "logits_stride", "n_stored"),
                 tensor_cores=narrow,
+                instructions=("STG.E.128",) if store and aligned and narrow else (),
             )
         )
     t = pair[1]

@@ -50,6 +50,7 @@ def project_kernel(
     x_stride,
     w_stride,
     logits_stride,
+    n_stored,
     SOFTCAP: tl.constexpr,
     NEEDS_TOTAL: tl.constexpr,
     STORE: tl.constexpr,
@@ -59,9 +60,11 @@ def project_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Logits (R, V) = X (R, H) @ W (V, H).T with per-tile statistics (R, tiles) of the capped logits."""
+    """Logits (R, V) = X (R, H) @ W (V, H).T with per-tile statistics (tiles, R) of the capped logits.
+
+    n_stored: columns of LOGITS, V or more; a multiple of 16 is stored 16 bytes at a time. What lies beyond V means nothing.
+    """
     n_row_tiles = tl.cdiv(n_rows, BLOCK_R)
-    n_tiles = tl.cdiv(vocabulary, BLOCK_V)
     # all row tiles of one vocabulary tile run together: W is read from memory once, X stays in L2
     tile = tl.program_id(0) // n_row_tiles
     row0 = (tl.program_id(0) % n_row_tiles) * BLOCK_R
@@ -86,12 +89,12 @@ def project_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=WIDE)
     if STORE:
         at = rows.to(tl.int64)[:, None] * logits_stride + columns[None, :]
-        tl.store(LOGITS + at, acc.to(LOGITS.dtype.element_ty), mask=real_row[:, None] & real_column[None, :])
+        tl.store(LOGITS + at, acc.to(LOGITS.dtype.element_ty), mask=real_row[:, None] & (columns < n_stored)[None, :])
     if SOFTCAP > 0:
         acc = SOFTCAP * (2.0 * tl.sigmoid(acc * (2.0 / SOFTCAP)) - 1.0)  # tanh by what every backend has
     label = tl.load(LABELS + rows, mask=real_row, other=-1).to(tl.int32)
     is_own = columns[None, :] == label[:, None]
-    stat = rows.to(tl.int64) * n_tiles + tile
+    stat = tile.to(tl.int64) * n_rows + rows  # tiles outermost: the rows of a tile fill whole sectors
     if NEEDS_TOTAL:
         tl.store(TILE_TOTAL + stat, tl.sum(tl.where(real_column[None, :], acc, 0.0), 1), mask=real_row)
     own = tl.sum(tl.where(is_own, acc, 0.0), 1)
@@ -128,7 +131,7 @@ def statistics_kernel(
     if SOFTCAP > 0:
         z = SOFTCAP * (2.0 * tl.sigmoid(z * (2.0 / SOFTCAP)) - 1.0)
     label = tl.load(LABELS + row).to(tl.int32)
-    stat = row * tl.num_programs(1) + tile
+    stat = tile.to(tl.int64) * tl.num_programs(0) + row
     if NEEDS_TOTAL:
         tl.store(TILE_TOTAL + stat, tl.sum(tl.where(inside, z, 0.0), 0))
     is_own = columns == label
@@ -150,7 +153,7 @@ def gradient_kernel(
     P_SCALE,
     HIT_SCALE,
     FLOOR,
-    vocabulary,
+    n_columns,
     logits_stride,
     out_stride,
     SOFTCAP: tl.constexpr,
@@ -160,7 +163,7 @@ def gradient_kernel(
     """OUT = (P_SCALE * exp(z - TOP) - HIT_SCALE * [is target] - FLOOR) * softcap', 0 where P_SCALE is 0; OUT may be LOGITS."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < vocabulary
+    inside = columns < n_columns
     WIDE: tl.constexpr = OWN.dtype.element_ty
     z = tl.load(LOGITS + row * logits_stride + columns, mask=inside, other=0.0).to(WIDE)
     if SOFTCAP > 0:
@@ -218,7 +221,8 @@ def run_triton(
         if logits is None or coefficients is None:
             continue
         gradient = logits[:, :vocabulary]
-        to_gradient(gradient, total, labels[part], stats.own, rows, coefficients[part], label_smoothing, z_loss, softcap)
+        # the padding with the rest: rows of whole vectors, whatever the vocabulary; no product reads it
+        to_gradient(logits, total, labels[part], stats.own, rows, coefficients[part], label_smoothing, z_loss, softcap)
         if need_x:
             torch.mm(gradient, projection, out=d_x[part])
         if d_weight is not None:
@@ -231,13 +235,13 @@ def run_triton(
 
 
 def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, softcap: float, needs_total: bool) -> Statistics:
-    """Launch project_kernel; logits (R, >= V) is written raw (before the soft-cap) unless it is None."""
+    """Launch project_kernel; logits (R, >= V), or None, is written raw (before the soft-cap), no promise beyond V."""
     n_rows, width = x.shape
     vocabulary = weight.shape[0]
     tile = shapes.tiles(x, weight)[0]
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     n_tiles = triton.cdiv(vocabulary, tile.columns)
-    tile_max = x.new_empty((n_rows, n_tiles), dtype=wide)
+    tile_max = x.new_empty((n_tiles, n_rows), dtype=wide).T
     tile_sum = torch.empty_like(tile_max)
     total = torch.empty_like(tile_max) if needs_total else None
     own = x.new_full((n_rows,), float("-inf"), dtype=wide)
@@ -257,6 +261,7 @@ def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, so
         x.stride(0),
         weight.stride(0),
         0 if logits is None else logits.stride(0),
+        0 if logits is None else logits.shape[1],
         SOFTCAP=softcap,
         NEEDS_TOTAL=needs_total,
         STORE=logits is not None,
@@ -276,7 +281,7 @@ def statistics(logits: Tensor, labels: Tensor, softcap: float, needs_total: bool
     n_rows, vocabulary = logits.shape
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(vocabulary))
-    tile_max = logits.new_empty((n_rows, triton.cdiv(vocabulary, block)), dtype=wide)
+    tile_max = logits.new_empty((triton.cdiv(vocabulary, block), n_rows), dtype=wide).T
     tile_sum = torch.empty_like(tile_max)
     total = torch.empty_like(tile_max) if needs_total else None
     own = logits.new_full((n_rows,), float("-inf"), dtype=wide)
@@ -311,7 +316,7 @@ def to_gradient(
 ) -> None:
     """Launch gradient_kernel: out (in place without one) becomes d(sum of coefficient x loss) / d(logits (R, V)).
 
-    vocabulary: of the whole head; logits may be one shard's columns of it.
+    vocabulary: of the whole head; logits may be one shard's columns of it, and padding, which then holds anything.
     """
     columns = logits.shape[1]
     out = logits if out is None else out

@@ -2,7 +2,7 @@
 
 Forward reads x (and the residual) once and writes y (and h). Backward reads h, dy and the residual stream's gradient once;
 each of a fixed number of programs sums its rows' share of d_weight in registers and writes one partial row, which torch
-adds up: no atomics, so the gradient is bitwise repeatable.
+adds up: no atomics, so the gradient is bitwise repeatable. Its next tiles are on their way while one is computed.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/test_rms_norm.py
         python -m chatmill.kernels.cross_compile chatmill.kernels.rms_norm_triton
@@ -23,6 +23,8 @@ from chatmill.kernels.interpreter import install, is_interpreting
 
 # elements of one tile: with 8192, backward at 4 warps spilled (kernels/layer_cases.py)
 TILE = 4096
+# of shared memory that tiles on their way may take: sm_86 gives a program 101 kB, sm_90 two of them 113 kB each
+SHARED_BYTES = 98_304
 
 
 @triton.jit
@@ -48,6 +50,7 @@ def rms_norm_forward_kernel(
     mask = (rows < n_rows)[:, None] & (columns < width)[None, :]
     WIDE: tl.constexpr = SCALE.dtype.element_ty
     h = tl.load(X + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(WIDE)
+    weight = tl.load(WEIGHT + columns, mask=columns < width, other=0.0).to(WIDE)  # before the sum, which waits
     at = rows[:, None] * width + columns[None, :]
     if HAS_RESIDUAL:
         h += tl.load(RESIDUAL + rows[:, None] * residual_stride + columns[None, :], mask=mask, other=0.0).to(WIDE)
@@ -57,7 +60,6 @@ def rms_norm_forward_kernel(
         h = h.to(WIDE)
     scale = 1.0 / tl.sqrt(tl.sum(h * h, 1) / width + eps)
     tl.store(SCALE + rows, scale, mask=rows < n_rows)
-    weight = tl.load(WEIGHT + columns, mask=columns < width, other=0.0).to(WIDE)
     tl.store(Y + at, (h * scale[:, None] * weight[None, :]).to(Y.dtype.element_ty), mask=mask)
 
 
@@ -79,6 +81,7 @@ def rms_norm_backward_kernel(
     HAS_DH: tl.constexpr,
     NEED_X: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -88,19 +91,21 @@ def rms_norm_backward_kernel(
     WIDE: tl.constexpr = SCALE.dtype.element_ty
     weight = tl.load(WEIGHT + columns, mask=inside, other=0.0).to(WIDE)
     total = tl.zeros([BLOCK], WIDE)
-    for block in tl.range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), n_blocks, tl.num_programs(0), num_stages=STAGES):
         rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (rows < n_rows)[:, None] & inside[None, :]
         scale = tl.load(SCALE + rows, mask=rows < n_rows, other=0.0)[:, None]
         unit = tl.load(H + rows[:, None] * h_stride + columns[None, :], mask=mask, other=0.0).to(WIDE) * scale
         dy = tl.load(DY + rows[:, None] * dy_stride + columns[None, :], mask=mask, other=0.0).to(WIDE)
+        if HAS_DH:
+            dh = tl.load(DH + rows[:, None] * dh_stride + columns[None, :], mask=mask, other=0.0)
         if NEED_WEIGHT:
             total += tl.sum(dy * unit, 0)
         if NEED_X:
             inner = dy * weight[None, :]
             dx = scale * (inner - unit * (tl.sum(inner * unit, 1) / width)[:, None])
             if HAS_DH:
-                dx += tl.load(DH + rows[:, None] * dh_stride + columns[None, :], mask=mask, other=0.0).to(WIDE)
+                dx += dh.to(WIDE)
             tl.store(DX + rows[:, None] * width + columns[None, :], dx.to(DX.dtype.element_ty), mask=mask)
     if NEED_WEIGHT:
         tl.store(PARTIAL + tl.program_id(0).to(tl.int64) * width + columns, total, mask=inside)
@@ -163,6 +168,7 @@ def backward(
         HAS_DH=dh is not None,
         NEED_X=need_x,
         NEED_WEIGHT=need_weight,
+        STAGES=_stages(rows * block * h.element_size() * (2 if dh is None else 3)),
         ROWS=rows,
         BLOCK=block,
         num_warps=warps,
@@ -181,6 +187,14 @@ def _tile(width: int) -> tuple[int, int, int]:
     """(rows per tile, columns rounded up to a power of two, warps)."""
     block = triton.next_power_of_2(width)
     return max(1, min(32, TILE // block)), block, 4 if block <= 2048 else 8 if block <= 8192 else 16
+
+
+def _stages(tile_bytes: int) -> int:
+    """Stages of backward's loop, whose step reads tile_bytes: the tile in use and those on their way; 1: none is ahead.
+
+    With three at H=2048 and both programs of a multiprocessor four tiles, 96 kB, are on their way while two are computed.
+    """
+    return max(1, min(3, 1 + SHARED_BYTES // tile_bytes))
 
 
 def _programs(x: Tensor) -> int:

@@ -1,7 +1,7 @@
 """Triton engine of the rotary positions, with QK-norm fused in where asked: contract and maths in rope.py.
 
-A program holds ROWS positions of one head group: cos and sin are read once per
-group, every head's channels are read and written once.
+A program holds ROWS positions of one head group: cos and sin are read once per group, every head's channels are read and
+written once, and the next head is on its way while one is computed.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/test_rope.py
         python -m chatmill.kernels.cross_compile chatmill.kernels.rope_triton
@@ -26,6 +26,14 @@ HEADS = 4
 
 
 @triton.jit
+def _load_head(at, head, n_heads, head_stride, mask, HALF: tl.constexpr):
+    """Both halves of a head's channels, 0 where there is no such head."""
+    live = mask & (head < n_heads)
+    at += head.to(tl.int64) * head_stride
+    return tl.load(at, mask=live, other=0.0), tl.load(at + HALF, mask=live, other=0.0)
+
+
+@triton.jit
 def rope_kernel(
     X,
     Y,
@@ -35,7 +43,6 @@ def rope_kernel(
     SCALE,
     n_positions,
     n_heads,
-    half,
     x_stride,
     x_head_stride,
     cos_stride,
@@ -43,6 +50,7 @@ def rope_kernel(
     BACKWARD: tl.constexpr,
     NORM: tl.constexpr,
     DOUBLE: tl.constexpr,
+    HALF: tl.constexpr,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -54,7 +62,7 @@ def rope_kernel(
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < half
+    inside = columns < HALF
     mask = (rows < n_positions)[:, None] & inside[None, :]
     angle = rows[:, None] * cos_stride + columns[None, :]
     cos = tl.load(COS + angle, mask=mask, other=0.0).to(WIDE)
@@ -63,21 +71,28 @@ def rope_kernel(
         sin = -sin
     if NORM:
         weight_a = tl.load(WEIGHT + columns, mask=inside, other=0.0).to(WIDE)[None, :]
-        weight_b = tl.load(WEIGHT + half + columns, mask=inside, other=0.0).to(WIDE)[None, :]
+        weight_b = tl.load(WEIGHT + HALF + columns, mask=inside, other=0.0).to(WIDE)[None, :]
+    # one head ahead: a load that stands behind a store waits for it, because the compiler cannot know that they are apart
+    first = tl.program_id(1) * HEADS
+    a, b = _load_head(X + rows[:, None] * x_stride + columns[None, :], first, n_heads, x_head_stride, mask, HALF)
     for i in tl.static_range(HEADS):
-        head = tl.program_id(1) * HEADS + i
+        head = first + i
+        if i + 1 < HEADS:
+            x_at = X + rows[:, None] * x_stride + columns[None, :]
+            next_a, next_b = _load_head(x_at, head + 1, n_heads, x_head_stride, mask, HALF)
         live = mask & (head < n_heads)
-        x_at = X + rows[:, None] * x_stride + head * x_head_stride + columns[None, :]
-        a = tl.load(x_at, mask=live, other=0.0).to(WIDE)
-        b = tl.load(x_at + half, mask=live, other=0.0).to(WIDE)
+        a = a.to(WIDE)
+        b = b.to(WIDE)
         if NORM:
-            scale = 1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)
-            tl.store(SCALE + rows * n_heads + head, scale, mask=(rows < n_positions) & (head < n_heads))
-            a = a * scale[:, None] * weight_a
-            b = b * scale[:, None] * weight_b
-        y_at = Y + (rows[:, None] * n_heads + head) * (2 * half) + columns[None, :]
+            scale = 1.0 / tl.sqrt(tl.sum(a * a + b * b, 1, keep_dims=True) / (2 * HALF) + eps)
+            tl.store(SCALE + rows[:, None] * n_heads + head, scale, mask=(rows < n_positions)[:, None] & (head < n_heads))
+            a = a * scale * weight_a
+            b = b * scale * weight_b
+        y_at = Y + (rows[:, None] * n_heads + head) * (2 * HALF) + columns[None, :]
         tl.store(y_at, (a * cos - b * sin).to(Y.dtype.element_ty), mask=live)
-        tl.store(y_at + half, (b * cos + a * sin).to(Y.dtype.element_ty), mask=live)
+        tl.store(y_at + HALF, (b * cos + a * sin).to(Y.dtype.element_ty), mask=live)
+        if i + 1 < HEADS:
+            a, b = next_a, next_b
 
 
 @triton.jit
@@ -92,7 +107,6 @@ def rope_norm_backward_kernel(
     PARTIAL,
     n_positions,
     n_heads,
-    half,
     x_stride,
     x_head_stride,
     dy_stride,
@@ -100,44 +114,56 @@ def rope_norm_backward_kernel(
     cos_stride,
     n_blocks,
     DOUBLE: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """DX (T, heads, D) of norm-then-turn; PARTIAL (programs, D) = this program's share of the norm weight's gradient."""
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     columns = tl.arange(0, BLOCK)
-    inside = columns < half
+    inside = columns < HALF
     weight_a = tl.load(WEIGHT + columns, mask=inside, other=0.0).to(WIDE)[None, :]
-    weight_b = tl.load(WEIGHT + half + columns, mask=inside, other=0.0).to(WIDE)[None, :]
-    total_a = tl.zeros([BLOCK], WIDE)
-    total_b = tl.zeros([BLOCK], WIDE)
+    weight_b = tl.load(WEIGHT + HALF + columns, mask=inside, other=0.0).to(WIDE)[None, :]
+    total_a = tl.zeros([ROWS, BLOCK], WIDE)  # rows are added up at the end: a sum over warps is a barrier
+    total_b = tl.zeros([ROWS, BLOCK], WIDE)
+    n_groups = tl.cdiv(n_heads, HEADS)
     for block in tl.range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        rows = ((block // n_heads) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        head = block % n_heads
+        rows = ((block // n_groups) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        first = (block % n_groups) * HEADS
         mask = (rows < n_positions)[:, None] & inside[None, :]
+        dy_at = DY + rows[:, None] * dy_stride + columns[None, :]
+        x_at = X + rows[:, None] * x_stride + columns[None, :]
+        turned_a, turned_b = _load_head(dy_at, first, n_heads, dy_head_stride, mask, HALF)
+        a, b = _load_head(x_at, first, n_heads, x_head_stride, mask, HALF)
         angle = rows[:, None] * cos_stride + columns[None, :]
         cos = tl.load(COS + angle, mask=mask, other=0.0).to(WIDE)
         sin = tl.load(SIN + angle, mask=mask, other=0.0).to(WIDE)
-        dy_at = DY + rows[:, None] * dy_stride + head * dy_head_stride + columns[None, :]
-        turned_a = tl.load(dy_at, mask=mask, other=0.0).to(WIDE)
-        turned_b = tl.load(dy_at + half, mask=mask, other=0.0).to(WIDE)
-        dy_a = turned_a * cos + turned_b * sin
-        dy_b = turned_b * cos - turned_a * sin
-        scale = tl.load(SCALE + rows * n_heads + head, mask=rows < n_positions, other=0.0)[:, None]
-        x_at = X + rows[:, None] * x_stride + head * x_head_stride + columns[None, :]
-        unit_a = tl.load(x_at, mask=mask, other=0.0).to(WIDE) * scale
-        unit_b = tl.load(x_at + half, mask=mask, other=0.0).to(WIDE) * scale
-        total_a += tl.sum(dy_a * unit_a, 0)
-        total_b += tl.sum(dy_b * unit_b, 0)
-        inner_a = dy_a * weight_a
-        inner_b = dy_b * weight_b
-        mean = ((tl.sum(inner_a * unit_a, 1) + tl.sum(inner_b * unit_b, 1)) / (2 * half))[:, None]
-        dx_at = DX + (rows[:, None] * n_heads + head) * (2 * half) + columns[None, :]
-        tl.store(dx_at, (scale * (inner_a - unit_a * mean)).to(DX.dtype.element_ty), mask=mask)
-        tl.store(dx_at + half, (scale * (inner_b - unit_b * mean)).to(DX.dtype.element_ty), mask=mask)
-    out = PARTIAL + tl.program_id(0).to(tl.int64) * (2 * half) + columns
-    tl.store(out, total_a, mask=inside)
-    tl.store(out + half, total_b, mask=inside)
+        for i in tl.static_range(HEADS):
+            head = first + i
+            if i + 1 < HEADS:  # one head ahead, as in rope_kernel
+                next_turned_a, next_turned_b = _load_head(dy_at, head + 1, n_heads, dy_head_stride, mask, HALF)
+                next_a, next_b = _load_head(x_at, head + 1, n_heads, x_head_stride, mask, HALF)
+            dy_a = turned_a.to(WIDE) * cos + turned_b.to(WIDE) * sin
+            dy_b = turned_b.to(WIDE) * cos - turned_a.to(WIDE) * sin
+            real = (rows < n_positions)[:, None] & (head < n_heads)
+            scale = tl.load(SCALE + rows[:, None] * n_heads + head, mask=real, other=0.0)
+            unit_a = a.to(WIDE) * scale
+            unit_b = b.to(WIDE) * scale
+            total_a += dy_a * unit_a
+            total_b += dy_b * unit_b
+            inner_a = dy_a * weight_a
+            inner_b = dy_b * weight_b
+            mean = tl.sum(inner_a * unit_a + inner_b * unit_b, 1, keep_dims=True) / (2 * HALF)
+            live = real & inside[None, :]
+            dx_at = DX + (rows[:, None] * n_heads + head) * (2 * HALF) + columns[None, :]
+            tl.store(dx_at, (scale * (inner_a - unit_a * mean)).to(DX.dtype.element_ty), mask=live)
+            tl.store(dx_at + HALF, (scale * (inner_b - unit_b * mean)).to(DX.dtype.element_ty), mask=live)
+            if i + 1 < HEADS:
+                turned_a, turned_b, a, b = next_turned_a, next_turned_b, next_a, next_b
+    out = PARTIAL + tl.program_id(0).to(tl.int64) * (2 * HALF) + columns
+    tl.store(out, tl.sum(total_a, 0), mask=inside)
+    tl.store(out + HALF, tl.sum(total_b, 0), mask=inside)
 
 
 def turn(
@@ -152,9 +178,9 @@ def turn(
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     scale = x.new_empty(0 if weight is None else (n_positions, n_heads), dtype=wide)
     block = triton.next_power_of_2(width // 2)
-    rows = max(1, TILE // block)
+    rows, heads = max(1, TILE // block), _group(n_heads)
     if x.numel():
-        rope_kernel[(triton.cdiv(n_positions, rows), triton.cdiv(n_heads, HEADS))](
+        rope_kernel[(triton.cdiv(n_positions, rows), triton.cdiv(n_heads, heads))](
             x,
             y,
             cos,
@@ -163,7 +189,6 @@ def turn(
             scale,
             n_positions,
             n_heads,
-            width // 2,
             x.stride(0),
             x.stride(1),
             cos.stride(0),
@@ -171,7 +196,8 @@ def turn(
             BACKWARD=backward,
             NORM=weight is not None,
             DOUBLE=wide is torch.float64,
-            HEADS=HEADS,
+            HALF=width // 2,
+            HEADS=heads,
             ROWS=rows,
             BLOCK=block,
         )
@@ -186,9 +212,10 @@ def norm_backward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Te
     n_positions, n_heads, width = x.shape
     block = triton.next_power_of_2(width // 2)
     rows = max(1, TILE // block)
-    n_blocks = triton.cdiv(n_positions, rows) * n_heads
-    # 4 programs per multiprocessor; 3 in the interpreter, so that several blocks meet in one
-    limit = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    heads = _group(n_heads)
+    n_blocks = triton.cdiv(n_positions, rows) * triton.cdiv(n_heads, heads)
+    # 3 programs per multiprocessor, what 130 registers admit; 3 in the interpreter, so that several blocks meet in one
+    limit = 3 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
     programs = max(1, min(n_blocks, limit))
     d_x, partial = x.new_empty(x.shape), scale.new_empty((programs, width))
     rope_norm_backward_kernel[(programs,)](
@@ -202,7 +229,6 @@ def norm_backward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Te
         partial,
         n_positions,
         n_heads,
-        width // 2,
         x.stride(0),
         x.stride(1),
         dy.stride(0),
@@ -210,10 +236,17 @@ def norm_backward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Te
         cos.stride(0),
         n_blocks,
         DOUBLE=x.dtype is torch.float64,
+        HALF=width // 2,
+        HEADS=heads,
         ROWS=rows,
         BLOCK=block,
     )
     return d_x, partial.sum(0).to(weight.dtype)
+
+
+def _group(n_heads: int) -> int:
+    """Heads of one program, which share the angles it read: up to HEADS, without a remainder where that can be."""
+    return next((group for group in range(HEADS, 1, -1) if n_heads % group == 0), min(HEADS, n_heads))
 
 
 def _prepare(x: Tensor) -> Tensor:

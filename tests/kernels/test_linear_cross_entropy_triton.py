@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -231,6 +232,28 @@ def test_no_tensor_as_large_as_all_logits_is_ever_made(monkeypatch: pytest.Monke
     with torch.no_grad():
         linear_cross_entropy(x, w, labels, impl="triton")
     assert made == [], "the loss-only path stores no logits"
+
+
+def test_a_ragged_vocabulary_is_stored_and_rewritten_in_whole_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kernels are told of columns that come in sixteens: told of 61, each access of a lane would be one of 2 bytes."""
+    told = []
+
+    class Recorder:
+        def __init__(self, kernel: Any, argument: str) -> None:
+            self.kernel, self.argument = kernel, argument
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*values: Any, **constants: Any) -> None:
+                told.append(values[list(self.kernel.arg_names).index(self.argument)])
+                self.kernel[grid](*values, **constants)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "project_kernel", Recorder(kernels.project_kernel, "n_stored"))
+    monkeypatch.setattr(kernels, "gradient_kernel", Recorder(kernels.gradient_kernel, "n_columns"))
+    x, w, labels = problem(9, 16, 61, torch.bfloat16)
+    linear_cross_entropy(x.requires_grad_(), w.requires_grad_(), labels, impl="triton").backward()
+    assert told == [128, 128]
 
 
 @pytest.mark.slow

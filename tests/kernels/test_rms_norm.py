@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from chatmill.kernels import rms_norm as rms_norm_module
+from chatmill.kernels import rms_norm_triton
 from chatmill.kernels.rms_norm import _norm_op, rms_norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -168,3 +170,13 @@ def test_misuse_is_refused_in_words() -> None:
         rms_norm(torch.zeros(3, 8), torch.zeros(8), 1e-6, torch.zeros(3, 9))
     with pytest.raises(ValueError, match="does not fit one tile"):
         rms_norm(torch.zeros(1, 40_000, device=DEVICE), torch.zeros(40_000, device=DEVICE), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [64, 2048, 8192, rms_norm_module.MAX_WIDTH])
+def test_the_tiles_on_their_way_fit_every_gpus_shared_memory(width: int, dtype: torch.dtype) -> None:
+    rows, block, _ = rms_norm_triton._tile(width)
+    tile = 3 * rows * block * dtype.itemsize  # h, dy, dh
+    stages = rms_norm_triton._stages(tile)
+    assert stages >= 1 and (stages - 1) * tile <= 98_304
+    assert stages == 3 or stages * tile > 98_304, "no stage is given away"

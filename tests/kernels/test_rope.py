@@ -113,3 +113,22 @@ def test_misuse_is_refused_in_words() -> None:
         rope(torch.zeros(11, 3, 15), torch.zeros(11, 1, 15), cos, sin)
     with pytest.raises(ValueError, match=r"shape \(12, 8\)"):
         rope(torch.zeros(12, 3, 16), torch.zeros(12, 1, 16), cos, sin)
+
+
+def test_heads_further_apart_than_32_bits_are_read_where_they_lie() -> None:
+    """Heads 2**29 elements apart, as of a long context stored head by head: head 4 starts at 2**31."""
+    T, heads, D, apart = 3, 5, 8, 1 << 29
+    store = torch.empty(((heads - 1) * apart + T * D) * 2, dtype=torch.bfloat16, device=DEVICE)
+    x, dy = (part.as_strided((T, heads, D), (D, apart, 1), part.storage_offset()) for part in store.chunk(2))
+    x.copy_(random(T, heads, D, seed=0, dtype=torch.bfloat16))
+    dy.copy_(random(T, heads, D, seed=1, dtype=torch.bfloat16))
+    cos, sin = tables(T, D // 2)
+    weight = random(D, seed=2, dtype=torch.bfloat16)
+    for norm in (None, weight):
+        near, far = x.contiguous().requires_grad_(), x.requires_grad_()
+        results = []
+        for leaf, upstream in ((near, dy.contiguous()), (far, dy)):
+            out = rope(leaf, leaf[:, :1], cos, sin, q_norm=norm, impl="triton")[0]
+            results.append((out, torch.autograd.grad(out, leaf, upstream)[0]))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
