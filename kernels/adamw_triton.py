@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chatmill.kernels.cross_compile import Case
+from chatmill.kernels.dispatch import on_its_device
 from chatmill.kernels.interpreter import install, is_interpreting
 
 BLOCK = 1024
@@ -98,6 +99,7 @@ def adamw_kernel(
         _update(TABLE, tensor, at, at < size, n_tensors, SCALARS, decay, beta1, beta2, eps, COPY, ALIGNED)
 
 
+@on_its_device
 def update(
     tensors: Sequence[Sequence[Tensor]],
     scalars: Tensor,
@@ -126,6 +128,7 @@ def update(
         )
 
 
+@on_its_device
 def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Sum of all squares, Float32[""]."""
     device = gradients[0].device

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chatmill.kernels.attention_config import padded
 from chatmill.kernels.attention_triton import LOG2E, NEVER, _capped, _dense_channels
+from chatmill.kernels.dispatch import on_its_device
 
 BLOCK_N = 64
 # programs that fill the largest GPU of today about twice
@@ -95,6 +96,7 @@ def stages(D: int, DV: int, element_bytes: int) -> int:
     return 3 if max(D, DV) <= 128 and element_bytes <= 2 else 2
 
 
+@on_its_device
 def decode_attention_triton(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int, softcap: float, scale: float, splits: int | None
 ) -> Tensor:

@@ -52,6 +52,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from chatmill.kernels.attention_config import HOPPER_FORWARD, DevicePlan
+from chatmill.kernels.dispatch import on_its_device
 
 LOG2E = 1.4426950408889634
 LOG2E_ = gl.constexpr(LOG2E)
@@ -337,6 +338,7 @@ def attention_forward_hopper(
     return launch(q, k, v, plan, softcap, scale, _multiprocessors(q.device))
 
 
+@on_its_device
 def launch(
     q: Tensor, k: Tensor, v: Tensor, plan: DevicePlan, softcap: float, scale: float, programs: int
 ) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chatmill.kernels.attention_config import DevicePlan
 from chatmill.kernels.attention_triton import LOG2E, LOG2E_, _cap_slope, _capped, _dense_channels, _seen, _strides
+from chatmill.kernels.dispatch import on_its_device
 
 DIMS = (64, 128)
 # rows of a pass over all rows
@@ -134,6 +135,7 @@ def launch_shape(D: int, block_n: int) -> tuple[int, int]:
     return (4 if D == 64 and block_n <= 64 else 8), 2
 
 
+@on_its_device
 def attention_backward_hopper(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, plan: DevicePlan,
     softcap: float, scale: float,

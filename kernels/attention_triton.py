@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chatmill.kernels.attention_config import DevicePlan, TileConfig, padded
+from chatmill.kernels.dispatch import on_its_device
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -386,6 +387,7 @@ def _blocks(config: TileConfig) -> dict[str, int]:
     }
 
 
+@on_its_device
 def attention_forward_triton(
     q: Tensor, k: Tensor, v: Tensor, plan: DevicePlan, softcap: float, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -401,6 +403,7 @@ def attention_forward_triton(
     return out, lse
 
 
+@on_its_device
 def attention_backward_triton(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, plan: DevicePlan,
     softcap: float, scale: float,

@@ -36,7 +36,8 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 # an instruction's whole mnemonic starts with one of these
 OPCODES = (
     "HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "LDSM", "STSM",
-    "LDG.E.128", "STG.E.128", "LDG.E.U16", "STG.E.U16", "LDL", "STL", "USETMAXREG", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "MUFU.EX2",
+    "LDG.E.128", "STG.E.128", "LDG.E.U16", "STG.E.U16", "LDL", "STL", "USETMAXREG",
+    "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "MUFU.EX2",
 )  # fmt: skip
 
 
@@ -47,8 +48,8 @@ class Case:
     types: triton type per argument that is no constexpr ("*bf16", "fp32", "i32", "i64").
     constants: constexpr arguments. aligned: names of integer arguments known to be multiples of 16.
     spill_bytes: budget of spilled bytes (stores + loads of ptxas -v). tensor_cores: a dot is expected on them.
-    specialised: warp specialisation is claimed (setmaxnreg must be there). instructions, forbidden: mnemonics of OPCODES that must
-    be, or must not.
+    specialised: warp specialisation is claimed (setmaxnreg must be there). instructions, forbidden: mnemonics of OPCODES that
+    must be there, that must not.
     clean_loops: nothing may be spilled inside the innermost loops with wgmma. overlapped: exponentials that must stand between
     each wait that leaves a wgmma under way and the one that ends it.
     """

@@ -15,9 +15,9 @@ import functools
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -97,6 +97,35 @@ def why_no_triton(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.version.hip is None and capability(device) < 80:
         return f"compute capability {capability(device)} is below 80"
     return None if device.type in ("cpu", "cuda") else f"there is no Triton for {device.type}"
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
+    """For functions that launch Triton kernels: run on the GPU of their first tensor argument (also one in a list).
+
+    Triton launches on the current device and its stream, wherever the pointers lie: with a model on cuda:1 and cuda:0 current
+    that is an illegal access, or an unordered one over peer access. torch's own operators guard themselves, custom ones do not.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = _first_device(args)
+        with torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+def _first_device(values: Any) -> torch.device | None:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value.device
+        if isinstance(value, (list, tuple)) and (found := _first_device(value)) is not None:
+            return found
+    return None
 
 
 def choose(kernel: str, impl: str, device: torch.device, obstacles: Mapping[str, str | None], *, packed: bool = False) -> str:

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chatmill.kernels import linear_cross_entropy_tiles as shapes
 from chatmill.kernels.cross_compile import Case
-from chatmill.kernels.dispatch import capability
+from chatmill.kernels.dispatch import capability, on_its_device
 from chatmill.kernels.interpreter import install, is_interpreting
 from chatmill.kernels.linear_cross_entropy_weight import WeightGradient
 from chatmill.kernels.vocabulary_shard import Rows, Statistics, VocabularyShard, finish_rows, sum_over
@@ -183,6 +183,7 @@ def gradient_kernel(
     tl.store(OUT + row * out_stride + columns, gradient.to(OUT.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def run_triton(
     x: Tensor,
     weight: Tensor,
@@ -234,6 +235,7 @@ def run_triton(
     return losses, lse, hits, d_x, weight.new_empty(0) if d_weight is None else d_weight.result()
 
 
+@on_its_device
 def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, softcap: float, needs_total: bool) -> Statistics:
     """Launch project_kernel; logits (R, >= V), or None, is written raw (before the soft-cap), no promise beyond V."""
     n_rows, width = x.shape
@@ -276,6 +278,7 @@ def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, so
     return Statistics(tile_max, tile_sum, total, own)
 
 
+@on_its_device
 def statistics(logits: Tensor, labels: Tensor, softcap: float, needs_total: bool) -> Statistics:
     """Launch statistics_kernel on raw logits (R, V) with adjacent columns."""
     n_rows, vocabulary = logits.shape
@@ -302,6 +305,7 @@ def statistics(logits: Tensor, labels: Tensor, softcap: float, needs_total: bool
     return Statistics(tile_max, tile_sum, total, own)
 
 
+@on_its_device
 def to_gradient(
     logits: Tensor,
     vocabulary: int,

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chatmill.kernels import linear_cross_entropy_tiles as shapes
+from chatmill.kernels.dispatch import on_its_device
 
 
 @triton.jit
@@ -143,6 +144,7 @@ class WeightGradient:
         return self.total.to(self.dtype)
 
 
+@on_its_device
 def accumulate(
     total: Tensor, gradient: Tensor, x: Tensor, low: Tensor | None = None, *, first: bool = False, last: bool = False
 ) -> None:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chatmill.kernels.cross_compile import Case
+from chatmill.kernels.dispatch import on_its_device
 from chatmill.kernels.interpreter import install, is_interpreting
 
 # elements of one tile: with 8192, backward at 4 warps spilled (kernels/layer_cases.py)
@@ -111,6 +112,7 @@ def rms_norm_backward_kernel(
         tl.store(PARTIAL + tl.program_id(0).to(tl.int64) * width + columns, total, mask=inside)
 
 
+@on_its_device
 def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, scale) for x (N, H); h is empty without a residual."""
     x, residual, weight = _rows(x), None if residual is None else _rows(residual), weight.contiguous()
@@ -140,6 +142,7 @@ def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> t
     return y, h, scale
 
 
+@on_its_device
 def backward(
     h: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, dh: Tensor | None, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chatmill.kernels.cross_compile import Case
+from chatmill.kernels.dispatch import on_its_device
 from chatmill.kernels.interpreter import install, is_interpreting
 
 # (positions x channels of a half) of one program: 16 x 64 at D=128, over 4 heads
@@ -166,6 +167,7 @@ def rope_norm_backward_kernel(
     tl.store(out + HALF, tl.sum(total_b, 0), mask=inside)
 
 
+@on_its_device
 def turn(
     x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, backward: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -204,6 +206,7 @@ def turn(
     return y, scale
 
 
+@on_its_device
 def norm_backward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """(d_x, d_weight) of norm-then-turn."""
     x, dy, cos, sin = _prepare(x), _prepare(dy), _prepare(cos), _prepare(sin)

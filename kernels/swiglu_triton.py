@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chatmill.kernels.cross_compile import Case
+from chatmill.kernels.dispatch import on_its_device
 from chatmill.kernels.interpreter import install, is_interpreting
 
 # elements of one program
@@ -66,6 +67,7 @@ def swiglu_backward_kernel(
     tl.store(DUP + at, (dy * gate * sigmoid).to(DUP.dtype.element_ty), mask=mask)
 
 
+@on_its_device
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up for (N, F)."""
     gate, up = _prepare(gate), _prepare(up)
@@ -86,6 +88,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
+@on_its_device
 def backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """(d_gate, d_up) for (N, F)."""
     gate, up, dy = _prepare(gate), _prepare(up), _prepare(dy)

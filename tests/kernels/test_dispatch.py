@@ -1,9 +1,14 @@
 """One decision point: the table chooses, a user can force, a refusal says why."""
 
+import ast
+import contextlib
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chatmill.kernels import dispatch
 
@@ -51,3 +56,40 @@ def test_the_choice_is_logged_once_with_what_was_passed_over(hopper: None, caplo
 def test_every_kernel_has_a_rule_for_every_machine() -> None:
     for rules in dispatch.shipped_table().values():
         assert rules[-1] == {"device": "any", "choose": ["torch"], "timed": True}
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda:0 is current and the tensors lie on cuda:1: Triton would launch on cuda:0."""
+    current = []
+
+    @contextlib.contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launch = dispatch.on_its_device(lambda *_, **__: list(current))
+    with FakeTensorMode():
+        there = torch.empty(2, device="cuda:1")
+    assert launch(there, None) == [torch.device("cuda:1")]
+    assert launch((), [3, [there]], 1.0) == [torch.device("cuda:1")]
+    assert launch(torch.zeros(2), there) == [] and launch(1) == [] and current == []
+
+
+def test_every_function_that_launches_a_kernel_is_guarded() -> None:
+    bare, launching = [], 0
+    for file in sorted(Path(dispatch.__file__).parent.glob("*.py")):
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            launches = any(
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Subscript)
+                and ast.unparse(node.func.value).endswith("_kernel")
+                for node in ast.walk(function)
+            )
+            launching += launches
+            if launches and "on_its_device" not in map(ast.unparse, function.decorator_list):
+                bare.append(f"{file.name}: {function.name}")
+    assert bare == [] and launching >= 15
