@@ -20,6 +20,7 @@ def shipped_cases() -> list[Case]:
     cases += _product_cases(90, True, UNALIGNED, False, False)
     rows = dict.fromkeys(("OWN", "TOP", "P_SCALE", "HIT_SCALE", "FLOOR"), "*fp32")
     vectors: tuple[str, ...] = ("LDG.E.128", "STG.E.128")
+    single = ("LDG.E.U16", "STG.E.U16")
     for softcap in (0.0, 30.0):
         numbers = dict.fromkeys(("n_columns", "logits_stride", "out_stride"), "i32")
         types = {"LOGITS": "*bf16", "OUT": "*bf16", "LABELS": "*i64", **rows, **numbers}
@@ -28,7 +29,15 @@ def shipped_cases() -> list[Case]:
         strides: tuple[str, ...] = ("n_columns", "logits_stride", "out_stride")
         cases.append(
             Case(
-                name, gradient_kernel, types, constants, num_warps=8, aligned=strides, tensor_cores=False, instructions=vectors
+                name,
+                gradient_kernel,
+                types,
+                constants,
+                num_warps=8,
+                aligned=strides,
+                tensor_cores=False,
+                instructions=vectors,
+                forbidden=single,
             )
         )
     types = {"LOGITS": "*bf16", "LABELS": "*i64", "vocabulary": "i32", "logits_stride": "i32"}
@@ -45,6 +54,7 @@ def shipped_cases() -> list[Case]:
             aligned=strides,
             tensor_cores=False,
             instructions=vectors[:1],
+            forbidden=single,
         )
     )
     return cases
@@ -79,6 +89,7 @@ def _product_cases(arch: int, narrow: bool, pair: tuple[Tile, Tile], described: 
                 aligned=(*strides, "logits_stride", "n_stored"),
                 tensor_cores=narrow,
                 instructions=("STG.E.128",) if store and aligned and narrow else (),
+                forbidden=("STG.E.U16",) if aligned else (),
             )
         )
     t = pair[1]
