@@ -53,7 +53,7 @@ STAGES: tuple[Stage, ...] = ("import", "clean", "pair", "dedup", "split", "token
 SPLITS = ("train", "validation")
 Progress = Callable[[str, int, int], None]
 # Raised whenever the same recipe would now give other bytes, so that old data sets are rebuilt.
-BUILD_VERSION = 3
+BUILD_VERSION = 4
 
 
 def build_dataset(

@@ -13,6 +13,7 @@ Special tokens typed by people are broken up (`escape_special`), in training and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -44,9 +45,6 @@ class ChatTokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
-        self._special_pattern = re.compile(
-            "|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True)) or r"(?!)"
-        )
         self.bos_id, self.eos_id = self._named("bos_token"), self._named("eos_token")
         pad = self._named("pad_token")
         self.pad_id: int = next((i for i in (pad, self.eos_id) if i is not None), 0)
@@ -56,7 +54,8 @@ class ChatTokenizer:
         if template is not None:
             names = ("bos_token", "eos_token", "pad_token", "unk_token")
             self._template = ChatTemplate(template, {name: _content(self.config.get(name)) for name in names})
-            self.stop_ids |= self._end_of_turn()
+            self.stop_ids |= self._end_of_turn(added)
+        self._guard(added)
         # Does a piece encoded alone decode to itself? Not where the tokenizer prepends a blank to every text.
         self._can_cut = self.decode(self.encode("a:\n") + self.encode("Hello")) == "a:\nHello"
         self.tokenizer_sha256 = hashlib.sha256(json.dumps(json.loads(tokenizer_json), sort_keys=True).encode()).hexdigest()
@@ -121,7 +120,42 @@ class ChatTokenizer:
         """Special-token strings get a blank after their first character, so that nobody can type an end of turn."""
         if "\ue000" in text or "\ue001" in text:  # the template's own markers
             text = text.replace("\ue000", "\ufffd").replace("\ue001", "\ufffd")
-        return self._special_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text) if self.special else text
+        text = self._guarded_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text)
+        return self._break_up(text) if self._matches_after_normalizing else text
+
+    def _break_up(self, text: str) -> str:
+        """The same for strings that become a guarded token only when the tokenizer normalises them (`<|IM_END|>`)."""
+        for attempt in range(len(text) + 2):
+            piece = self._tokenizer.encode(text, add_special_tokens=False)
+            found = [span for i, span in zip(piece.ids, piece.offsets, strict=True) if i in self._guarded_ids]
+            if not found:
+                break
+            for start, end in reversed(found):
+                # A normaliser may drop the blank again, and one character may stand for the whole token.
+                keep = text[start] + " " if attempt == 0 and end - start > 1 else "\ufffd"
+                text = text[:start] + keep + text[start + 1 :]
+        return text
+
+    def _guard(self, added: Mapping[int, AddedToken]) -> None:
+        """Which strings nobody may type: special tokens, and those of the template that the tokenizer does not call special.
+
+        Of the template: what stands around a user's turn, and what opens and closes a reply. Others stay typable: `<think>`
+        is an added token, too, and part of many replies.
+        """
+        guarded = set(self.special.values()) | self.stop_ids | {i for i in (self.bos_id, self.eos_id) if i is not None}
+        plain = {t.content: i for i, t in added.items() if i not in guarded and t.content.strip()}
+        if self._template is not None and plain:
+            user = [{"role": "user", "content": "\ue0000\ue001"}]
+            with contextlib.suppress(TemplateRefusedError):  # it wants other messages: that is said where it is used
+                before, after = self._template.render(user), self._template.render(user, add_generation_prompt=True)
+                opening = after[len(before) :] if after.startswith(before) else ""
+                first = _any_of(t.content for t in added.values() if t.content.strip()).search(opening)
+                found = [*_any_of(plain).finditer(before), *([first] if first else [])]
+                guarded |= {plain[match[0]] for match in found if match[0] in plain}
+        tokens = [added[i] for i in guarded if i in added]
+        self._guarded_ids = frozenset(i for i in guarded if i in added)
+        self._guarded_pattern = _any_of(token.content for token in tokens)
+        self._matches_after_normalizing = self._tokenizer.normalizer is not None and any(t.normalized for t in tokens)
 
     # -- dialogues
 
@@ -265,13 +299,16 @@ class ChatTokenizer:
         mask[0] = False
         return TokenizedDialogue(conversation.uid, ids, mask)
 
-    def _end_of_turn(self) -> frozenset[int]:
-        """The special token that closes an assistant turn, found by rendering one."""
+    def _end_of_turn(self, added: Mapping[int, AddedToken]) -> frozenset[int]:
+        """The token that closes an assistant turn, found by rendering one: the first special one, else the first added one."""
         text = self.template.render(
             [{"role": "user", "content": "\ue0000\ue001"}, {"role": "assistant", "content": "\ue0001\ue001"}]
         )
-        match = self._special_pattern.search(text, text.find("\ue0001\ue001") + 3)
-        return frozenset(() if match is None else (self.special[match[0]],))
+        end = text.find("\ue0001\ue001") + 3
+        for tokens in (self.special, {token.content: i for i, token in added.items() if token.content.strip()}):
+            if match := _any_of(tokens).search(text, end):
+                return frozenset((tokens[match[0]],))
+        return frozenset()
 
     def _named(self, key: str) -> int | None:
         content = _content(self.config.get(key))
@@ -302,6 +339,11 @@ def train_bpe(
     return ChatTokenizer(
         tokenizer.to_str(), template, {k: v for k, v in config.items() if k[-5:] != "token" or v in special_tokens}
     )
+
+
+def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the strings, the longest first; nothing where there are none."""
+    return re.compile("|".join(re.escape(t) for t in sorted(strings, key=lambda t: (-len(t), t))) or r"(?!)")
 
 
 def _content(value: Any) -> str | None:
