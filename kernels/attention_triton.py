@@ -32,7 +32,7 @@ LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 LOG2E_ = tl.constexpr(LOG2E)
 LN2_ = tl.constexpr(LN2)
-# finite, so that exp2(NEVER - NEVER) is no NaN; every row that is stored sees at least itself, which wipes such terms out
+# finite, so that NEVER - NEVER is no NaN: the top of a row that has seen nothing yet
 NEVER = tl.constexpr(-1.0e30)
 
 
@@ -81,13 +81,20 @@ def _forward_step(
     k = _load_tile(
         k_base + n.to(tl.int64) * key_stride, at[:, None] * key_stride + channel[None, :], inside, channel, D, BLOCK_D, MASKED
     )
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-    scores = _capped(scores, cap2, HAS_CAP)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if HAS_CAP:
+        scores = _capped(scores * scale2, cap2, HAS_CAP)
+        factor = 1.0
+    else:  # the top of the scores as they come, scaled in the exponential's own multiply-add: one instruction less per score
+        factor = scale2
     if MASKED:
         scores = tl.where(_seen((n + at)[None, :], first[:, None], count[:, None]), scores, NEVER)
     new_top = tl.maximum(top, tl.max(scores, 1))
-    p = tl.math.exp2(scores - new_top[:, None])
-    shrink = tl.math.exp2(top - new_top)
+    offset = new_top * factor
+    if MASKED:  # nothing seen yet: NEVER * factor + (-offset) would be the rounding of 1e30, not 0
+        offset = tl.where(new_top == NEVER, 0.0, offset)
+    p = tl.math.exp2(scores * factor - offset[:, None])
+    shrink = tl.math.exp2((top - new_top) * factor)
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
     v = _load_tile(
@@ -142,7 +149,8 @@ def attention_forward_kernel(
         )  # fmt: skip
     some = total > 0.0  # no step at all: a row of no document
     acc = acc / tl.where(some, total, 1.0)[:, None]
-    lse = tl.where(some, (top + tl.math.log2(tl.where(some, total, 1.0))) * LN2_, float("-inf"))
+    factor = 1.0 if HAS_CAP else scale2
+    lse = tl.where(some, (top * factor + tl.math.log2(tl.where(some, total, 1.0))) * LN2_, float("-inf"))
     tl.store(LSE + head.to(tl.int64) * T + rows, lse, mask=inside)
     out_base = OUT + start.to(tl.int64) * o_row + head.to(tl.int64) * o_head
     keep = inside[:, None] & (value_channel[None, :] < DV)
