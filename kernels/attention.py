@@ -213,7 +213,21 @@ def _plan(
     given = None if plan is None else DevicePlan(plan, tuple(header))
     if given is not None and (impl != "hopper" or given.config.forward == HOPPER_FORWARD[q.shape[2]]):
         return given
-    return _made_plan(_bounds(cu_seqlens), q.shape[0], max(q.shape[2], v.shape[2]), q.dtype, window, causal, q.device, impl)
+    made = _made_plan(_bounds(cu_seqlens), q.shape[0], max(q.shape[2], v.shape[2]), q.dtype, window, causal, q.device, impl)
+    if made.data.is_cuda:
+        _hold(made.data)
+    return made
+
+
+def _hold(tiles: Tensor) -> None:
+    """The cache of plans may let go of one while a captured graph will still read it, or kernels of another stream do."""
+    if torch.cuda.is_current_stream_capturing():
+        _captured[tiles.data_ptr()] = tiles
+    else:
+        tiles.record_stream(torch.cuda.current_stream(tiles.device))
+
+
+_captured: dict[int, Tensor] = {}
 
 
 @functools.lru_cache(maxsize=32)

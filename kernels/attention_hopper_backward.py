@@ -131,8 +131,12 @@ def attention_backward_hopper_kernel(
 
 
 def launch_shape(D: int, block_n: int) -> tuple[int, int]:
-    """Warps and pipeline stages of the kernel."""
-    return (4 if D == 64 and block_n <= 64 else 8), 2
+    """Warps and pipeline stages of the kernel.
+
+    With 2 stages a step's tiles are asked for at the end of the step before and waited for at once: nothing hides the way to
+    memory. 3 ask one step earlier; at D = 128 with 128 keys they do not fit the registers (31 spilled accesses a step for 7).
+    """
+    return (4 if D == 64 and block_n <= 64 else 8), (2 if D == 128 and block_n == 128 else 3)
 
 
 @on_its_device
@@ -154,6 +158,8 @@ def attention_backward_hopper(
     lse2, delta = (lse.new_empty(heads, padded_T) for _ in range(2))
     dq_sum = q.new_empty(T, heads, D, dtype=torch.float32)
     dq, dk, dv = q.new_empty(T, heads, D), k.new_empty(T, kv_heads, D), v.new_empty(T, kv_heads, D)
+    if not T:  # a descriptor of no rows is refused by the driver
+        return dq, dk, dv
     backward_prepare_kernel[(triton.cdiv(T, ROWS) * heads,)](
         out, dout, lse, lse if dlse is None else dlse.contiguous(), lse2, delta, dq_sum, T, heads, padded_T,
         *_strides(out, dout), D=D, BLOCK_M=ROWS, HAS_DLSE=dlse is not None, num_warps=4,
@@ -176,7 +182,12 @@ def _rows_of_heads(x: Tensor) -> Tensor:
     """A row's heads side by side and rows at multiples of 16 bytes, as the descriptors want them: otherwise a copy."""
     size, (row, head, channel) = x.element_size(), x.stride()
     fits = channel == 1 and x.shape[2] <= head and head * (x.shape[1] - 1) + x.shape[2] <= row
-    return x if fits and all(n % 16 == 0 for n in (x.data_ptr(), row * size, head * size)) else x.contiguous()
+    return x if fits and all(n % 16 == 0 for n in (x.data_ptr(), row * size, head * size)) else _copy(x)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A dense copy in memory of its own: contiguous() hands back a dense tensor that begins between multiples of 16 bytes."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _columns(x: Tensor, block: int) -> TensorDescriptor:

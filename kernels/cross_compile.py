@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from chatmill.kernels.interpreter import is_interpreting
+from chatmill.kernels.loop_budget import LoopBudget, describe_loop, loop_budgets, matrix_loops
 
 # bytes of shared memory that one block may use (CUDA programming guide, table of compute capabilities)
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -77,6 +78,7 @@ class CompileReport:
     """What the compiler made of one case. `sass` counts instructions by mnemonic (those of OPCODES).
 
     loop_spills: loads and stores of local memory in the innermost loops with wgmma. overlapped: see overlapped_exponentials.
+    loops: what a step of each matrix loop costs, loop_budget.py.
     """
 
     name: str
@@ -92,6 +94,7 @@ class CompileReport:
     sass: dict[str, int]
     loop_spills: int = 0
     overlapped: int = 0
+    loops: tuple[LoopBudget, ...] = ()
 
 
 def _tool(name: str) -> str:
@@ -180,24 +183,13 @@ def read_binary(built: Any, name: str, arch: int, seconds: float) -> CompileRepo
         sass={op: count for op in OPCODES if (count := len(re.findall(rf"\b{re.escape(op)}", sass)))},
         loop_spills=loop_spills(sass),
         overlapped=overlapped_exponentials(sass),
+        loops=loop_budgets(sass),
     )
 
 
 def loop_spills(sass: str) -> int:
     """Loads and stores of local memory in the innermost loops that hold wgmma: those cost time in every step."""
-    lines = sass.splitlines()
-    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:", line)}
-    loops, before = [], ""
-    for i, line in enumerate(lines):
-        target = re.search(r"@!?U?P\d+ BRA\b.*`\((\.L_x_\d+)\)", line)
-        start = labels.get(target[1], i) if target else i
-        # no loop: the slow path of a wait, which lies behind the code and jumps back into it
-        if start < i and "SYNCS.PHASECHK" not in before and any("HGMMA" in x for x in lines[start:i]):
-            loops.append((start, i))
-        if "/*" in line:
-            before = line
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return sum(len(re.findall(r"\b(?:LDL|STL)\b", "\n".join(lines[start:end]))) for start, end in inner)
+    return sum(len(re.findall(r"\b(?:LDL|STL)\b", "\n".join(loop))) for loop in matrix_loops(sass))
 
 
 def overlapped_exponentials(sass: str) -> int:
@@ -254,11 +246,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, action="append", help="only these compute capabilities")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--loops", action="store_true", help="what a step of each matrix loop costs, counted, not timed")
     args = parser.parse_args(argv)
     rows, failed = [], 0
     for case in importlib.import_module(args.module).shipped_cases():
         if args.match not in case.name or (args.arch and case.arch not in args.arch):
             continue
+        report = None
         try:
             report = compile_case(case)
         except Exception as error:  # the compiler raises anything; one broken case must not hide the others
@@ -269,6 +263,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         failed += bool(row["violations"])
         if not args.json:
             print(describe(row), flush=True)
+        if args.loops and not args.json and report is not None:
+            # a warp-specialised group has its own loops; in other kernels every warp takes the same one
+            groups = 2 if case.specialised else max(1, case.num_warps // 4)
+            print("".join(describe_loop(loop, groups) + "\n" for loop in report.loops), end="", flush=True)
     if args.json:
         print(json.dumps(rows))
     elif rows:

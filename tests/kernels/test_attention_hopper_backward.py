@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from chatmill.kernels import interpreter
+from chatmill.kernels import attention_hopper_backward, interpreter
 from chatmill.kernels.attention import _may_fuse, attention_backward, attention_reference
 from chatmill.kernels.attention_config import DevicePlan, KernelConfig, TileConfig, plan_attention
 from chatmill.kernels.attention_hopper_backward import _rows_of_heads, attention_backward_hopper
@@ -164,3 +164,16 @@ def test_it_runs_only_where_runs_may_differ_and_registers_suffice() -> None:
         assert _may_fuse(64, None, False)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_dense_inputs_that_begin_between_16_bytes_are_taken_and_no_rows_are_no_launch() -> None:
+    p = problem(20, (2, 1), 64, torch.bfloat16, [0, 20], causal=True)
+    shifted = torch.zeros(20 * 2 * 64 + 1, dtype=torch.bfloat16, device=DEVICE)[1:].view(20, 2, 64).copy_(p["q"])
+    assert shifted.is_contiguous() and shifted.data_ptr() % 16
+    check(fused(p | {"q": shifted}), p["truth"], torch.bfloat16)
+    # the driver refuses a descriptor of no rows
+    none = {name: p[name][:0] for name in ("q", "k", "v", "out", "dout")}
+    none |= {"lse": p["lse"][:, :0], "dlse": None, "plan": plan_attention([0, 0], 0, head_dim=64, config=CONFIG).to(DEVICE)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_hopper_backward, "_columns", None)
+        assert [tuple(g.shape) for g in fused(none)] == [(0, 2, 64), (0, 1, 64), (0, 1, 64)]
