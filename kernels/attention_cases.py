@@ -22,7 +22,13 @@ DIMS = ((64, 64, True), (80, 80, False), (128, 128, True), (192, 128, False), (2
 # bytes spilled, by kernel, D and generation, where triton 3.6 or 3.7 goes past FEW: addresses and, at D = 256, part of what its
 # masked steps hold; its unmasked steps touch no spilled register, those of D = 80 and 128 two or three. With one pipeline
 # stage, tiles are fetched through registers: 504 bytes at D = 192 and 1,820 at 256
-SPILLS = {("dkdv", 80, 90): 176, ("dkdv", 128, 90): 176, ("dkdv", 256, 90): 256}
+SPILLS = {
+    ("forward", 80, 80): 48,
+    ("forward", 128, 80): 48,
+    ("dkdv", 80, 90): 176,
+    ("dkdv", 128, 90): 176,
+    ("dkdv", 256, 90): 256,
+}
 # the fused backward: addresses, a few of them fetched again in every step; the 64 keys per tile that would spill nothing
 # double what is added to dq in memory
 SPILLS_FUSED = {(128, 128): 128}

@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chatmill.kernels.attention_config import DevicePlan
-from chatmill.kernels.attention_triton import LOG2E, LOG2E_, _cap_slope, _capped, _dense_channels, _seen, _strides
+from chatmill.kernels.attention_triton import LOG2E, LOG2E_, _cap_slope, _capped, _dense_channels, _strides
 from chatmill.kernels.dispatch import on_its_device
 
 DIMS = (64, 128)
@@ -74,6 +74,12 @@ def backward_finish_kernel(DQ_SUM, DQ, count, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _seen_once(row, first, count):
+    """Whether a row number lies in [first, first + count), by one unsigned comparison: few registers are left here."""
+    return (row - first).to(tl.uint32) < count.to(tl.uint32)
+
+
+@triton.jit
 def attention_backward_hopper_kernel(
     Q, K, V, DOUT, DQ_SUM, LSE2, DELTA, DK, DV, TILES, BOUNDS, T, kv_heads, group, q_head, k_head, v_head, do_head,
     scale, scale2, cap2, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAP: tl.constexpr,
@@ -111,7 +117,7 @@ def attention_backward_hopper_kernel(
         scores = _capped(tl.dot(k, q.T) * scale2, cap2, HAS_CAP)
         p = tl.math.exp2(scores - lse2[None, :])
         if (m < clear) | (m >= edge):
-            p = tl.where(_seen((m + tl.arange(0, BLOCK_M))[None, :], first[:, None], count[:, None]), p, 0.0)
+            p = tl.where(_seen_once((m + tl.arange(0, BLOCK_M))[None, :], first[:, None], count[:, None]), p, 0.0)
         do = DOUT.load([m, head * do_head])
         dv = tl.dot(p.to(do.dtype), do, dv)
         delta = DELTA.load([head, m]).reshape([BLOCK_M])

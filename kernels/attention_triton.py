@@ -61,14 +61,17 @@ def _capped(scores, cap2, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _seen(row, first, count):
-    """Whether a row number lies in [first, first + count): one unsigned comparison; operands broadcast."""
-    return (row - first).to(tl.uint32) < count.to(tl.uint32)
+def _seen(at, first, last):
+    """Whether rows `at` of a step lie in [first, last), both counted from the step's start; operands broadcast.
+
+    So the sums are made per row, not per element: two comparisons with constants cost less than a difference and one.
+    """
+    return (at >= first) & (at < last)
 
 
 @triton.jit
 def _forward_step(
-    acc, total, top, q, k_base, v_base, n, key_stride: tl.constexpr, value_stride: tl.constexpr, first, count, high,
+    acc, total, top, q, k_base, v_base, n, key_stride: tl.constexpr, value_stride: tl.constexpr, first, last, high,
     scale2, cap2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -88,7 +91,7 @@ def _forward_step(
     else:  # the top of the scores as they come, scaled in the exponential's own multiply-add: one instruction less per score
         factor = scale2
     if MASKED:
-        scores = tl.where(_seen((n + at)[None, :], first[:, None], count[:, None]), scores, NEVER)
+        scores = tl.where(_seen(at[None, :], (first - n)[:, None], (last - n)[:, None]), scores, NEVER)
     new_top = tl.maximum(top, tl.max(scores, 1))
     offset = new_top * factor
     if MASKED:  # nothing seen yet: NEVER * factor + (-offset) would be the rounding of 1e30, not 0
@@ -128,7 +131,7 @@ def attention_forward_kernel(
     channel = tl.arange(0, BLOCK_D)
     value_channel = tl.arange(0, BLOCK_DV)
     first = tl.load(BOUNDS + rows, mask=inside, other=0)
-    count = tl.load(BOUNDS + T + rows, mask=inside, other=0) - first
+    last = tl.load(BOUNDS + T + rows, mask=inside, other=0)
     q_base = Q + start.to(tl.int64) * q_row + head.to(tl.int64) * q_head
     q = _load_tile(q_base, at[:, None] * q_row + channel[None, :], inside, channel, D, BLOCK_D, True)
     k_base = K + (head // group).to(tl.int64) * k_head
@@ -138,13 +141,13 @@ def attention_forward_kernel(
     top = tl.full([BLOCK_M], NEVER, tl.float32)
     for i in tl.range(0, full):
         acc, total, top = _forward_step(
-            acc, total, top, q, k_base, v_base, low + (lead + i) * BLOCK_N, k_row, v_row, first, count, high, scale2, cap2,
+            acc, total, top, q, k_base, v_base, low + (lead + i) * BLOCK_N, k_row, v_row, first, last, high, scale2, cap2,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_CAP, False, PRECISION,
         )  # fmt: skip
     for i in tl.range(0, lead + tail):
         step = tl.where(i < lead, i, i + full)
         acc, total, top = _forward_step(
-            acc, total, top, q, k_base, v_base, low + step * BLOCK_N, k_row, v_row, first, count, high, scale2, cap2,
+            acc, total, top, q, k_base, v_base, low + step * BLOCK_N, k_row, v_row, first, last, high, scale2, cap2,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_CAP, True, PRECISION,
         )  # fmt: skip
     some = total > 0.0  # no step at all: a row of no document
@@ -188,7 +191,7 @@ def _cap_slope(scores, cap2, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, q_base, do_base, lse_base, delta_base, m, q_row: tl.constexpr, do_row: tl.constexpr, first, count,
+    dk, dv, k, v, q_base, do_base, lse_base, delta_base, m, q_row: tl.constexpr, do_row: tl.constexpr, first, last,
     high, scale2, cap2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -205,7 +208,7 @@ def _key_step(
     scores = _capped(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2, cap2, HAS_CAP)
     p = tl.math.exp2(scores - lse2[None, :])
     if MASKED:
-        p = tl.where(_seen(rows[None, :], first[:, None], count[:, None]), p, 0.0)
+        p = tl.where(_seen(at[None, :], (first - m)[:, None], (last - m)[:, None]), p, 0.0)
     do = _load_tile(
         do_base + wide * do_row, at[:, None] * do_row + value_channel[None, :], inside, value_channel, DV, BLOCK_DV, True
     )
@@ -241,7 +244,7 @@ def attention_dkdv_kernel(
     channel = tl.arange(0, BLOCK_D)
     value_channel = tl.arange(0, BLOCK_DV)
     first = tl.load(BOUNDS + 2 * T + keys, mask=inside, other=0)
-    count = tl.load(BOUNDS + 3 * T + keys, mask=inside, other=0) - first
+    last = tl.load(BOUNDS + 3 * T + keys, mask=inside, other=0)
     wide_start, wide_head = start.to(tl.int64), kv_head.to(tl.int64)
     k = _load_tile(
         K + wide_start * k_row + wide_head * k_head, at[:, None] * k_row + channel[None, :], inside, channel, D, BLOCK_D, True
@@ -258,7 +261,7 @@ def attention_dkdv_kernel(
         m = low + (lead + i % full) * BLOCK_M
         dk, dv = _key_step(
             dk, dv, k, v, Q + head * q_head, DOUT + head * do_head, LSE + head * T, DELTA + head * T, m, q_row, do_row,
-            first, count, high, scale2, cap2,
+            first, last, high, scale2, cap2,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_CAP, False, PRECISION,
         )  # fmt: skip
     masked = lead + tail
@@ -268,7 +271,7 @@ def attention_dkdv_kernel(
         m = low + tl.where(step < lead, step, step + full) * BLOCK_M
         dk, dv = _key_step(
             dk, dv, k, v, Q + head * q_head, DOUT + head * do_head, LSE + head * T, DELTA + head * T, m, q_row, do_row,
-            first, count, high, scale2, cap2,
+            first, last, high, scale2, cap2,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_CAP, True, PRECISION,
         )  # fmt: skip
     dk_base = DK + wide_start * dk_row + wide_head * dk_head
@@ -287,7 +290,7 @@ def attention_dkdv_kernel(
 
 @triton.jit
 def _query_step(
-    dq, q, do, lse2, delta, k_base, v_base, n, k_row: tl.constexpr, v_row: tl.constexpr, first, count, high, scale2, cap2,
+    dq, q, do, lse2, delta, k_base, v_base, n, k_row: tl.constexpr, v_row: tl.constexpr, first, last, high, scale2, cap2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -304,7 +307,7 @@ def _query_step(
     scores = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2, cap2, HAS_CAP)
     p = tl.math.exp2(scores - lse2[:, None])
     if MASKED:
-        p = tl.where(_seen((n + at)[None, :], first[:, None], count[:, None]), p, 0.0)
+        p = tl.where(_seen(at[None, :], (first - n)[:, None], (last - n)[:, None]), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None]) * _cap_slope(scores, cap2, HAS_CAP)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -334,7 +337,7 @@ def attention_dq_kernel(
     channel = tl.arange(0, BLOCK_D)
     value_channel = tl.arange(0, BLOCK_DV)
     first = tl.load(BOUNDS + rows, mask=inside, other=0)
-    count = tl.load(BOUNDS + T + rows, mask=inside, other=0) - first
+    last = tl.load(BOUNDS + T + rows, mask=inside, other=0)
     wide_start, wide_head, kv_head = start.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
     q = _load_tile(
         Q + wide_start * q_row + wide_head * q_head, at[:, None] * q_row + channel[None, :], inside, channel, D, BLOCK_D, True
@@ -349,13 +352,13 @@ def attention_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(0, full):
         dq = _query_step(
-            dq, q, do, lse2, delta, k_base, v_base, low + (lead + i) * BLOCK_N, k_row, v_row, first, count, high, scale2, cap2,
+            dq, q, do, lse2, delta, k_base, v_base, low + (lead + i) * BLOCK_N, k_row, v_row, first, last, high, scale2, cap2,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_CAP, False, PRECISION,
         )  # fmt: skip
     for i in tl.range(0, lead + tail):
         step = tl.where(i < lead, i, i + full)
         dq = _query_step(
-            dq, q, do, lse2, delta, k_base, v_base, low + step * BLOCK_N, k_row, v_row, first, count, high, scale2, cap2,
+            dq, q, do, lse2, delta, k_base, v_base, low + step * BLOCK_N, k_row, v_row, first, last, high, scale2, cap2,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_CAP, True, PRECISION,
         )  # fmt: skip
     dq_base = DQ + wide_start * dq_row + wide_head * dq_head

@@ -1,6 +1,7 @@
 """The public attention function on a CPU, against the fp64 reference and against PyTorch's own attention."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import chatmill.kernels.attention as module
 from chatmill.kernels.attention import attention, attention_reference
 
 
@@ -219,3 +221,17 @@ def test_one_compiled_graph_serves_every_number_of_documents() -> None:
     for documents in (3, 5, 6, 4):
         cu = torch.arange(documents + 1, dtype=torch.int32) * (24 // documents)
         assert torch.equal(compiled(cu), attention(q, q, q, cu_seqlens=cu))
+
+
+def test_a_plan_of_the_cache_outlives_it_where_a_graph_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    # with tensors of a GPU: a captured graph reads the tiles whenever it is replayed, another stream's kernels after eviction
+    events: list[str] = []
+    tiles = SimpleNamespace(data_ptr=lambda: 64, device="cuda:1", record_stream=events.append)
+    monkeypatch.setattr(module, "_captured", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    module._hold(tiles)
+    assert events == ["stream of cuda:1"] and not module._captured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    module._hold(tiles)
+    assert module._captured == {64: tiles} and len(events) == 1

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 import chatmill.kernels.cross_compile as gates
 from chatmill.kernels.cross_compile import Case, CompileReport, violations
+from chatmill.kernels.loop_budget import describe_loop, loop_budgets
 
 GOOD = CompileReport("gemm", 90, 168, 0, 0, 100_000, 4, False, 8, 1.0, {"HGMMA": 8, "USETMAXREG": 3}, overlapped=64)
 CASE = Case("gemm", None, {}, {}, arch=90, specialised=True, clean_loops=True, overlapped=64)
@@ -88,6 +89,17 @@ def test_exponentials_count_between_the_wait_that_leaves_a_product_and_the_one_t
     late = SASS.replace("        /*0050*/ MUFU.EX2 R2, R3 ;\n", "").replace("@P0 BRA", "MUFU.EX2 R2, R3 ;\n @P0 BRA")
     assert gates.overlapped_exponentials(late) == 0
     assert gates.overlapped_exponentials("HMMA") == 0
+
+
+def test_a_loops_budget_counts_each_unit_and_the_copies_a_wait_leaves_under_way() -> None:
+    (bare,) = loop_budgets(SASS)
+    assert (bare.instructions, bare.tensor_cycles, bare.exponentials, bare.waits, bare.in_flight) == (7, 64, 1, 2, -1)
+    more = "@P1 LDGSTS.E [R1] ;\n /*0051*/ DEPBAR.LE SB0, 0x2 ;\n /*0052*/ FSEL R2, R3 ;\n /*0053*/ BAR.SYNC 0x0 ;\n"
+    (loop,) = loop_budgets(SASS.replace("MUFU.EX2 R2, R3 ;\n", more))
+    assert (loop.instructions, loop.exponentials, loop.selections, loop.barriers, loop.in_flight) == (10, 0, 1, 1, 2)
+    assert loop.units(2) == {"tensor": 128, "exp": 0, "half": 4, "issue": 20}
+    assert (loop.bound, loop.serial) == (1.0, 64 / 74)
+    assert "at most 100% overlapped" in describe_loop(loop, 2)
 
 
 def test_a_module_is_compiled_for_three_generations_and_a_bad_tile_is_caught(tmp_path: Path) -> None:
