@@ -4,7 +4,7 @@
 
 Token shards are a pure function of the dialogues, the tokenizer and the block and shard sizes, all of which the data-set folder
 holds: what a disk has flipped, cut or lost in one tier is in the other. Dialogues are encoded again up to the last damaged
-shard. Dialogue shards themselves cannot be repaired.
+shard. Dialogue shards themselves can only be built again: what is damaged is named, with the command that makes the same bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,20 @@ def repair_dataset(path: str | Path, progress: Callable[[str, int, int], None] |
         if damaged:
             lines += _repair_split(folder, manifest, split, damaged, progress)
     _shorten_quarantine(folder, manifest)
-    return lines
+    return lines + _lost_dialogues(folder, manifest)
+
+
+def _lost_dialogues(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """A line per damaged dialogue shard. Texts cannot be had from tokens alone: names, times and lineage are not in them."""
+    place = folder / "dialogues"
+    return [
+        f"dialogues/{record['name']}: not restored, nothing in this folder holds its texts. Take it from a backup, or build "
+        f"the same raw files elsewhere (chatmill data build RECIPE --out {folder.name}-again) and copy "
+        f"dialogues/{record['name']} from there: the same Chatmill gives the same bytes, sha256 {record['sha256']}"
+        for records in manifest.get("dialogues", {}).values()
+        for record in records
+        if not (place / record["name"]).is_file() or sha256_file(place / record["name"]) != record["sha256"]
+    ]
 
 
 def _shorten_quarantine(folder: Path, manifest: dict[str, Any]) -> None:

@@ -225,6 +225,18 @@ def test_a_remote_reader_honours_the_same_list(corpus: Path, tmp_path: Path) -> 
 # ---------------------------------------------------------------- the command
 
 
+def small_recipe(folder: Path) -> DataRecipe:
+    recipe = {
+        "name": "small",
+        "sources": [{"path": str(folder / "raw.jsonl")}],
+        "tokenizer": {"train": {"vocab_size": 300}},
+        "split": {"validation": 0.2},
+        "shards": {"block_dialogues": 16, "shard_mb": 0.03},
+        "workers": 1,
+    }
+    return DataRecipe.model_validate(recipe)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set built from raw chats, in several shards."""
@@ -236,15 +248,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
             said = [" ".join(rng.choice(words, 6)) + f" {i}" for _ in range(2 * int(rng.integers(1, 4)))]
             messages = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
             file.write(json.dumps({"messages": messages}) + "\n")
-    recipe = {
-        "name": "small",
-        "sources": [{"path": str(folder / "raw.jsonl")}],
-        "tokenizer": {"train": {"vocab_size": 300}},
-        "split": {"validation": 0.2},
-        "shards": {"block_dialogues": 16, "shard_mb": 0.03},
-        "workers": 1,
-    }
-    build_dataset(DataRecipe.model_validate(recipe), folder / "out")
+    build_dataset(small_recipe(folder), folder / "out")
     return folder / "out"
 
 
@@ -280,6 +284,21 @@ def test_what_cannot_be_repaired_is_quarantined_and_named(copy: Path, capsys: py
     assert "dialogues/train-00000.tar: sha256 is not the manifest's" in printed  # the other tier is still damaged
     assert "train/train-00001.tar: sha256" not in printed
     assert len(TokenDataset.open(copy, "train", damaged_blocks=0.2).quarantined) == 1
+
+
+def test_a_damaged_dialogue_shard_is_named_with_the_way_to_have_it_back(
+    built: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "dialogues/validation-00000.tar"
+    flip(copy / name, 5000)
+    assert main(["data", "verify", str(copy), "--repair"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("nothing in this folder holds its texts") == 1 and f"copy {name} from there" in printed
+    again = tmp_path / "again"
+    build_dataset(small_recipe(built.parent), again)  # as the line says: the same raw files, another folder
+    shutil.copy(again / name, copy / name)
+    assert main(["data", "verify", str(copy), "--repair"]) == 0
+    assert "holds its texts" not in capsys.readouterr().out
 
 
 def test_a_data_set_whose_damage_is_all_in_quarantine_verifies(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
