@@ -31,6 +31,8 @@ def is_running(mark: object) -> bool | None:
 
 
 def _place() -> dict[str, Any]:
+    boot: str | None
+    namespace: str | None
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         namespace = str(Path("/proc/self/ns/pid").readlink())
