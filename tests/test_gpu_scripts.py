@@ -9,6 +9,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """tests/gpu_log.py, gpu_check.py and gpu_training.py, imported as scripts are: with their folder on the path."""
+    """tests/gpu_log.py, gpu_summary.py, gpu_check.py and gpu_training.py, imported as scripts are:
+    with their folder on the path.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     loaded = {}
-    for name in ("gpu_log", "gpu_check", "gpu_training"):
+    for name in ("gpu_log", "gpu_summary", "gpu_check", "gpu_training"):
         spec = spec_from_loader(name, SourceFileLoader(name, str(ROOT / "tests" / f"{name}.py")))
         assert spec is not None and spec.loader is not None
         module = module_from_spec(spec)
@@ -56,7 +59,68 @@ def test_the_carried_wheels_are_the_tested_versions() -> None:
     carried = dict(
         line.split("==") for line in (ROOT / "tests" / "gpu_wheels.txt").read_text().splitlines() if not line.startswith("#")
     )
-    assert carried["pydantic"] == tested["pydantic"] and carried["webdataset"] == tested["webdataset"]
+    for name in ("pydantic", "torchao", "webdataset"):
+        assert carried[name] == tested[name]
+
+
+def test_parts_run_in_the_order_asked_for_and_a_fault_costs_one_part(
+    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    check, seen = scripts["gpu_check"], []
+
+    def part(self: Any, name: str) -> bool:
+        seen.append(name)
+        if name == "tune":
+            raise RuntimeError("the table is gone")
+        self.report.put(name, outcome="ok")
+        return True
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check, "describe", lambda torch: {"gpu": "none"})
+    monkeypatch.setattr(check.Check, "part", part)
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "broken-1.0-py3-none-any.whl").write_text("no wheel")
+    words = ["--parts", "tune,imports,layer,layer", "--out", str(tmp_path / "out"), "--wheels", str(wheels)]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *words, "--site", str(tmp_path / "site")])
+    assert check.main() == 1
+    assert seen == ["tune", "imports", "layer"]
+    text = (tmp_path / "out" / "summary.txt").read_text()
+    assert "wheels: not installed" in text and "RuntimeError: the table is gone" in text and "== layer" in text
+
+
+def test_the_summary_says_what_failed_and_whether_a_target_was_reached(scripts: dict[str, ModuleType]) -> None:
+    median = {"tokens_per_s": 70000.0, "mfu": 0.57, "required_mfu": 0.5, "data_wait_share": 0.01}
+    run = {
+        "outcome": "ok",
+        "seconds": 40,
+        "figures": {"median": median, "memory_peak_bytes": 60 << 30, "first_steps_s": [9.0, 0.5]},
+    }
+    row = {"kernel": "rope", "case": "D128", "contender": "triton", "phase": "forward", "reason": None}
+    results = [row | {"ms": 0.5, "gbytes_per_s": 3000.0}, row | {"contender": "flash", "ms": None, "reason": "not installed"}]
+    content = {
+        "machine": {"gpu": "NVIDIA H200", "date": "2026-01-01", "versions": {"torch": "2.11"}},
+        "parts": {
+            "tests": {"passed": 7, "failed": {"test_a": "1 != 2"}, "unfinished": ["test_b"]},
+            "train": {"1b": run, "8b full": {"outcome": "killed: it hung", "seconds": 120, "figures": []}, "data": {}},
+            "layer": {"bench": {"outcome": "ok", "seconds": 9, "figures": {"results": results}}},
+            "tune": {"attention": {"outcome": "running"}},
+        },
+    }
+    text = scripts["gpu_summary"].summary(json.loads(json.dumps(content)))
+    for words in (
+        "FAILED test_a: 1 != 2",
+        "UNFINISHED test_b",
+        "57.0 %",
+        "target 56.0 % reached",
+        "8b full",
+        "killed: it hung",
+    ):
+        assert words in text
+    assert "3000 GB/s" in text and "not installed" in text
+    assert scripts["gpu_summary"].summary({}).strip()
 
 
 def test_a_part_that_hangs_is_killed_and_what_it_wrote_is_kept(scripts: dict[str, ModuleType], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ untouched.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -110,9 +111,7 @@ class CheckpointSaver:
         key = f"{share.group} {share.name}"
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != share.tensor.shape or buffer.dtype != share.tensor.dtype:
-            on_gpu = share.tensor.device.type == "cuda"
-            buffer = torch.empty(share.tensor.shape, dtype=share.tensor.dtype, pin_memory=on_gpu)
-            self._buffers[key] = buffer
+            buffer = self._buffers[key] = host_buffer(share.tensor)
         return buffer.copy_(share.tensor, non_blocking=True)
 
     def _run(self, folder: Path, shares: list[Share], snapshot: Snapshot, began: float, stall_s: float) -> None:
@@ -154,3 +153,15 @@ class CheckpointSaver:
         values: list[Any] = [None] * self.world.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def host_buffer(tensor: Tensor) -> Tensor:
+    """Host memory of a tensor's shape: page-locked for one on a GPU, as long as the machine gives such memory.
+
+    Torch rounds page-locked memory up to powers of two, and containers may limit it: ordinary
+    memory then does, at half the speed.
+    """
+    if tensor.device.type == "cuda":
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -87,7 +87,8 @@ class Generation:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         self._cache = KVCache(model.config, len(prompt_ids) + self._room, dtype, weight.device)
         self._pending = torch.tensor(list(prompt_ids), dtype=torch.long, device=weight.device)
-        self._seen = torch.unique(self._pending)
+        self._seen_ids = set(prompt_ids)  # on the host: torch.unique would make it wait for the GPU
+        self._seen = torch.tensor(sorted(self._seen_ids), dtype=torch.long, device=weight.device)
         self._generator = make_generator(seed, weight.device)
 
     def __iter__(self) -> Iterator[TokenStep]:
@@ -127,8 +128,9 @@ class Generation:
             return None
         self.ids.append(chosen)
         self._pending = torch.tensor([chosen], dtype=torch.long, device=self._device)
-        if self.sampling.repetition_penalty != 1.0:
-            self._seen = torch.unique(torch.cat((self._seen, self._pending)))
+        if self.sampling.repetition_penalty != 1.0 and chosen not in self._seen_ids:
+            self._seen_ids.add(chosen)
+            self._seen = torch.cat((self._seen, self._pending))
         return token_step(chosen, logits, self._logprobs)
 
     def stop(self) -> None:

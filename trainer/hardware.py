@@ -8,6 +8,7 @@ Data sheets print figures with 2:4 sparsity for most tensor-core GPUs: those are
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from chatmill.config import ConfigError
@@ -25,17 +26,19 @@ class Gpu:
     source: str
 
 
-# A name that contains another stands before it.
 GPUS: tuple[Gpu, ...] = (
     Gpu("gh200", 95 * GIB, 989.4e12, "NVIDIA GH200 Grace Hopper Superchip data sheet (96 GB HBM3)"),
+    Gpu("h200-nvl", 139 * GIB, 835.5e12, "NVIDIA H200 data sheet (NVL, 141 GB)"),
     Gpu("h200", 139 * GIB, 989.4e12, "NVIDIA H200 data sheet (SXM, 141 GB)"),
     Gpu("h100-pcie", 79 * GIB, 756e12, "NVIDIA H100 data sheet (PCIe, 80 GB)"),
     Gpu("h100-nvl", 93 * GIB, 835e12, "NVIDIA H100 data sheet (NVL, 94 GB)"),
     Gpu("h100", 79 * GIB, 989.4e12, "NVIDIA H100 data sheet (SXM, 80 GB)"),
+    Gpu("gb200", 184 * GIB, 2500e12, "NVIDIA GB200 NVL72 data sheet (13.4 TB and 360 PFLOP/s with sparsity of 72 GPUs)"),
     Gpu("b200", 178 * GIB, 2250e12, "NVIDIA DGX B200 data sheet (1,440 GB and 18 PFLOP/s of 8 GPUs)"),
     Gpu("a100-40", 39 * GIB, 312e12, "NVIDIA A100 data sheet (40 GB)"),
     Gpu("a100", 79 * GIB, 312e12, "NVIDIA A100 data sheet (80 GB)"),
     Gpu("l40s", 44 * GIB, 362e12, "NVIDIA L40S data sheet (48 GB)"),
+    Gpu("l40", 44 * GIB, 181e12, "NVIDIA L40 data sheet (48 GB)"),
     Gpu("l4", 22 * GIB, 121e12, "NVIDIA L4 data sheet (24 GB)"),
     Gpu("a10", 22 * GIB, 125e12, "NVIDIA A10 data sheet (24 GB)"),
     Gpu("5090", 31 * GIB, 209.5e12, "NVIDIA RTX Blackwell architecture paper (GeForce RTX 5090, 32 GB)"),
@@ -44,18 +47,29 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("mi300x", 191 * GIB, 1307.4e12, "AMD Instinct MI300X data sheet (192 GB)"),
 )
 # what drivers call the variants
-DRIVER_NAMES = {"h100 pcie": "h100-pcie", "h100 nvl": "h100-nvl", "a100-sxm4-40gb": "a100-40", "a100-pcie-40gb": "a100-40"}
+DRIVER_NAMES = {
+    "h100 pcie": "h100-pcie",
+    "h100 nvl": "h100-nvl",
+    "h200 nvl": "h200-nvl",
+    "a100-sxm4-40gb": "a100-40",
+    "a100-pcie-40gb": "a100-40",
+}
 
 
 def known_gpu(name: str) -> Gpu | None:
-    """The GPU of a short name or a driver's name ("NVIDIA H100 80GB HBM3"), or None."""
+    """The GPU of a short name or a driver's name ("NVIDIA H100 80GB HBM3"), or None: no figure is better than another GPU's.
+
+    An A10G is no A10 and an RTX A1000 no A100; a part of a GPU (MIG) and a laptop's have other peaks.
+    """
     low = name.lower()
     for variant, short in DRIVER_NAMES.items():
         if variant in low:
             low = short
-    words = [low, *low.replace("-", " ").split()]
-    exact = next((gpu for gpu in GPUS if gpu.name in words), None)
-    return exact or next((gpu for gpu in GPUS if gpu.name in low), None)
+    if re.search(r"\b(mig|laptop)\b", low):
+        return None
+    exact = next((gpu for gpu in GPUS if gpu.name == low), None)
+    # "rtx4090" is a 4090, "gb200" no b200
+    return exact or next((gpu for gpu in GPUS if re.search(rf"(?:\b|\brtx){gpu.name}\b", low)), None)
 
 
 def find_gpu(name: str) -> Gpu:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -38,11 +38,12 @@ class Trace:
     """The most bytes alive at once in a step besides weights, their gradients and the optimizer.
 
     activations: what operators made and something still holds; workspace: scratch of the loss kernel, where it ran at that
-    moment.
+    moment. last: the most alive while the first layer's gradients are made, when those of all other layers are there already.
     """
 
     activations: int
     workspace: int
+    last: int = 0
 
     @property
     def total(self) -> int:
@@ -59,6 +60,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self.alive = 0
         self.peak = Trace(0, 0)
+        self._since: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -67,6 +69,14 @@ class LiveBytes(TorchDispatchMode):
                 self._follow(value)
         self._look(self._workspace(func, args))
         return out
+
+    def begin_last(self) -> None:
+        """What is alive from here on counts for `last`; the latest call holds."""
+        self._since = self.alive
+
+    def trace(self) -> Trace:
+        """The largest moments so far."""
+        return replace(self.peak, last=self._since or 0)
 
     def leave_out(self, tensor: Tensor) -> None:
         """Stop counting the tensor's storage."""
@@ -93,6 +103,8 @@ class LiveBytes(TorchDispatchMode):
     def _look(self, workspace: int) -> None:
         if self.alive + workspace > self.peak.total:
             self.peak = Trace(self.alive, workspace)
+        if self._since is not None:
+            self._since = max(self._since, self.alive + workspace)
 
 
 def estimate_step(config: ModelConfig, **options: Any) -> Trace:
@@ -102,7 +114,8 @@ def estimate_step(config: ModelConfig, **options: Any) -> Trace:
     low, high = (trace_step(_with_layers(config, layers), **options) for layers in (SHALLOW, 2 * SHALLOW))
     more = (config.layers - 2 * SHALLOW) / SHALLOW
     workspace = high.workspace if low.workspace else 0
-    return Trace(round(high.total + more * (high.total - low.total)) - workspace, workspace)
+    last = round(high.last + more * (high.last - low.last))
+    return Trace(round(high.total + more * (high.total - low.total)) - workspace, workspace, last)
 
 
 def _with_layers(config: ModelConfig, layers: int) -> ModelConfig:
@@ -148,13 +161,15 @@ def trace_step(
         for parameter in model.parameters():
             follower.known(parameter)
             parameter.register_post_accumulate_grad_hook(lambda p: follower.leave_out(p.grad))
+        for parameter in model.layers[1].parameters() if config.layers > 1 else ():
+            parameter.register_post_accumulate_grad_hook(lambda p: follower.begin_last())
         for tensor in batch.values():
             follower.known(tensor)
         with follower:
             with torch.autocast("cpu", dtype=torch.bfloat16) if casting else contextlib.nullcontext():
                 output = model(**batch, max_seqlen=tokens)
             (output.loss_sum * 0.5).backward()
-    return follower.peak
+    return follower.trace()
 
 
 def _loss_workspace(func: Any, args: tuple[Any, ...], device: str) -> int:

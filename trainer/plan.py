@@ -14,8 +14,9 @@ keeps, measured in tests/trainer/test_plan.py):
     zero3     c N/w     4 N/w              12 N/w        one bucket, weights gathered ahead (up to 1e9)
 
 Activations and the loss's workspace come from the real model, run on fake tensors (memory_trace.py). At the largest moment of a
-step either all activations are there (at the loss) or all gradients (at the update): the larger sum counts. A margin of 5 % of
-everything that comes and goes stands for fragmentation, `context` for the driver, cuBLAS and NCCL.
+step all activations are there (at the loss), or all gradients (at the update), or one layer's activations and all gradients but
+its own (at the end of the backward pass, where layers are recomputed): the largest sum counts. A margin of 5 % of everything
+that comes and goes stands for fragmentation, `context` for the driver, cuBLAS and NCCL.
 Time: tokens x FLOPs per token / (GPUs x peak x MFU), no recomputation counted in the FLOPs; see docs/metrics.md.
 """
 
@@ -115,22 +116,25 @@ class Estimator:
         self, recipe: Recipe, config: ModelConfig, loss_share: float = 1.0, device: Literal["cpu", "gpu"] = "gpu"
     ) -> None:
         self.recipe, self.config, self.loss_share, self.device = recipe, config, loss_share, device
-        self._traces: dict[tuple[bool, int], tuple[int, int]] = {}
+        self._traces: dict[tuple[bool, int], tuple[int, int, int]] = {}
         counts = config.parameter_counts()
         self.total = counts["total"]
         self.layer = (counts["attention"] + counts["mlp"] + counts["norms"] - config.hidden_size) // config.layers
         self.top = self.total - config.layers * self.layer
         self.state_bytes = optimizer_bytes(recipe, config)
 
-    def activations(self, low_precision_weights: bool, micro_batch: int) -> tuple[int, int]:
-        """(activations, loss workspace) in bytes of a micro-batch: traced for the recipe's and for 1 and 2, linear beyond."""
+    def activations(self, low_precision_weights: bool, micro_batch: int) -> tuple[int, int, int]:
+        """(activations, loss workspace, those of the first layer's backward pass) in bytes of a micro-batch.
+
+        Traced for the recipe's and for 1 and 2 packs, linear beyond.
+        """
         if micro_batch in (1, 2, self.recipe.train.micro_batch):
             return self._trace(low_precision_weights, micro_batch)
         one, two = (self._trace(low_precision_weights, packs) for packs in (1, 2))
-        activations, workspace = (a + (micro_batch - 1) * (b - a) for a, b in zip(one, two, strict=True))
-        return activations, min(workspace, max(two[1], 2 * one[1] - two[1] + LOGITS))
+        activations, workspace, last = (a + (micro_batch - 1) * (b - a) for a, b in zip(one, two, strict=True))
+        return activations, min(workspace, max(two[1], 2 * one[1] - two[1] + LOGITS)), last
 
-    def _trace(self, low_precision_weights: bool, micro_batch: int) -> tuple[int, int]:
+    def _trace(self, low_precision_weights: bool, micro_batch: int) -> tuple[int, int, int]:
         key = (low_precision_weights, micro_batch)
         if key not in self._traces:
             from chatmill.trainer.memory_trace import estimate_step
@@ -145,21 +149,24 @@ class Estimator:
                 checkpointing=self.recipe.train.activation_checkpointing,
                 low_precision_weights=low_precision_weights,
             )
-            self._traces[key] = (trace.activations, trace.workspace)
+            self._traces[key] = (trace.activations, trace.workspace, trace.last)
         return self._traces[key]
 
     def memory(self, engine: str, world_size: int, micro_batch: int | None = None) -> Memory:
-        """The larger of the two moments."""
+        """The largest of the three moments."""
         micro_batch = micro_batch or self.recipe.train.micro_batch
         bf16 = self.recipe.train.precision == "bf16"
-        activations, workspace = self.activations(bf16 and engine not in ("single", "ddp"), micro_batch)
+        activations, workspace, last = self.activations(bf16 and engine not in ("single", "ddp"), micro_batch)
         moments = [
             self._fill(engine, world_size, activations, workspace, at_update=False),
+            self._fill(engine, world_size, last, 0, at_update=True, first_layer=True),
             self._fill(engine, world_size, 0, 0, at_update=True),
         ]
         return max(moments, key=lambda memory: memory.total)
 
-    def _fill(self, engine: str, w: int, activations: int, workspace: int, *, at_update: bool) -> Memory:
+    def _fill(
+        self, engine: str, w: int, activations: int, workspace: int, *, at_update: bool, first_layer: bool = False
+    ) -> Memory:
         n, c = self.total, 2 if self.recipe.train.precision == "bf16" else 4
         many = self.recipe.train.accumulation > 1
         state = self.state_bytes
@@ -180,6 +187,9 @@ class Estimator:
             buffers = 2 * n if engine == "zero1" and c == 2 else min(n, BUCKET) * c
             if engine == "zero3":
                 buffers += c * min(n, LIVE)
+        if first_layer and not many and engine in ("single", "fsdp2"):  # its gradients, and an untied embedding's, come last
+            missing = self.layer + (0 if self.config.tied_embeddings else self.config.vocab_size * self.config.hidden_size)
+            gradients -= 4 * missing // (w if engine == "fsdp2" else 1)
         if self.recipe.train.ema is not None:
             optimizer += 4 * n // (1 if engine in ("single", "ddp") else w)
         if self.recipe.parallel.offload != "none" and engine not in ("single", "ddp"):

@@ -6,6 +6,8 @@ import json
 import random
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from chatmill.run_files import list_checkpoints
 from chatmill.trainer import checkpoint_saver
 from chatmill.trainer.checkpoint import CheckpointError, open_checkpoint, prune, publish, set_aside_after
 from chatmill.trainer.checkpoint_files import Share, hash_file, merge_parts, write_shares
-from chatmill.trainer.checkpoint_saver import CheckpointSaver, SaveResult, Snapshot
+from chatmill.trainer.checkpoint_saver import CheckpointSaver, SaveResult, Snapshot, host_buffer
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.random_state import random_state, restore_random_state
 from chatmill.trainer.shares import share_of, shares_of
@@ -249,3 +251,19 @@ def test_every_random_generator_goes_on_where_it_was() -> None:
     draw()
     restore_random_state(states, torch.device("cpu"))
     assert draw() == expected
+
+
+def test_a_machine_without_page_locked_memory_to_spare_saves_through_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, pinned = torch.empty, []
+
+    def refuse(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    on_gpu: Any = SimpleNamespace(shape=(3, 2), dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    buffer = host_buffer(on_gpu)
+    assert (tuple(buffer.shape), buffer.dtype, pinned) == ((3, 2), torch.bfloat16, [True, False])
+    assert host_buffer(torch.zeros(4)).shape == (4,) and pinned[2:] == [False]

@@ -194,6 +194,17 @@ def test_the_recommended_engine_changes_with_the_size_of_the_model() -> None:
     assert alone.reasons[-1].startswith("try ")
 
 
+def test_a_layer_that_is_recomputed_lies_beside_the_gradients_of_all_others() -> None:
+    wide = SHAPE.model_copy(update={"intermediate_size": 8192, "layers": 4})
+    estimator = Estimator(recipe(activation_checkpointing=True, micro_batch=4), wide, device="cpu")
+    activations, workspace, last = estimator.activations(False, 4)
+    memory = estimator.memory("single", 1)
+    gradients = 4 * (estimator.total - estimator.layer - wide.vocab_size * wide.hidden_size)
+    assert last > 4 * 4 * 512 * 8192  # at least gate and up, in fp32 and beside their gradients
+    assert memory.tensors == memory.weights + memory.optimizer + gradients + last
+    assert last + gradients > max(activations + workspace, 4 * estimator.total)
+
+
 def test_time_follows_from_flops_peak_and_the_stated_mfu() -> None:
     given = recipe(steps=100, micro_batch=4, precision="bf16")
     work = make_plan(given, SHAPE, find_gpu("h100"), 2, mfu=0.5, engines=["ddp"], context=300.0).work
@@ -216,6 +227,15 @@ def test_time_follows_from_flops_peak_and_the_stated_mfu() -> None:
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA H200 MIG 3g.71gb", None),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A1000", None),
+        ("rtx4090", "4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GH200 480GB", "gh200"),
         ("NVIDIA A100-SXM4-40GB", "a100-40"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
