@@ -92,7 +92,8 @@ class ZeroEngine(Engine):
         self._groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._muon_groups = {i for i, group in enumerate(optimizer.param_groups) if group["muon"]}
         config = zero_config(recipe, self.stage, sum(p.numel() for p in model.parameters()))
-        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        with _swapping_as_computed(deepspeed, recipe):
+            engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model: nn.Module = engine
         self.deepspeed = engine
         self.zero = engine.optimizer
@@ -119,6 +120,9 @@ class ZeroEngine(Engine):
                 f"DeepSpeed computes in {compute}, accumulates in {accumulate} and reduces in {reduce}; "
                 f"expected {expected}, float32 and float32"
             )
+        for swapper in {getattr(p, "nvme_swapper", None) for p in parameters} - {None}:
+            if swapper.dtype != expected:
+                raise ConfigError(f"DeepSpeed keeps weights on the disk as {swapper.dtype}; expected {expected}")
         parts = ("optimizer", "optimizer and gradients", "optimizer, gradients and parameters")[self.stage - 1]
         return self.facts(
             engine=f"{type(self.deepspeed).__name__}/{type(self.zero).__name__}",
@@ -257,23 +261,33 @@ class ZeroEngine(Engine):
         stored = states_by_parameter(source)
         if sorted(stored) != sorted(self.names):
             raise ConfigError("the checkpoint does not hold the optimizer state of this model: it cannot continue a run")
-        fresh: dict[Tensor, dict[str, Tensor]] = {}
+        known: set[Tensor] = set()
         for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
             wanted = expected_keys(self._groups[id(parameter)] in self._muon_groups)
             if set(stored[name]) != set(wanted):
                 raise wrong_state(self.optimizer, name, stored[name], wanted)
             flat = self._flat_of(parameter)
-            if flat not in fresh:
+            if flat not in known:
+                known.add(flat)
                 counts = {key: source.tensor(f"{name}.{key}") for key in wanted if not len(source.shape(f"{name}.{key}"))}
-                zeros = {key: torch.zeros_like(flat) for key in wanted if key not in counts}
-                fresh[flat] = {key: value.to(flat.device).clone() for key, value in counts.items()} | zeros
-        for flat, state in fresh.items():
-            self.optimizer.state[flat] = state
+                self._make_state(flat, counts, [key for key in wanted if key not in counts])
         self._link_states()
         for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
             for key in stored[name]:
                 if len(source.shape(f"{name}.{key}")):
                     self._read_piece(source, f"{name}.{key}", parameter, key)
+
+    def _make_state(self, flat: Tensor, counts: dict[str, Tensor], moments: list[str]) -> None:
+        """Give a flat partition its state: these counts, and moments to be read into, on the disk where they live there."""
+        group = next(i for i, held in enumerate(self._flat_partitions()) if held is flat)
+        swapped = self.stage == 3 and self.zero._swappable_optimizer_subgroup(group)
+        if swapped:
+            self.zero._optimizer_states_and_gradient_swap_in(group)
+        if not (swapped and self.optimizer.state[flat]):  # what is swapped already is known to the swapper by its tensors
+            self.optimizer.state[flat] = {key: torch.zeros_like(flat) for key in moments}
+        self.optimizer.state[flat] |= {key: value.to(flat.device).clone() for key, value in counts.items()}
+        if swapped:
+            self.zero._optimizer_states_and_gradient_swap_out(group)
 
     def _read_piece(self, source: TensorSource, name: str, parameter: Tensor, key: str | None) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -348,6 +362,24 @@ class ZeroEngine(Engine):
 
     def _has_state(self) -> bool:
         return any(self._states())
+
+
+@contextlib.contextmanager
+def _swapping_as_computed(deepspeed: Any, recipe: Recipe) -> Iterator[None]:
+    """Keep fp32 weights on the disk as fp32 where the processor has no fp16, a CPU among them.
+
+    DeepSpeed 0.19.8 (runtime/zero/partition_parameters.py:409) reads `dtype or fp16 if fp16_supported else bf16` and
+    rounds them to bf16 there, whatever dtype was given: losses were off by 1e-5 before the first update.
+    """
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if recipe.parallel.offload != "nvme" or recipe.train.precision == "bf16" or accelerator.is_fp16_supported():
+        yield
+        return
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
+        del accelerator.is_fp16_supported
 
 
 def check_nvme(folder: Path) -> None:

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -250,6 +251,30 @@ def zero_offload_equals_one_process(world: World, data: str) -> None:
     for strategy in ("zero1", "zero2", "zero3"):
         engine = agree_with_single(world, data, strategy, parallel={"offload": "cpu"})
         assert engine.deepspeed.zero_cpu_offload()
+
+
+@check
+def nvme_offload_equals_one_process(world: World, data: str) -> None:
+    """Weights and moments on a disk; what was read from there continues on another disk and in one process."""
+    disks = [Path(name).absolute() for name in ("first-disk", "second-disk")]
+    for disk in disks:
+        disk.mkdir(exist_ok=True)
+    parallel = {"offload": "nvme", "nvme_path": str(disks[0])}
+    shape = {"model": SHAPE | {"hidden_size": 256, "intermediate_size": 2050}}  # DeepSpeed swaps no piece below 1 MiB
+    engine = agree_with_single(world, data, "zero3", parallel=parallel, **shape)
+    swapped = {file.relative_to(disks[0]).parts[1] for file in disks[0].rglob("*.swp") if file.stat().st_size}
+    assert swapped == {"float32params", "optimizer"}, swapped
+    saved = state(engine)
+    single = make_engine(alone(), recipe_for(data, "single", **shape))
+    restore(single, saved)
+    same(state(single), saved)
+    moved = {"strategy": "zero3", "offload": "nvme", "nvme_path": str(disks[1])}
+    again = make_engine(world, recipe_for(data, "zero3", parallel=moved, **shape))
+    restore(again, saved)
+    same(state(again), saved)
+    wanted = train(single, 2, skip=3)
+    for one in (engine, again):
+        close(train(one, 2, skip=3), wanted)
 
 
 @check

@@ -86,6 +86,23 @@ def test_zero_offloads_and_averages_as_one_process_does(tiny_data: Path, tmp_pat
     )
 
 
+def compiled_async_io() -> Path:
+    """Where torch keeps the op that DeepSpeed compiled at its first use."""
+    from torch.utils import cpp_extension
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    version = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_cpu"
+    return (Path(root) if root else Path(cpp_extension.get_default_build_root()) / version) / "async_io" / "async_io.so"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DEEPSPEED, reason="DeepSpeed is not installed (make .venv/.deepspeed)")
+def test_zero3_trains_from_a_disk_as_one_process_does(tiny_data: Path, tmp_path: Path) -> None:
+    if not compiled_async_io().is_file():
+        pytest.skip("DeepSpeed's async_io is not compiled here: five minutes on two cores (docs/engines.md says how)")
+    run_checks(tmp_path, tiny_data, 2, "nvme_offload_equals_one_process")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_triton_kernels_see_gathered_weights(tiny_data: Path, tmp_path: Path) -> None:
