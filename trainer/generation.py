@@ -79,6 +79,7 @@ class Generation:
         self.stop_step: TokenStep | None = None
         self.prompt_steps: list[TokenStep] = []
         self._logprobs = logprobs
+        self._prompt = list(prompt_ids)
         self._prompt_logprobs = prompt_logprobs
         self._room = min(max_new_tokens, model.config.context - len(prompt_ids))
         weight = next(model.parameters())
@@ -137,26 +138,51 @@ class Generation:
         """End the reply from outside (a stop string was met)."""
         self.finish_reason = "stop"
 
-    @torch.no_grad()
+    @property
+    def read_ids(self) -> list[int]:
+        """The tokens that the cache holds, in their order."""
+        return (self._prompt + self.ids)[: self._cache.length]
+
+    def start_from(self, k: Tensor, v: Tensor) -> None:
+        """Take the first tokens of the prompt as read: their keys and values ["layers Hk n D"], n less than the prompt.
+
+        Called before anything is read. A prompt whose tokens are to be scored is read whole all the same.
+        """
+        count = k.shape[2]
+        if self._cache.length or not 0 < count < len(self._prompt):
+            raise ValueError(f"start_from: expected 1..{len(self._prompt) - 1} tokens before anything is read, got {count}.")
+        if self._prompt_logprobs is not None:
+            return
+        self._cache.k[:, :, :count] = k
+        self._cache.v[:, :, :count] = v
+        self._cache.length = count
+        self._pending = self._pending[count:]
+
     def read(self) -> Tensor:
         """Logits Float["V"] after the pending tokens, which enter the cache."""
-        if self._prompt_logprobs is not None and self._cache.length == 0:
-            return self._read_scoring(self._prompt_logprobs)
-        logits: Tensor | None = None
-        for chunk in self._pending.split(PREFILL_CHUNK):
-            logits = self.model.cached_logits(chunk, self._cache)
-        assert logits is not None
-        return logits
+        while True:
+            logits = self.read_some(PREFILL_CHUNK)
+            if logits is not None:
+                return logits
 
-    def _read_scoring(self, alternatives: int) -> Tensor:
-        following = self._pending[1:].tolist()
-        row: Tensor | None = None
-        for chunk in self._pending.split(SCORE_CHUNK):
-            for row in self.model.cached_logits(chunk, self._cache, all_positions=True):
-                if len(self.prompt_steps) < len(following):
-                    self.prompt_steps.append(token_step(following[len(self.prompt_steps)], row, alternatives))
-        assert row is not None
-        return row
+    @torch.no_grad()
+    def read_some(self, most: int) -> Tensor | None:
+        """Read at most so many of the pending tokens; their logits Float["V"] if these were the last, else None."""
+        following = self._prompt[self._cache.length + 1 :]  # empty once the prompt is read
+        scoring = self._prompt_logprobs is not None and bool(following)
+        chunk, rest = self._pending.tensor_split([min(most, SCORE_CHUNK) if scoring else most])
+        if scoring:
+            rows = self.model.cached_logits(chunk, self._cache, all_positions=True)
+            self.prompt_steps += [
+                token_step(token, row, self._prompt_logprobs) for token, row in zip(following, rows, strict=False)
+            ]
+            logits = rows[-1]
+        else:
+            logits = self.model.cached_logits(chunk, self._cache)
+        if len(rest) == 0:
+            return logits
+        self._pending = rest
+        return None
 
 
 def token_step(token_id: int, logits: Tensor, alternatives: int | None) -> TokenStep:

@@ -291,6 +291,8 @@ def test_plain_completions_continue_text_and_token_ids(served: Served, chat_mode
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"n": 65}, 400, "n:"),
         ({"tools": [{}]}, 400, "tools is not supported"),
+        ({"messages": [{"role": "tool", "content": "4", "tool_call_id": "a"}]}, 400, "knows no tools"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}]}, 400, "tool_calls is not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"stop": ["", "a"]}, 400, "stop"),
         ({"presence_penalty": 1}, 400, "presence_penalty"),

@@ -6,6 +6,9 @@
 
 Replies start in order of arrival, at most `max_active` at once; one joins or leaves between any two steps. Each has its
 own cache and random generator: what else runs can touch it only through the rounding of a wider matrix product.
+
+Prompts are read in stretches between the steps, so that a long one does not hold up the replies that others are getting;
+of a conversation that goes on only the new turn is read (`chatmill.trainer.prefix_store`).
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ from typing import Literal
 
 from chatmill.trainer.batched_decoding import joint_logits
 from chatmill.trainer.chat_model import ChatModel
-from chatmill.trainer.generation import FinishReason, Generation, TextStream, TokenStep
+from chatmill.trainer.generation import PREFILL_CHUNK, FinishReason, Generation, TextStream, TokenStep
+from chatmill.trainer.prefix_store import PrefixStore
 from chatmill.trainer.sampling import Sampling
+
+STRETCH = 256  # tokens of prompts read per step while others get their replies
 
 
 class BusyError(Exception):
@@ -102,16 +108,21 @@ class Counts:
     cancelled: int = 0
     failed: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     generated_tokens: int = 0
 
 
 class Engine:
-    """Owns the model while it runs. close() ends the thread and fails whatever is unfinished."""
+    """Owns the model while it runs. close() ends the thread and fails whatever is unfinished.
 
-    def __init__(self, chat: ChatModel, *, max_active: int = 8, max_waiting: int = 64) -> None:
+    keep_tokens: of finished replies, kept for the next turn; by default as many as two full contexts.
+    """
+
+    def __init__(self, chat: ChatModel, *, max_active: int = 8, max_waiting: int = 64, keep_tokens: int | None = None) -> None:
         self.chat = chat
         self.max_active, self.max_waiting = max_active, max_waiting
         self.counts = Counts()
+        self._kept = PrefixStore(2 * chat.model.config.context if keep_tokens is None else keep_tokens)
         self._waiting: deque[Job] = deque()
         self._active: list[_Active] = []
         self._news = threading.Condition()
@@ -176,6 +187,7 @@ class Engine:
                 logprobs=job.logprobs,
                 prompt_logprobs=job.prompt_logprobs,
             )
+            self.counts.reused_tokens += self._kept.lend(steps)
             self._active.append(_Active(job, steps, TextStream(self.chat.tokenizer.decode, job.stop_strings)))
             self.counts.prompt_tokens += len(job.prompt_ids)
         except Exception as error:  # one bad request must not end the thread that serves all others
@@ -187,10 +199,20 @@ class Engine:
             rows = joint_logits(self.chat.model, [active.steps for active in group])
         except Exception:  # out of memory for all at once, say: then one by one, which finds out whose fault it is
             rows = {}
+        shares = shares_of_prompts([len(active.steps.pending) for active in group])
         going = []
         for i, active in enumerate(group):
             try:
-                step = active.steps.accept(rows[i]) if i in rows else next(active.steps, None)
+                if i in rows:
+                    step = active.steps.accept(rows[i])
+                elif len(active.steps.pending) > 1:
+                    logits = active.steps.read_some(shares[i]) if shares[i] else None
+                    if logits is None:
+                        going.append(active)
+                        continue
+                    step = active.steps.accept(logits)
+                else:
+                    step = next(active.steps, None)
                 if self._take(active, step):
                     going.append(active)
             except Exception as error:
@@ -219,6 +241,7 @@ class Engine:
         assert active.steps.finish_reason is not None
         self.counts.finished += 1
         steps = active.steps
+        self._kept.keep(steps)
         active.job.emit(Done(active.steps.finish_reason, len(steps.ids), tuple(steps.prompt_steps), steps.stop_step))
         return False
 
@@ -234,4 +257,19 @@ class Engine:
 
     def _fail(self, job: Job, error: Exception) -> None:
         self.counts.failed += 1
+        self._kept.clear()  # memory may be what was short
         job.emit(Failed("error", f"{type(error).__name__}: {error}"))
+
+
+def shares_of_prompts(pending: Sequence[int]) -> list[int]:
+    """Tokens that each reply may read in one step, first come first served; pending: what each has not read yet.
+
+    One pending token is a reply in progress: beside such, prompts get STRETCH tokens together, else PREFILL_CHUNK.
+    """
+    room = STRETCH if 1 in pending else PREFILL_CHUNK
+    shares = []
+    for count in pending:
+        share = min(room, count) if count > 1 else 0
+        shares.append(share)
+        room -= share
+    return shares

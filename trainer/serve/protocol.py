@@ -86,10 +86,26 @@ class Request(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn; content may come as a list of text parts."""
+    """One turn; content may come as a list of text parts.
+
+    Calls of tools and their results are refused: the chat templates know none, and a conversation without them is another one.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[dict[str, Any]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_tools(cls, raw: Any) -> Any:
+        if isinstance(raw, dict):
+            if raw.get("role") in ("tool", "function"):
+                raise ValueError(f"role {raw['role']!r} is not supported: the chat template of this model knows no tools")
+            for name in ("tool_calls", "function_call"):
+                if raw.get(name):
+                    raise ValueError(f"{name} is not supported: the chat template of this model knows no tools")
+        return raw
 
     @property
     def text(self) -> str:
