@@ -5,15 +5,10 @@ A RawFile is a path, a URL or one member of a zip. Everything is streamed; nothi
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import glob
-import gzip
-import importlib
 import io
-import lzma
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from chatmill.config import ConfigError
+from chatmill.data.importers.compressed import named_damage, open_compressed, open_zip
 from chatmill.data.remote_files import RemotePath, find_remote, is_url
 
 HEAD_BYTES = 1 << 16
@@ -62,7 +58,7 @@ class RawFile:
     @contextmanager
     def open(self, encoding: str = "utf-8") -> Iterator[IO[bytes]]:
         """The uncompressed bytes, streamed; text in UTF-16 or UTF-32 (by its mark or by `encoding`) as UTF-8."""
-        with self._open_bytes() as raw:
+        with named_damage(self.label), self._open_bytes() as raw:
             buffered = cast(Any, raw if hasattr(raw, "peek") else io.BufferedReader(cast(Any, raw)))
             mark = next((m for m in _WIDE_MARKS if buffered.peek(4).startswith(m)), b"")
             if mark:
@@ -75,25 +71,11 @@ class RawFile:
     @contextmanager
     def _open_bytes(self) -> Iterator[IO[bytes]]:
         if self.member is not None:
-            with _open_zip(self.path) as archive, archive.open(self.member) as file:
+            with open_zip(self.path) as archive, archive.open(self.member) as file:
                 yield file
             return
-        suffix = self.path.suffix.lower()
-        if suffix == ".gz":
-            with self.path.open("rb") as raw, gzip.open(raw, "rb") as file:
-                yield file  # type: ignore[misc]
-        elif suffix == ".bz2":
-            with self.path.open("rb") as raw, bz2.open(raw, "rb") as file:
-                yield file
-        elif suffix == ".xz":
-            with self.path.open("rb") as raw, lzma.open(raw, "rb") as file:
-                yield file
-        elif suffix == ".zst":
-            with _open_zstd(self.path) as file:
-                yield file
-        else:
-            with self.path.open("rb") as file:
-                yield file
+        with open_compressed(self.path) as file:
+            yield file
 
     @contextmanager
     def text(self, encoding: str = "utf-8") -> Iterator[io.TextIOWrapper]:
@@ -146,7 +128,7 @@ class RawFile:
     def parts(self) -> list[RawFile]:
         """The files of a folder (or of a folder inside a zip), sorted; a plain file is its own only part."""
         if self.member is not None and self.member.endswith("/"):
-            with _open_zip(self.path) as archive:
+            with open_zip(self.path) as archive:
                 return [
                     RawFile(self.path, n) for n in sorted(archive.namelist()) if n.startswith(self.member) and n != self.member
                 ]
@@ -173,7 +155,7 @@ class RawFile:
         return RawFile(found) if found.is_file() else None
 
     def _in_zip(self, member: str) -> RawFile | None:
-        with _open_zip(self.path) as archive:
+        with open_zip(self.path) as archive:
             return RawFile(self.path, member) if member in archive.namelist() else None
 
     def head(self, size: int = HEAD_BYTES) -> bytes:
@@ -211,25 +193,6 @@ class _Recoding(io.RawIOBase):
         return size
 
 
-@contextmanager
-def _open_zip(path: Path | RemotePath) -> Iterator[zipfile.ZipFile]:
-    with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
-        yield archive
-
-
-@contextmanager
-def _open_zstd(path: Path | RemotePath) -> Iterator[IO[bytes]]:
-    try:
-        zstandard = importlib.import_module("zstandard")
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: reading .zst needs the package zstandard (pip install zstandard), or unpack the file"
-        ) from error
-    # Reddit's dumps use a 2 GiB window.
-    with path.open("rb") as raw, zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(raw) as reader:
-        yield io.BufferedReader(reader, 1 << 20)  # the reader itself knows no lines
-
-
 def find_files(pattern: str) -> list[RawFile]:
     """Files named by a path, URL, folder (all files in it) or glob, sorted; members of zips one by one."""
     path = Path(pattern).expanduser()
@@ -247,7 +210,7 @@ def find_files(pattern: str) -> list[RawFile]:
     files: list[RawFile] = []
     for p in paths:
         if p.suffix.lower() == ".zip":
-            with _open_zip(p) as archive:
+            with open_zip(p) as archive:
                 names = [name for name in sorted(archive.namelist()) if not name.endswith("/")]
             files += [RawFile(p, name) for name in names]
         else:

@@ -69,9 +69,8 @@ def importer(name: str) -> Importer:
 def recognise(file: RawFile) -> str:
     """Name of the format of a file; ConfigError where none fits."""
     head = file.head()
-    for name in IMPORTERS:
-        if importer(name).recognise(head, file.stem):
-            return name
+    if name := _fitting(head, file):
+        return name
     if not head:
         raise ConfigError(f"source {file.path}: the file is empty. Take it out of the recipe's sources.")
     start = shorten(head[:200].decode("utf-8", "replace"), 60)
@@ -82,12 +81,12 @@ def recognise(file: RawFile) -> str:
 
 
 def is_recognised(file: RawFile) -> bool:
-    """Would `recognise` name a format?"""
-    try:
-        recognise(file)
-    except ConfigError:
-        return False
-    return True
+    """Would `recognise` name a format? A file that cannot be read (damaged, or its package is absent) is an error here, too."""
+    return _fitting(file.head(), file) is not None
+
+
+def _fitting(head: bytes, file: RawFile) -> str | None:
+    return next((name for name in IMPORTERS if importer(name).recognise(head, file.stem)), None)
 
 
 def source_files(options: SourceSection) -> list[RawFile]:
