@@ -52,7 +52,7 @@ def shipped_cases() -> list[Case]:
     hopper, exact = kernel_config(90, 2, 64, False), kernel_config(90, 4, 64, False)
     for kernel in KernelConfig._fields:
         tiles = getattr(hopper, kernel)
-        cases.append(compile_case(kernel, tiles, arch=90, D=64, DV=64, cap=True))
+        cases.append(compile_case(kernel, tiles, arch=90, D=64, DV=64, cap=True, spill_bytes=FEW))
         cases.append(compile_case(kernel, tiles, arch=90, D=64, DV=64, element="fp16"))
         cases.append(compile_case(kernel, getattr(exact, kernel), arch=90, D=64, DV=64, element="fp32", spill_bytes=1 << 16))
     return cases + hopper_cases() + hopper_backward_cases()

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from chatmill.launcher.runs import training_process
 from chatmill.run_files import is_published, read_jsonl
 
 MODEL = Path("runs/smollm2")
@@ -75,7 +76,11 @@ def main(overrides: list[str] | None = None) -> int:
             print("already there")
             continue
         step_began = time.monotonic()
-        code = subprocess.run(command, check=False).returncode
+        try:
+            code = run_step(command)
+        except KeyboardInterrupt:
+            print("\nstopped; the same command continues from here: make demo", file=sys.stderr)
+            return 130
         if code:
             print(
                 f"\nstep {number} failed with exit code {code}; the same command continues from here: make demo",
@@ -85,6 +90,23 @@ def main(overrides: list[str] | None = None) -> int:
         print(f"({time.monotonic() - step_began:.0f} s)")
     print_result(time.monotonic() - began)
     return 0
+
+
+def run_step(command: list[str]) -> int:
+    """Exit code of a step. After Ctrl-C, which it gets as well, KeyboardInterrupt once the training has saved and ended."""
+    with subprocess.Popen(command) as process:
+        interrupted = False
+        while True:
+            try:
+                code = process.wait()
+                while interrupted and training_process(RUN):  # accelerate ends at once, the training after its step
+                    time.sleep(0.2)
+                break
+            except KeyboardInterrupt:  # a second one ends the training without saving
+                interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    return code
 
 
 def print_result(seconds: float) -> None:

@@ -84,6 +84,12 @@ EIGHT = ["--recipe", "8b", *AT_4096, "train.micro_batch=6", "--steps", "10"]
 TRAININGS = {
     "1b": [*BILLION, "logging.profile_steps=[14,15]"],
     "8b full checkpointing": [*EIGHT, "train.activation_checkpointing=full"],
+    "8b checkpointing of 26 of 32 layers": [
+        *EIGHT,
+        "train.micro_batch=5",
+        "train.activation_checkpointing=full",
+        "train.activation_checkpointing_layers=26",
+    ],
     "8b selective checkpointing": [*EIGHT, "train.activation_checkpointing=selective"],
     "1b compiled": [*BILLION, "train.compile=true"],
     "1b hopper": [*BILLION, "kernels.attention=hopper"],

@@ -235,7 +235,8 @@ class TrainSection(Section):
     epochs, tokens: instead of steps, how often each data set is used, or how many tokens (padding not counted) in all; the
     steps are then counted from the order before the first one. Where several are given the first to be reached counts.
     activation_checkpointing: recompute each layer in the backward pass: true or `full` keeps its input only, `selective`
-    keeps the attention's result too. compile: torch.compile each layer (compile_backend: `inductor` needs a C++ compiler).
+    keeps the attention's result too. activation_checkpointing_layers: only so many of the layers, the first ones (null: all).
+    compile: torch.compile each layer (compile_backend: `inductor` needs a C++ compiler).
     ema: decay per step of an fp32 average of the weights, kept in checkpoints (null: none; 0.999 is usual).
     hang_timeout_s: a run in which nothing moves for so long ends, and the rank that hangs is named (0: never).
     cpu_threads: threads of each process on a CPU (None: all cores, divided among the machine's processes).
@@ -249,6 +250,7 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = Field(default=0, ge=0)
     activation_checkpointing: bool | Literal["full", "selective"] = False
+    activation_checkpointing_layers: int | None = Field(default=None, ge=1)
     compile: bool = False
     compile_backend: str = "inductor"
     ema: float | None = Field(default=None, gt=0, lt=1)

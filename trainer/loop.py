@@ -91,7 +91,7 @@ def _train(
     torch.manual_seed(recipe.train.seed)
     resume = checkpoints.newest()
     model = Decoder(config, recipe.kernels)
-    model.activation_checkpointing = recipe.train.activation_checkpointing
+    model.set_recompute(recipe.train.activation_checkpointing, recipe.train.activation_checkpointing_layers)
     if resume is None and base is None:
         model.init_weights(recipe.train.seed)
     engine = build_engine(recipe, model, world)

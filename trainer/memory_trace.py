@@ -149,7 +149,7 @@ def trace_step(
             model = Decoder(config, chosen)
         finally:
             torch.set_default_dtype(before)
-        model.activation_checkpointing = checkpointing
+        model.set_recompute(checkpointing)
         follower = LiveBytes(lambda func, args: _loss_workspace(func, args, device))
         batch = {
             "tokens": torch.zeros(tokens, dtype=torch.int32),

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -257,23 +257,20 @@ class Decoder(nn.Module):
         self._frequencies_on: dict[torch.device, Tensor] = {}
 
     @property
-    def recompute(self) -> Recompute:
-        """What is recomputed in the backward pass instead of being kept."""
-        first = self.layers[0]
-        assert isinstance(first, Block)
-        return first.recompute
+    def recompute(self) -> str:
+        """What is recomputed in the backward pass instead of being kept: none, full, selective, or `full (8 of 32 layers)`."""
+        kinds = [cast(Block, block).recompute for block in self.layers]
+        some = sum(kind != "none" for kind in kinds)
+        return kinds[0] if some in (0, len(kinds)) else f"{kinds[0]} ({some} of {len(kinds)} layers)"
 
-    @property
-    def activation_checkpointing(self) -> bool | Literal["full", "selective"]:
-        """False, True or `full`: recompute each block from its input; `selective`: keep the attention's result as well."""
-        return False if self.recompute == "none" else self.recompute
+    def set_recompute(self, value: bool | Literal["full", "selective"], layers: int | None = None) -> None:
+        """True or `full`: recompute each block from its input; `selective`: keep the attention's result as well; False: none.
 
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, value: bool | Literal["full", "selective"]) -> None:
+        layers: only so many blocks, from the first: the memory of the others is what their part of the second pass costs.
+        """
         recompute: Recompute = ("full" if value else "none") if isinstance(value, bool) else value
-        for block in self.layers:
-            assert isinstance(block, Block)
-            block.recompute = recompute
+        for number, block in enumerate(self.layers):
+            cast(Block, block).recompute = recompute if layers is None or number < layers else "none"
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """torch.compile each block in place; parameter names stay, and all blocks share one compiled function per shape."""

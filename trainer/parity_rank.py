@@ -108,7 +108,7 @@ def train_case(case: Case, world: World) -> tuple[list[float], dict[str, Tensor]
     )
     torch.manual_seed(0)
     model = Decoder(SHAPE, KERNELS[case.kernels])
-    model.activation_checkpointing = case.checkpointing
+    model.set_recompute(case.checkpointing)
     model.init_weights(0)
     engine = build_engine(recipe, model, world)
     batches = stream(recipe, world)

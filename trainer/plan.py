@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from chatmill.config import ConfigError
-from chatmill.trainer.config import ModelConfig, Recipe
+from chatmill.trainer.config import ModelConfig, Recipe, TrainSection
 from chatmill.trainer.hardware import GIB, Gpu
 
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -140,16 +140,25 @@ class Estimator:
             from chatmill.trainer.memory_trace import estimate_step
 
             tokens = micro_batch * self.recipe.data.sequence_length
-            trace = estimate_step(
-                self.config,
-                tokens=tokens,
-                rows=max(128, -(-round(tokens * self.loss_share) // 128) * 128),
-                precision=self.recipe.train.precision,
-                device=self.device,
-                checkpointing=self.recipe.train.activation_checkpointing,
-                low_precision_weights=low_precision_weights,
-            )
-            self._traces[key] = (trace.activations, trace.workspace, trace.last)
+            train = self.recipe.train
+            kinds = [train.activation_checkpointing] if (share := recomputed_share(train, self.config)) else [False]
+            if 0 < share < 1:
+                kinds.append(False)
+            traces = [
+                estimate_step(
+                    self.config,
+                    tokens=tokens,
+                    rows=max(128, -(-round(tokens * self.loss_share) // 128) * 128),
+                    precision=train.precision,
+                    device=self.device,
+                    checkpointing=kind,
+                    low_precision_weights=low_precision_weights,
+                )
+                for kind in kinds
+            ]
+            first, other = traces[0], traces[-1]  # of all layers recomputed and of none: linear between
+            activations = round(share * first.activations + (1 - share) * other.activations)
+            self._traces[key] = (activations, max(t.workspace for t in traces), first.last)
         return self._traces[key]
 
     def memory(self, engine: str, world_size: int, micro_batch: int | None = None) -> Memory:
@@ -284,6 +293,12 @@ def recommend(fits: Sequence[Fit], gpu: Gpu, gpus: int, recipe: Recipe) -> tuple
     return None, (*reasons, f"try {' or '.join(hints)}")
 
 
+def recomputed_share(train: TrainSection, config: ModelConfig) -> float:
+    """Part of the layers that are computed a second time in the backward pass."""
+    layers = train.activation_checkpointing_layers or config.layers
+    return min(layers, config.layers) / config.layers if train.activation_checkpointing else 0.0
+
+
 def count_work(
     recipe: Recipe, config: ModelConfig, gpu: Gpu, gpus: int, *, mfu: float, context: float | None, steps: int | None = None
 ) -> Work:
@@ -295,7 +310,8 @@ def count_work(
     flops = config.flops_per_token(context)
     checkpointing = train.activation_checkpointing
     kind = "full" if checkpointing is True else str(checkpointing)
-    reached = mfu * RECOMPUTE.get(kind, 1.0)
+    share = recomputed_share(train, config)
+    reached = mfu / (1 - share + share / RECOMPUTE.get(kind, 1.0))
     seconds = step_tokens * flops / (gpus * gpu.bf16_flops * reached)
     hours = steps * seconds / 3600
     return Work(steps, step_tokens, steps * step_tokens, context, flops, reached, seconds, hours, hours * gpus)

@@ -17,9 +17,9 @@ class StepDisplay:
     """Context manager; `show` per logged step, `say` for messages. Silent where quiet (ranks other than 0)."""
 
     def __init__(self, steps: int, start: int, quiet: bool) -> None:
-        self.steps, self.start, self.quiet = steps, start, quiet
+        self.steps, self.quiet = steps, quiet
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._began = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first step shown and when: it may have compiled and warmed up
         self._bar: Progress | None = None
         if not quiet and self.console.is_terminal:
             self._bar = Progress(
@@ -36,6 +36,7 @@ class StepDisplay:
         """step: steps done so far."""
         if self.quiet:
             return
+        self._first = self._first or (step, time.monotonic())
         eta = self.eta(step)
         if self._bar is not None:
             text = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tok/s  ETA {eta}"
@@ -48,11 +49,11 @@ class StepDisplay:
         )
 
     def eta(self, step: int) -> str:
-        """Time left at the mean speed so far, as h:mm:ss."""
-        done = step - self.start
-        if done <= 0:
+        """Time left at the mean speed since the first step shown, as h:mm:ss."""
+        if self._first is None or step <= self._first[0]:
             return "-:--"
-        left = int((time.monotonic() - self._began) / done * (self.steps - step))
+        done, began = self._first
+        left = int((time.monotonic() - began) / (step - done) * (self.steps - step))
         hours, rest = divmod(left, 3600)
         return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 

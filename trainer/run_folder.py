@@ -34,6 +34,7 @@ FREE_TRAIN = (
     "micro_batch",
     "accumulation",
     "activation_checkpointing",
+    "activation_checkpointing_layers",
     "compile",
     "compile_backend",
     "cpu_threads",

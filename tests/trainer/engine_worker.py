@@ -65,7 +65,7 @@ def recipe_for(data: str, strategy: str, **sections: dict[str, Any]) -> Recipe:
 
 def make_engine(world: World, recipe: Recipe) -> Engine:
     model = Decoder(recipe.model.shape(), recipe.kernels)
-    model.activation_checkpointing = recipe.train.activation_checkpointing
+    model.set_recompute(recipe.train.activation_checkpointing)
     model.init_weights(0)
     engine = build_engine(recipe, model, world)
     engine.describe()

@@ -176,8 +176,8 @@ def test_activation_checkpointing_gives_identical_gradients(config: ModelConfig)
     model, parts = make(config), dialogues()
     targets = torch.cat([shifted(part, 0) for part in parts])
     results = []
-    for recompute in (False, True, "selective"):
-        model.activation_checkpointing = recompute
+    for recompute, layers in ((False, None), (True, None), ("selective", None), ("full", 1)):
+        model.set_recompute(recompute, layers)
         model(*pack(parts), targets=targets).loss_sum.backward()
         results.append(gradients(model))
     for result in results[1:]:
@@ -197,7 +197,7 @@ def test_selective_checkpointing_runs_the_attention_once_and_the_rest_twice(reco
             return op(*args, **(kwargs or {}))
 
     model, parts = make(CONFIGS["llama"]), dialogues()
-    model.activation_checkpointing = recompute
+    model.set_recompute(recompute)
     targets = torch.cat([shifted(part, 0) for part in parts])
     with Count() as count:
         model(*pack(parts), targets=targets).loss_sum.backward()

@@ -96,7 +96,7 @@ def test_predicted_activations_are_what_a_step_allocates(precision, checkpointin
     predicted = trace_step(SHAPE, tokens=tokens, rows=tokens, precision=precision, device="cpu", checkpointing=checkpointing)
     model = Decoder(SHAPE)
     model.init_weights(0)
-    model.activation_checkpointing = checkpointing
+    model.set_recompute(checkpointing)
     given = batch(tokens)
 
     def step() -> None:
@@ -205,6 +205,39 @@ def test_a_layer_that_is_recomputed_lies_beside_the_gradients_of_all_others() ->
     assert last + gradients > max(activations + workspace, 4 * estimator.total)
 
 
+@pytest.mark.parametrize("layers", [2, 5])
+def test_memory_of_a_model_that_recomputes_some_layers_lies_between(layers: int) -> None:
+    def traced(**train: object) -> int:
+        return Estimator(recipe(micro_batch=2, **train), SHAPE, device="cpu").activations(False, 2)[0]
+
+    none, all_layers = traced(), traced(activation_checkpointing=True)
+    some = traced(activation_checkpointing=True, activation_checkpointing_layers=layers)
+    assert all_layers < some < none
+
+    model = Decoder(SHAPE)
+    model.set_recompute(True, layers)
+    assert model.recompute == f"full ({layers} of 6 layers)"
+    model.init_weights(0)
+    kept, made = 0, batch(512)
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    def saved(recompute: bool, first: int | None) -> int:
+        nonlocal kept
+        kept = 0
+        model.set_recompute(recompute, first)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(made.tokens, made.positions, made.cu_seqlens, targets=made.targets, rows=made.rows)
+        return kept
+
+    whole, mixed, none_kept = saved(False, None), saved(True, layers), saved(True, None)
+    assert (whole - mixed) == pytest.approx((whole - none_kept) * layers / 6, rel=1e-3)
+    assert (none - some) == pytest.approx((none - all_layers) * layers / 6, rel=1e-3)
+
+
 def test_time_follows_from_flops_peak_and_the_stated_mfu() -> None:
     given = recipe(steps=100, micro_batch=4, precision="bf16")
     work = make_plan(given, SHAPE, find_gpu("h100"), 2, mfu=0.5, engines=["ddp"], context=300.0).work
@@ -216,6 +249,9 @@ def test_time_follows_from_flops_peak_and_the_stated_mfu() -> None:
     slower = given.model_copy(update={"train": given.train.model_copy(update={"activation_checkpointing": True})})
     recomputed = make_plan(slower, SHAPE, find_gpu("h100"), 2, mfu=0.5, engines=["ddp"], context=300.0).work
     assert recomputed.hours == pytest.approx(work.hours / 0.75)
+    half = slower.model_copy(update={"train": slower.train.model_copy(update={"activation_checkpointing_layers": 3})})
+    partly = make_plan(half, SHAPE, find_gpu("h100"), 2, mfu=0.5, engines=["ddp"], context=300.0)
+    assert SHAPE.layers == 6 and partly.work.hours == pytest.approx((work.hours + recomputed.hours) / 2)
     with pytest.raises(ConfigError, match="mfu"):
         make_plan(given, SHAPE, find_gpu("h100"), 2, mfu=40, engines=["ddp"])
 
@@ -291,7 +327,7 @@ def test_a_step_on_a_gpu_needs_what_the_plan_says(checkpointing: bool) -> None:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     model = Decoder(shape, given.kernels)
-    model.activation_checkpointing = checkpointing
+    model.set_recompute(checkpointing)
     model.init_weights(0)
     made = build_engine(given, model, World(0, 1, 0, 1, device, "none"))
     for _ in range(2):
