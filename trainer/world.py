@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -157,9 +157,25 @@ def start_world(recipe: Recipe, timeout_s: float = 1800.0) -> World:
     backend = "none"
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        if interface := gloo_interface(os.environ, [name for _, name in socket.if_nameindex()]):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device if use_cuda else None)
         _prove(recipe, rank, world_size)
     return World(rank, world_size, local_rank, local_world_size, device, backend)
+
+
+def gloo_interface(environment: Mapping[str, str], present: Sequence[str]) -> str | None:
+    """Network interface for gloo, which carries the flags of every step, where only NCCL was told one; None: leave it alone.
+
+    NCCL takes beginnings of names, `=name` for the whole name, several between commas, and `^` for those to avoid; gloo takes
+    whole names alone. Without one it takes the address of the host's name, which on many machines is a loopback.
+    """
+    asked = environment.get("NCCL_SOCKET_IFNAME", "")
+    if "GLOO_SOCKET_IFNAME" in environment or not asked or asked.startswith("^"):
+        return None
+    words, whole = asked.removeprefix("=").split(","), asked.startswith("=")
+    fitting = [name for word in words for name in sorted(present) if name == word or (not whole and name.startswith(word))]
+    return next(iter(fitting), None)
 
 
 def _prove(recipe: Recipe, rank: int, world_size: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 from chatmill.config import ConfigError
 from chatmill.trainer.accelerate_settings import given_settings
 from chatmill.trainer.config import Recipe
-from chatmill.trainer.world import check_launch, requested_processes
+from chatmill.trainer.world import check_launch, gloo_interface, requested_processes
 
 
 def recipe(strategy: str = "single", precision: str = "fp32") -> Recipe:
@@ -122,3 +122,22 @@ def test_accelerates_config_file_counts_word_for_word(tmp_path: Path) -> None:
         check_launch(bf16, FSDP, given)
     assert "mixed_precision: no, the recipe's train.precision (fp32 is no) says bf16" in str(error.value)
     assert "fsdp_offload_params: false, the recipe's parallel.offload says true" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "interface"),
+    [
+        ({"NCCL_SOCKET_IFNAME": "ib0"}, "ib0"),
+        ({"NCCL_SOCKET_IFNAME": "ib"}, "ib0"),
+        ({"NCCL_SOCKET_IFNAME": "eth1"}, "eth1"),
+        ({"NCCL_SOCKET_IFNAME": "bond,eth"}, "eth1"),
+        ({"NCCL_SOCKET_IFNAME": "=eth10"}, "eth10"),
+        ({"NCCL_SOCKET_IFNAME": "=eth"}, None),
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, None),
+        ({"NCCL_SOCKET_IFNAME": "ens"}, None),
+        ({"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth1"}, None),
+        ({}, None),
+    ],
+)
+def test_gloo_takes_the_interface_that_nccl_was_told(environment: dict[str, str], interface: str | None) -> None:
+    assert gloo_interface(environment, ["lo", "eth10", "eth1", "ib1", "ib0", "docker0"]) == interface
