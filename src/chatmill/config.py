@@ -100,11 +100,38 @@ def dump_yaml(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+# what other trainers call it -> what it is called here
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "max_lr": "lr",
+    "max_grad_norm": "clip_norm",
+    "gradient_clipping": "clip_norm",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "batch_size": "micro_batch",
+    "per_device_train_batch_size": "micro_batch",
+    "micro_batch_size": "micro_batch",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_checkpointing": "activation_checkpointing",
+    "torch_compile": "compile",
+    "max_seq_length": "sequence_length",
+    "seq_len": "sequence_length",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "save_steps": "every_steps",
+    "eval_steps": "every_steps",
+}
+
+
 def _explain(kind: type[Section], item: Any) -> str:
     location = ".".join(str(part) for part in item["loc"]) or "(recipe)"
     if item["type"] == "extra_forbidden":
         valid = _keys_at(kind, item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
+        name = str(item["loc"][-1])
+        ours = ELSEWHERE.get(name, name)
+        near = [ours] if ours in valid else difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+        near = near or [f"{section}.{ours}" for section in kind.model_fields if ours in _keys_at(kind, (section,))]
         hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
         return f"{location}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ")
