@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from chatmill.config import ConfigError
 from chatmill.data.mixture import Mixture
 from chatmill.data.shards import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
@@ -65,6 +66,8 @@ def train(recipe: Recipe) -> int:
     try:
         recipe = in_steps(recipe, mixture, exclude, world.world_size, folder.path)
         folder.check_same(recipe)
+        if world.any(world.is_main and folder.path.is_dir()):  # before its checkpoints are looked at
+            _claim(folder, world)
         with (
             Watchdog(world, recipe.train.hang_timeout_s, folder) as watchdog,
             RunCheckpoints(folder, recipe, config, tokenizer, world) as checkpoints,
@@ -73,6 +76,15 @@ def train(recipe: Recipe) -> int:
     finally:
         trackers.close()
         end_world()
+        folder.release()
+
+
+def _claim(folder: RunFolder, world: World) -> None:
+    if world.any(world.is_main and not folder.claim()):
+        raise ConfigError(
+            f"{folder.path}: another training is running in it; two would mix their checkpoints.\n"
+            f"Wait for it, stop it with `chatmill cancel {folder.path}`, or begin another run: run.name=NEW."
+        )
 
 
 def _train(
@@ -111,6 +123,7 @@ def _train(
             early = "It stopped early; raise evaluation.patience to go on." if state.step < recipe.train.steps else ""
             print(f"{folder.path} is finished: {state.step} of {recipe.train.steps} steps. {early}".rstrip())
         return state.step
+    _claim(folder, world)
     with StepDisplay(recipe.train.steps, state.step, quiet=not world.is_main) as display:
         checkpoints.say = display.say
         if world.is_main:

@@ -6,6 +6,8 @@ runs/NAME/{config.yaml, command, environment.json, metrics.jsonl, events.jsonl, 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -15,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -40,6 +42,7 @@ FREE_TRAIN = (
     "cpu_threads",
     "hang_timeout_s",
 )
+CLAIM_WAIT_S = 20.0  # for a training that was told to stop and is saving
 # Weights and exclusions of steps to come may change, and data may have moved; the position in the checkpoint refuses other data
 # and a change of what steps already taken have used.
 FREE_DATA = ("mix", "curriculum", "exclude", "damaged_blocks")
@@ -52,6 +55,7 @@ class RunFolder:
         self.path = path
         self._files = WaitingFiles(path)
         self.on_metric: Callable[[Mapping[str, Any]], None] | None = None
+        self._lock: TextIO | None = None
 
     def create(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
         """Make the folder and write what is known before the first step."""
@@ -61,6 +65,36 @@ class RunFolder:
         replace_text(self.path / "command", shlex.join([sys.executable, *sys.orig_argv[1:]]) + "\n")
         replace_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         (self.path / PREEMPTED).unlink(missing_ok=True)
+
+    def claim(self) -> bool:
+        """Whether no other training writes here; from then on none can, until release().
+
+        A record lock: it ends with its process as well, however that ends. Where a file system knows no locks, True.
+        """
+        if self._lock is None:
+            try:
+                (self.path / "logs").mkdir(parents=True, exist_ok=True)
+                self._lock = (self.path / "logs" / "training.lock").open("a")
+            except OSError:  # nothing can be written: the first file that the run needs will say so
+                return True
+        until = time.monotonic() + CLAIM_WAIT_S
+        while True:
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return True
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.2)  # the one before may still be saving
+            else:
+                return True
+
+    def release(self) -> None:
+        """Let another training write here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def check_same(self, recipe: Recipe) -> None:
         """Refuse to continue a run with a recipe that would compute something else. Raises ConfigError naming the fields."""

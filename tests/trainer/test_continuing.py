@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from chatmill.config import ConfigError
 from chatmill.run_files import MANIFEST
 from chatmill.trainer.config import Recipe, load_recipe
 from chatmill.trainer.run_folder import RunFolder
-from chatmill.trainer.train import _save_on_interrupt
+from chatmill.trainer.train import _save_on_interrupt, main
 
 
 def test_the_first_interrupt_is_a_request_to_save_and_the_second_an_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,3 +92,35 @@ def test_steps_may_change_where_those_done_keep_their_learning_rates(
     else:
         with pytest.raises(ConfigError, match=f"train.steps: 300 -> {steps}"):
             run.check_same(longer)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from chatmill.trainer.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+assert folder.claim()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_training_in_one_folder_is_refused_until_the_first_is_gone(
+    write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatmill.trainer.run_folder.CLAIM_WAIT_S", 0.0)
+    file = write_recipe("twice")
+    folder = load_recipe(str(file)).run_dir
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    saving = folder / "checkpoints" / ".step-00000002.writing-shared"  # by the first one, just now
+    saving.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, env=environment) as first:
+        try:
+            assert first.stdout and first.stdout.readline() == b"held\n"
+            assert main([str(file)]) == 2
+            assert f"{folder}: another training is running in it" in capsys.readouterr().err
+            assert saving.is_dir() and not (folder / "config.yaml").exists()
+        finally:
+            first.kill()
+    assert main([str(file)]) == 0
+    assert not saving.exists() and (folder / "config.yaml").is_file()
