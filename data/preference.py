@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
-from chatmill.data.conversation import Conversation, Turn
-from chatmill.data.ledger import Ledger
+
+from .conversation import Conversation, Turn
+from .ledger import Ledger
 
 if TYPE_CHECKING:
-    from chatmill.data.clean import Cleaner
+    from .cleaning.clean import Cleaner
 
 REJECTED = "rejected"
 

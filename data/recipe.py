@@ -103,7 +103,7 @@ ChineseDirection = Literal[
 
 
 class CleanSection(Section):
-    """Rules on texts, turns and dialogues (data/clean.py), each off or on here. None touches code fences.
+    """Rules on texts, turns and dialogues (data/cleaning/clean.py), each off or on here. None touches code fences.
 
     Texts. mojibake repairs texts decoded with the wrong charset (package ftfy). html: markup becomes text where there is some.
     boilerplate: lines that web pages put around texts go ("Copy code"); strip_lines: so do lines that match one of these

@@ -9,7 +9,7 @@ Step g is packs [g B, (g + 1) B) of the global order (schedule.py), B = world_si
 takes, as its micro-batch a, the packs from (a x world_size + r) x micro_batch on. Every rank plans every pack, so the token
 counts of a whole step are known on the host of each; a rank reads only the blocks its own packs need.
 
-Speed: python -m chatmill.data.stream_bench
+Speed: python -m chatmill.data.bench.stream
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from chatmill.config import ConfigError
-from chatmill.data.mixture import Mixture
-from chatmill.data.order import DialogueSource
-from chatmill.data.pack import Overlong
-from chatmill.data.preference import joint
-from chatmill.data.prefetch import Prefetcher
-from chatmill.data.schedule import Position, Schedule, StepPlan
+
+from .packing.mixture import Mixture
+from .packing.order import DialogueSource
+from .packing.pack import Overlong
+from .packing.prefetch import Prefetcher
+from .packing.schedule import Position, Schedule, StepPlan
+from .preference import joint
 
 IGNORE = -100
 ROW_MULTIPLE = 128

@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from chatmill.kernels.interpreter import is_interpreting
+from .interpreter import is_interpreting
 
 TABLE = Path(__file__).resolve().parent / "tuning" / "dispatch.json"
 log = logging.getLogger("chatmill.kernels")

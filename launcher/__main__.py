@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from chatmill import __version__
-from chatmill.launcher.commands import add_commands
-from chatmill.launcher.examples import with_examples
-from chatmill.trainer.evaluation_options import add_arguments as add_evaluation_arguments
-from chatmill.trainer.evaluation_options import options_from
+
+from ..trainer.evaluation.options import add_arguments as add_evaluation_arguments
+from ..trainer.evaluation.options import options_from
+from .commands.examples import with_examples
+from .commands.jobs import add_commands
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -209,32 +210,33 @@ def _data_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from chatmill.trainer.train import main as train_main
+    from ..trainer.train import main as train_main
 
     return train_main([options.recipe, *options.overrides])
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from chatmill.trainer.evaluation_table import show
-    from chatmill.trainer.full_evaluation import run_evaluation
+    from ..trainer.evaluation.evaluate import run_evaluation
+    from ..trainer.evaluation.table import show
 
     checkpoint = options.checkpoint
     if options.best:
-        from chatmill.trainer.checkpoint import best_of
+        from ..trainer.checkpoint.checkpoint import best_of
 
         checkpoint = str(best_of(Path(checkpoint)))
     return run_evaluation(checkpoint, options.against, options.out, options_from(options), show)
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from chatmill.trainer.chat_terminal import run_chat
+    from ..trainer.chat.terminal import run_chat
 
     return run_chat(options.checkpoint, **_sampling_values(options))
 
 
 def _generate(options: argparse.Namespace) -> int:
     from chatmill.config import ConfigError
-    from chatmill.trainer.chat_terminal import generate_one
+
+    from ..trainer.chat.terminal import generate_one
 
     if (options.prompt is None) == (options.file is None):
         raise ConfigError("give either a prompt or --file PROMPTS.jsonl")
@@ -242,13 +244,13 @@ def _generate(options: argparse.Namespace) -> int:
         return generate_one(options.checkpoint, options.prompt, **_sampling_values(options))
     if options.out is None:
         raise ConfigError("--file needs --out REPLIES.jsonl")
-    from chatmill.trainer.generate_file import generate_file
+    from ..trainer.chat.file import generate_file
 
     return generate_file(options.checkpoint, options.file, options.out, batch=options.batch, **_sampling_values(options))
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from chatmill.trainer.serve.run import serve
+    from ..trainer.chat.serve.run import serve
 
     names = ("host", "port", "token", "max_active", "max_waiting", "timeout_s")
     return serve(options.checkpoint, **{name: getattr(options, name) for name in names})
@@ -260,7 +262,7 @@ def _sampling_values(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from chatmill.trainer.importing import import_any
+    from ..trainer.convert.importing import import_any
 
     checkpoint = import_any(options.source, Path(options.out), force=options.force)
     total = checkpoint.config.parameter_counts()["total"]
@@ -270,10 +272,11 @@ def _import(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from chatmill.config import ConfigError
-    from chatmill.trainer.averaging import averaged, export_average
-    from chatmill.trainer.checkpoint import open_checkpoint
-    from chatmill.trainer.gguf_export import export_gguf
-    from chatmill.trainer.hf import export_hf
+
+    from ..trainer.checkpoint.checkpoint import open_checkpoint
+    from ..trainer.convert.gguf_export import export_gguf
+    from ..trainer.convert.hf import export_hf
+    from ..trainer.optim.ema import averaged, export_average
 
     source, out = open_checkpoint(options.checkpoint), Path(options.out)
     if options.to == "chatmill":
@@ -293,19 +296,19 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _checkpoint_ls(options: argparse.Namespace) -> int:
-    from chatmill.trainer.checkpoint_command import ls
+    from ..trainer.checkpoint.command import ls
 
     return ls(options.run_dir)
 
 
 def _checkpoint_verify(options: argparse.Namespace) -> int:
-    from chatmill.trainer.checkpoint_command import verify
+    from ..trainer.checkpoint.command import verify
 
     return verify(options.path)
 
 
 def _checkpoint_diff(options: argparse.Namespace) -> int:
-    from chatmill.trainer.checkpoint_command import diff
+    from ..trainer.checkpoint.command import diff
 
     return diff(options.a, options.b, options.limit)
 
@@ -314,9 +317,9 @@ def _data_build(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-    from chatmill.data.pipeline import build_dataset
-    from chatmill.data.recipe import load_data_recipe
-    from chatmill.data.report import print_funnel
+    from ..data.pipeline.pipeline import build_dataset
+    from ..data.recipe import load_data_recipe
+    from ..data.report.funnel import print_funnel
 
     recipe = load_data_recipe(options.recipe, options.overrides)
     console = Console()
@@ -342,15 +345,15 @@ def _data_build(options: argparse.Namespace) -> int:
 
 
 def _data_inspect(options: argparse.Namespace) -> int:
-    from chatmill.data.inspection import inspect_dataset
+    from ..data.check.inspection import inspect_dataset
 
     inspect_dataset(options.path, options.samples, html=options.html)
     return 0
 
 
 def _data_verify(options: argparse.Namespace) -> int:
-    from chatmill.data.repair import repair_dataset
-    from chatmill.data.verification import listed_quarantine, quarantine_dataset, verify_dataset
+    from ..data.check.repair import repair_dataset
+    from ..data.check.verify import listed_quarantine, quarantine_dataset, verify_dataset
 
     for line in repair_dataset(options.path) if options.repair else []:
         print(line)
@@ -366,21 +369,21 @@ def _data_verify(options: argparse.Namespace) -> int:
 
 
 def _data_at(options: argparse.Namespace) -> int:
-    from chatmill.data.usage import at, table
+    from ..data.packing.usage import at, table
 
     print(table(at(options.run_dir, options.step)))
     return 0
 
 
 def _data_where(options: argparse.Namespace) -> int:
-    from chatmill.data.usage import table, where
+    from ..data.packing.usage import table, where
 
     print(table(where(options.run_dir, options.uid)))
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from chatmill.trainer.report import build_report
+    from ..trainer.report.page import build_report
 
     out = build_report(
         Path(options.run_dir),
@@ -393,14 +396,14 @@ def _report(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     if options.what == "data":
-        from chatmill.data.stream_bench import main as data_main
+        from ..data.bench.stream import main as data_main
 
         return data_main(options.arguments)
     if options.what == "build":
-        from chatmill.data.build_bench import main as build_main
+        from ..data.bench.build import main as build_main
 
         return build_main(options.arguments)
-    from chatmill.kernels.bench import main as kernels_main
+    from ..kernels.bench.harness import main as kernels_main
 
     return kernels_main(options.arguments)
 

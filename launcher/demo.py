@@ -15,8 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from chatmill.launcher.runs import training_process
 from chatmill.run_files import is_published, read_jsonl
+
+from .runs.status import training_process
 
 MODEL = Path("runs/smollm2")
 RUN = Path("runs/demo")

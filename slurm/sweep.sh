@@ -5,7 +5,7 @@
 #   sbatch --array=1-8 --gpus-per-node=1 --cpus-per-task=12 --time=12:00:00 slurm/sweep.sh SWEEP.yaml
 #
 # Needs optuna (pip install 'chatmill[sweep]'). Near the time limit a worker puts its trial back and requeues itself; the trial
-# goes on from its checkpoint. This file is written by launcher/slurm.py (tests compare them): change it there.
+# goes on from its checkpoint. This file is written by launcher/jobs/slurm.py (tests compare them): change it there.
 #SBATCH --job-name=chatmill
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -27,4 +27,4 @@ trap '' USR1                                  # until the worker takes over
 cd "$SLURM_SUBMIT_DIR"
 if [[ -d $CHATMILL_CODE/src/chatmill ]]; then export PYTHONPATH=$CHATMILL_CODE/src${PYTHONPATH:+:$PYTHONPATH}; fi
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
-exec "$CHATMILL_PYTHON" -m chatmill.launcher.sweep_worker "$@"
+exec "$CHATMILL_PYTHON" -m chatmill.launcher.sweep.worker "$@"

@@ -8,7 +8,7 @@
 #
 # Near the time limit (--signal) all ranks save and the job requeues itself; after a crash they start again from the newest
 # checkpoint. Environment: CHATMILL_PYTHON, CHATMILL_PROCESSES (per node), CHATMILL_PREFLIGHT=0|1, CHATMILL_NODE_CHECK=PROGRAM,
-# CHATMILL_HANG_S. This file is written by launcher/slurm.py (tests compare them): change it there.
+# CHATMILL_HANG_S. This file is written by launcher/jobs/slurm.py (tests compare them): change it there.
 #SBATCH --job-name=chatmill
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -50,7 +50,7 @@ export MASTER_ADDR=${MASTER_ADDR:-$first}
 
 # Refuse a recipe that cannot work before any node starts; learn where it writes.
 if [[ -z $run_dir ]]; then
-  resolved=$("$CHATMILL_PYTHON" -m chatmill.launcher.resolve --world-size $((SLURM_NNODES * CHATMILL_PROCESSES)) -- "$@")
+  resolved=$("$CHATMILL_PYTHON" -m chatmill.launcher.jobs.resolve --world-size $((SLURM_NNODES * CHATMILL_PROCESSES)) -- "$@")
   mapfile -t arguments <<<"$resolved"
   run_dir=${arguments[0]}
   arguments=("${arguments[@]:1}")
@@ -65,9 +65,11 @@ agent=("$CHATMILL_PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES" --no
   --nproc-per-node="$CHATMILL_PROCESSES" --rdzv-backend=static --master-addr="$MASTER_ADDR" --max-restarts=0
   --redirects=3 --tee=3 --local-ranks-filter=0)
 logs=$CHATMILL_LOGS/node-$SLURM_NODEID
-"$CHATMILL_PYTHON" -m chatmill.launcher.node_check --gpus "${SLURM_GPUS_ON_NODE:-0}" --folder "$CHATMILL_RUN_DIR" || exit 78
+"$CHATMILL_PYTHON" -m chatmill.launcher.supervise.node_check \
+  --gpus "${SLURM_GPUS_ON_NODE:-0}" --folder "$CHATMILL_RUN_DIR" || exit 78
 if (( CHATMILL_PREFLIGHT )); then
-  "${agent[@]}" --master-port=$((MASTER_PORT + 1)) --log-dir="$logs-preflight" -m chatmill.launcher.preflight || exit 79
+  "${agent[@]}" --master-port=$((MASTER_PORT + 1)) --log-dir="$logs-preflight" \
+    -m chatmill.launcher.supervise.preflight || exit 79
 fi
 exec "${agent[@]}" --master-port="$MASTER_PORT" --log-dir="$logs" -m chatmill.trainer.train "$@"
 '

@@ -40,39 +40,38 @@ from gpu_summary import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = (
-    "chatmill.kernels.bench",
-    "chatmill.data.pipeline",
-    "chatmill.trainer.loop",
-    "chatmill.trainer.generation",
+    "chatmill.kernels.bench.harness",
+    "chatmill.data.pipeline.pipeline",
+    "chatmill.trainer.loop.loop",
+    "chatmill.trainer.generation.generation",
     "chatmill.launcher.__main__",
     "pytest",
     "hypothesis",
 )
 # test files whose kernels run compiled on a GPU; GPU tests come first in each shard
 TESTS = (
-    "kernels/test_attention_gpu.py",
-    "kernels/test_attention_hopper_gpu.py",
-    "kernels/test_layer_gpu.py",
-    "trainer/test_training_gpu.py",
-    "data/test_stream_gpu.py",
-    "trainer/test_plan.py::test_a_step_on_a_gpu_needs_what_the_plan_says",
-    "kernels/test_attention_triton.py",
-    "kernels/test_attention_hopper.py",
-    "kernels/test_attention_decode.py",
-    "kernels/test_linear_cross_entropy_triton.py",
-    "kernels/test_linear_cross_entropy.py",
-    "kernels/test_cross_entropy.py",
-    "kernels/test_rms_norm.py",
-    "kernels/test_rope.py",
-    "kernels/test_swiglu.py",
-    "kernels/test_adamw.py",
+    "kernels/attention/test_attention_gpu.py",
+    "kernels/attention/test_attention_hopper_gpu.py",
+    "kernels/layer/test_layer_gpu.py",
+    "trainer/loop/test_training_gpu.py",
+    "data/packing/test_stream_gpu.py",
+    "trainer/plan/test_plan.py::test_a_step_on_a_gpu_needs_what_the_plan_says",
+    "kernels/attention/test_attention_triton.py",
+    "kernels/attention/test_attention_hopper.py",
+    "kernels/attention/test_attention_decode.py",
+    "kernels/cross_entropy/test_linear_cross_entropy_triton.py",
+    "kernels/cross_entropy/test_linear_cross_entropy.py",
+    "kernels/cross_entropy/test_cross_entropy.py",
+    "kernels/layer/test_rms_norm.py",
+    "kernels/layer/test_rope.py",
+    "kernels/layer/test_swiglu.py",
     "kernels/test_whole_model.py",
 )
 TIMED = "time_follows"
 BENCHES = {
     "attention": (["attention"], ["T8192 mean500", "D128 S8192 H16/4", "D128 T8192 mean100", "D64 S4096", "D128 T32768"]),
     "loss": (["linear_cross_entropy", "cross_entropy"], ["V128256 loss", "V49152 loss 50%", "plain N8192 V1"]),
-    "layer": (["rms_norm", "swiglu", "rope", "adamw"], ["H2048", "F8192", "D128", "1.2B"]),
+    "layer": (["rms_norm", "swiglu", "rope"], ["H2048", "F8192", "D128"]),
     "decode": (["decode_attention"], [""]),
 }  # fmt: skip
 # Packs of a micro-batch by arithmetic (`chatmill plan 1b --gpu h200`), in GiB of 139: 1B 58 with 8 packs, 98 with 16; 8B 120 of
@@ -285,7 +284,7 @@ class Check:
         kernels, matches = BENCHES[part]
         result = self.scratch / f"{part}.json"
         words = [w for match in matches for w in ("--match", match)]
-        command = [sys.executable, "-m", "chatmill.kernels.bench", *kernels, *words, "--json", str(result)]
+        command = [sys.executable, "-m", "chatmill.kernels.bench.harness", *kernels, *words, "--json", str(result)]
         return self.run(part, "bench", [*command, "--budget-s", str(min(limit_s, self.left_s()) - 12)], limit_s, result)
 
     def train(self, part: str, limit_s: float) -> bool:
@@ -316,7 +315,15 @@ class Check:
         table = ROOT / "kernels" / "tuning" / "attention.json"
         result = self.scratch / "none.json"
         limit_s = min(limit_s, self.left_s())
-        command = [sys.executable, "-m", "chatmill.kernels.bench", "attention", "--tune", "--budget-s", str(limit_s - 15)]
+        command = [
+            sys.executable,
+            "-m",
+            "chatmill.kernels.bench.harness",
+            "attention",
+            "--tune",
+            "--budget-s",
+            str(limit_s - 15),
+        ]
         good = self.run("tune", "attention", command, limit_s, result)
         shutil.copy(table, self.out / "attention.json")
         return good

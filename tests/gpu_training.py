@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from chatmill.data.pipeline import build_dataset
+from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
 from chatmill.run_files import read_jsonl
 from chatmill.trainer.config import load_recipe
-from chatmill.trainer.loop import train
-from chatmill.trainer.model import Decoder
-from chatmill.trainer.run_checkpoints import RunCheckpoints
+from chatmill.trainer.loop.checkpoints import RunCheckpoints
+from chatmill.trainer.loop.loop import train
+from chatmill.trainer.model.decoder import Decoder
 
 WARMUP_STEPS = 5
 OVERRIDES = (

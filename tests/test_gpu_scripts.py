@@ -34,7 +34,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
 
 
 def test_every_test_benchmark_and_override_that_is_named_exists(scripts: dict[str, ModuleType]) -> None:
-    from chatmill.kernels.bench import REGISTRY
+    from chatmill.kernels.bench.harness import REGISTRY
     from chatmill.trainer.config import load_recipe
 
     check, training = scripts["gpu_check"], scripts["gpu_training"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chatmill.launcher.runs import describe
+from chatmill.launcher.runs.status import describe
 from chatmill.processes import is_running, own_process
 from chatmill.run_files import append_jsonl
 

@@ -26,6 +26,29 @@ MAY_IMPORT = {
 }
 
 
+NEED_TORCH = {"chatmill.data.stream", "chatmill.data.bench.stream", "chatmill.data.bench.other_loaders"}
+
+
+def dotted(path: Path) -> str:
+    """data/shards/index.py -> chatmill.data.shards.index"""
+    words = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("chatmill", *words[: -1 if words[-1] == "__init__" else None]))
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, module) of every import of a file below the root, relative ones written out."""
+    package = ["chatmill", *path.relative_to(ROOT).parent.parts]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, a.name) for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*(package[: len(package) - node.level + 1] if node.level else []), *filter(None, [node.module])]
+            names = [[*base, a.name] for a in node.names] if len(base) == 1 or not node.module else [base]
+            found += [(node.lineno, ".".join(words)) for words in names]
+    return found
+
+
 def modules(part: str) -> list[Path]:
     return sorted((ROOT / part).rglob("*.py"))
 
@@ -47,14 +70,10 @@ def test_no_module_shadows_the_standard_library_or_a_well_known_package(part: st
 def test_dependencies_point_one_way(part: str) -> None:
     wrong = []
     for path in modules(part):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module] if node.module != "chatmill" else [f"chatmill.{a.name}" for a in node.names]
-            for name in names:
-                words = name.split(".")
-                if words[0] == "chatmill" and len(words) > 1 and words[1] not in MAY_IMPORT[part] | {"__version__"}:
-                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {name}")
+        for line, name in imports(path):
+            words = name.split(".")
+            if words[0] == "chatmill" and len(words) > 1 and words[1] not in MAY_IMPORT[part] | {"__version__"}:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert not wrong
 
 
@@ -77,17 +96,25 @@ def test_recipes_load_without_torch() -> None:
 
 
 def test_data_needs_no_torch_outside_its_stream() -> None:
-    names = [f"chatmill.data.{p.stem}" for p in (ROOT / "data").glob("*.py") if not p.stem.startswith("stream")]
+    names = [name for name in map(dotted, modules("data")) if name not in NEED_TORCH]
     loaded = imported_by("\n".join(f"import {name}" for name in names))
     assert "torch" not in loaded
 
 
 def test_kernels_import_without_triton() -> None:
-    names = [f"chatmill.kernels.{p.stem}" for p in (ROOT / "kernels").glob("*.py")]
-    public = [n for n in names if n.rsplit(".", 1)[1] in ("attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu")]
-    blocked = "sys.modules['triton'] = None\n" + "\n".join(f"import {name}" for name in public)
-    loaded = imported_by(blocked)
-    assert "chatmill.kernels.attention" in loaded
+    public = (
+        "attention.attention",
+        "linear_cross_entropy.linear_cross_entropy",
+        "rms_norm.rms_norm",
+        "rope.rope",
+        "swiglu.swiglu",
+    )
+    names = [name.rpartition(".") for name in public]
+    loaded = imported_by(
+        "sys.modules['triton'] = None\n"
+        + "\n".join(f"from chatmill.kernels.{module} import {name}; assert callable({name})" for module, _, name in names)
+    )
+    assert "chatmill.kernels.attention.interface" in loaded
 
 
 @pytest.mark.slow
@@ -101,7 +128,7 @@ def test_the_wheel_holds_all_parts_under_one_name(tmp_path: Path) -> None:
     assert tops == {"chatmill"}
     for needed in (
         "chatmill/data/stream.py",
-        "chatmill/kernels/attention.py",
+        "chatmill/kernels/attention/interface.py",
         "chatmill/trainer/recipes/tiny.yaml",
         "chatmill/py.typed",
     ):

@@ -16,7 +16,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from chatmill.config import Section, load_section
-from chatmill.data.stream_config import SourcesSection
+
+from ..data.packing.config import SourcesSection
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -141,7 +142,7 @@ class RunSection(Section):
 
 
 class DataSection(SourcesSection):
-    """The token shards to train on: path, or mix, curriculum and exclude (data/stream_config.py, docs/stream.md).
+    """The token shards to train on: path, or mix, curriculum and exclude (data/packing/config.py, docs/stream.md).
 
     path: a data-set folder made by `chatmill data build` (it holds train/ and validation/).
     sequence_length: tokens per pack. overlong: dialogues longer than that are cut at a whole turn, split into pieces that
@@ -222,7 +223,7 @@ class ScheduleSection(Section):
 
 
 class PreferenceSection(Section):
-    """Objective dpo (trainer/preference.py). beta: how closely the reference is kept; length_normalised: per reply token."""
+    """Objective dpo (trainer/loop/dpo.py). beta: how closely the reference is kept; length_normalised: per reply token."""
 
     beta: float = Field(default=0.1, gt=0)
     length_normalised: bool = False
@@ -312,7 +313,7 @@ class CheckpointSection(Section):
 
 
 class GuardSection(Section):
-    """What happens at a step that cannot be right (trainer/guard.py); every rank decides alike.
+    """What happens at a step that cannot be right (trainer/run/guard.py); every rank decides alike.
 
     on_nan: the loss or the gradient is NaN or infinite. on_spike: the loss is more than spike_z robust deviations above the
     last `window` steps. `skip` leaves the update out (so many in a row, max_skips, then the run stops); `rollback` goes back

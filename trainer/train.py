@@ -19,8 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from chatmill.config import ConfigError
 from chatmill.trainer.config import load_recipe
-from chatmill.trainer.loop import train
-from chatmill.trainer.world import relaunch_if_alone
+from chatmill.trainer.distributed.world import relaunch_if_alone
+from chatmill.trainer.loop.loop import train
 
 
 def main(arguments: list[str] | None = None) -> int:

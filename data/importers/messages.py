@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chatmill.data.conversation import Conversation, Turn, make_uid
-from chatmill.data.ledger import Ledger
+from ..conversation import Conversation, Turn, make_uid
+from ..ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)

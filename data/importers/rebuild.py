@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from chatmill.data.conversation import Conversation
-from chatmill.data.importers.messages import ChatMessage, to_conversation
-from chatmill.data.importers.raw_file import RawFile
-from chatmill.data.ledger import Ledger
-from chatmill.data.recipe import SourceSection
+from ..conversation import Conversation
+from ..ledger import Ledger
+from ..raw.files import RawFile
+from ..recipe import SourceSection
+from .messages import ChatMessage, to_conversation
 
 # A reply to something older than this starts afresh: its conversation has been handed out already.
 OPEN_S = 14 * 86_400.0

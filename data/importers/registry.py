@@ -1,7 +1,7 @@
 """The importers by name, and which of them recognises a file.
 
 An importer is a module with `recognise(head, name)` and `read(file, options, source, ledger)`; see the Protocol below.
-Adding one: write the module, add its name here and a renderer in tests/data/importer_formats.py.
+Adding one: write the module, add its name here and a renderer in tests/data/importers/importer_formats.py.
 """
 
 from __future__ import annotations
@@ -11,34 +11,35 @@ from collections.abc import Iterator
 from typing import Protocol, cast
 
 from chatmill.config import ConfigError
-from chatmill.data.conversation import Conversation
-from chatmill.data.importers.raw_file import RawFile, find_files
-from chatmill.data.ledger import Ledger, shorten
-from chatmill.data.recipe import SourceSection
+
+from ..conversation import Conversation
+from ..ledger import Ledger, shorten
+from ..raw.files import RawFile, find_files
+from ..recipe import SourceSection
 
 # Asked in this order: the pickier first.
 IMPORTERS: dict[str, str] = {
-    "parquet": "parquet",
-    "mbox": "mbox",
-    "stack_exchange": "stack_exchange",
-    "discord": "discord",
-    "chitchat": "chitchat",
-    "telegram": "telegram",
-    "slack": "slack",
-    "chatgpt": "chatgpt",
-    "preference": "preference",
-    "openai": "openai_messages",
-    "sharegpt": "sharegpt",
-    "oasst": "oasst",
-    "oasst_ranks": "oasst_ranks",
-    "reddit": "reddit",
-    "alpaca": "alpaca",
-    "corpora": "dialogue_corpora",
-    "csv": "table",
-    "irc": "irc",
-    "whatsapp": "whatsapp",
-    "transcript": "transcript",
-    "documents": "documents",
+    "parquet": "plain.parquet",
+    "mbox": "forums.mbox",
+    "stack_exchange": "forums.stack_exchange",
+    "discord": "messengers.discord",
+    "chitchat": "datasets.chitchat",
+    "telegram": "messengers.telegram",
+    "slack": "messengers.slack",
+    "chatgpt": "assistants.chatgpt",
+    "preference": "datasets.preference",
+    "openai": "datasets.openai_messages",
+    "sharegpt": "datasets.sharegpt",
+    "oasst": "datasets.oasst",
+    "oasst_ranks": "datasets.oasst_ranks",
+    "reddit": "forums.reddit",
+    "alpaca": "datasets.alpaca",
+    "corpora": "datasets.dialogue_corpora",
+    "csv": "plain.table",
+    "irc": "messengers.irc",
+    "whatsapp": "messengers.whatsapp",
+    "transcript": "plain.transcript",
+    "documents": "plain.documents",
 }
 
 
@@ -92,7 +93,7 @@ def _fitting(head: bytes, file: RawFile) -> str | None:
 def source_files(options: SourceSection) -> list[RawFile]:
     """Raw files of a source, in a fixed order."""
     if options.path is None:
-        from chatmill.data.importers.chitchat import installed_file
+        from .datasets.chitchat import installed_file
 
         return [installed_file()]
     return find_files(options.path)

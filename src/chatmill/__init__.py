@@ -12,8 +12,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "attention": "chatmill.kernels.attention",
-    "linear_cross_entropy": "chatmill.kernels.linear_cross_entropy",
+    "attention": "chatmill.kernels.attention.interface",
+    "linear_cross_entropy": "chatmill.kernels.cross_entropy.interface",
     "PackedStream": "chatmill.data.stream",
     "Recipe": "chatmill.trainer.config",
 }

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chatmill.data.mixture import Mixture
-from chatmill.data.order import Order
+from chatmill.data.packing.mixture import Mixture
+from chatmill.data.packing.order import Order
+from chatmill.data.shards.memory import MemoryDataset
 from chatmill.data.stream import PackedBatch, PackedStream
-from chatmill.data.synthetic import MemoryDataset
 
 SOURCE = MemoryDataset.random(700, mean=40, longest=300, block=16)
 LENGTH = 128
@@ -21,8 +21,8 @@ LENGTH = 128
 def small_windows() -> Iterator[None]:
     """Several windows per epoch, as in data sets of a real size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chatmill.data.order.WINDOW_DIALOGUES", 130)
-        patch.setattr("chatmill.data.order.WINDOW_PACKS", 1)
+        patch.setattr("chatmill.data.packing.order.WINDOW_DIALOGUES", 130)
+        patch.setattr("chatmill.data.packing.order.WINDOW_PACKS", 1)
         assert Order.of(SOURCE, capacity=128, seed=0, shuffle=True).windows == 5
         yield
 

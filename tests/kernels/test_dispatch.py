@@ -79,7 +79,7 @@ def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch: pytest.Mo
 
 def test_every_function_that_launches_a_kernel_is_guarded() -> None:
     bare, launching = [], 0
-    for file in sorted(Path(dispatch.__file__).parent.glob("*.py")):
+    for file in sorted(Path(dispatch.__file__).parent.rglob("*.py")):
         for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(function, ast.FunctionDef):
                 continue

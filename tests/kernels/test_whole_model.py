@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from chatmill.data.importers.chitchat import installed_file, read
+from chatmill.data.importers.datasets.chitchat import installed_file, read
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import SourceSection
-from chatmill.data.tokenizer import train_bpe
+from chatmill.data.tokenizer.tokenizer import train_bpe
 from chatmill.trainer.config import KernelSection, ModelConfig
-from chatmill.trainer.model import Decoder, LossOutput
+from chatmill.trainer.model.decoder import Decoder, LossOutput
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = KernelSection(attention="reference", cross_entropy="reference", elementwise="reference")

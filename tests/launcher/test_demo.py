@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from chatmill.launcher import demo
-from chatmill.trainer.accelerate_settings import check_accelerate
 from chatmill.trainer.config import load_recipe
+from chatmill.trainer.distributed.accelerate import check_accelerate
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -49,8 +49,8 @@ STEP = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
-print("begun", flush=True)
 try:
+    print("begun", flush=True)  # inside, for the signal may come while this is written
     time.sleep(600)
 except KeyboardInterrupt:
     time.sleep(1.5)

@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 from chatmill.data.conversation import Conversation, Turn
-from chatmill.data.shards import MANIFEST, ShardWriter
-from chatmill.data.tokenizer import train_bpe
+from chatmill.data.shards.dataset import MANIFEST, ShardWriter
+from chatmill.data.tokenizer.tokenizer import train_bpe
 
 WORDS = ("the", "a", "cat", "dog", "sees", "likes", "chases", "red", "small", "old", "house", "tree", "river", "runs", "sings")
 

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from chatmill.config import merge
-from chatmill.data.pipeline import build_dataset
+from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
 from chatmill.run_files import list_checkpoints
-from chatmill.trainer.checkpoint import Checkpoint
-from chatmill.trainer.importing import import_any
+from chatmill.trainer.checkpoint.checkpoint import Checkpoint
+from chatmill.trainer.convert.importing import import_any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOUNS = ("cat", "dog", "boat", "tree", "river", "lamp", "stone", "bird", "cloud", "road")

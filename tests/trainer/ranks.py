@@ -35,14 +35,16 @@ HIDDEN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 def _context() -> ForkServerContext:
     """The process to fork from, started once. It sees no GPU, also where there is one: these tests run on gloo."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["chatmill.trainer.loop", "accelerate", "deepspeed"])  # what is not installed is passed over
+    context.set_forkserver_preload(
+        ["chatmill.trainer.loop.loop", "accelerate", "deepspeed"]
+    )  # what is not installed is passed over
     with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}):
         forkserver.ensure_running()
     return context
 
 
 def train_in_ranks(recipe: Path, processes: int, *overrides: str, fault: str = "", timeout_s: float = 600) -> str:
-    """Train a recipe and return what all ranks printed. fault: what goes wrong in it (trainer/fault_injection.py)."""
+    """Train a recipe and return what all ranks printed. fault: what goes wrong in it (launcher/doctor/fault_injection.py)."""
     with tempfile.TemporaryDirectory() as folder:
         return run_in_ranks(_train, processes, ([str(recipe), *overrides], fault), Path(folder), timeout_s)
 
@@ -99,8 +101,8 @@ def _rank(environment: dict[str, str], log: Path, target: Callable[..., None], a
 
 
 def _train(words: list[str], fault: str) -> None:
+    from chatmill.launcher.doctor.fault_injection import Fault, install
     from chatmill.trainer.config import load_recipe
-    from chatmill.trainer.fault_injection import Fault, install
     from chatmill.trainer.train import main
 
     sys.argv = sys.orig_argv = ["trainer/train.py", *words]

@@ -1,0 +1,84 @@
+"""Preference data: JSON lines with a better and a worse reply, or with several rated ones.
+
+    {"prompt": "…", "chosen": "…", "rejected": "…"}                      texts, or lists of messages for any of the three
+    {"chosen": [messages …], "rejected": [messages …]}                  the shared beginning is the context
+    {"prompt": "…", "responses": [{"text": "…", "rating": 4.5}, …]}     best against worst; equal ratings say nothing
+
+Ratings may be called rating, score or overall_score; texts text, response, content or completion; the list responses or
+completions. Each becomes a conversation that ends with the better reply, the worse one in meta["rejected"].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...conversation import Conversation, Turn, make_uid
+from ...ledger import Ledger
+from ...preference import REJECTED, reply
+from ...raw.files import RawFile
+from ...raw.json_lines import first_object, json_lines
+from ...recipe import SourceSection
+from .openai_messages import turn_of
+
+TEXTS = ("text", "response", "content", "completion")
+RATINGS = ("rating", "score", "overall_score")
+LISTS = ("responses", "completions")
+
+
+def recognise(head: bytes, name: str) -> bool:
+    """chosen and rejected in the first object, or a list of rated replies."""
+    first = first_object(head)
+    if first is None:
+        return b'"chosen"' in head[:20_000] and b'"rejected"' in head
+    return {"chosen", "rejected"} <= first.keys() or _rated(first) is not None
+
+
+def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
+    """One conversation per pair; a bad line is counted and passed over."""
+    for number, record in json_lines(file, options.encoding, ledger):
+        origin = f"{file.label}:{number}"
+        try:
+            turns, rejected = _pair(record)
+        except (KeyError, TypeError, ValueError) as error:
+            ledger.drop("bad preference record", f"{origin}: {error}")
+            continue
+        meta = {key: record[key] for key in ("id", "license") if key in record} | {REJECTED: rejected}
+        ledger.keep()
+        yield Conversation(make_uid(source, origin), turns, source, origin, meta)
+
+
+def _pair(record: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
+    """Turns that end with the better reply, and the worse reply."""
+    rated = _rated(record)
+    if rated is not None:
+        ordered = sorted(rated, key=lambda item: item[0])
+        if ordered[0][0] == ordered[-1][0]:
+            raise ValueError("all ratings are equal")
+        return (*_turns(record["prompt"], "user"), reply(ordered[-1][1])), ordered[0][1]
+    better, worse = (_turns(record[key], "assistant") for key in ("chosen", "rejected"))
+    context = _turns(record["prompt"], "user") if record.get("prompt") else ()
+    if context and better[: len(context)] == context:  # the prompt is repeated in both
+        context = ()
+    if better[-1].role != "assistant" or worse[-1].role != "assistant" or better[:-1] != worse[:-1]:
+        raise ValueError("chosen and rejected differ in more than the last reply")
+    return (*context, *better), worse[-1].content
+
+
+def _turns(value: Any, role: str) -> tuple[Turn, ...]:
+    if isinstance(value, str):
+        return (Turn("user", value) if role == "user" else reply(value),)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected a text or a list of messages, got {type(value).__name__}")
+    return tuple(turn_of(message) for message in value)
+
+
+def _rated(record: dict[str, Any]) -> list[tuple[float, str]] | None:
+    replies = next((record[key] for key in LISTS if isinstance(record.get(key), list)), None)
+    if replies is None or "prompt" not in record or len(replies) < 2 or not all(isinstance(item, dict) for item in replies):
+        return None
+    rating = next((key for key in RATINGS if key in replies[0]), None)
+    text = next((key for key in TEXTS if key in replies[0]), None)
+    if rating is None or text is None:
+        return None
+    return [(float(item[rating]), str(item[text])) for item in replies]

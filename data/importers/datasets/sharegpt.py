@@ -1,0 +1,69 @@
+"""ShareGPT: {"id", "conversations": [{"from": "human"|"gpt"|"system"|…, "value"}]}, a JSON array or JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ...conversation import Conversation, Role, Turn, make_uid
+from ...ledger import Ledger
+from ...raw.files import RawFile
+from ...raw.json_lines import first_object, json_lines
+from ...recipe import SourceSection
+
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+
+
+def recognise(head: bytes, name: str) -> bool:
+    """Objects with a conversations list of from/value."""
+    first = first_object(head)
+    if first is None:
+        return (
+            head.lstrip()[:1] in (b"{", b"[") and b'"conversations"' in head[:4000] and b'"from"' in head and b'"value"' in head
+        )
+    turns = first.get("conversations")
+    return isinstance(turns, list) and (not turns or (isinstance(turns[0], dict) and "from" in turns[0]))
+
+
+def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
+    """All dialogues; one with an unknown speaker or a value that is not text is counted and passed over."""
+    yield from from_records(json_lines(file, options.encoding, ledger), file, source, ledger)
+
+
+def from_records(
+    records: Iterable[tuple[int, dict[str, Any]]], file: RawFile, source: str, ledger: Ledger
+) -> Iterator[Conversation]:
+    """Dialogues of numbered records, from JSON or from a table."""
+    for number, record in records:
+        origin = f"{file.label}:{number}"
+        turns: list[Turn] = []
+        items = record.get("conversations")
+        if not isinstance(items, list):
+            ledger.drop("no conversations list", f"{origin}: {sorted(record)[:8]}")
+            continue
+        bad = ""
+        for item in items:
+            speaker, value = (item.get("from"), item.get("value")) if isinstance(item, dict) else (None, None)
+            if speaker not in _ROLES or not isinstance(value, str):
+                bad = f"from={speaker!r}, value is a {type(value).__name__}"
+                break
+            turns.append(Turn(_ROLES[speaker], value, loss=float(item.get("weight", 1)) > 0))
+        if bad:
+            ledger.drop("bad message", f"{origin}: {bad}")
+            continue
+        ledger.keep()
+        meta = {"id": record["id"]} if "id" in record else {}
+        yield Conversation(make_uid(source, origin), tuple(turns), source, origin, meta)

@@ -1,0 +1,121 @@
+"""mbox mailboxes: mails become messages, In-Reply-To and References their threads.
+
+Quoted lines, "On … wrote:" and signatures are cut off; of HTML-only mails the text is taken. The texts of a mailbox lie in a
+table on disk (spill.py), because an answer may stand anywhere in it; memory holds one mail, or the texts of one thread.
+"""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import re
+from collections.abc import Iterator
+from email.message import EmailMessage
+from email.utils import parseaddr
+from itertools import groupby
+
+from ...cleaning.html_text import html_to_text
+from ...conversation import Conversation
+from ...ledger import Ledger
+from ...raw.files import RawFile
+from ...raw.spill import Spill, key, packed, unpacked
+from ...recipe import SourceSection
+from ..messages import ChatMessage, to_conversation
+
+_FROM = re.compile(rb"^From \S+.* \d\d:\d\d(:\d\d)? ")
+_WROTE = re.compile(
+    r"\n*^(On\b.{4,200}\bwrote:|Am\b.{4,200}\bschrieb\b.{0,100}:|Le\b.{4,200}\ba écrit\s?:|-+ ?Original Message ?-+)\s*$",
+    re.M | re.S,
+)
+_IDS = re.compile(r"<[^<>\s]+>")
+
+
+def recognise(head: bytes, name: str) -> bool:
+    """A From line, then headers."""
+    return _FROM.match(head) is not None or (name.lower().endswith(".mbox") and head.startswith(b"From "))
+
+
+def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
+    """One conversation per thread, mails in order of time; threads in order of their first mail."""
+    with Spill(*_TABLES) as db:
+        for number, raw in enumerate(_mails(file), 1):
+            mail = email.message_from_bytes(raw, policy=email.policy.default)
+            assert isinstance(mail, EmailMessage)
+            name = (_IDS.findall(str(mail.get("Message-ID", ""))) or [f"{number}"])[0]
+            parents = _IDS.findall(f"{mail.get('References', '')} {mail.get('In-Reply-To', '')}")
+            text = own_words(_body(mail))
+            person, address = parseaddr(str(mail.get("From", "")))
+            if not text:
+                ledger.change("mail without text left out", f"{file.label}:{name}")
+                continue
+            known = (db.one("SELECT thread FROM ids WHERE id = ?", (key(parent),)) for parent in reversed(parents))
+            thread = next((found[0] for found in known if found), key(parents[0] if parents else name))
+            for one in (name, *parents):
+                db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (key(one), thread))
+            db.execute("INSERT OR IGNORE INTO threads VALUES (?, ?, ?)", (thread, number, packed(str(mail.get("Subject", "")))))
+            moment = getattr(mail.get("Date"), "datetime", None)
+            time = moment.timestamp() if moment else None
+            stored = packed((address or person).lower(), text, time, name)
+            db.execute("INSERT INTO mails VALUES (?, ?, ?)", (thread, time or 0.0, stored))
+        for _, rows in groupby(db.execute(_IN_ORDER), key=lambda row: row[0]):
+            mails, subject = list[ChatMessage](), ""
+            for _, packed_subject, entry in rows:
+                subject = unpacked(packed_subject)[0]
+                mails.append(ChatMessage(*unpacked(entry)))
+            origin, meta = f"{file.label}:{mails[0].key}", {"subject": subject}
+            found = to_conversation(mails, source=source, origin=origin, ledger=ledger, assistant=options.assistant, meta=meta)
+            if found is not None:
+                yield found
+
+
+_TABLES = (
+    "CREATE TABLE mails (thread, time REAL, entry)",
+    "CREATE TABLE ids (id PRIMARY KEY, thread) WITHOUT ROWID",
+    "CREATE TABLE threads (thread PRIMARY KEY, first INTEGER, subject) WITHOUT ROWID",
+)
+_IN_ORDER = """
+    SELECT threads.first, threads.subject, mails.entry FROM mails JOIN threads ON threads.thread = mails.thread
+    ORDER BY threads.first, mails.time, mails.rowid"""
+
+
+def own_words(text: str) -> str:
+    """What the sender of a mail typed: no quotes, no attribution line, no signature."""
+    text = text.replace("\r\n", "\n")
+    wrote = _WROTE.search(text)
+    if wrote and all(line.startswith(">") or not line.strip() for line in text[wrote.end() :].split("\n")[:3]):
+        text = text[: wrote.start()] + "\n" + text[wrote.end() :]
+    elif wrote and "Original Message" in wrote[1]:
+        text = text[: wrote.start()]
+    lines = [line for line in text.split("\n-- \n")[0].split("\n") if not line.startswith(">")]
+    return "\n".join(lines).strip()
+
+
+def _body(mail: EmailMessage) -> str:
+    part = mail.get_body(preferencelist=("plain", "html"))
+    if part is None:
+        return ""
+    try:
+        content = part.get_content()
+    except (LookupError, ValueError, KeyError):  # unknown charset or encoding
+        payload = part.get_payload(decode=True)
+        content = payload.decode("utf-8", "replace") if isinstance(payload, bytes) else str(payload)
+    text = content if isinstance(content, str) else ""
+    if part.get_content_type() == "text/html":
+        return html_to_text(text)
+    return re.sub(r"^>(>*From )", r"\1", text, flags=re.M)
+
+
+def _mails(file: RawFile) -> Iterator[bytes]:
+    lines: list[bytes] = []
+    blank = True
+    with file.open() as raw:
+        for line in raw:
+            if blank and line.startswith(b"From "):
+                if lines:
+                    yield b"".join(lines)
+                lines = []
+            else:
+                lines.append(line)
+            blank = not line.strip()
+    if lines:
+        yield b"".join(lines)

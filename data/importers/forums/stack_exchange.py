@@ -1,0 +1,99 @@
+"""Stack Exchange `Posts.xml`: a question and its accepted, or else its best-voted, answer.
+
+Two streaming passes: the first notes a few numbers per question, the second one the questions still waiting for their answer;
+both in tables on disk (spill.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from xml.etree import ElementTree
+
+from chatmill.config import ConfigError
+
+from ...cleaning.html_text import html_to_text
+from ...conversation import Conversation, Turn, make_uid
+from ...ledger import Ledger
+from ...raw.files import RawFile
+from ...raw.spill import Spill, packed, unpacked
+from ...recipe import SourceSection
+
+
+def recognise(head: bytes, name: str) -> bool:
+    """<posts> and rows with a PostTypeId."""
+    return b"<posts" in head[:1000] and b"PostTypeId=" in head
+
+
+def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
+    """One two-turn dialogue per answered question, in the order of the answers."""
+    with Spill(*_TABLES) as db:
+        for row in _rows(file):
+            if row.get("PostTypeId") == "1" and row.get("AcceptedAnswerId"):
+                db.execute("INSERT OR REPLACE INTO accepted VALUES (?, ?)", (row["Id"], row["AcceptedAnswerId"]))
+            elif row.get("PostTypeId") == "2":
+                db.execute(
+                    "INSERT INTO answers VALUES (?, ?, ?)", (row.get("ParentId", ""), int(row.get("Score", "0")), row["Id"])
+                )
+        for statement in _CHOOSE:
+            db.execute(statement)
+        for row in _rows(file):
+            kind = row.get("PostTypeId")
+            if kind == "1":
+                if db.one("SELECT 1 FROM chosen WHERE question = ?", (row["Id"],)):
+                    db.execute("INSERT OR REPLACE INTO waiting VALUES (?, ?)", (row["Id"], packed(row)))
+                else:
+                    ledger.drop("question without an answer", f"{file.label}:{row['Id']}: {row.get('Title', '')}")
+            elif kind == "2":
+                asked = db.one(
+                    "SELECT waiting.entry FROM chosen JOIN waiting ON waiting.question = chosen.question "
+                    "WHERE chosen.question = ? AND chosen.answer = ?",
+                    (row.get("ParentId", ""), row["Id"]),
+                )
+                if asked is None:
+                    ledger.change("answer that is not the best left out", f"{file.label}:{row['Id']}")
+                    continue
+                db.execute("DELETE FROM waiting WHERE question = ?", (row["ParentId"],))
+                ledger.keep()
+                yield _dialogue(unpacked(asked[0])[0], row, file, source)
+        for (number,) in db.execute("SELECT question FROM waiting ORDER BY rowid"):
+            ledger.drop("answer stands before its question", f"{file.label}:{number}")
+
+
+_TABLES = (
+    "CREATE TABLE accepted (question PRIMARY KEY, answer) WITHOUT ROWID",
+    "CREATE TABLE answers (question, score INTEGER, answer)",
+    "CREATE TABLE chosen (question PRIMARY KEY, answer) WITHOUT ROWID",
+    "CREATE TABLE waiting (question PRIMARY KEY, entry)",
+)
+# The best-voted answer, the first of equals; then the accepted one, where the question has any answer in the file.
+_CHOOSE = (
+    "CREATE INDEX best ON answers (question, score DESC)",
+    "INSERT OR IGNORE INTO chosen SELECT question, answer FROM answers ORDER BY question, score DESC, rowid",
+    "UPDATE chosen SET answer = (SELECT answer FROM accepted WHERE accepted.question = chosen.question) "
+    "WHERE question IN (SELECT question FROM accepted)",
+)
+
+
+def _dialogue(question: dict[str, str], answer: dict[str, str], file: RawFile, source: str) -> Conversation:
+    origin = f"{file.label}:{question['Id']}"
+    asked = f"{question.get('Title', '')}\n\n{html_to_text(question.get('Body', ''))}".strip()
+    meta: dict[str, object] = {"score": int(answer.get("Score", "0")), "tags": question.get("Tags", ""), "answer": answer["Id"]}
+    meta["authors"] = [a for a in (question.get("OwnerUserId"), answer.get("OwnerUserId")) if a]
+    turns = (Turn("user", asked), Turn("assistant", html_to_text(answer.get("Body", ""))))
+    return Conversation(make_uid(source, origin), turns, source, origin, meta)
+
+
+def _rows(file: RawFile) -> Iterator[dict[str, str]]:
+    with file.open() as raw:
+        try:
+            root = None
+            for event, element in ElementTree.iterparse(raw, events=("start", "end")):
+                if event == "start":
+                    root = element if root is None else root
+                elif element.tag == "row":
+                    yield dict(element.attrib)
+                    element.clear()
+                    if root is not None:
+                        root.clear()
+        except ElementTree.ParseError as error:
+            raise ConfigError(f"{file.label}: the XML is damaged or cut short ({error})") from error

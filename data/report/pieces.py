@@ -1,0 +1,48 @@
+"""Tokens of a dialogue as pieces of text with their mask, for people to look at.
+
+    for piece in token_pieces(tokenizer, ids, mask): print(piece.text, piece.has_loss)
+
+A character that is spread over several tokens is one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..shards.dataset import TokenDataset
+from ..tokenizer.tokenizer import ChatTokenizer
+
+MOST_TOKENS_OF_A_CHARACTER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPiece:
+    """Text of one token, or of the few that make one character."""
+
+    text: str
+    has_loss: bool
+
+
+def token_pieces(tokenizer: ChatTokenizer, ids: Sequence[int], mask: Sequence[bool]) -> Iterator[TokenPiece]:
+    """Pieces in order."""
+    run: list[int] = []
+    for i, token in enumerate(ids):
+        run.append(token)
+        text = tokenizer.decode(run)
+        whole = not text.endswith("\ufffd") or i + 1 == len(ids) or mask[i + 1] != mask[i]
+        if whole or len(run) >= MOST_TOKENS_OF_A_CHARACTER:
+            yield TokenPiece(text, bool(mask[i]))
+            run = []
+
+
+def dialogue_tokens(dataset: TokenDataset, number: int) -> tuple[NDArray[np.generic], NDArray[np.bool_], tuple[str, str]]:
+    """(ids, loss mask, (source, origin)) of dialogue `number` in population order."""
+    b = int(np.searchsorted(dataset.block_starts, number, side="right")) - 1
+    block = dataset.read_block(b)
+    j = number - int(dataset.block_starts[b])
+    span = slice(int(block.offsets[j]), int(block.offsets[j + 1]))
+    return block.ids[span], block.loss_mask[span], block.sources[j]

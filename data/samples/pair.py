@@ -1,0 +1,90 @@
+"""From conversations to training samples: user first, assistant last, the two alternating.
+
+    for sample in make_samples(conversation, PairSection(), ledger): ...
+
+`dialogues` keeps a conversation whole; `pairs` makes one (context, reply) sample of every reply, with loss on that reply alone;
+`preference` keeps a better and a worse reply to one context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .. import preference
+from ..conversation import Conversation, Turn, make_uid
+from ..ledger import Ledger
+from ..recipe import PairSection
+
+
+def merge_same_role(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Neighbouring turns of one role become one, contents on lines of their own. Tool turns stay apart."""
+    merged: list[Turn] = []
+    for turn in turns:
+        if merged and merged[-1].role == turn.role and turn.role != "tool" and merged[-1].loss == turn.loss:
+            last = merged[-1]
+            name = last.name if last.name == turn.name else None
+            merged[-1] = Turn(last.role, f"{last.content}\n{turn.content}", name, last.time, last.loss)
+        else:
+            merged.append(turn)
+    return tuple(merged)
+
+
+def trim(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """System turns (if they come first), then from the first user turn to the last assistant turn."""
+    head = 0
+    while head < len(turns) and turns[head].role == "system":
+        head += 1
+    first = next((i for i in range(head, len(turns)) if turns[i].role == "user"), len(turns))
+    last = next((i for i in range(len(turns) - 1, first, -1) if turns[i].role == "assistant"), first - 1)
+    body = tuple(turn for turn in turns[first : last + 1] if turn.role != "system")
+    return turns[:head] + body if body else ()
+
+
+def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger) -> Iterator[Conversation]:
+    """No, one or (in mode `pairs`) several samples of one conversation. Documents pass unchanged."""
+    if conversation.is_document:
+        ledger.keep()
+        yield conversation
+        return
+    if config.mode == "preference":
+        yield from preference.samples(conversation, str(conversation.meta.get("thread", conversation.uid)), ledger)
+        return
+    conversation = preference.without_rejected(conversation)
+    inside = trim(conversation.turns)
+    turns = whole = merge_same_role(inside)
+    if config.max_turns is not None and len(turns) > config.max_turns:
+        turns = trim(turns[: config.max_turns])
+        ledger.change("cut at pair.max_turns", conversation.origin)
+    replies = sum(turn.role == "assistant" and turn.loss for turn in turns)
+    if replies < config.min_replies:
+        reason = "no user turn followed by an assistant turn" if replies == 0 else f"fewer than {config.min_replies} replies"
+        ledger.drop(reason, f"{conversation.origin}: {' / '.join(t.content for t in conversation.turns[:3])}")
+        return
+    if joined := len(inside) - len(whole):
+        ledger.change("turns of one speaker in a row joined", conversation.origin, joined)
+    if outside := len(conversation.turns) - len(inside):
+        ledger.change("turns before the first user turn, after the last reply, or of the system later on left out", n=outside)
+    thread = str(conversation.meta.get("thread", conversation.uid))
+    meta = {**conversation.meta, "thread": thread}
+    if config.mode == "dialogues":
+        ledger.keep()
+        yield replace(conversation, turns=turns, meta=meta)
+        return
+    system = tuple(turn for turn in turns if turn.role == "system")
+    spoken = turns[len(system) :]
+    for i, turn in enumerate(spoken):
+        if turn.role != "assistant" or not turn.loss:
+            continue
+        start = max(0, i - config.context_turns)
+        while spoken[start].role != "user":
+            start += 1
+            if start >= i:
+                break
+        if start >= i:
+            ledger.drop("no user turn in pair.context_turns before the reply", conversation.origin)
+            continue
+        context = tuple(replace(t, loss=False) if t.role == "assistant" else t for t in spoken[start:i])
+        origin = f"{conversation.origin}#{i}"
+        ledger.keep()
+        yield Conversation(make_uid(conversation.source, origin), (*system, *context, turn), conversation.source, origin, meta)

@@ -1,0 +1,115 @@
+"""Train and validation, split after clustering so that nothing leaks; and the certificate that says so.
+
+    side = assign(cluster_keys, SplitSection())        # True: validation
+    certificate(train_facts, validation_facts)
+
+The side of a sample is a function of the hash of its cluster's key and the seed alone: adding data moves no old sample across,
+and all samples of one thread, of one duplicate cluster and (where asked) of one author's connected chats stay together.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..conversation import Conversation
+from ..recipe import SplitSection
+from .dedup import UnionFind, text_hash
+from .near_duplicates import PERMUTATIONS, dialogue_text, near_pairs, signatures
+
+
+def key_hash(key: str) -> int:
+    """xxh3-64 of a thread or author name."""
+    return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass"))
+
+
+def thread_key(conversation: Conversation) -> str:
+    """The conversation a sample was cut from."""
+    return str(conversation.meta.get("thread", conversation.uid))
+
+
+def group(
+    cluster: NDArray[np.int64], threads: NDArray[np.uint64], authors: Sequence[Sequence[int]] | None
+) -> NDArray[np.int64]:
+    """Groups that must stay on one side: joined duplicate clusters, threads and, if given, authors. (N,) smallest member."""
+    sets = UnionFind(len(cluster))
+    for i, root in enumerate(cluster.tolist()):
+        sets.union(i, root)
+    sets.join_equal(threads)
+    if authors is not None:
+        first: dict[int, int] = {}
+        for i, names in enumerate(authors):
+            for name in names:
+                sets.union(i, first.setdefault(name, i))
+    return sets.roots()
+
+
+def assign(group_keys: NDArray[np.uint64], config: SplitSection) -> NDArray[np.bool_]:
+    """(N,) True for validation. group_keys: one hash per sample, equal within a group."""
+    unique, inverse = np.unique(group_keys, return_inverse=True)
+    limit = int(config.validation * 2.0**64)
+    side = np.array(
+        [xxhash.xxh3_64_intdigest(int(key).to_bytes(8, "little"), seed=config.seed) < limit for key in unique], dtype=bool
+    )
+    return side[inverse]
+
+
+class Facts:
+    """What must not be shared between the sides, as 64-bit hashes: 8 bytes each, whatever the length of the texts."""
+
+    def __init__(self, near: bool = False) -> None:
+        self.near, self._texts = near, list[str]()
+        self._signatures: list[NDArray[np.uint32]] = []
+        self.hashes: dict[str, array[int]] = {
+            name: array("Q") for name in ("samples", "conversations", "exact_texts", "authors")
+        }
+
+    def add(self, conversation: Conversation) -> None:
+        """Note one sample."""
+        self.hashes["samples"].append(key_hash(conversation.uid))
+        self.hashes["conversations"].append(key_hash(thread_key(conversation)))
+        self.hashes["exact_texts"].append(text_hash(conversation))
+        self.hashes["authors"].extend(author_hashes(conversation))
+        if self.near:
+            self._texts.append(dialogue_text(conversation))
+            if len(self._texts) >= 1000:
+                self._sign()
+
+    def add_signatures(self, rows: NDArray[np.uint32]) -> None:
+        """MinHash signatures computed elsewhere."""
+        self._signatures.append(rows)
+
+    def signatures(self) -> NDArray[np.uint32]:
+        """All signatures, (n, 128)."""
+        self._sign()
+        return np.concatenate([np.zeros((0, PERMUTATIONS), dtype=np.uint32), *self._signatures])
+
+    def _sign(self) -> None:
+        if self._texts:
+            self._signatures.append(signatures(self._texts))
+            self._texts = []
+
+
+def author_hashes(conversation: Conversation) -> list[int]:
+    """key_hash of everybody who speaks, where the importer knows."""
+    return [key_hash(str(author)) for author in conversation.meta.get("authors", ())]
+
+
+def certificate(train: Facts, validation: Facts, by_author: bool, near: float | None = None) -> dict[str, Any]:
+    """Counts of what the two sides share. `valid` when all that was asked for is 0. near: threshold for near duplicates."""
+    shared = {
+        name: len(np.intersect1d(np.array(values, dtype=np.uint64), np.array(validation.hashes[name], dtype=np.uint64)))
+        for name, values in train.hashes.items()
+    }
+    asked = [name for name in shared if name != "authors" or by_author]
+    if near is not None:
+        left, right = train.signatures(), validation.signatures()
+        pairs = near_pairs(np.concatenate([left, right]), near)
+        shared["near_duplicates"] = int(np.sum((pairs[:, 0] < len(left)) & (pairs[:, 1] >= len(left))))
+        asked.append("near_duplicates")
+    return {"shared": shared, "asked": asked, "near": near, "valid": all(shared[name] == 0 for name in asked)}

@@ -1,0 +1,160 @@
+"""Chat templates in a sandbox: from messages to text, and where in that text the model speaks.
+
+    template = ChatTemplate(TEMPLATES["chatml"], {"eos_token": "<|im_end|>"})
+    template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+
+Templates are programs found in downloaded folders: they run in a sandbox with limits (data/tokenizer/sandbox.py).
+
+A reply is the text between the end of the prompt that inference would send for it and its end-of-turn token, that included:
+`reply_starts_by_prefix` takes that definition literally (one rendering per reply), `reply_starts` gets the same answer from one
+rendering of the whole dialogue with markers in place of the contents, cached by the sequence of roles.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from .budget import TemplateRefusedError
+from .sandbox import Sandbox
+
+__all__ = ["TEMPLATES", "ChatTemplate", "Message", "TemplateRefusedError"]
+
+Message = Mapping[str, Any]
+
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Qwen2's: without a system turn it says one.
+_QWEN = (
+    "{% if messages and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}" + _CHATML
+)
+_LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+_MISTRAL = (
+    "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\\n\\n' %}"
+    "{% elif message['role'] == 'user' %}{{ '[INST] ' + ns.system + message['content'] + ' [/INST]' }}{% set ns.system = '' %}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+_ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+TEMPLATES: dict[str, str] = {"chatml": _CHATML, "qwen": _QWEN, "llama3": _LLAMA3, "mistral": _MISTRAL, "zephyr": _ZEPHYR}
+
+_MARK = re.compile("\ue000([0-9]+)\ue001")
+
+
+class ChatTemplate:
+    """One compiled template. variables: bos_token, eos_token … as the tokenizer names them."""
+
+    def __init__(self, source: str, variables: Mapping[str, str | None]) -> None:
+        self.source = source
+        self._sandbox = Sandbox()
+        self._template = self._sandbox.compile_template(source)
+        self._variables = {key: value or "" for key, value in variables.items()}
+        self._skeleton = lru_cache(maxsize=4096)(self._make_skeleton)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The text of a dialogue; with the header of the reply to come when asked for."""
+        variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **self._variables}
+        return self._sandbox.render(self._template, variables)
+
+    def reply_starts_by_prefix(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """(text, start of each assistant reply in it), one rendering per reply: the definition, slow.
+
+        Raises TemplateRefusedError where the prompt sent for a reply is not how the whole dialogue begins.
+        """
+        text, starts = self.render(messages), []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = self.render(messages[:i], add_generation_prompt=True)
+                if not text.startswith(prompt):
+                    raise TemplateRefusedError(f"chat template: the prompt before message {i} is not a prefix of the dialogue")
+                starts.append(len(prompt))
+        return text, starts
+
+    def reply_starts(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """Same answer as reply_starts_by_prefix, from one rendering; falls back to it where contents shape the template."""
+        skeleton = self._skeleton(tuple(message["role"] for message in messages))
+        if skeleton is None:
+            return self.reply_starts_by_prefix(messages)
+        literals, lead = skeleton
+        starts, pieces, position = [], [literals[0]], len(literals[0])
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                starts.append(position - lead[i])
+            content = message["content"]
+            pieces += (content, literals[i + 1])
+            position += len(content) + len(literals[i + 1])
+        text = "".join(pieces)
+        if text != self.render(messages):
+            return self.reply_starts_by_prefix(messages)
+        return text, starts
+
+    def content_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """(text, [start, end) of each message's content in it); an empty span where the template leaves the content out.
+
+        A content that the template strips is found as it was printed.
+        """
+        text, spans = self.render(messages), list[tuple[int, int]]()
+        skeleton = self._skeleton(tuple(message["role"] for message in messages))
+        if skeleton is not None:
+            literals, position = skeleton[0], len(skeleton[0][0])
+            for message, literal in zip(messages, literals[1:], strict=True):
+                spans.append((position, position + len(message["content"])))
+                position = spans[-1][1] + len(literal)
+            if position == len(text) and all(text[a:b] == m["content"] for m, (a, b) in zip(messages, spans, strict=True)):
+                return text, spans
+        spans, last = [], 0
+        for i, message in enumerate(messages):
+            # where a marker would stand: looking for the content itself would find "user" in the header of a user's turn
+            start = self.render([*messages[:i], {"role": message["role"], "content": "\ue0000\ue001"}]).find("\ue0000\ue001")
+            content = message["content"] if text.startswith(message["content"], start) else message["content"].strip()
+            if start < last or not text.startswith(content, start):
+                start, content = last, ""
+            last = start + len(content)
+            spans.append((start, last))
+        return text, spans
+
+    def _make_skeleton(self, roles: tuple[str, ...]) -> tuple[list[str], list[int]] | None:
+        """Literals around the contents, and how far before its content each reply starts; None if markers do not survive.
+
+        Replies that follow the same literal start at the same place in it: the prompt is rendered for the first and the last of
+        them, not for every one, or a chat of a thousand turns would cost half a million loop rounds.
+        """
+        marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+        try:
+            text = self.render(marked)
+            found = list(_MARK.finditer(text))
+            if [int(match[1]) for match in found] != list(range(len(roles))):
+                return None
+            edges = [0, *(edge for match in found for edge in match.span()), len(text)]
+            literals = [text[edges[k] : edges[k + 1]] for k in range(0, len(edges), 2)]
+            places: dict[str, list[int]] = {}
+            for i, role in enumerate(roles):
+                if role == "assistant":
+                    places.setdefault(literals[i], []).append(i)
+            lead = [0] * len(roles)
+            for same in places.values():
+                seen = set()
+                for i in {same[0], same[-1]}:
+                    prompt = self.render(marked[:i], add_generation_prompt=True)
+                    if not text.startswith(prompt):
+                        return None
+                    seen.add(found[i].start() - len(prompt))
+                if len(seen) != 1 or min(seen) < 0:
+                    return None
+                for i in same:
+                    lead[i] = min(seen)
+        except TemplateRefusedError:
+            return None
+        return literals, lead

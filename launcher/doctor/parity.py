@@ -1,0 +1,279 @@
+"""Parity: the same seed and data give the same losses and gradients, however a step is divided and computed.
+
+    chatmill doctor --parity [--full] [--engines ddp,fsdp2] [--world-sizes 1,2]
+
+Axes: engine x world size x accumulation x packed or padded dialogues x activation checkpointing x kernels. Every case trains
+the same small model on the same dialogues for a few steps and is compared with the reference: one process, no accumulation,
+packed, all activations kept, every operation by its slow reference. Judged are, relative to the reference,
+    loss       the largest difference of any step
+    gradient   the largest difference of any parameter (L2 norms), of full tensors gathered before the first update
+By default a covering set runs: every pair of values of any two axes occurs in some case, so every engine at every world size
+does too. --full runs the product. The processes of one (engine, world size) are forked once and run all its cases.
+On a machine with enough GPUs a group runs there (NCCL, compiled kernels), else on the CPU (gloo, interpreted kernels).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+Layout = Literal["packed", "padded"]
+Kernels = Literal["reference", "torch", "triton", "auto"]
+
+ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+WORLD_SIZES = (1, 2, 4)
+ACCUMULATIONS = (1, 2, 4)
+PACKS, PACK_TOKENS, VOCABULARY, STEPS = 16, 24, 61, 3
+INTERPRETED_STEPS = 2  # Triton's interpreter takes seconds per step
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # fp32: sums in another order; a wrong factor or mask is off by over 1e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the same steps. kernels: `torch` is what a CPU takes, `auto` what a GPU takes."""
+
+    engine: str
+    world_size: int
+    accumulation: int = 1
+    layout: Layout = "packed"
+    checkpointing: bool = False
+    kernels: Kernels = "reference"
+
+
+REFERENCE = Case("single", 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case and how far it is from the reference (relative). problem: why there are no figures, or which one is too far."""
+
+    case: Case
+    loss: float | None
+    gradient: float | None
+    problem: str = ""
+
+
+def all_cases(engines: Sequence[str], world_sizes: Sequence[int], kernels: Sequence[str]) -> list[Case]:
+    """The whole product; `single` at world size 1 only."""
+    product = itertools.product(engines, world_sizes, ACCUMULATIONS, ("packed", "padded"), (False, True), kernels)
+    return [Case(*cast(Any, values)) for values in product if values[0] != "single" or values[1] == 1]
+
+
+def covering_set(cases: Sequence[Case]) -> list[Case]:
+    """Few of the cases in which every pair of values that occurs in `cases` occurs; greedy, the same for the same list.
+
+    Of cases that add as much the one that is not interpreted is taken, then the one with the fewest programs to interpret.
+    """
+    uncovered = set().union(*(_pairs(case) for case in cases))
+    chosen: list[Case] = []
+    while uncovered:
+        best = max(cases, key=lambda case: (len(uncovered & _pairs(case)), -_interpreted(case)))
+        uncovered -= _pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def _interpreted(case: Case) -> int:
+    """How much a case gives to Triton's interpreter: padded rows are more tiles, checkpointing runs layers twice."""
+    return (case.kernels == "triton") * (1 + 2 * (case.layout == "padded") + case.checkpointing + (case.accumulation > 1))
+
+
+def _pairs(case: Case) -> set[tuple[tuple[str, Any], ...]]:
+    return set(itertools.combinations(dataclasses.asdict(case).items(), 2))
+
+
+def judge(case: Case, found: dict[str, Any], reference: dict[str, Any]) -> Row:
+    """Compare the losses of a case with the reference's; `found` holds `losses` and `gradient`, the largest difference."""
+    loss = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], reference["losses"], strict=False))
+    gradient = float(found["gradient"])
+    problems = [
+        f"{name} differs by {value:.1e}"
+        for name, value, limit in (("loss", loss, LOSS_TOLERANCE), ("gradient", gradient, GRADIENT_TOLERANCE))
+        if not value <= limit  # a NaN is not within it
+    ]
+    return Row(case, loss, gradient, ", ".join(problems))
+
+
+def run_parity(cases: Iterable[Case], show: Callable[[Row], None] = lambda row: None) -> list[Row]:
+    """Run the cases, grouped by engine and world size; `show` gets every row as soon as it is known."""
+    import multiprocessing
+
+    groups: dict[tuple[str, int], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.engine, case.world_size), []).append(case)
+    rows: list[Row] = []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["chatmill.launcher.doctor.parity_rank", "deepspeed"])
+    with tempfile.TemporaryDirectory(prefix="chatmill-parity-") as folder:
+        runs = [(REFERENCE.engine, REFERENCE.world_size, [REFERENCE]), *((e, w, chosen) for (e, w), chosen in groups.items())]
+        for number, (engine, world_size, chosen) in enumerate(runs):
+            group = Path(folder) / f"{number:03d}"
+            group.mkdir()
+            words = [dataclasses.asdict(case) for case in chosen]
+            (group / "cases.json").write_text(json.dumps(words), encoding="utf-8")
+            reference = Path(folder) / "000"
+            problem = missing(engine) or _run_group(context, group, reference, engine, world_size)
+            if number == 0:
+                if problem:
+                    raise RuntimeError(f"the reference itself does not run:\n{problem}")
+                expected = json.loads((reference / "0.json").read_text(encoding="utf-8"))
+                continue
+            for i, case in enumerate(chosen):
+                file = group / f"{i}.json"
+                if file.is_file():
+                    row = judge(case, json.loads(file.read_text(encoding="utf-8")), expected)
+                else:
+                    row = Row(case, None, None, problem or "no result")
+                rows.append(row)
+                show(row)
+    return rows
+
+
+def _run_group(context: Any, group: Path, reference: Path, engine: str, world_size: int) -> str:
+    """Start the processes of one group and wait for them; returns the first error's text, or nothing."""
+    ranks = [
+        context.Process(target=_rank, args=(rank, world_size, engine, str(group), str(reference))) for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    waiting = list(ranks)
+    while waiting:
+        waiting[0].join(timeout=0.05)
+        waiting = [process for process in waiting if process.exitcode is None]
+        if any(process.exitcode for process in ranks):  # the others would wait for the dead one until they time out
+            for process in waiting:
+                process.kill()
+                process.join()
+            waiting = []
+    errors = sorted(group.glob("error-*"))
+    if errors:
+        return errors[0].read_text(encoding="utf-8")
+    codes = [process.exitcode for process in ranks]
+    return f"processes ended with {codes}" if any(codes) else ""
+
+
+def _rank(rank: int, world_size: int, engine: str, group: str, reference: str) -> None:
+    """One process of a group. Only what a forked child needs is imported here."""
+    log = os.open(os.path.join(group, f"log-{rank}"), os.O_CREAT | os.O_WRONLY)  # noqa: PTH118
+    os.dup2(log, 1)  # DeepSpeed talks a lot
+    os.dup2(log, 2)
+    try:
+        from .parity_rank import run_cases
+
+        run_cases(rank, world_size, engine, Path(group), Path(reference))
+    except BaseException:
+        (Path(group) / f"error-{rank}").write_text(traceback.format_exc(), encoding="utf-8")
+        os._exit(1)
+    os._exit(0)  # no waiting for threads of DeepSpeed's or gloo's
+
+
+def missing(engine: str) -> str:
+    """Why an engine cannot run here at all, or nothing."""
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        return "not run: DeepSpeed is not installed"
+    return ""
+
+
+def header() -> str:
+    """Head of the printed table."""
+    return (
+        f"tolerance: losses {LOSS_TOLERANCE:g}, gradients {GRADIENT_TOLERANCE:g} (relative), {STEPS} steps in fp32 "
+        f"({INTERPRETED_STEPS} interpreted)\n"
+        f"{'engine':<8}{'world':>6}{'accum':>6}  {'layout':<8}{'ckpt':<6}{'kernels':<11}{'loss':>9}{'gradient':>10}"
+    )
+
+
+def line(row: Row) -> str:
+    """One row of the printed table."""
+    case = row.case
+    text = f"{case.engine:<8}{case.world_size:>6}{case.accumulation:>6}  {case.layout:<8}"
+    text += f"{'on' if case.checkpointing else 'off':<6}{case.kernels:<11}"
+    if row.loss is not None and row.gradient is not None:
+        text += f"{row.loss:>9.1e}{row.gradient:>10.1e}"
+    return text + (f"  {row.problem.strip().splitlines()[-1]}" if row.problem else "  ok")
+
+
+def is_failure(row: Row) -> bool:
+    """Whether a row counts against this machine; an engine that is not installed does not."""
+    return bool(row.problem) and not missing(row.case.engine)
+
+
+def as_json(rows: Sequence[Row], seconds: float) -> str:
+    """All rows with the tolerances."""
+    head = {"loss_tolerance": LOSS_TOLERANCE, "gradient_tolerance": GRADIENT_TOLERANCE, "steps": STEPS}
+    return json.dumps(head | {"seconds": round(seconds, 1), "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
+
+
+def usable_kernels() -> tuple[str, ...]:
+    """The kernels axis here: compiled on a GPU; on a CPU the torch tier, and Triton's interpreter where triton is."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ("reference", "auto")
+    return ("reference", "torch", *(("triton",) if importlib.util.find_spec("triton") is not None else ()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write; 1 when a case is too far from the reference or fails."""
+    parser = argparse.ArgumentParser(prog="chatmill doctor --parity", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="the whole product instead of the covering set")
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--world-sizes", default=",".join(map(str, WORLD_SIZES)))
+    parser.add_argument("--kernels", help="default: all that work here")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--out", help="also write the JSON to this file")
+    options = parser.parse_args(arguments)
+    engines = options.engines.split(",")
+    unknown = sorted(set(engines) - set(ENGINES))
+    if unknown:
+        parser.error(f"--engines: {', '.join(unknown)} unknown; choose from {', '.join(ENGINES)}")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported: in the processes that are forked later
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
+    kernels = options.kernels.split(",") if options.kernels else usable_kernels()
+    product = all_cases(engines, [int(size) for size in options.world_sizes.split(",")], kernels)
+    if not product:
+        parser.error("no case left: `single` runs at world size 1 only")
+    cases = product if options.full else covering_set(product)
+    cases = sorted(cases, key=lambda case: (ENGINES.index(case.engine), case.world_size))
+    began = time.monotonic()
+    if not options.json:
+        print(header(), flush=True)
+    rows = run_parity(cases, (lambda row: None) if options.json else lambda row: print(line(row), flush=True))
+    seconds = time.monotonic() - began
+    failures = [row for row in rows if is_failure(row)]
+    if options.out:
+        Path(options.out).write_text(as_json(rows, seconds) + "\n", encoding="utf-8")
+    if options.json:
+        print(as_json(rows, seconds))
+    else:
+        for row in failures:
+            if row.loss is None:
+                print(f"\n{line(row)}\n{row.problem}")
+        worst = [max((v for v in values if v is not None), default=math.nan) for values in zip(*_figures(rows), strict=True)]
+        idle = sum(row.loss is None for row in rows) - sum(row.loss is None for row in failures)
+        left_out = f", {idle} not run (see above)" if idle else ""
+        print(
+            f"\n{len(rows) - idle} of {len(product)} cases in {seconds:.0f} s, {len(failures)} failed{left_out}; "
+            f"largest difference: loss {worst[0]:.1e} (tolerance {LOSS_TOLERANCE:g}), "
+            f"gradient {worst[1]:.1e} (tolerance {GRADIENT_TOLERANCE:g})"
+        )
+    return int(bool(failures))
+
+
+def _figures(rows: Sequence[Row]) -> list[tuple[float | None, float | None]]:
+    return [(row.loss, row.gradient) for row in rows]

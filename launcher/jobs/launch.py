@@ -1,0 +1,288 @@
+"""`chatmill launch`: show what would run, then run it on this machine or hand it to Slurm.
+
+    chatmill launch tiny --on torchrun --processes-per-node 2 optimizer.lr=1e-3
+    chatmill launch recipe.yaml --on slurm --nodes 4 --gpus-per-node 8 --time 24:00:00 --job cluster.yaml --dry-run
+
+--job names a YAML file of JobSpec fields (a cluster's partition, modules, container ...); options given here come on top.
+The job runs a copy of the code and of the resolved recipe that is kept in RUN/launches/NNN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chatmill.config import ConfigError, dump_yaml, validate
+
+from ...trainer.config import ModelConfig, Recipe
+from ..supervise.run_state import needed_lead_s
+from ..supervise.supervise import LOGS
+from .job import JobSpec
+from .resolve import Resolved, resolve
+from .slurm import render_sbatch, sbatch_command
+from .snapshot import new_launch, snapshot_code
+from .torchrun import accelerate_command, accelerate_config, single_command, torchrun_command
+
+# options of `chatmill launch` that are fields of JobSpec under the same name
+FIELDS: tuple[str, ...] = ("nodes", "gpus_per_node", "gpu_type", "processes_per_node", "cpus_per_task", "memory", "time")
+FIELDS += ("partition", "account", "qos", "constraint", "exclude", "chain", "signal_lead_s", "max_no_progress")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch before it is made. `node_rank` and `master_addr` are for several nodes without Slurm."""
+
+    on: str
+    spec: JobSpec
+    resolved: Resolved
+    starter: str = "torchrun"
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+
+
+def launch(options: argparse.Namespace) -> int:
+    """The command: returns the exit code."""
+    plan = make_plan(options)
+    print(describe(plan))
+    if options.dry_run:
+        from .plan import plan_lines
+
+        print(f"\n{plan_lines(plan.resolved.recipe, plan.spec.world_size, plan.spec.gpu_type)}\n")
+        print(preview(plan))
+        return 0
+    check_inputs(plan)
+    return start(plan, detach=options.detach)
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Validate everything that was typed. Raises ConfigError."""
+    fields: dict[str, Any] = {}
+    if options.job:
+        fields = yaml.safe_load(Path(options.job).read_text(encoding="utf-8")) or {}
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{options.job}: expected a mapping of JobSpec fields, got {type(fields).__name__}")
+    fields |= {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
+    if options.on == "local":
+        fields |= {"nodes": 1, "processes_per_node": 1}
+    draft = validate(JobSpec, fields, options.job or "chatmill launch")
+    resolved = resolve(options.recipe, options.overrides, draft.world_size)
+    run_dir = resolved.run_dir
+    if "name" not in fields:
+        fields["name"] = options.name or resolved.recipe.run.name
+    if "signal_lead_s" not in fields and (needed := needed_lead_s(run_dir)) is not None:
+        fields["signal_lead_s"] = max(60, math.ceil(needed))
+    spec = validate(JobSpec, fields | {"run_dir": str(run_dir), "arguments": resolved.arguments}, "chatmill launch")
+    if options.with_accelerate and options.on == "slurm":
+        raise ConfigError("--accelerate is for this machine; a Slurm job starts torchrun on every node")
+    if options.on != "slurm" and spec.container:
+        raise ConfigError("container: only Slurm jobs are started in a container")
+    if options.on == "torchrun" and spec.nodes > 1 and not options.dry_run and options.node_rank is None:
+        raise ConfigError(
+            f"--on torchrun --nodes {spec.nodes}: run this on every node, with --node-rank 0 to {spec.nodes - 1} and\n"
+            "--master-addr HOST (of node 0); --dry-run prints the commands. On a cluster use --on slurm."
+        )
+    starter = "accelerate" if options.with_accelerate else "torchrun"
+    return Plan(options.on, spec, resolved, starter, options.node_rank or 0, options.master_addr, options.master_port)
+
+
+def describe(plan: Plan) -> str:
+    """What will run, in figures: recipe, parameters, processes, tokens."""
+    recipe, spec = plan.resolved.recipe, plan.spec
+    shape = model_shape(recipe)
+    packs = spec.world_size * recipe.train.accumulation * recipe.train.micro_batch
+    step_tokens = packs * recipe.data.sequence_length
+    lines = [f"note: {note}" for note in plan.resolved.notes]
+    if plan.on == "slurm" and spec.cpus_per_task is None and "--exclusive" not in spec.options:
+        lines.append("note: no --cpus-per-task: each node's processes share what this cluster gives by default, often one CPU")
+    lines.append(f"run         {plan.resolved.run_dir}")
+    lines.append(f"processes   {spec.world_size} = {spec.nodes} node(s) x {spec.processes}, {recipe.parallel.strategy}")
+    if shape is None:
+        lines.append(f"parameters  unknown: {recipe.model.checkpoint} cannot be read from here")
+    else:
+        counts = shape.parameter_counts()
+        parts = "  ".join(f"{name} {count:,}" for name, count in counts.items() if name != "total" and count)
+        lines.append(f"parameters  {counts['total']:,}  ({parts})")
+        flops = shape.flops_per_token(recipe.data.sequence_length) * step_tokens
+        lines.append(f"per step    {flops:.3g} FLOPs at most (every pack one dialogue)")
+    lines.append(f"tokens      {packs} packs x {recipe.data.sequence_length} = {step_tokens:,} per step at most")
+    train = recipe.train
+    if train.epochs is None and train.tokens is None:
+        lines.append(f"steps       {train.steps:,}, {step_tokens * train.steps:,} tokens at most")
+    else:
+        budgets = [f"{n:,} {what}" for n, what in ((train.epochs, "epoch(s)"), (train.tokens, "tokens")) if n is not None]
+        lines.append(f"steps       counted at the start, for {' or '.join(budgets)}")
+    return "\n".join(lines)
+
+
+def model_shape(recipe: Recipe) -> ModelConfig | None:
+    """The shape that will train, or None when it is in a checkpoint that cannot be read from here."""
+    if recipe.model.checkpoint is None:
+        return recipe.model.shape()
+    folder = Path(recipe.model.checkpoint)
+    found = sorted(folder.glob("checkpoints/step-*/config.json"))
+    file = found[-1] if found else folder / "config.json"
+    return validate(ModelConfig, json.loads(file.read_text(encoding="utf-8")), str(file)) if file.is_file() else None
+
+
+def preview(plan: Plan) -> str:
+    """Exactly what would run: the resolved recipe, then the command or the script with its sbatch line."""
+    place = Path(plan.spec.run_dir or "") / "launches" / "NNN"
+    parts = [f"\n# resolved recipe\n{dump_yaml(plan.resolved.recipe)}"]
+    if plan.spec.environment:
+        shown = sorted(plan.spec.environment.items())
+        parts.append("# environment\n" + "".join(f"{name}={shlex.quote(value)}\n" for name, value in shown))
+    spec = _placed(plan.spec, place)
+    if plan.on == "slurm":
+        script = str(place / "job.sh")
+        parts.append(f"# {script}\n{render_sbatch(spec)}\n# command\n{shlex.join(sbatch_command(spec, script))}")
+    else:
+        if plan.starter == "accelerate":
+            parts.append(f"# {place / 'accelerate.yaml'}\n{yaml.safe_dump(accelerate_config(spec), sort_keys=False)}")
+        ranks = range(spec.nodes) if plan.on == "torchrun" and spec.nodes > 1 else (0,)
+        parts += [f"# node {rank}\n{shlex.join(local_command(plan, spec, place, rank))}" for rank in ranks]
+    return "\n".join(parts) + "\nnothing was started (--dry-run)"
+
+
+def check_inputs(plan: Plan) -> None:
+    """Refuse now what would fail in the queue: missing data, checkpoint or secrets. Raises ConfigError."""
+    recipe = plan.resolved.recipe
+    missing = [name for name in plan.spec.secrets if name not in os.environ]
+    if missing:
+        raise ConfigError(f"secrets: {', '.join(missing)} is not set in this shell; export it before launching")
+    if plan.spec.container:
+        return  # paths are those inside the image
+    for path in recipe.data.paths.values():
+        if not (Path(path) / "manifest.json").is_file():
+            raise ConfigError(f"data.path: {path} is no finished data set (no manifest.json); run: chatmill data build")
+    if model_shape(recipe) is None:
+        raise ConfigError(f"model.checkpoint: {recipe.model.checkpoint} holds no config.json")
+
+
+def start(plan: Plan, detach: bool) -> int:
+    """Snapshot, start or submit, and print what to type next."""
+    run_dir = plan.resolved.run_dir
+    folder = new_launch(run_dir)
+    (run_dir / "logs").mkdir(exist_ok=True)
+    snapshot_code(folder)
+    (folder / "config.yaml").write_text(dump_yaml(plan.resolved.recipe), encoding="utf-8")
+    spec = _placed(plan.spec, folder)
+    record: dict[str, Any] = {"on": plan.on, "time": round(time.time(), 3), "cwd": str(Path.cwd()), "typed": sys.argv[1:]}
+    record["spec"] = spec.model_dump(mode="json")
+    if plan.on == "slurm":
+        script = folder / "job.sh"
+        script.write_text(render_sbatch(spec), encoding="utf-8")
+        script.chmod(0o755)
+        command = sbatch_command(spec, str(script))
+        job = submit(command)
+        _write_record(folder, record | {"command": command, "job": job})
+        print(f"\nsubmitted as Slurm job {job}; then:")
+        print(next_commands(run_dir))
+        return 0
+    if plan.starter == "accelerate":
+        config = accelerate_config(spec, master_addr=plan.master_addr, master_port=plan.master_port)
+        (folder / "accelerate.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    supervisor = [spec.python or sys.executable, "-m", "chatmill.launcher.supervise", "--run-dir", str(run_dir)]
+    supervisor += ["--max-no-progress", str(spec.max_no_progress), "--"]
+    command = [*supervisor, *local_command(plan, spec, folder, plan.node_rank)]
+    _write_record(folder, record | {"command": command, "variables": dict(spec.environment) | local_variables(spec)})
+    return run_here(folder, detach)
+
+
+def run_here(folder: Path, detach: bool) -> int:
+    """Start what folder/job.json describes on this machine: in this terminal (this process becomes it) or behind it."""
+    record = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    run_dir = folder.parents[1]
+    environment = os.environ | record["variables"]
+    if not detach:
+        print(f"\nfrom another terminal:\n{next_commands(run_dir)}\n", flush=True)
+        os.chdir(record["cwd"])
+        os.execvpe(record["command"][0], record["command"], environment)
+    output = run_dir / "logs" / f"launch-{folder.name}.out"
+    with output.open("ab") as log:
+        child = subprocess.Popen(
+            record["command"],
+            env=environment,
+            cwd=record["cwd"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    print(f"\nstarted as process {child.pid}, output in {output}; then:\n{next_commands(run_dir)}")
+    return 0
+
+
+def local_command(plan: Plan, spec: JobSpec, folder: Path, node_rank: int) -> list[str]:
+    """Words of the training processes on this machine."""
+    python = spec.python or sys.executable
+    if plan.starter == "accelerate":
+        beside = Path(python).with_name("accelerate")
+        return accelerate_command(
+            spec,
+            accelerate=str(beside) if beside.exists() else "accelerate",
+            config_file=str(folder / "accelerate.yaml"),
+            script=str(folder / "code" / "trainer" / "train.py"),
+            node_rank=node_rank,
+        )
+    if plan.on == "local":
+        return single_command(spec, python=python)
+    return torchrun_command(
+        spec, python=python, log_dir=LOGS, node_rank=node_rank, master_addr=plan.master_addr, master_port=plan.master_port
+    )
+
+
+def local_variables(spec: JobSpec) -> dict[str, str]:
+    """Variables that make the snapshot run, and let workers take their time to save."""
+    source = f"{spec.code}/src"
+    path = os.environ.get("PYTHONPATH")
+    return {
+        "PYTHONPATH": f"{source}{os.pathsep}{path}" if path else source,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(spec.signal_lead_s),
+        "CHATMILL_RUN_DIR": str(spec.run_dir),
+    }
+
+
+def submit(command: list[str], cwd: Path | None = None) -> str:
+    """Run sbatch; returns the job id. Raises ConfigError with Slurm's own words."""
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ConfigError("sbatch not found: launch from a login node of the cluster, or use --on torchrun here") from None
+    if done.returncode:
+        raise ConfigError(f"sbatch refused the job: {(done.stderr or done.stdout).strip()}")
+    return done.stdout.strip().splitlines()[-1].split(";")[0]
+
+
+def next_commands(run_dir: Path) -> str:
+    """The three commands to type next."""
+    run = shlex.quote(os.path.relpath(run_dir)) if run_dir.is_relative_to(Path.cwd()) else shlex.quote(str(run_dir))
+    return f"  chatmill status {run}\n  chatmill logs {run} --follow\n  chatmill cancel {run}"
+
+
+def _placed(spec: JobSpec, folder: Path) -> JobSpec:
+    """The spec that runs the snapshot in `folder`."""
+    changes: Mapping[str, Any] = {
+        "code": str(folder / "code"),
+        "python": spec.python or (None if spec.container else sys.executable),
+        "arguments": (str(folder / "config.yaml"),),
+    }
+    return spec.model_copy(update=dict(changes))
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    (folder / "job.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

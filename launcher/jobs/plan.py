@@ -1,0 +1,132 @@
+"""`chatmill plan`: the figures of trainer/plan/plan.py for a recipe, with what its data set and its checkpoint say.
+
+    chatmill plan 8b --gpu h100 --gpus 16 train.micro_batch=2 [--json]
+
+The memory of activations needs torch (on the CPU, nothing is computed); on a login node without it one
+line says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from chatmill.config import ConfigError
+
+from ...trainer.config import Recipe
+from ...trainer.plan.hardware import find_gpu, known_gpu
+from .launch import model_shape
+from .resolve import resolve
+
+DEFAULT_GPU = "h100"
+NO_TORCH = "plan        not made: torch is not installed here (it is needed to trace the model's activations, no GPU is)"
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """loss_share: supervised tokens / tokens. context: sum of length^2 / sum of length, in tokens. tokens: of one pass."""
+
+    loss_share: float
+    context: float
+    tokens: int
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    """The command: prints the plan; 1 where no engine fits, 2 without torch."""
+    gpus = options.gpus or 1
+    resolved = resolve(options.recipe, options.overrides, gpus)
+    if importlib.util.find_spec("torch") is None:
+        print(NO_TORCH)
+        return 2
+    from ...trainer.plan.plan import MFU, as_json, make_plan, show
+
+    recipe = resolved.recipe
+    shape = model_shape(recipe)
+    notes = list(resolved.notes)
+    if shape is None:
+        notes.append(f"{recipe.model.checkpoint} cannot be read from here: the shape written in the recipe is used")
+        shape = recipe.model.shape()
+    facts = data_facts(recipe)
+    if facts is None:
+        notes.append(f"{', '.join(recipe.data.paths.values())} cannot be read from here: every token is taken to carry loss")
+    if recipe.train.precision == "fp32":
+        notes.append("the time is for bf16: train.precision=fp32 is several times slower on a GPU")
+    plan = make_plan(
+        recipe,
+        shape,
+        find_gpu(options.gpu or DEFAULT_GPU),
+        gpus,
+        mfu=MFU if options.mfu is None else options.mfu,
+        loss_share=facts.loss_share if facts else 1.0,
+        context=facts.context if facts else None,
+        steps=count_steps(recipe, gpus, facts),
+        notes=notes,
+    )
+    print(as_json(plan) if options.json else show(plan))
+    return int(plan.engine is None)
+
+
+def plan_lines(recipe: Recipe, world_size: int, gpu_type: str | None) -> str:
+    """For `chatmill launch --dry-run`: the recipe's own engine at the world size that would start."""
+    if importlib.util.find_spec("torch") is None:
+        return NO_TORCH
+    from ...trainer.plan.plan import make_plan, show
+
+    shape = model_shape(recipe)
+    if shape is None:
+        return f"plan        not made: {recipe.model.checkpoint} cannot be read from here"
+    gpu = known_gpu(gpu_type or DEFAULT_GPU)
+    notes = [] if gpu_type and gpu else [f"planned for a GPU of type {DEFAULT_GPU}: give another with --gpu-type"]
+    facts = data_facts(recipe)
+    plan = make_plan(
+        recipe,
+        shape,
+        gpu or find_gpu(DEFAULT_GPU),
+        world_size,
+        engines=[recipe.parallel.strategy],
+        world_sizes=[world_size],
+        loss_share=facts.loss_share if facts else 1.0,
+        context=facts.context if facts else None,
+        steps=count_steps(recipe, world_size, facts),
+        notes=notes,
+    )
+    return show(plan)
+
+
+def data_facts(recipe: Recipe) -> DataFacts | None:
+    """From the indices of the training data, lengths cut at the pack; None where a data set cannot be read."""
+    from ...data.shards.dataset import TokenDataset
+
+    lengths, losses = [], []
+    for path in recipe.data.paths.values():
+        try:
+            dataset = TokenDataset.open(Path(path), "train")
+        except (ConfigError, OSError):
+            return None
+        lengths.append(np.asarray(dataset.lengths, dtype=np.float64))
+        losses.append(float(np.sum(dataset.loss_tokens)))
+        dataset.close()
+    whole = np.concatenate(lengths)
+    if not whole.size:
+        return None
+    cut = np.minimum(whole, recipe.data.sequence_length)
+    share = sum(losses) / float(whole.sum())
+    return DataFacts(share, float((cut * cut).sum() / cut.sum()), int(cut.sum()))
+
+
+def count_steps(recipe: Recipe, world_size: int, facts: DataFacts | None) -> int | None:
+    """Steps where the recipe says epochs or tokens instead; None leaves train.steps. About: padding is not known here."""
+    train = recipe.train
+    step_tokens = world_size * train.accumulation * train.micro_batch * recipe.data.sequence_length
+    wanted = [train.tokens] if train.tokens is not None else []
+    if train.epochs is not None and facts is not None:
+        wanted.append(train.epochs * facts.tokens)
+    if not wanted:
+        return None
+    steps = math.ceil(min(wanted) / step_tokens)
+    return min(steps, train.steps) if "steps" in train.model_fields_set else steps

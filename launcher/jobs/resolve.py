@@ -1,0 +1,75 @@
+"""Recipe and overrides as they will run in a world of so many processes.
+
+    python -m chatmill.launcher.jobs.resolve --world-size 4 tiny optimizer.lr=1e-3     # what slurm/train.sh asks
+
+Prints the run folder, then one argument per line. A recipe for one process becomes parallel.strategy=ddp when several are
+started (and says so on stderr), unless `single` was asked for by an override.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from chatmill.config import ConfigError
+
+from ...trainer.config import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The validated recipe, the arguments that give it, and what was changed (for the user's eyes)."""
+
+    recipe: Recipe
+    arguments: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute folder of the run."""
+        return self.recipe.run_dir.absolute()
+
+
+def resolve(name: str, overrides: Sequence[str], world_size: int) -> Resolved:
+    """Validate a recipe for a world of `world_size` processes. Raises ConfigError."""
+    for word in (name, *overrides):
+        if not word.isprintable():
+            raise ConfigError(f"{word!r}: line breaks and control characters are refused in a recipe's name and overrides")
+    recipe = load_recipe(name, overrides)
+    notes: list[str] = []
+    words = list(overrides)
+    if world_size > 1 and recipe.parallel.strategy == "single":
+        if any(word.startswith("parallel.strategy=") for word in overrides):
+            raise ConfigError(
+                f"parallel.strategy=single was asked for, but {world_size} processes would start.\n"
+                "Use ddp, fsdp2, zero1, zero2 or zero3, or start one process on one node."
+            )
+        words.append("parallel.strategy=ddp")
+        recipe = load_recipe(name, words)
+        notes.append(f"the recipe is for one process, {world_size} are started: parallel.strategy=ddp")
+    return Resolved(recipe, (name, *words), tuple(notes))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print run folder and arguments; 2 for a recipe that cannot work."""
+    parser = argparse.ArgumentParser(prog="python -m chatmill.launcher.jobs.resolve")
+    parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args(arguments)
+    try:
+        found = resolve(options.recipe, options.overrides, options.world_size)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    print(found.run_dir, *found.arguments, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""What a sweep found: table, best recipe, and one self-contained HTML page.
+
+SWEEP/{best.yaml, trials.json, report.html}: history, parallel coordinates, importance of each field (PED-ANOVA,
+arXiv:2304.10255) and, where `scaling` names an axis, the fitted curve metric = a + b * x^-c with a, b, c >= 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+
+from chatmill.config import ConfigError
+from chatmill.run_files import read_jsonl
+
+from .config import SweepConfig
+from .study import load_optuna, open_study
+
+WIDTH, HEIGHT, PAD = 900.0, 300.0, 45.0
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One trial. value: the metric at its last validation; None when it never got to one. x: its place on the scaling axis."""
+
+    number: int
+    state: str
+    values: dict[str, Any]
+    value: float | None
+    step: int
+    run: str
+    seconds: float | None
+    x: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ScalingFit:
+    """metric = a + b * x^-c, least squares. residual: root mean square; points: different x that were fitted."""
+
+    a: float
+    b: float
+    c: float
+    residual: float
+    points: int
+
+    def at(self, x: float) -> float:
+        """The fitted metric at x."""
+        return self.a + self.b * x**-self.c
+
+
+def write_results(sweep: SweepConfig) -> list[TrialResult]:
+    """Write trials.json, best.yaml and report.html; returns the trials, best first."""
+    study = open_study(sweep)
+    trials = collect(study, sweep)
+    (sweep.folder / "trials.json").write_text(json.dumps([asdict(t) for t in trials], indent=1) + "\n", encoding="utf-8")
+    best = best_of(trials)
+    if best is not None:
+        (sweep.folder / "best.yaml").write_text(best_recipe(sweep, best), encoding="utf-8")
+    fit = fit_scaling([(t.x, t.value) for t in trials if t.state == "complete" and t.x and t.value is not None], sweep.maximise)
+    page = render(sweep, trials, importance(study), fit)
+    (sweep.folder / "report.html").write_text(page, encoding="utf-8")
+    return trials
+
+
+def collect(study: Any, sweep: SweepConfig) -> list[TrialResult]:
+    """All trials of a study, complete ones first, from best to worst. Pieces of trials that were put back are left out."""
+    found = []
+    for trial in study.get_trials(deepcopy=False):
+        if "put_back" in trial.user_attrs:
+            continue
+        run = sweep.folder / "runs" / trial.user_attrs.get("run", "")
+        value = trial.value if trial.value is not None else next(reversed(trial.intermediate_values.values()), None)
+        seconds = trial.duration.total_seconds() if trial.duration else None
+        found.append(
+            TrialResult(
+                number=trial.number,
+                state={"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower()),
+                values=dict(trial.params),
+                value=value,
+                step=max((line["step"] for line in read_jsonl(run / "metrics.jsonl")), default=0),
+                run=str(run),
+                seconds=seconds,
+                x=_scaling_x(sweep, trial.params, run),
+                error=str(trial.user_attrs.get("error", "")),
+            )
+        )
+    sign = -1.0 if sweep.maximise else 1.0
+    return sorted(found, key=lambda t: (t.state != "complete", t.value is None, sign * (t.value or 0.0), t.number))
+
+
+def best_of(trials: Sequence[TrialResult]) -> TrialResult | None:
+    """The best complete trial, of trials sorted as `collect` does."""
+    return trials[0] if trials and trials[0].state == "complete" else None
+
+
+def best_recipe(sweep: SweepConfig, best: TrialResult) -> str:
+    """The best trial's resolved recipe as a file to train from, under a name of its own."""
+    recipe = sweep.trial_recipe(best.values, f"{sweep.name}-best").model_dump(mode="json")
+    recipe["run"]["dir"] = "runs"
+    head = f"# Best of sweep {sweep.name}: trial {best.number}, {sweep.metric} {best.value:.6g} after {best.step} steps.\n"
+    return head + yaml.safe_dump(recipe, sort_keys=False)
+
+
+def importance(study: Any) -> dict[str, float]:
+    """Share of each field in what separates good trials from the rest; empty with too few complete trials."""
+    optuna = load_optuna()
+    complete = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
+    if len(complete) < 4 or len({t.value for t in complete}) < 2:
+        return {}
+    shares = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+    return {name: float(share) for name, share in shares.items() if math.isfinite(share)}
+
+
+def fit_scaling(points: Sequence[tuple[float | None, float | None]], maximise: bool = False) -> ScalingFit | None:
+    """Fit a + b * x^-c to the best metric at each x; None below four different x, and for a metric that is maximised."""
+    best: dict[float, float] = {}
+    for x, y in points:
+        if x is not None and y is not None and x > 0 and math.isfinite(y):
+            best[x] = min(y, best.get(x, math.inf))
+    if maximise or len(best) < 4:
+        return None
+    xs = np.array(sorted(best), dtype=np.float64)
+    ys = np.array([best[key] for key in sorted(best)], dtype=np.float64)
+    scale = xs[0]  # keeps x^-c near one, whatever the unit
+    found: tuple[float, float, float, float] | None = None
+    for c in np.geomspace(0.01, 3.0, 600):
+        matrix = np.stack([np.ones_like(xs), (xs / scale) ** -c], axis=1)
+        (a, b), *_ = np.linalg.lstsq(matrix, ys, rcond=None)
+        if a < 0:  # a loss does not fall below zero: fit through a = 0
+            a, b = 0.0, float((matrix[:, 1] @ ys) / (matrix[:, 1] @ matrix[:, 1]))
+        if b < 0:
+            continue
+        residual = float(np.sqrt(np.mean((matrix @ np.array([a, b]) - ys) ** 2)))
+        if found is None or residual < found[3]:
+            found = (float(a), float(b) * scale**c, float(c), residual)
+    return ScalingFit(*found, points=len(xs)) if found else None
+
+
+def _scaling_x(sweep: SweepConfig, values: dict[str, Any], run: Path) -> float | None:
+    if sweep.scaling is None:
+        return None
+    if sweep.scaling == "tokens":
+        return max((float(m["total_tokens"]) for m in read_jsonl(run / "metrics.jsonl") if "total_tokens" in m), default=None)
+    if sweep.scaling == "parameters":
+        try:
+            return float(sweep.trial_recipe(values, "x").model.shape().parameter_counts()["total"])
+        except ConfigError:
+            return None
+    value = values.get(sweep.scaling)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def table(sweep: SweepConfig, trials: Sequence[TrialResult], most: int = 20) -> str:
+    """The best trials for a terminal."""
+    names = list(sweep.space)
+    rows = [["trial", "state", sweep.metric, "step", *names]]
+    for trial in trials[:most]:
+        value = "-" if trial.value is None else f"{trial.value:.4f}"
+        rows.append([str(trial.number), trial.state, value, str(trial.step), *(_short(trial.values.get(n)) for n in names)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def render(sweep: SweepConfig, trials: list[TrialResult], shares: dict[str, float], fit: ScalingFit | None) -> str:
+    """The page: no script, no outside resource; every word of the sweep file is escaped."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["short"] = _short
+    template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
+    shown = [t for t in trials if t.value is not None and math.isfinite(t.value)]
+    return template.render(
+        sweep=sweep,
+        trials=trials,
+        best=best_of(trials),
+        names=list(sweep.space),
+        shares=sorted(shares.items(), key=lambda item: -item[1]),
+        fit=fit,
+        width=WIDTH,
+        height=HEIGHT,
+        pad=PAD,
+        history=history(shown, sweep.maximise),
+        coordinates=parallel_coordinates(sweep, shown),
+        scaling=scaling_chart([t for t in shown if t.state == "complete" and t.x], fit) if fit else None,
+    )
+
+
+def history(trials: Sequence[TrialResult], maximise: bool) -> dict[str, Any]:
+    """Points of metric by trial number, and the line of the best so far."""
+    ordered = sorted(trials, key=lambda t: t.number)
+    place = _scale([t.value or 0.0 for t in ordered])
+    last = max((t.number for t in ordered), default=1) or 1
+    dots, line, best = [], [], None
+    for trial in ordered:
+        value = trial.value or 0.0
+        x = PAD + (WIDTH - 2 * PAD) * trial.number / last
+        dots.append({"x": x, "y": place(value), "state": trial.state, "text": f"trial {trial.number}: {value:.4f}"})
+        if trial.state == "complete":
+            best = value if best is None else (max if maximise else min)(best, value)
+            line.append(f"{x:.1f},{place(best):.1f}")
+    values = [t.value or 0.0 for t in ordered]
+    return {"dots": dots, "line": " ".join(line), "low": min(values, default=0.0), "high": max(values, default=0.0)}
+
+
+def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialResult]) -> dict[str, Any]:
+    """One vertical axis per field and one for the metric; a line per trial, the better the darker."""
+    names = [*sweep.space, sweep.metric]
+    axes: list[dict[str, Any]] = []
+    for i, name in enumerate(names):
+        x = PAD + (WIDTH - 2 * PAD) * i / max(1, len(names) - 1)
+        found: list[Any] = [t.value if name == sweep.metric else t.values.get(name) for t in trials]
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in found)
+        is_log = name in sweep.space and sweep.space[name].log
+        if numbers and found:
+            place = _scale([float(v) for v in found if v is not None], is_log)
+            ends = (_short(min(found)), _short(max(found)))
+        else:
+            words = sorted({str(v) for v in found})
+            at = {w: PAD + (HEIGHT - 2 * PAD) * (k + 0.5) / max(1, len(words)) for k, w in enumerate(words)}
+            place, ends = (lambda v, at=at: at[str(v)]), (", ".join(reversed(words)), "")
+        axes.append({"name": name, "x": x, "place": place, "low": ends[0], "high": ends[1]})
+    lines = []
+    for rank, trial in enumerate(reversed(trials)):
+        values = [trial.value if axis["name"] == sweep.metric else trial.values.get(str(axis["name"])) for axis in axes]
+        points = [f"{axis['x']:.1f},{axis['place'](value):.1f}" for axis, value in zip(axes, values, strict=True)]
+        share = (rank + 1) / len(trials)
+        lines.append({"points": " ".join(points), "opacity": 0.15 + 0.85 * share**2, "state": trial.state})
+    return {"axes": axes, "lines": lines}
+
+
+def scaling_chart(trials: Sequence[TrialResult], fit: ScalingFit) -> dict[str, Any]:
+    """Measured points and the fitted curve over a logarithmic x."""
+    xs, ys = [t.x or 1.0 for t in trials], [t.value or 0.0 for t in trials]
+    place, low, high = _scale(ys), math.log(min(xs)), math.log(max(xs))
+
+    def across(x: float) -> float:
+        return PAD + (WIDTH - 2 * PAD) * (math.log(x) - low) / max(1e-12, high - low)
+
+    curve = [math.exp(low + (high - low) * i / 60) for i in range(61)]
+    return {
+        "dots": [{"x": across(x), "y": place(y), "text": f"{x:.4g}: {y:.4f}"} for x, y in zip(xs, ys, strict=True)],
+        "line": " ".join(f"{across(x):.1f},{place(fit.at(x)):.1f}" for x in curve),
+        "ends": (f"{min(xs):.4g}", f"{max(xs):.4g}"),
+    }
+
+
+def _scale(values: Sequence[float], is_log: bool = False) -> Any:
+    """A function from a value to a height in the picture; small values are low."""
+    bend = math.log if is_log else float
+    low, high = (bend(min(values)), bend(max(values))) if values else (0.0, 1.0)
+    span = high - low or 1.0
+    return lambda value: HEIGHT - PAD - (HEIGHT - 2 * PAD) * (bend(value) - low) / span

@@ -1,0 +1,152 @@
+"""The sweep's memory: an Optuna study in a journal file, safe for workers on several nodes.
+
+A journal (one appended line per event) rather than SQLite, which breaks on network file systems. Trials are given out to one
+worker at a time under a lock, so the number of trials is exact and no two workers draw the same random values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chatmill.config import ConfigError
+
+from .config import Axis, SweepConfig
+
+JOURNAL = "journal.log"
+HEARTBEAT = "heartbeat"
+STALE_S = 120.0
+
+
+def load_optuna() -> Any:
+    """The optuna module, quiet. Raises ConfigError where it is not installed."""
+    try:
+        optuna: Any = importlib.import_module("optuna")
+    except ImportError:
+        raise ConfigError("chatmill sweep needs optuna: pip install 'chatmill[sweep]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def open_study(sweep: SweepConfig) -> Any:
+    """Create or load the study; a grid's points are put in line once."""
+    optuna = load_optuna()
+    journal: Any = importlib.import_module("optuna.storages.journal")
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(sweep.folder / JOURNAL)))
+    with lock(sweep.folder):
+        study = optuna.create_study(
+            study_name=sweep.name,
+            storage=storage,
+            load_if_exists=True,
+            direction="maximize" if sweep.maximise else "minimize",
+            sampler=_sampler(optuna, sweep, 0),
+            pruner=_pruner(optuna, sweep),
+        )
+        if sweep.sampler == "grid" and not study.trials:
+            for point in sweep.grid()[: sweep.trials]:
+                study.enqueue_trial(point)
+    return study
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One worker at a time."""
+    with (folder / "lock").open("a") as handle:
+        fcntl.lockf(handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(handle, fcntl.LOCK_UN)
+
+
+def ask(study: Any, sweep: SweepConfig) -> Any | None:
+    """The next trial with its values, or None when all have been given out.
+
+    Trials whose worker died are put back first: they keep their run folder, so the trainer continues them.
+    """
+    optuna = load_optuna()
+    with lock(sweep.folder):
+        _put_back_orphans(study, sweep)
+        trials = study.get_trials(deepcopy=False)
+        waiting = [t for t in trials if t.state == optuna.trial.TrialState.WAITING]
+        given = [t for t in trials if t.state.is_finished() or t.state == optuna.trial.TrialState.RUNNING]
+        given = [t for t in given if "put_back" not in t.user_attrs]
+        if not waiting and (len(given) >= sweep.trials or sweep.sampler == "grid"):
+            return None
+        study.sampler = _sampler(optuna, sweep, len(trials))
+        trial = study.ask({key: distribution(axis) for key, axis in sweep.space.items()})
+        if "run" not in trial.user_attrs:
+            trial.set_user_attr("run", f"trial-{trial.number:04d}")
+        beat(sweep.folder / "runs" / trial.user_attrs["run"])
+        return trial
+
+
+def put_back(study: Any, number: int, sweep: SweepConfig) -> None:
+    """Give an unfinished trial up for another worker, with its values and its run folder."""
+    optuna = load_optuna()
+    frozen = study.get_trials(deepcopy=False)[number]
+    study._storage.set_trial_user_attr(frozen._trial_id, "put_back", True)
+    study.tell(number, state=optuna.trial.TrialState.FAIL)
+    run = frozen.user_attrs.get("run", f"trial-{number:04d}")
+    study.enqueue_trial(frozen.params, user_attrs={"run": run})
+
+
+def _put_back_orphans(study: Any, sweep: SweepConfig) -> None:
+    optuna = load_optuna()
+    for trial in study.get_trials(deepcopy=True, states=(optuna.trial.TrialState.RUNNING,)):
+        run = trial.user_attrs.get("run")
+        if run is None or not is_alive(sweep.folder / "runs" / run):
+            put_back(study, trial.number, sweep)
+
+
+def beat(run_dir: Path) -> None:
+    """Say that this process works on the trial in run_dir."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / HEARTBEAT).write_text(f"{os.uname().nodename} {os.getpid()}\n", encoding="utf-8")
+
+
+def is_alive(run_dir: Path) -> bool:
+    """Whether a worker said so lately; on its own machine its process is asked for."""
+    file = run_dir / HEARTBEAT
+    try:
+        host, pid = file.read_text(encoding="utf-8").split()
+        age = time.time() - file.stat().st_mtime
+    except (OSError, ValueError):
+        return False
+    if host == os.uname().nodename and not Path(f"/proc/{pid}").exists():
+        return False
+    return age < STALE_S
+
+
+def distribution(axis: Axis) -> Any:
+    """The axis as Optuna has it."""
+    optuna = load_optuna()
+    if axis.choices:
+        return optuna.distributions.CategoricalDistribution(axis.choices)
+    if axis.is_integer:
+        return optuna.distributions.IntDistribution(axis.low, axis.high, log=axis.log, step=axis.step or 1)
+    return optuna.distributions.FloatDistribution(float(axis.low or 0), float(axis.high or 0), log=axis.log, step=axis.step)
+
+
+def _sampler(optuna: Any, sweep: SweepConfig, count: int) -> Any:
+    seed = sweep.seed * 100_003 + count
+    if sweep.sampler != "tpe":
+        return optuna.samplers.RandomSampler(seed=seed)
+    startup = max(4, sweep.trials // 4)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
+
+
+def _pruner(optuna: Any, sweep: SweepConfig) -> Any:
+    pruning = sweep.pruning
+    if pruning.kind == "none":
+        return optuna.pruners.NopPruner()
+    if pruning.kind == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_early_stopping_rate=0, min_resource=max(1, pruning.warmup_steps))
+    return optuna.pruners.MedianPruner(n_startup_trials=pruning.startup_trials, n_warmup_steps=pruning.warmup_steps)

@@ -1,0 +1,95 @@
+#!/bin/bash
+# Trains RECIPE on every node and GPU of the allocation, as one run. The same command continues a run that was stopped.
+#
+#   sbatch slurm/train.sh RECIPE [section.field=value ...]
+#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train.sh RECIPE parallel.strategy=fsdp2
+#   sbatch --nodes=2 --ntasks-per-node=2 slurm/train.sh RECIPE        # no GPUs: two processes on each of two nodes
+#   sbatch --array=1-10%1 --time=04:00:00 slurm/train.sh RECIPE       # ten wall times, one after the other
+#
+# Near the time limit (--signal) all ranks save and the job requeues itself; after a crash they start again from the newest
+# checkpoint. Environment: CHATMILL_PYTHON, CHATMILL_PROCESSES (per node), CHATMILL_PREFLIGHT=0|1, CHATMILL_NODE_CHECK=PROGRAM,
+# CHATMILL_HANG_S. This file is written by launcher/jobs/slurm.py (tests compare them): change it there.
+#SBATCH --job-name=chat
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=h100:8
+#SBATCH --cpus-per-task=96
+#SBATCH --mem=900G
+#SBATCH --time=2-00:00:00
+#SBATCH --partition=train
+#SBATCH --account=lab-7
+#SBATCH --qos=high
+#SBATCH --constraint="h100&(ib|roce)"
+#SBATCH --exclude=gpu[03,07-09]
+#SBATCH --array=1-10%1
+#SBATCH --signal=B:USR1@420
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --reservation=winter
+#SBATCH --exclusive
+
+module load cuda/12.8
+module load nccl
+export GREETING='it'"'"'s $(date) "quoted" `x`'
+export NCCL_SOCKET_IFNAME=ib0
+: "${HF_TOKEN:?export HF_TOKEN in the shell that submits this job}"
+ulimit -n 65536
+export CHATMILL_CODE=/shared/runs/chat/launches/001/code
+export CHATMILL_PYTHON=/opt/venv/bin/python
+export CHATMILL_PROCESSES=8
+set -- /shared/runs/chat/launches/001/config.yaml
+CHATMILL_RUN_DIR=/shared/runs/chat
+CHATMILL_LEAD=420
+CHATMILL_MAX_NO_PROGRESS=5
+export CHATMILL_PREFLIGHT=${CHATMILL_PREFLIGHT:-$((SLURM_NNODES > 1 && ${SLURM_GPUS_ON_NODE:-0} > 0))}
+srun_options=()
+container=()
+
+set -euo pipefail
+trap '' USR1                                  # until the supervisor takes over at the end of this script
+run_dir=$CHATMILL_RUN_DIR
+arguments=("$@")
+(( $# )) || { echo "usage: sbatch slurm/train.sh RECIPE [section.field=value ...]" >&2; exit 2; }
+cd "$SLURM_SUBMIT_DIR"                         # $0 is a copy in Slurm's spool folder: it cannot be used to find the code
+if [[ -d $CHATMILL_CODE/src/chatmill ]]; then export PYTHONPATH=$CHATMILL_CODE/src${PYTHONPATH:+:$PYTHONPATH}; fi
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1     # the checkout itself must not come first on sys.path
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$CHATMILL_LEAD
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_NTASKS SLURM_NPROCS  # one task per node, with all its CPUs
+
+# One rendezvous: the first node, by the address that Slurm itself uses. The supervisor adds a port of this job's own.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR=${MASTER_ADDR:-$first}
+
+# Refuse a recipe that cannot work before any node starts; learn where it writes.
+if [[ -z $run_dir ]]; then
+  resolved=$("$CHATMILL_PYTHON" -m chatmill.launcher.jobs.resolve --world-size $((SLURM_NNODES * CHATMILL_PROCESSES)) -- "$@")
+  mapfile -t arguments <<<"$resolved"
+  run_dir=${arguments[0]}
+  arguments=("${arguments[@]:1}")
+fi
+export CHATMILL_RUN_DIR=$run_dir
+mkdir -p "$run_dir/logs"
+
+# What each node runs. torchrun would die of USR1, so it ignores it; the workers install a handler of their own.
+node_program='
+trap "" USR1
+agent=("$CHATMILL_PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID"
+  --nproc-per-node="$CHATMILL_PROCESSES" --rdzv-backend=static --master-addr="$MASTER_ADDR" --max-restarts=0
+  --redirects=3 --tee=3 --local-ranks-filter=0)
+logs=$CHATMILL_LOGS/node-$SLURM_NODEID
+"$CHATMILL_PYTHON" -m chatmill.launcher.supervise.node_check \
+  --gpus "${SLURM_GPUS_ON_NODE:-0}" --folder "$CHATMILL_RUN_DIR" || exit 78
+if (( CHATMILL_PREFLIGHT )); then
+  "${agent[@]}" --master-port=$((MASTER_PORT + 1)) --log-dir="$logs-preflight" \
+    -m chatmill.launcher.supervise.preflight || exit 79
+fi
+exec "${agent[@]}" --master-port="$MASTER_PORT" --log-dir="$logs" -m chatmill.trainer.train "$@"
+'
+
+# --kill-on-bad-exit and --wait: when one node fails, no other one waits for it for ever.
+exec "$CHATMILL_PYTHON" -m chatmill.launcher.supervise --run-dir "$run_dir" \
+  --max-no-progress "$CHATMILL_MAX_NO_PROGRESS" --lead "$CHATMILL_LEAD" --hang "${CHATMILL_HANG_S:-0}" -- \
+  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60 \
+  "${srun_options[@]}" "${container[@]}" bash -c "$node_program" node "${arguments[@]}"

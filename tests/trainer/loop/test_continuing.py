@@ -1,0 +1,126 @@
+"""What a user does to a run between two attempts: Ctrl-C, moved data, another recipe."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatmill.config import ConfigError
+from chatmill.run_files import MANIFEST
+from chatmill.trainer.config import Recipe, load_recipe
+from chatmill.trainer.run.folder import RunFolder
+from chatmill.trainer.train import _save_on_interrupt, main
+
+
+def test_the_first_interrupt_is_a_request_to_save_and_the_second_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    heard: list[int] = []
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with _save_on_interrupt(), pytest.raises(KeyboardInterrupt):  # nothing runs yet that could be saved
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        with _save_on_interrupt():
+            signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+            signal.raise_signal(signal.SIGINT)
+            os.getpid()  # the second signal is handled before this returns
+            assert heard == [signal.SIGTERM] and "once more ends at once" in capsys.readouterr().err
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+def recipe(data: Path, *more: str) -> Recipe:
+    """`tiny` on this data set."""
+    return load_recipe("tiny", [f"data.path={data}", *more])
+
+
+def checkpoint(run: RunFolder, step: int) -> None:
+    """A checkpoint in name only."""
+    folder = run.path / f"checkpoints/step-{step:08d}"
+    folder.mkdir()
+    (folder / MANIFEST).touch()
+
+
+def test_a_moved_data_set_is_no_other_recipe_while_a_checkpoint_can_tell(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    run = RunFolder(tmp_path / "run")
+    run.create(recipe(old), {})
+    run.check_same(recipe(old))
+    with pytest.raises(ConfigError, match=r"data\.path"):
+        run.check_same(recipe(new))  # the old one is still there: this is another one
+    old.rmdir()
+    with pytest.raises(ConfigError, match=r"data\.path"):
+        run.check_same(recipe(new))  # no checkpoint that knows the data
+    checkpoint(run, 100)
+    run.check_same(recipe(new))
+    with pytest.raises(ConfigError, match=r"train.seed: \d+ -> 9\nContinue it as it was: chatmill train .*run/config.yaml"):
+        run.check_same(recipe(new, "train.seed=9"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "allowed"),
+    [
+        (["schedule.name=constant"], 900, True),
+        (["schedule.name=inverse_sqrt", "schedule.warmup_steps=10"], 900, True),
+        (["schedule.name=wsd", "schedule.decay_fraction=0.5"], 900, True),  # step 100 of 300 is in its stable part
+        (["schedule.name=wsd", "schedule.decay_fraction=0.9"], 900, False),
+        (["schedule.name=cosine"], 900, False),
+        (["schedule.name=constant"], 90, False),  # more is done already
+        (["schedule.unit=tokens", "schedule.warmup_steps=0", "schedule.total_tokens=100000"], 900, True),
+    ],
+)
+def test_steps_may_change_where_those_done_keep_their_learning_rates(
+    tmp_path: Path, schedule: list[str], steps: int, allowed: bool
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(recipe(tmp_path, *schedule), {})
+    checkpoint(run, 100)
+    longer = recipe(tmp_path, *schedule, f"train.steps={steps}")
+    if allowed:
+        run.check_same(longer)
+    else:
+        with pytest.raises(ConfigError, match=f"train.steps: 300 -> {steps}"):
+            run.check_same(longer)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from chatmill.trainer.run.folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+assert folder.claim()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_training_in_one_folder_is_refused_until_the_first_is_gone(
+    write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatmill.trainer.run.folder.CLAIM_WAIT_S", 0.0)
+    file = write_recipe("twice")
+    folder = load_recipe(str(file)).run_dir
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3] / "src")}
+    saving = folder / "checkpoints" / ".step-00000002.writing-shared"  # by the first one, just now
+    saving.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, env=environment) as first:
+        try:
+            assert first.stdout and first.stdout.readline() == b"held\n"
+            assert main([str(file)]) == 2
+            assert f"{folder}: another training is running in it" in capsys.readouterr().err
+            assert saving.is_dir() and not (folder / "config.yaml").exists()
+        finally:
+            first.kill()
+    assert main([str(file)]) == 0
+    assert not saving.exists() and (folder / "config.yaml").is_file()

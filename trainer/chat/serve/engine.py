@@ -1,0 +1,275 @@
+"""One thread that answers many requests: at every step all active replies get their next token together.
+
+    engine = Engine(chat)
+    engine.submit(job)              raises BusyError when the queue is full; events arrive through job.emit
+    job.cancel()                    the reply is dropped before its next token, and its cache with it
+
+Replies start in order of arrival, at most `max_active` at once; one joins or leaves between any two steps. Each has its
+own cache and random generator: what else runs can touch it only through the rounding of a wider matrix product.
+
+Prompts are read in stretches between the steps, so that a long one does not hold up the replies that others are getting;
+of a conversation that goes on only the new turn is read (`chatmill.trainer.generation.prefix_store`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...generation.batched import joint_logits
+from ...generation.generation import PREFILL_CHUNK, FinishReason, Generation, TextStream, TokenStep
+from ...generation.prefix_store import PrefixStore
+from ...generation.sampling import Sampling
+from ..chat_model import ChatModel
+
+STRETCH = 256  # tokens of prompts read per step while others get their replies
+
+
+class BusyError(Exception):
+    """The waiting line is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that became certain, with the tokens generated since the last piece."""
+
+    text: str
+    steps: tuple[TokenStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of a reply. completion_tokens: generated ones, the stop id not among them.
+
+    prompt_steps: the prompt's tokens after the first, where the job asked to score them; stop_step: the stop id, if one came.
+    """
+
+    finish_reason: FinishReason
+    completion_tokens: int
+    prompt_steps: tuple[TokenStep, ...] = ()
+    stop_step: TokenStep | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The reply could not be finished."""
+
+    kind: Literal["timeout", "error"]
+    message: str
+
+
+Event = Piece | Done | Failed
+
+
+@dataclass(slots=True)
+class Job:
+    """One request. emit is called on the engine's thread and must not block."""
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    emit: Callable[[Event], None]
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_strings: Sequence[str] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    deadline: float = float("inf")  # time.monotonic()
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Stop working on it; nothing more is emitted after the token in progress."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Nobody waits for it any more."""
+        return self._cancelled.is_set()
+
+
+@dataclass(slots=True)
+class _Active:
+    job: Job
+    steps: Generation
+    text: TextStream
+    held: list[TokenStep] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Totals since the start, for /metrics."""
+
+    requests: int = 0
+    refused: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class Engine:
+    """Owns the model while it runs. close() ends the thread and fails whatever is unfinished.
+
+    keep_tokens: of finished replies, kept for the next turn; by default as many as two full contexts.
+    """
+
+    def __init__(self, chat: ChatModel, *, max_active: int = 8, max_waiting: int = 64, keep_tokens: int | None = None) -> None:
+        self.chat = chat
+        self.max_active, self.max_waiting = max_active, max_waiting
+        self.counts = Counts()
+        self._kept = PrefixStore(2 * chat.model.config.context if keep_tokens is None else keep_tokens)
+        self._waiting: deque[Job] = deque()
+        self._active: list[_Active] = []
+        self._news = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="chatmill-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """(active, waiting) requests."""
+        return len(self._active), len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Put a job in the line."""
+        with self._news:
+            if self._closed:
+                raise BusyError("the server is shutting down.")
+            if len(self._waiting) >= self.max_waiting and any(j.is_cancelled for j in self._waiting):
+                self._waiting = deque(j for j in self._waiting if not j.is_cancelled)
+            if len(self._waiting) >= self.max_waiting:
+                self.counts.refused += 1
+                raise BusyError(f"{self.max_waiting} requests are waiting already; try again later.")
+            self.counts.requests += 1
+            self._waiting.append(job)
+            self._news.notify()
+
+    def close(self) -> None:
+        """Stop; every unfinished job gets a Failed."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        self._thread.join(timeout=30)
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                while not (self._waiting or self._active or self._closed):
+                    self._news.wait()
+                if self._closed:
+                    break
+                room = self.max_active - len(self._active)
+                admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            for job in admitted:
+                self._admit(job)
+            self._active = self._advance([active for active in self._active if not self._is_over(active.job)])
+        for job in [active.job for active in self._active] + list(self._waiting):
+            job.emit(Failed("error", "the server is shutting down."))
+        self._active = []
+        self._waiting.clear()
+
+    def _admit(self, job: Job) -> None:
+        if self._is_over(job):
+            return
+        try:
+            steps = Generation(
+                self.chat.model,
+                job.prompt_ids,
+                max_new_tokens=job.max_new_tokens,
+                sampling=job.sampling,
+                stop_ids=self.chat.tokenizer.stop_ids,
+                seed=job.seed,
+                logprobs=job.logprobs,
+                prompt_logprobs=job.prompt_logprobs,
+            )
+            self.counts.reused_tokens += self._kept.lend(steps)
+            self._active.append(_Active(job, steps, TextStream(self.chat.tokenizer.decode, job.stop_strings)))
+            self.counts.prompt_tokens += len(job.prompt_ids)
+        except Exception as error:  # one bad request must not end the thread that serves all others
+            self._fail(job, error)
+
+    def _advance(self, group: list[_Active]) -> list[_Active]:
+        """One token for each reply; returns those that go on. An error ends the replies that it concerns, not the server."""
+        try:
+            rows = joint_logits(self.chat.model, [active.steps for active in group])
+        except Exception:  # out of memory for all at once, say: then one by one, which finds out whose fault it is
+            rows = {}
+        shares = shares_of_prompts([len(active.steps.pending) for active in group])
+        going = []
+        for i, active in enumerate(group):
+            try:
+                if i in rows:
+                    step = active.steps.accept(rows[i])
+                elif len(active.steps.pending) > 1:
+                    logits = active.steps.read_some(shares[i]) if shares[i] else None
+                    if logits is None:
+                        going.append(active)
+                        continue
+                    step = active.steps.accept(logits)
+                else:
+                    step = next(active.steps, None)
+                if self._take(active, step):
+                    going.append(active)
+            except Exception as error:
+                self._fail(active.job, error)
+        return going
+
+    def _take(self, active: _Active, step: TokenStep | None) -> bool:
+        """Pass a token on; False when the reply is over."""
+        if step is None:
+            return self._finish(active)
+        self.counts.generated_tokens += 1
+        active.held.append(step)
+        text = active.text.push(step.id)
+        if active.text.stopped:
+            active.steps.stop()
+            return self._finish(active, text)
+        if text:
+            active.job.emit(Piece(text, tuple(active.held)))
+            active.held.clear()
+        return True
+
+    def _finish(self, active: _Active, text: str = "") -> bool:
+        text += active.text.finish()
+        if text or active.held:
+            active.job.emit(Piece(text, tuple(active.held)))
+        assert active.steps.finish_reason is not None
+        self.counts.finished += 1
+        steps = active.steps
+        self._kept.keep(steps)
+        active.job.emit(Done(active.steps.finish_reason, len(steps.ids), tuple(steps.prompt_steps), steps.stop_step))
+        return False
+
+    def _is_over(self, job: Job) -> bool:
+        if job.is_cancelled:
+            self.counts.cancelled += 1
+            return True
+        if time.monotonic() > job.deadline:
+            self.counts.failed += 1
+            job.emit(Failed("timeout", "the reply took longer than the server allows."))
+            return True
+        return False
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self.counts.failed += 1
+        self._kept.clear()  # memory may be what was short
+        job.emit(Failed("error", f"{type(error).__name__}: {error}"))
+
+
+def shares_of_prompts(pending: Sequence[int]) -> list[int]:
+    """Tokens that each reply may read in one step, first come first served; pending: what each has not read yet.
+
+    One pending token is a reply in progress: beside such, prompts get STRETCH tokens together, else PREFILL_CHUNK.
+    """
+    room = STRETCH if 1 in pending else PREFILL_CHUNK
+    shares = []
+    for count in pending:
+        share = min(room, count) if count > 1 else 0
+        shares.append(share)
+        room -= share
+    return shares

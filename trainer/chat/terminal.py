@@ -1,0 +1,294 @@
+"""Talking to a checkpoint in the terminal, and one-shot replies.
+
+    chatmill chat runs/demo                                        (Ctrl-C stops a reply, Ctrl-D ends)
+    printf 'Hi!\\nHow are you?\\n' | chatmill chat runs/demo         replies only, nothing around them
+    chatmill generate runs/demo "What is a tide?"
+
+Files of prompts: chatmill.trainer.chat.file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+
+from chatmill.config import ConfigError
+
+from ..generation.generation import Reply, reply_to
+from ..generation.sampling import Sampling
+from .chat_model import ChatModel, load_chat_model
+
+HELP = """\
+[bold]/system[/] TEXT       set the system message (without TEXT: show it; /system - removes it)
+[bold]/reset[/]             forget the conversation, keep the system message
+[bold]/regenerate[/]        answer the last question again
+[bold]/params[/] NAME=VALUE temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, seed
+[bold]/save[/] FILE         append the conversation to a JSONL file that `chatmill data` reads
+[bold]/quit[/]              leave (Ctrl-D too)
+A line that ends in \\ goes on; a line of three double quotes opens and closes a longer text. Ctrl-C stops a reply."""
+
+Answer = Callable[[list[dict[str, str]], "Settings", Callable[[str], None]], Reply]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything /params changes, and the strings that end a reply. seed None: every reply differs."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float | None = 0.95
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: expected at least 1.")
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling knobs alone."""
+        try:
+            return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def changed(self, words: list[str]) -> Settings:
+        """With NAME=VALUE words applied; VALUE none switches a knob off."""
+        values: dict[str, Any] = {}
+        kinds = {f.name: str(f.type) for f in fields(self) if f.name != "stop"}
+        for word in words:
+            name, sign, text = word.partition("=")
+            if name not in kinds or not sign:
+                raise ConfigError(f"{word!r}: expected NAME=VALUE with NAME one of {', '.join(kinds)}.")
+            try:
+                if text.lower() in ("none", "off") and "None" in kinds[name]:
+                    values[name] = None
+                else:
+                    values[name] = int(text) if kinds[name].startswith("int") else float(text)
+            except ValueError:
+                raise ConfigError(f"{word!r}: {text!r} is not a number.") from None
+        return replace(self, **values)
+
+
+class Chat:
+    """One conversation and its commands; knows nothing of keyboards. `say` gets lines for the user (rich markup)."""
+
+    def __init__(self, answer: Answer, settings: Settings, system: str | None, say: Callable[[str], None]) -> None:
+        self.answer, self.settings, self.say = answer, settings, say
+        self.system = system
+        self.turns: list[dict[str, str]] = []
+        self.replies = 0
+        self.done = False
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """System message and turns, as a prompt wants them."""
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
+
+    def take(self, text: str, on_text: Callable[[str], None]) -> Reply | None:
+        """Obey a command, or answer; None where there is no reply. A reply stopped by Ctrl-C stays in the history."""
+        if text.startswith("/"):
+            name, _, rest = text.partition(" ")
+            if name == "/regenerate":
+                return self._again(on_text)
+            self._command(name, rest.strip())
+            return None
+        self.turns.append({"role": "user", "content": text})
+        return self._reply(on_text)
+
+    def _again(self, on_text: Callable[[str], None]) -> Reply | None:
+        while self.turns and self.turns[-1]["role"] == "assistant":
+            self.turns.pop()
+        if not self.turns:
+            self.say("Nothing to answer yet.")
+            return None
+        return self._reply(on_text)
+
+    def _reply(self, on_text: Callable[[str], None]) -> Reply | None:
+        pieces: list[str] = []
+
+        def take(piece: str) -> None:
+            pieces.append(piece)
+            on_text(piece)
+
+        seed = self.settings.seed
+        settings = self.settings if seed is None else replace(self.settings, seed=seed + self.replies)
+        self.replies += 1
+        try:
+            reply = self.answer(self.messages, settings, take)
+        except KeyboardInterrupt:
+            self.turns.append({"role": "assistant", "content": "".join(pieces)})
+            return None
+        except (ConfigError, FloatingPointError):
+            self.turns.pop()
+            raise
+        self.turns.append({"role": "assistant", "content": reply.text})
+        return reply
+
+    def _command(self, name: str, rest: str) -> None:
+        match name:
+            case "/quit" | "/exit":
+                self.done = True
+            case "/help":
+                self.say(HELP)
+            case "/reset":
+                self.turns.clear()
+                self.say("The conversation starts anew.")
+            case "/system":
+                if rest:
+                    self.system = None if rest == "-" else rest
+                self.say(f"System message: {escape(self.system) if self.system else 'none'}")
+            case "/params":
+                self.settings = self.settings.changed(rest.split())
+                self.say("  ".join(f"{f.name}={getattr(self.settings, f.name)}" for f in fields(self.settings)))
+            case "/save":
+                if not rest:
+                    raise ConfigError("/save needs a file name, for example /save chat.jsonl")
+                with Path(rest).expanduser().open("a", encoding="utf-8") as handle:
+                    handle.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+                self.say(f"Saved {len(self.turns)} turns to {escape(rest)}.")
+            case _:
+                raise ConfigError(f"{name}: no such command. /help lists them.")
+
+
+def run_chat(checkpoint: str | Path, *, system: str | None = None, **settings: Any) -> int:
+    """The chat loop on this process' terminal, or over a pipe. Settings as in `Settings`. Returns the exit code."""
+    start = Settings(**settings)
+    chat_model = load_chat_model(checkpoint)
+    answer = answer_with(chat_model)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return _terminal(answer, start, system, chat_model.name)
+    return pipe(answer, start, system, sys.stdin, sys.stdout)
+
+
+def answer_with(chat_model: ChatModel) -> Answer:
+    """The real thing behind `Chat`."""
+
+    def answer(messages: list[dict[str, str]], settings: Settings, on_text: Callable[[str], None]) -> Reply:
+        return reply_to(
+            chat_model.model,
+            chat_model.tokenizer,
+            messages,
+            max_new_tokens=settings.max_new_tokens,
+            sampling=settings.sampling,
+            stop_strings=settings.stop,
+            seed=settings.seed,
+            on_text=on_text,
+        )
+
+    return answer
+
+
+def pipe(answer: Answer, settings: Settings, system: str | None, source: TextIO, sink: TextIO) -> int:
+    """Reply to every line of source on sink; commands work, their words go to stderr. Exit code 2 if any line failed."""
+    chat = Chat(answer, settings, system, lambda text: print(_plain(text), file=sys.stderr))
+    code = 0
+    for line in source:
+        if not line.strip():
+            continue
+        try:
+            reply = chat.take(line.rstrip("\n"), lambda piece: print(piece, end="", file=sink, flush=True))
+        except (ConfigError, OSError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+            continue
+        if reply is not None:
+            print(file=sink, flush=True)
+        if chat.done:
+            break
+    return code
+
+
+def _plain(markup: str) -> str:
+    from rich.text import Text
+
+    return Text.from_markup(markup).plain
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model must not be able to steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
+
+
+def _terminal(answer: Answer, settings: Settings, system: str | None, name: str) -> int:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # gives input() line editing and history
+    console = Console(highlight=False)
+    chat = Chat(answer, settings, system, lambda text: console.print(text))
+    console.print(f"[bold]{escape(name)}[/]  [dim]/help for commands, Ctrl-C stops a reply, Ctrl-D ends[/]\n")
+    interrupts = 0
+    while not chat.done:
+        try:
+            text = _read(console)
+            interrupts = 0
+        except KeyboardInterrupt:
+            interrupts += 1
+            if interrupts > 1:
+                break
+            console.print("\n[dim]Ctrl-C again, Ctrl-D or /quit leaves.[/]")
+            continue
+        except EOFError:
+            console.print()
+            break
+        if not text.strip():
+            continue
+        began, shown = time.monotonic(), False
+
+        def show(piece: str) -> None:
+            nonlocal shown
+            if not shown:
+                console.print(f"[bold cyan]{escape(name)}[/] ", end="")
+                shown = True
+            sys.stdout.write(printable(piece))
+            sys.stdout.flush()
+
+        before = chat.replies
+        try:
+            reply = chat.take(text, show)
+        except (ConfigError, OSError, FloatingPointError) as error:
+            console.print(f"[red]{escape(str(error))}[/]")
+            continue
+        if reply is not None:
+            rate = reply.tokens / max(time.monotonic() - began, 1e-9)
+            full = ", cut at max_new_tokens or the context" if reply.finish_reason == "length" else ""
+            console.print(f"\n[dim]{reply.tokens} tokens, {rate:.1f} per second{full}[/]\n")
+        elif chat.replies > before:
+            console.print("\n[dim]stopped[/]\n")
+    return 0
+
+
+def _read(console: Console) -> str:
+    """One entry: a line, lines joined by a trailing backslash, or a block between lines of three double quotes."""
+    line = console.input("[bold green]you[/] ")
+    if line.strip() == '"""':
+        lines: list[str] = []
+        while (more := console.input("[dim]...[/] ")).strip() != '"""':
+            lines.append(more)
+        return "\n".join(lines)
+    while line.endswith("\\"):
+        line = line[:-1] + "\n" + console.input("[dim]...[/] ")
+    return line
+
+
+def generate_one(checkpoint: str | Path, prompt: str, *, system: str | None = None, **settings: Any) -> int:
+    """Print the reply to one prompt, as it is made."""
+    start = Settings(**settings)
+    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+    clean = printable if sys.stdout.isatty() else str
+    answer_with(load_chat_model(checkpoint))(messages, start, lambda piece: print(clean(piece), end="", flush=True))
+    print()
+    return 0

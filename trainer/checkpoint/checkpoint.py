@@ -1,0 +1,318 @@
+"""Checkpoints without pickle: safetensors, JSON and a manifest that is written last.
+
+    with CheckpointWriter(folder, config) as writer:      # streams: one shard of tensors is held at a time
+        writer.add("embed.weight", tensor)
+    checkpoint = open_checkpoint("runs/demo")             # newest good checkpoint of a run, or a folder itself
+    checkpoint.load_into(model)
+    checkpoint.read("embed.weight", 0, 4096)              # some elements of the flattened tensor, no more is read
+
+A folder holds config.json (ModelConfig), model-*.safetensors, the tokenizer's files, and for a training checkpoint
+optimizer-*.safetensors, state.json and rng-*.safetensors. manifest.json lists every file with its size and xxh3 hash and says
+which part of a tensor lies where (checkpoint_files.py); a folder without a manifest is not a checkpoint. Writing goes to a
+hidden sibling, is synced to disk and published by one rename, so a reader sees a whole checkpoint or none. Hashes are there
+because a flipped bit loads silently from safetensors and torch alike. In a training run every rank writes its share
+(checkpoint_saver.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from chatmill.config import validate
+from chatmill.files import sync
+from chatmill.run_files import MANIFEST, list_checkpoints, step_of
+
+from ..config import ModelConfig
+from .files import (
+    CheckpointError,
+    Share,
+    ShareWriter,
+    TensorEntry,
+    file_facts,
+    file_problem,
+    merge_parts,
+    read_manifest,
+    tensor_index,
+    write_manifest,
+)
+
+__all__ = [
+    "MANIFEST",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWriter",
+    "open_checkpoint",
+    "prune",
+    "publish",
+    "set_aside_after",
+    "verify_files",
+]
+
+BEST = "best.json"
+
+
+class CheckpointWriter:
+    """Writes one checkpoint folder from one process; publishes it on a clean exit, leaves nothing on an error.
+
+    meta: JSON values kept in the manifest (step, lineage ...).
+    shard_bytes: tensors are flushed to a file when so many bytes have gathered.
+    """
+
+    def __init__(
+        self, folder: str | Path, config: ModelConfig, meta: Mapping[str, Any] | None = None, shard_bytes: int = 2 << 30
+    ) -> None:
+        self.folder = Path(folder)
+        self.meta = dict(meta or {})
+        self._temporary = self.folder.with_name(f".{self.folder.name}.writing-{os.getpid()}")
+        self._names: set[str] = set()
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{self.folder} holds other things than a checkpoint: it is not replaced. Choose another folder."
+            )
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        self._shares = ShareWriter(self._temporary, "", shard_bytes)
+        self.add_file("config.json", config_bytes(config))
+
+    def add(self, name: str, tensor: Tensor, group: str = "model") -> None:
+        """Add a tensor; group names the file family (`model`, `optimizer`, `rng`). The tensor is copied to the CPU."""
+        if name in self._names:
+            raise ValueError(f"checkpoint tensor {name!r} was added twice")
+        self._names.add(name)
+        copy = tensor.detach().to("cpu", copy=tensor.device.type == "cpu" and not tensor.is_contiguous()).contiguous()
+        self._shares.add(Share(group, name, tuple(copy.shape), 0, copy))
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Add a small file (tokenizer.json, state.json ...)."""
+        (self._temporary / name).write_bytes(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                publish(self._temporary, self.folder, self.meta, merge_parts([self._shares.finish()]))
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def config_bytes(config: ModelConfig) -> bytes:
+    """config.json of a checkpoint."""
+    return (config.model_dump_json(indent=2) + "\n").encode()
+
+
+def publish(temporary: Path, folder: Path, meta: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write the manifest of a finished temporary folder and make it `folder` by one rename; what was there before goes.
+
+    facts: {"files", "tensors"} of the tensor files, which are synced; the small files beside them are hashed and synced here.
+    """
+    files = dict(facts["files"])
+    for path in sorted(temporary.iterdir()):
+        if path.name not in files:
+            files[path.name] = file_facts(path)
+    write_manifest(temporary, meta, {"files": files, "tensors": facts["tensors"]})
+    retired = folder.with_name(f".{folder.name}.retired-{os.getpid()}")
+    if folder.exists():
+        folder.replace(retired)
+    temporary.replace(folder)
+    sync(folder.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder. Tensors are read on demand, memory-mapped; `close` lets go of the files."""
+
+    path: Path
+    config: ModelConfig
+    meta: Mapping[str, Any]
+    manifest: Mapping[str, Any] = field(repr=False)
+    index: Mapping[str, TensorEntry] = field(repr=False)
+    _open: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def names(self, group: str = "model") -> list[str]:
+        """Tensor names of a file family."""
+        return [name for name, entry in self.index.items() if entry.group == group]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._entry(name).shape
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by name."""
+        entry = self._entry(name)
+        if len(entry.pieces) == 1:
+            whole: Tensor = self._handle(entry.pieces[0][0]).get_tensor(name)
+            return whole.reshape(entry.shape)
+        return self.read(name, 0, prod(entry.shape)).reshape(entry.shape)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor; only the rows around them are read from disk."""
+        parts = []
+        for file, first, last in self._entry(name).pieces:
+            low, high = max(start, first) - first, min(stop, last) - first
+            if low >= high:
+                continue
+            stored = self._handle(file).get_slice(name)
+            shape = stored.get_shape()
+            row = prod(shape[1:])
+            top, bottom = low // row, -(-high // row)
+            values = stored[top:bottom] if shape else self._handle(file).get_tensor(name)
+            parts.append(values.reshape(-1)[low - top * row : high - top * row])
+        if not parts:
+            return torch.empty(0, dtype=getattr(torch, self._entry(name).dtype, torch.float32))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def tensors(self, group: str = "model") -> Iterator[tuple[str, Tensor]]:
+        """All (name, tensor) pairs of a file family, in the order of the files."""
+        for name in sorted(self.names(group), key=lambda name: self.index[name].pieces[0][0]):
+            yield name, self.tensor(name)
+
+    def files(self) -> dict[str, Path]:
+        """The checkpoint's files that hold no tensors: tokenizer, template, state."""
+        return {name: self.path / name for name in self.manifest["files"] if not name.endswith(".safetensors")}
+
+    def close(self) -> None:
+        """Let go of the memory-mapped files."""
+        self._open.clear()
+
+    def _entry(self, name: str) -> TensorEntry:
+        try:
+            return self.index[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: no tensor {name!r} in this checkpoint") from None
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.path / file, framework="pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.path / file}: cannot be read ({error})") from None
+        return self._open[file]
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy every parameter into model (names must match exactly). Raises CheckpointError."""
+        targets = dict(model.named_parameters())
+        held = self.names()
+        missing, extra = sorted(set(targets) - set(held)), sorted(set(held) - set(targets))
+        if missing or extra:
+            raise CheckpointError(
+                f"{self.path}: its tensors do not fit the model.\n  missing: {_few(missing)}\n  not in the model: {_few(extra)}"
+            )
+        with torch.no_grad():
+            for name, tensor in self.tensors():
+                if tensor.shape != targets[name].shape:
+                    raise CheckpointError(
+                        f"{self.path}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(targets[name].shape)}"
+                    )
+                targets[name].copy_(tensor)
+
+
+def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
+    """Open a checkpoint folder, or the newest good checkpoint of a run folder.
+
+    verify: read every file and compare its hash (about 5 GB/s); sizes and presence are always checked.
+    In a run folder a damaged checkpoint is passed over, with a warning on stderr; raises CheckpointError when none is good.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return _open_folder(path, verify)
+    folders = list_checkpoints(path)
+    if not folders:
+        known = "no such folder" if not path.exists() else "it has no manifest.json and no checkpoints/step-*"
+        raise CheckpointError(
+            f"{path} is not a checkpoint: {known}.\nGive a checkpoint folder, a run folder, or make one with `chatmill import`."
+        )
+    problems = []
+    for folder in reversed(folders):
+        try:
+            checkpoint = _open_folder(folder, verify)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            os.write(2, f"warning: {problem}\nwarning: using the older {checkpoint.path} instead\n".encode())
+        return checkpoint
+    raise CheckpointError(f"{path}: no good checkpoint.\n" + "\n".join(problems))
+
+
+def best_of(run_dir: Path) -> Path:
+    """Folder of the run's best checkpoint. Raises CheckpointError where the run keeps none."""
+    try:
+        name = json.loads((run_dir / "checkpoints" / BEST).read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, KeyError):
+        raise CheckpointError(
+            f"{run_dir} names no best checkpoint (checkpoints/{BEST}).\n"
+            "Train with checkpoint.best=loss (or accuracy) and evaluation.every_steps, or leave --best out."
+        ) from None
+    return run_dir / "checkpoints" / str(name)
+
+
+def prune(run_dir: str | Path, keep: int, protect: frozenset[str] = frozenset(), every_steps: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints; names in `protect` and multiples of every_steps stay.
+
+    Leftovers of killed writers, and damaged checkpoints that a resumed run set aside, go too.
+    """
+    for folder in list_checkpoints(run_dir)[:-keep]:
+        if folder.name not in protect and not (every_steps and step_of(folder) % every_steps == 0):
+            (folder / MANIFEST).unlink()  # no longer a checkpoint, even if the deletion is cut short
+            shutil.rmtree(folder, ignore_errors=True)
+    root = Path(run_dir) / "checkpoints"
+    for leftover in [*root.glob(".*.writing-*"), *root.glob(".*.retired-*"), *root.glob(".*.damaged")]:
+        if not leftover.name.endswith(f"-{os.getpid()}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
+    """Hide checkpoints later than `step`, which a run that continues from `step` found damaged or will compute anew.
+
+    Left in place they would count as the newest ones and the next `prune` would delete the good one before them.
+    """
+    hidden = []
+    for folder in list_checkpoints(run_dir):
+        if step_of(folder) > step:
+            target = folder.with_name(f".{folder.name}.damaged")
+            shutil.rmtree(target, ignore_errors=True)
+            folder.replace(target)
+            hidden.append(target)
+    return hidden
+
+
+def verify_files(path: str | Path, part: tuple[int, int] = (0, 1)) -> list[str]:
+    """Problems of a checkpoint folder, one line each; empty when every file is whole.
+
+    part: (rank, world size) reads every world size-th file only, so that ranks share the reading.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    files = list(manifest["files"].items())[part[0] :: part[1]]
+    return [problem for name, facts in files if (problem := file_problem(path / name, facts))]
+
+
+def _open_folder(path: Path, verify: bool) -> Checkpoint:
+    manifest = read_manifest(path)
+    problems = [problem for name, facts in manifest["files"].items() if (problem := file_problem(path / name, facts, verify))]
+    if problems:
+        raise CheckpointError("damaged checkpoint: " + "; ".join(problems))
+    config = validate(ModelConfig, json.loads((path / "config.json").read_text(encoding="utf-8")), str(path / "config.json"))
+    return Checkpoint(path, config, manifest["meta"], manifest, tensor_index(path, manifest))
+
+
+def _few(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"

@@ -1,0 +1,167 @@
+"""Sharded, asynchronous checkpoints of a training run: training stops for the copy to host memory only.
+
+    saver = CheckpointSaver(world, on_done)
+    saver.save(folder, engine.shares(), Snapshot(config, meta, files))     # collective; waits for the save before it
+    ...training goes on...
+    problem = saver.wait()                                                 # "" or why the newest save failed; same on every
+    rank
+
+Every rank writes the parts of the tensors that it holds into files of its own, in a thread. No rank ever holds more of the
+model than it trains. When all have written and synced, rank 0 writes the manifest and renames the folder: it is there whole or
+not at all. The threads talk over a process group of their own, so they never meet the collectives of the training. All ranks
+must see the same file system. A full disk costs this checkpoint only: it is reported, training goes on, the one before it is
+untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..distributed.world import World
+from .checkpoint import config_bytes, publish
+from .files import CheckpointError, Share, merge_parts, write_shares
+
+SHARD_BYTES = 1 << 30  # safetensors copies a file's tensors once more while it writes
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is saved beside the tensors (rank 0 writes it). meta goes into the manifest, files are small ones by name."""
+
+    config: ModelConfig
+    meta: Mapping[str, Any]
+    files: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended. stall_s: training stood still; seconds: until it was published; problem: "" or why it was not."""
+
+    folder: Path
+    meta: Mapping[str, Any] = field(repr=False)
+    stall_s: float
+    seconds: float
+    problem: str
+
+
+class CheckpointSaver:
+    """One save at a time, in a thread per rank. on_done is called in rank 0's thread, after each save."""
+
+    def __init__(
+        self,
+        world: World,
+        on_done: Callable[[SaveResult], None],
+        *,
+        asynchronous: bool = True,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.world, self._on_done = world, on_done
+        self._asynchronous, self._shard_bytes = asynchronous, shard_bytes
+        self._group = dist.new_group(backend="gloo") if world.world_size > 1 else None
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._problem = ""
+        self._error: BaseException | None = None
+
+    def save(self, folder: Path, shares: Iterable[Share], snapshot: Snapshot) -> None:
+        """Copy this rank's shares and begin to write them; every rank must call it. Waits for the save before it."""
+        self.wait()
+        began = time.monotonic()
+        held = [replace(share, tensor=self._copy(share)) for share in shares]
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        stall_s = time.monotonic() - began
+        self._thread = threading.Thread(
+            target=self._run, args=(folder, held, snapshot, began, stall_s), name="checkpoint-writer", daemon=True
+        )
+        self._thread.start()
+        if not self._asynchronous:
+            self.wait()
+
+    def wait(self) -> str:
+        """Until the newest save has ended: why it failed, or "". The same on every rank. Raises what its thread raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self._problem
+
+    def give_up(self, timeout_s: float = 30.0) -> None:
+        """On the way out after an error: let a save that can still end do so, for so long."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _copy(self, share: Share) -> Tensor:
+        """The share's values in a host buffer that is used again at the next save."""
+        key = f"{share.group} {share.name}"
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != share.tensor.shape or buffer.dtype != share.tensor.dtype:
+            buffer = self._buffers[key] = host_buffer(share.tensor)
+        return buffer.copy_(share.tensor, non_blocking=True)
+
+    def _run(self, folder: Path, shares: list[Share], snapshot: Snapshot, began: float, stall_s: float) -> None:
+        try:
+            self._problem = self._write(folder, shares, snapshot)
+            if self.world.is_main:
+                self._on_done(SaveResult(folder, snapshot.meta, stall_s, time.monotonic() - began, self._problem))
+        except BaseException as error:  # handed to the training thread, which raises it in wait()
+            self._error = error
+
+    def _write(self, folder: Path, shares: list[Share], snapshot: Snapshot) -> str:
+        temporary = folder.with_name(f".{folder.name}.writing-shared")
+        if self.world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it saved this step
+        self._gather("")
+        problem, part = "", {}
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            part = write_shares(temporary, shares, f"rank{self.world.rank:04d}", self._shard_bytes)
+        except (OSError, SafetensorError) as error:
+            problem = f"rank {self.world.rank}: {error}"
+        parts = self._gather((problem, part))
+        problem = "; ".join(p for p, _ in parts if p)
+        if self.world.is_main:
+            try:
+                if not problem:
+                    for name, data in ({"config.json": config_bytes(snapshot.config)} | dict(snapshot.files)).items():
+                        (temporary / name).write_bytes(data)
+                    publish(temporary, folder, snapshot.meta, merge_parts(p for _, p in parts))
+            except (OSError, CheckpointError) as error:
+                problem = str(error)
+            shutil.rmtree(temporary, ignore_errors=True)
+        return str(self._gather(problem)[0])
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every rank's value, over the threads' own process group."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def host_buffer(tensor: Tensor) -> Tensor:
+    """Host memory of a tensor's shape: page-locked for one on a GPU, as long as the machine gives such memory.
+
+    Torch rounds page-locked memory up to powers of two, and containers may limit it: ordinary
+    memory then does, at half the speed.
+    """
+    if tensor.device.type == "cuda":
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -1,0 +1,189 @@
+"""A Chatmill checkpoint as one GGUF file, for llama.cpp, Ollama and the like.
+
+    export_gguf("runs/NAME", "model.gguf", dtype="q8_0")
+
+The inverse of gguf_import.py: rows of q and k go back to the order of llama.cpp's rotary embedding where the architecture wants
+it (llama); Qwen's stay. Tensors are written one at a time; the file appears whole or not at all. Norms and biases stay fp32.
+What GGUF or llama.cpp cannot say (soft-caps, stretched rotary angles, a tokenizer with another splitting rule) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from chatmill.config import ConfigError
+from chatmill.files import sync
+
+from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..config import ModelConfig
+from .gguf_import import CONTROL, LAYER_TENSORS, NORMAL, TOP_TENSORS, USER_DEFINED
+from .hf import parameter_shapes
+
+# our name -> name of gguf.GGMLQuantizationType
+TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+UNUSED = 5
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# what only some families have
+MORE_TENSORS = {
+    "attention.q.bias": "attn_q.bias",
+    "attention.k.bias": "attn_k.bias",
+    "attention.v.bias": "attn_v.bias",
+    "attention.o.bias": "attn_output.bias",
+    "attention.q_norm.weight": "attn_q_norm.weight",
+    "attention.k_norm.weight": "attn_k_norm.weight",
+}
+
+
+def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: str = "bf16", overwrite: bool = False) -> Path:
+    """Write the file `out`. dtype: fp32, fp16, bf16 or q8_0 (8 bits and a scale per 32 weights). Raises ConfigError."""
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError("writing GGUF files needs the `gguf` package: pip install gguf") from None
+    if dtype not in TYPES:
+        raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(TYPES)}.")
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    path = Path(out)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ConfigError(f"{path} exists already. Choose another file name, or remove it.")
+    config = checkpoint.config
+    _check_sayable(config)
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(temporary, ARCHITECTURES[config.family])
+    try:
+        _describe(writer, checkpoint, dtype)
+        _tokenizer(writer, checkpoint)
+        wanted = getattr(gguf.GGMLQuantizationType, TYPES[dtype])
+        kinds = {name: _kind(gguf, name, shape, wanted) for name, shape in parameter_shapes(config).items()}
+        for name, shape in parameter_shapes(config).items():
+            size = int(np.prod(gguf.quant_shape_to_byte_shape(tuple(shape), kinds[name])))
+            writer.add_tensor_info(_name(name), tuple(shape), np.dtype(np.float32), size, raw_dtype=kinds[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name in kinds:
+            values = _rows_for(name, checkpoint.tensor(name), config)
+            writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
+        writer.close()
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        writer.close()
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def interleave_rotary_rows(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Inverse of gguf_import.restore_rotary_rows: rows ["heads*D …"] from halves to neighbouring pairs."""
+    rows = weight.shape[0]
+    halves = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def _check_sayable(config: ModelConfig) -> None:
+    for field in ("rope_scaling", "attention_softcap", "logit_softcap", "sliding_window"):
+        if getattr(config, field) is not None:
+            raise ConfigError(
+                f"GGUF export: {field} is set, which this writer cannot say.\n"
+                "Use `chatmill export --to hf` and llama.cpp's convert_hf_to_gguf.py on that folder."
+            )
+
+
+def _describe(writer: Any, checkpoint: Checkpoint, dtype: str) -> None:
+    import gguf
+
+    config = checkpoint.config
+    writer.add_name(str(checkpoint.meta.get("run") or checkpoint.path.name))
+    writer.add_file_type(
+        getattr(gguf.LlamaFileType, {"fp32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}.get(dtype, f"MOSTLY_{TYPES[dtype]}"))
+    )
+    writer.add_context_length(config.context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(config.d_head)
+    writer.add_key_length(config.d_head)
+    writer.add_value_length(config.d_head)
+
+
+def _tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
+    files, config = checkpoint.files(), checkpoint.config
+    if "tokenizer.json" not in files:
+        raise ConfigError(f"{checkpoint.path} has no tokenizer.json; a GGUF file carries its tokenizer.")
+    described = json.loads(files["tokenizer.json"].read_text(encoding="utf-8"))
+    model = described["model"]
+    if model.get("type") != "BPE" or _splitting_rule(described.get("pre_tokenizer")) is None:
+        raise ConfigError(
+            f"GGUF export: {checkpoint.path}/tokenizer.json splits text by a rule that this writer does not know.\n"
+            "Use `chatmill export --to hf` and llama.cpp's convert_hf_to_gguf.py on that folder."
+        )
+    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
+    types = [UNUSED] * config.vocab_size
+    for token, index in model["vocab"].items():
+        tokens[index], types[index] = token, NORMAL
+    for added in described.get("added_tokens", ()):
+        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_splitting_rule(described["pre_tokenizer"]))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    for name in ("bos", "eos", "pad"):
+        if (index := getattr(config, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_bos_token(False)  # the chat template says where one belongs
+    if "chat_template.jinja" in files:
+        writer.add_chat_template(files["chat_template.jinja"].read_text(encoding="utf-8"))
+
+
+def _splitting_rule(rule: dict[str, Any] | None) -> str | None:
+    """llama.cpp's name of a byte-level splitting rule, or None for one not known here."""
+    parts = rule.get("pretokenizers", [rule]) if rule else []
+    kinds = [part["type"] for part in parts]
+    if not parts or kinds[-1] != "ByteLevel" or parts[-1].get("add_prefix_space") or not parts[-1].get("use_regex", True):
+        return None
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+        return "smollm"
+    return "gpt-2" if kinds == ["ByteLevel"] else None
+
+
+def _name(name: str) -> str:
+    if name in TOP_TENSORS:
+        return TOP_TENSORS[name]
+    _, layer, rest = name.split(".", 2)
+    return f"blk.{layer}.{(LAYER_TENSORS | MORE_TENSORS)[rest]}"
+
+
+def _kind(gguf: Any, name: str, shape: torch.Size, wanted: Any) -> Any:
+    """Type of a tensor in the file: vectors stay exact, and rows that the format cannot cut into blocks become fp16."""
+    kinds = gguf.GGMLQuantizationType
+    if len(shape) == 1:
+        return kinds.F32
+    block = gguf.GGML_QUANT_SIZES[wanted][0]
+    return wanted if shape[-1] % block == 0 else kinds.F16
+
+
+def _rows_for(name: str, tensor: Tensor, config: ModelConfig) -> NDArray[np.float32]:
+    values = tensor.float().numpy()
+    if ARCHITECTURES[config.family] == "llama":
+        if ".attention.q." in name:
+            return interleave_rotary_rows(values, config.heads)
+        if ".attention.k." in name:
+            return interleave_rotary_rows(values, config.kv_heads)
+    return values

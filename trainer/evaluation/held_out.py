@@ -1,0 +1,133 @@
+"""Held-out dialogues as an evaluation reads them: rendered anew with the checkpoint's own tokenizer, turn by turn.
+
+    dialogues = read_held_out(["corpora/chitchat"], tokenizer, split="validation", limit=2048)
+
+Rendering anew (rather than reading token shards) keeps the turns apart, and lets a model be measured on data that was
+built with another tokenizer. With the tokenizer of the data the tokens and the mask are those of the shards. Of a preference
+pair the dialogue with the chosen reply is read.
+
+Shapes: L tokens of a dialogue.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chatmill.config import ConfigError
+
+from ...data.conversation import Conversation
+from ...data.preference import without_rejected
+from ...data.shards.dialogues import read_dialogues
+from ...data.tokenizer.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """One dialogue. turns: the turn of each token, -1 for the template's own. text_bytes: UTF-8 bytes of the supervised text.
+
+    cut: tokens beyond the limit, which were left out.
+    """
+
+    uid: str
+    source: str  # the data-set folder
+    conversation: Conversation
+    ids: NDArray[np.int64]  # (L,)
+    loss_mask: NDArray[np.bool_]  # (L,)
+    turns: NDArray[np.int32]  # (L,)
+    text_bytes: int
+    cut: int
+
+    def replies(self) -> list[int]:
+        """Indices of the assistant turns that are supervised and whole."""
+        if self.conversation.is_document:
+            return []
+        return sorted(set(self.turns[self.loss_mask].tolist()) - ({int(self.turns[-1])} if self.cut else set()))
+
+    def reply_ids(self, turn: int) -> list[int]:
+        """The tokens of a reply, its end-of-turn token included."""
+        picked: list[int] = self.ids[self.loss_mask & (self.turns == turn)].tolist()
+        return picked
+
+    def messages(self, before: int) -> list[dict[str, str]]:
+        """The turns before one, as a prompt wants them."""
+        return [{"role": turn.role, "content": turn.content} for turn in self.conversation.turns[:before]]
+
+
+def read_held_out(
+    folders: Sequence[str | Path],
+    tokenizer: ChatTokenizer,
+    *,
+    split: str = "validation",
+    limit: int,
+    max_dialogues: int | None = None,
+) -> list[HeldOut]:
+    """The first max_dialogues of each folder's split, in its order; at most `limit` tokens of each. Raises ConfigError.
+
+    A dialogue that several folders hold counts once.
+    """
+    found: list[HeldOut] = []
+    seen: set[str] = set()
+    for folder in folders:
+        taken = 0
+        for conversation in _conversations(Path(folder), split):
+            if max_dialogues is not None and taken >= max_dialogues:
+                break
+            if conversation.uid in seen:
+                continue
+            seen.add(conversation.uid)
+            dialogue = held_out(conversation, tokenizer, limit, str(folder))
+            if dialogue.loss_mask.any():
+                found.append(dialogue)
+                taken += 1
+    if not found:
+        raise ConfigError(
+            f"{', '.join(map(str, folders))}: the split {split} holds no supervised token; nothing can be measured."
+        )
+    return found
+
+
+def held_out(conversation: Conversation, tokenizer: ChatTokenizer, limit: int, source: str = "") -> HeldOut:
+    """A conversation rendered for measuring."""
+    conversation = without_rejected(conversation)
+    dialogue, turns = tokenizer.encode_turns(conversation)
+    ids, mask, whole = dialogue.ids[:limit].astype(np.int64), dialogue.loss_mask[:limit], len(dialogue.ids)
+    turns = turns[:limit]
+    size = 0
+    for turn in np.unique(turns[mask]):
+        # of a turn that is cut only the part that is measured counts; special tokens are no text
+        kept = mask & (turns == turn)
+        if whole > limit and turn == turns[-1]:
+            size += len(tokenizer.decode(ids[kept], skip_special=True).encode())
+        else:
+            size += len(conversation.turns[turn].content.encode("utf-8", "replace"))
+    return HeldOut(conversation.uid, source, conversation, ids, mask, turns, size, max(0, whole - limit))
+
+
+def choose_turn(dialogue: HeldOut, seed: int) -> int | None:
+    """One supervised reply of a dialogue, the same for every model, machine and order; None where there is none.
+
+    The first turn is never taken: there would be nothing to answer.
+    """
+    turns = [turn for turn in dialogue.replies() if turn > 0]
+    if not turns:
+        return None
+    return turns[zlib.crc32(f"{seed} turn {dialogue.uid}".encode()) % len(turns)]
+
+
+def _conversations(folder: Path, split: str) -> Iterator[Conversation]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        records = manifest["dialogues"][split]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{folder} holds no dialogues of a split {split!r}: expected a data-set folder made by `chatmill data build`.\n"
+            "If the data set lies elsewhere, name it: --data FOLDER"
+        ) from None
+    return read_dialogues(folder, records)

@@ -1,0 +1,250 @@
+"""What a model does on held-out dialogues, one record of sums per dialogue: tokens, generated replies, chosen replies.
+
+    work = Work(model, tokenizer, dialogues, seed=0)
+    records = work.token_records(world)         # {uid: {"nll": ..., "tokens": ..., "top1": ...}}
+
+The units of work are fixed by the data: packs of PACK_TOKENS for tokens, groups of GROUP replies, one dialogue for
+selection. Ranks take units in turn and every record is made inside one unit, so neither the world size nor a batch size can
+change a record; records are added up later, on the host, in the order of the dialogues.
+Shapes: T tokens of a pack, n tokens of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ...data.tokenizer.tokenizer import ChatTokenizer
+from ..distributed.world import World
+from ..generation.candidates import score_candidates
+from ..generation.generation import fit_messages
+from ..generation.many import Prompt, replies_to_many
+from ..generation.sampling import Sampling
+from ..model.decoder import Decoder
+from .figure_names import CANDIDATES
+from .held_out import HeldOut, choose_turn
+from .text_scores import Bleu, reply_scores, words
+
+PACK_TOKENS = 2048
+GROUP = 16
+CHUNK = 256  # tokens whose logits exist at a time
+CANDIDATE_TOKENS = 256
+# replies 1, 2, 3, 4, 5 to 8 ... of a dialogue: the last bucket is open
+TURN_BUCKETS = ("1", "2", "3", "4", "5-8", "9-16", "17+")
+ROLES = ("assistant", "user", "system", "tool")
+GREEDY = Sampling()
+
+Unit = TypeVar("Unit")
+Found = TypeVar("Found")
+Record = dict[str, float]
+
+
+def turn_bucket(reply: int) -> str:
+    """The bucket of the reply-th assistant turn, counted from 1."""
+    return TURN_BUCKETS[reply - 1 if reply <= 4 else 4 if reply <= 8 else 5 if reply <= 16 else 6]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model, its held-out dialogues, and how replies are made. progress: called with what is done, on rank 0."""
+
+    model: Decoder
+    tokenizer: ChatTokenizer
+    dialogues: Sequence[HeldOut]
+    seed: int = 0
+    sampling: Sampling = GREEDY
+    max_new_tokens: int = 128
+    bleu: Bleu | None = None
+    progress: Callable[[str, int, int], None] = lambda what, done, of: None
+
+    def token_records(self, world: World) -> dict[str, Record]:
+        """Sums over tokens by uid."""
+        return self._spread(world, "tokens", packs_of([len(d.ids) for d in self.dialogues], PACK_TOKENS), self._measure_pack)
+
+    def reply_records(self, world: World, count: int) -> dict[str, dict[str, Any]]:
+        """Texts and sums of one generated reply for each of the first `count` dialogues that have one to give."""
+        chosen = self._chosen(count)
+        units = [chosen[i : i + GROUP] for i in range(0, len(chosen), GROUP)]
+        return self._spread(world, "replies", units, self._reply_group)
+
+    def selection_records(self, world: World, count: int) -> dict[str, Record]:
+        """Ranks of the real reply among replies of other dialogues, for the first `count` dialogues."""
+        pool = reply_pool(self.dialogues)
+        return self._spread(world, "selection", self._chosen(count), lambda unit: self._select(unit, pool))
+
+    def _spread(
+        self, world: World, what: str, units: Sequence[Unit], do: Callable[[Unit], dict[str, Found]]
+    ) -> dict[str, Found]:
+        """Do this rank's share; every rank gets all records, in the order of the units."""
+        mine: dict[int, dict[str, Found]] = {}
+        for number in range(world.rank, len(units), world.world_size):
+            mine[number] = do(units[number])
+            self.progress(what, min(number + world.world_size, len(units)), len(units))
+        parts: list[Any] = [mine]
+        if world.world_size > 1:
+            parts = [None] * world.world_size
+            dist.all_gather_object(parts, mine)
+        merged = {number: found for part in parts for number, found in part.items()}
+        return {uid: record for number in sorted(merged) for uid, record in merged[number].items()}
+
+    def _chosen(self, count: int) -> list[tuple[HeldOut, int]]:
+        pairs = ((d, choose_turn(d, self.seed)) for d in self.dialogues)
+        return [(d, turn) for d, turn in pairs if turn is not None][:count]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # -- tokens
+
+    @torch.no_grad()
+    def _measure_pack(self, pack: Sequence[int]) -> dict[str, Record]:
+        held = [self.dialogues[i] for i in pack]
+        device = self._device
+        tokens = torch.from_numpy(np.concatenate([d.ids for d in held])).to(device)  # (T,)
+        positions = torch.cat([torch.arange(len(d.ids)) for d in held]).to(device)
+        edges = np.concatenate([[0], np.cumsum([len(d.ids) for d in held])])
+        cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=device)
+        hidden = self.model.hidden_states(tokens, positions, cu_seqlens)
+        nll, rank = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=np.int64)  # of token t, given those before it
+        for start in range(0, len(tokens) - 1, CHUNK):
+            stop = min(start + CHUNK, len(tokens) - 1)
+            logits = self.model.classify(hidden[start:stop])  # (n, V)
+            targets = tokens[start + 1 : stop + 1, None]
+            picked = logits.gather(1, targets)
+            nll[start + 1 : stop + 1] = (logits.logsumexp(-1).double() - picked[:, 0].double()).cpu().numpy()
+            # ties go to the lower id, as argmax has it
+            order = torch.arange(logits.shape[1], device=device)
+            ahead = (logits > picked) | ((logits == picked) & (order < targets))
+            rank[start + 1 : stop + 1] = ahead.sum(-1).cpu().numpy()
+        return {d.uid: token_record(d, nll[a:b], rank[a:b]) for d, a, b in zip(held, edges[:-1], edges[1:], strict=True)}
+
+    # -- generation
+
+    def _reply_group(self, group: Sequence[tuple[HeldOut, int]]) -> dict[str, dict[str, Any]]:
+        prompts = [
+            Prompt(self._prompt(d, turn), self.max_new_tokens, self.sampling, zlib.crc32(f"{self.seed} reply {d.uid}".encode()))
+            for d, turn in group
+        ]
+        made = dict(replies_to_many(self.model, self.tokenizer, prompts, batch=GROUP))
+        out: dict[str, dict[str, Any]] = {}
+        for i, (d, turn) in enumerate(group):
+            reply, reference = made[i].text.strip(), d.conversation.turns[turn].content.strip()
+            scores = reply_scores(reply, reference)
+            scores |= {"reply_tokens": float(made[i].tokens), "reference_tokens": float(len(d.reply_ids(turn)) - 1)}
+            scores["stopped"] = float(made[i].finish_reason == "stop")
+            if self.bleu is not None:
+                scores |= self.bleu.counts(reply, reference)
+            out[d.uid] = {"turn": turn, "reply": reply, "reference": reference, "sums": scores}
+        return out
+
+    def _prompt(self, dialogue: HeldOut, turn: int) -> list[int]:
+        context = self.model.config.context
+        return fit_messages(self.tokenizer, dialogue.messages(turn), context, self.max_new_tokens)[0]
+
+    # -- selection
+
+    def _select(self, unit: tuple[HeldOut, int], pool: Sequence[tuple[str, str, list[int]]]) -> dict[str, Record]:
+        dialogue, turn = unit
+        context = self.model.config.context
+        reserve = min(CANDIDATE_TOKENS, context // 2)
+        prompt, _ = fit_messages(self.tokenizer, dialogue.messages(turn), context, reserve)
+        room = min(reserve, context - len(prompt))
+        real = key_of(dialogue.conversation.turns[turn].content)
+        others = draw_candidates(pool, dialogue.uid, real, CANDIDATES[-1] - 1, self.seed)
+        found = score_candidates(self.model, prompt, [ids[:room] for ids in (dialogue.reply_ids(turn), *others)])
+        return {dialogue.uid: selection_record(found)}
+
+
+def packs_of(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Dialogues in their order, as many to a pack as fit; a longer one has a pack to itself."""
+    packs: list[list[int]] = []
+    room = 0
+    for i, length in enumerate(lengths):
+        if not packs or length > room:
+            packs.append([])
+            room = tokens
+        packs[-1].append(i)
+        room -= length
+    return packs
+
+
+def token_record(dialogue: HeldOut, nll: NDArray[np.float64], rank: NDArray[np.int64]) -> Record:
+    """Sums of one dialogue: supervised tokens, then by role, then by which reply of the dialogue it is."""
+
+    def sums(prefix: str, picked: NDArray[np.bool_]) -> Record:
+        return {
+            f"{prefix}nll": float(nll[picked].sum()),
+            f"{prefix}tokens": float(picked.sum()),
+            f"{prefix}top1": float((rank[picked] < 1).sum()),
+            f"{prefix}top5": float((rank[picked] < 5).sum()),
+        }
+
+    out = sums("", dialogue.loss_mask) | {"bytes": float(dialogue.text_bytes)}
+    roles = np.array([t.role for t in dialogue.conversation.turns] + [""])[dialogue.turns]  # -1: the template's own
+    later = np.arange(len(dialogue.ids)) > 0  # the first token follows nothing
+    for role in ROLES:
+        picked = dialogue.loss_mask if role == "assistant" else (roles == role) & later
+        if picked.any():
+            out |= sums(f"{role} ", picked)
+    asked = [i for i, t in enumerate(dialogue.conversation.turns) if t.role == "assistant"]
+    for turn in np.unique(dialogue.turns[dialogue.loss_mask]) if not dialogue.conversation.is_document else ():
+        bucket = turn_bucket(asked.index(int(turn)) + 1)
+        for name, value in sums(f"reply {bucket} ", dialogue.loss_mask & (dialogue.turns == turn)).items():
+            out[name] = out.get(name, 0.0) + value
+    return out
+
+
+def key_of(text: str) -> str:
+    """Replies with the same words are the same reply."""
+    return " ".join(words(text)) or text.strip()
+
+
+def reply_pool(dialogues: Sequence[HeldOut]) -> list[tuple[str, str, list[int]]]:
+    """(dialogue, words, tokens) of every supervised reply."""
+    return [(d.uid, key_of(d.conversation.turns[t].content), d.reply_ids(t)) for d in dialogues for t in d.replies()]
+
+
+def draw_candidates(pool: Sequence[tuple[str, str, list[int]]], uid: str, real: str, count: int, seed: int) -> list[list[int]]:
+    """`count` different replies of other dialogues (fewer where there are not so many), none like the real one.
+
+    A pure function of its arguments; the first 9 of 99 are those of a choice among 10.
+    """
+
+    def candidates() -> Iterator[list[int]]:
+        taken = {real}
+        generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(uid.encode())]))
+        for i in generator.permutation(len(pool)):
+            whose, key, ids = pool[i]
+            if whose != uid and key not in taken:
+                taken.add(key)
+                yield ids
+
+    return [ids for _, ids in zip(range(count), candidates(), strict=False)]
+
+
+def selection_record(found: Sequence[tuple[float, int]]) -> Record:
+    """Hits of the first candidate, which is the real one, among the first 10 and among 100.
+
+    A choice for which there are not enough candidates is left out. Ordered by mean ln p per token, and again by the sum;
+    where a wrong candidate ties, the real one loses.
+    """
+    out: Record = {"choices": 1.0}
+    for how, scores in (("mean", [p / n for p, n in found]), ("sum", [p for p, _ in found])):
+        for size in CANDIDATES:
+            among = scores[1:size]
+            if len(among) < size - 1:
+                continue
+            rank = 1 + sum(score >= scores[0] for score in among)
+            for k in (1, 5, 10):
+                if k < size:
+                    out[f"recall_{k}_of_{size}_{how}"] = float(rank <= k)
+            out[f"mean_reciprocal_rank_of_{size}_{how}"] = 1 / rank
+    return out

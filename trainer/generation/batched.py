@@ -1,0 +1,67 @@
+"""One decoding step for many replies at once: each may have another length.
+
+    steps = next_steps(model, [generation_a, generation_b, ...])      # one TokenStep or None (over) per generation
+
+The weights are read once for all: decoding is bound by reading them, so 8 replies cost little more than one.
+Attention runs per reply over its own cache; prompts are read one reply at a time. Results equal those of separate
+replies up to the rounding of a wider matrix product.
+
+Shapes: B replies, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..model.decoder import Decoder
+from ..model.kv_cache import KVCache
+from .generation import Generation, TokenStep
+
+
+def next_steps(model: Decoder, generations: Sequence[Generation]) -> list[TokenStep | None]:
+    """Advance every generation by one token; None for those that are over."""
+    rows = joint_logits(model, generations)
+    return [g.accept(rows[i]) if i in rows else next(g, None) for i, g in enumerate(generations)]
+
+
+def joint_logits(model: Decoder, generations: Sequence[Generation]) -> dict[int, Tensor]:
+    """Logits Float32["V"] by index, for the generations that have one token to read; empty when these are fewer than two.
+
+    Their caches then hold that token; an exception leaves all caches as they were.
+    """
+    ready = [i for i, g in enumerate(generations) if not g.is_over and g.pending.numel() == 1]
+    if len(ready) < 2:
+        return {}
+    picked = [generations[i] for i in ready]
+    logits = batched_logits(model, torch.cat([g.pending for g in picked]), [g.cache for g in picked])
+    return dict(zip(ready, logits, strict=True))
+
+
+@torch.no_grad()
+def batched_logits(model: Decoder, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:
+    """Logits Float32["B V"] after token i is appended to cache i. tokens: Int["B"]."""
+    for cache in caches:
+        cache.reserve(1)
+    positions = torch.tensor([cache.length for cache in caches], device=tokens.device)
+    logits = model.classify(model.hidden_states(tokens, positions, memory=CacheRows(caches)))
+    for cache in caches:
+        cache.length += 1
+    return logits
+
+
+class CacheRows:
+    """The memory of a batch: row i attends over cache i, and only there."""
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        self._caches = caches
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
+        """Row by row; see `chatmill.trainer.model.decoder.Memory`."""
+        out = torch.empty_like(q)
+        for i, cache in enumerate(self._caches):
+            row = slice(i, i + 1)
+            out[row] = cache.attend(layer, q[row], k[row], v[row], window=window, softcap=softcap)
+        return out

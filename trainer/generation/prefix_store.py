@@ -1,0 +1,67 @@
+"""What past replies have read, so that the next turn of a conversation reads only what is new.
+
+    store.keep(generation)              # when a reply is over: its tokens with their keys and values
+    store.lend(next_generation)         # copies the longest beginning that its prompt shares with a kept one
+
+Keys and values of a token depend only on the tokens before it, so a shared beginning is as good as read anew, up to the
+rounding of passes of another width. Bounded by tokens; what was used longest ago goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .generation import Generation
+
+WORTHWHILE = 32  # tokens: less is read anew as fast as it is copied
+
+
+class PrefixStore:
+    """capacity: tokens kept at most, over all conversations; 0 keeps nothing."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # least recently used first
+
+    @property
+    def tokens(self) -> int:
+        """Tokens kept now."""
+        return sum(map(len, self._kept))
+
+    def keep(self, steps: Generation) -> None:
+        """Copy what a reply has read; a kept conversation that it continues is replaced. Without memory all are dropped."""
+        ids = tuple(steps.read_ids)
+        if not WORTHWHILE <= len(ids) <= self.capacity or any(kept[: len(ids)] == ids for kept in self._kept):
+            return
+        for old in [old for old in self._kept if ids[: len(old)] == old]:
+            del self._kept[old]
+        while self.tokens + len(ids) > self.capacity:
+            del self._kept[next(iter(self._kept))]
+        cache = steps.cache
+        try:
+            self._kept[ids] = (cache.k[:, :, : len(ids)].clone(), cache.v[:, :, : len(ids)].clone())
+        except torch.OutOfMemoryError:
+            self.clear()
+
+    def lend(self, steps: Generation) -> int:
+        """Tokens of the prompt that a new reply need not read: its last one it always reads."""
+        prompt = steps.pending.tolist()[:-1]
+        best = max(self._kept, key=lambda ids: shared(ids, prompt), default=())
+        count = shared(best, prompt)
+        if count < WORTHWHILE:
+            return 0
+        k, v = self._kept[best] = self._kept.pop(best)  # now the most recently used
+        steps.start_from(k[:, :, :count], v[:, :, :count])
+        return count
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._kept.clear()
+
+
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,211 @@
+"""The checkpoints of one run: the newest good one found, restored, and new ones saved, kept or dropped.
+
+checkpoints = RunCheckpoints(folder, recipe, config, tokenizer, world)
+found = checkpoints.newest()                        # verified by all ranks together; damaged ones are named and set aside
+state = checkpoints.restore(found, engine, stream)
+checkpoints.save(engine, stream, state)             # returns when the copy is made; a thread writes
+problem = checkpoints.wait()
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from chatmill.config import ConfigError, dump_yaml
+from chatmill.run_files import list_checkpoints, step_of
+
+from ...data.stream import PackedStream
+from ...data.tokenizer.tokenizer import ChatTokenizer
+from ..checkpoint.checkpoint import (
+    BEST,
+    Checkpoint,
+    CheckpointError,
+    best_of,
+    open_checkpoint,
+    prune,
+    set_aside_after,
+    verify_files,
+)
+from ..checkpoint.files import Share
+from ..checkpoint.random_state import random_state, restore_random_state
+from ..checkpoint.saver import CheckpointSaver, SaveResult, Snapshot
+from ..config import ModelConfig, Recipe
+from ..distributed.world import World
+from ..engine.engine import Engine
+from ..run.folder import RunFolder
+from ..run.state import TrainState
+
+
+class RunCheckpoints:
+    """Finds, restores, saves and prunes. `say` is where messages for people go. As a context manager it lets a save end."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        config: ModelConfig,
+        tokenizer: ChatTokenizer,
+        world: World,
+    ) -> None:
+        self.folder, self.recipe, self.config, self.tokenizer, self.world = folder, recipe, config, tokenizer, world
+        self.say: Callable[[str], None] = print if world.is_main else _quiet
+        self.saved_step = -1
+        self._saver = CheckpointSaver(world, self._done, asynchronous=recipe.checkpoint.asynchronous)
+
+    # ---------------------------------------------------------------- finding and restoring
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, or None before the first; every rank must call it.
+
+        Ranks share the reading: each hashes every world size-th file. Raises CheckpointError when there are some, none good.
+        """
+        names: list[str] = self.world.gather([path.name for path in list_checkpoints(self.folder.path)])[0]
+        problems: list[str] = []
+        for name in reversed(names):
+            path = self.folder.path / "checkpoints" / name
+            found = self.world.gather(verify_files(path, (self.world.rank, self.world.world_size)))
+            damage = sorted({problem for part in found for problem in part})
+            if not damage:
+                if problems:
+                    self._set_aside(path, problems)
+                return open_checkpoint(path, verify=False)
+            problems += damage
+        if problems:
+            raise CheckpointError(f"{self.folder.path}: no good checkpoint.\n" + "\n".join(problems))
+        return None
+
+    def _set_aside(self, good: Path, problems: list[str]) -> None:
+        if self.world.is_main:
+            set_aside_after(self.folder.path, step_of(good))
+            self.folder.event("damaged_checkpoint", problems=problems, using=good.name)
+        for problem in problems:
+            self.say(f"warning: {problem}\nwarning: using the older {good} instead")
+        self.world.barrier()
+
+    def restore(self, checkpoint: Checkpoint, engine: Engine, stream: PackedStream) -> TrainState:
+        """Put engine, stream and random generators where the checkpoint left them; returns the rest."""
+        state, position = TrainState.from_json(checkpoint.files()["state.json"].read_text(encoding="utf-8"))
+        engine.load_model(checkpoint)
+        engine.load_optimizer(checkpoint)
+        if engine.average is not None:
+            engine.load_average(checkpoint)
+        stream.load_state_dict(position)
+        restore_random_state(_random_tensors(checkpoint, self.world.rank), self.world.device)
+        checkpoint.close()
+        self.saved_step = state.step
+        if self.world.is_main and state.best_step <= state.step < _step_of_best(self.folder.path):
+            (self.folder.path / "checkpoints" / BEST).unlink()  # of steps that are now computed anew
+        return state
+
+    # ---------------------------------------------------------------- saving
+
+    def save(self, engine: Engine, stream: PackedStream, state: TrainState, best: bool = False) -> None:
+        """Begin to save the state after `state.step` steps; every rank must call it. best: its validation is the best so
+        far."""
+        note = {"step": state.step, "metric": self.recipe.checkpoint.best, "value": state.best_value} if best else None
+        if self.saved_step == state.step and not self.wait():
+            if note and self.world.is_main:
+                self._note_best(note)
+            return
+        meta: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "run": self.recipe.run.name,
+            "data": self.recipe.data.path,
+            "data_fingerprint": stream.dataset.fingerprint,
+            "strategy": self.recipe.parallel.strategy,
+            "world_size": self.world.world_size,
+            "lineage": state.lineage,
+            "best": note,
+        }
+        files = {
+            "state.json": state.as_json(stream.state_dict()),
+            "recipe.yaml": dump_yaml(self.recipe).encode(),
+            **self.tokenizer.files(),
+        }
+        rank = self.world.rank
+        generators = (
+            Share("rng", f"rng.{kind}.{rank}", tuple(tensor.shape), 0, tensor)
+            for kind, tensor in random_state(self.world.device).items()
+        )
+        folder = self.folder.path / "checkpoints" / f"step-{state.step:08d}"
+        self._saver.save(folder, chain(engine.shares(), generators), Snapshot(self.config, meta, files))
+        self.saved_step = state.step
+
+    def save_last(self, engine: Engine, stream: PackedStream, state: TrainState, best: bool = False) -> None:
+        """The save that the run ends with; returns when it is published. Raises ConfigError when it cannot be written."""
+        if self.wait():
+            self.saved_step = -1  # the newest save failed: try again
+        self.save(engine, stream, state, best)
+        if self.wait():
+            raise ConfigError(
+                f"{self.folder.path}: the last checkpoint (step {state.step}) could not be written; "
+                "free some disk and run again."
+            )
+
+    def wait(self) -> str:
+        """Until the newest save has ended; "" or why it failed. The same on every rank."""
+        return self._saver.wait()
+
+    def _done(self, result: SaveResult) -> None:
+        """In rank 0's writer thread."""
+        step = int(result.meta["step"])
+        if result.problem:
+            problem = f"checkpoint of step {step} could not be written: {result.problem}"
+            self.folder.event("checkpoint_failed", step=step, reason=problem)
+            self.say(f"{problem}\ntraining goes on; the checkpoints before it are whole.")
+            return
+        if result.meta["best"]:
+            self._note_best(result.meta["best"])
+        self.folder.event("checkpoint", step=step, seconds=round(result.seconds, 3), stall_s=round(result.stall_s, 4))
+        best = self.folder.path / "checkpoints" / BEST
+        protect = {json.loads(best.read_text(encoding="utf-8"))["checkpoint"]} if best.is_file() else set()
+        keep = self.recipe.checkpoint
+        prune(self.folder.path, keep.keep, frozenset(protect), keep.keep_every_steps)
+
+    def _note_best(self, note: dict[str, Any]) -> None:
+        """Name the checkpoint on which the best validation so far was measured."""
+        self.folder.write(f"checkpoints/{BEST}", {"checkpoint": f"step-{note['step']:08d}", **note})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._saver.give_up()
+
+
+def origin(checkpoint: Checkpoint, recipe: Recipe, world: World) -> dict[str, Any]:
+    """One line of lineage: which checkpoint was continued (or started from), and by what."""
+    return {
+        "checkpoint": str(checkpoint.path),
+        "checksum": checkpoint.manifest.get("checksum"),
+        "step": checkpoint.meta.get("step"),
+        "strategy": recipe.parallel.strategy,
+        "world_size": world.world_size,
+    }
+
+
+def _step_of_best(run_dir: Path) -> int:
+    try:
+        return step_of(best_of(run_dir))
+    except CheckpointError:
+        return -1
+
+
+def _quiet(text: str) -> None:
+    """Ranks other than 0 say nothing."""
+
+
+def _random_tensors(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
+    """The generators' states of a rank; where more ranks continue than saved, those of rank modulo the old number."""
+    names = checkpoint.names("rng")
+    if names == ["rng.cpu"]:  # before format 2
+        return {"cpu": checkpoint.tensor("rng.cpu")}
+    writers = 1 + max(int(name.rsplit(".", 1)[1]) for name in names)
+    ending = f".{rank % writers}"
+    return {name.split(".")[1]: checkpoint.tensor(name) for name in names if name.endswith(ending)}

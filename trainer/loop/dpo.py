@@ -1,0 +1,224 @@
+"""Direct preference optimisation (DPO) on pairs of replies, with the ordinary model, kernels and stream.
+
+    r(y) = beta * (log p(y | x) - log p_reference(y | x))          length_normalised: both divided by the tokens of y
+    loss = -(1 - s) * log sigmoid(r(chosen) - r(rejected)) - s * log sigmoid(r(rejected) - r(chosen))    s label_smoothing
+    averaged over all pairs of a step, of all ranks.   accuracy: share of pairs with r(chosen) > r(rejected)
+
+Shapes: T tokens, S segments, P pairs of a batch. The log-probabilities are sums over each segment of the fused linear
+cross-entropy's token losses, so no logits exist here either. The reference is the checkpoint that training starts from: its
+log-probabilities are taken once, before the first step, and kept in the run folder, so no second model stays in memory, with
+any engine, and a resumed run has the same ones.
+Source: Rafailov et al. 2023 (arXiv:2305.18290); length-normalised: Meng et al. 2024 (arXiv:2405.14734), kept relative to the
+reference; label smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from chatmill.config import ConfigError
+from chatmill.files import write_durably
+
+from ...data.packing.mixture import Mixture
+from ...data.shards.dataset import TokenDataset
+from ...data.stream import PackedBatch, PackedStream
+from ..checkpoint.checkpoint import Checkpoint
+from ..config import PreferenceSection, Recipe
+from ..distributed.world import World
+from ..engine.engine import Engine
+from ..model.decoder import LossOutput
+
+REFERENCE = "reference.npz"
+# what Decoder.forward hands its token losses Float["T"] to
+Objective = Callable[[Tensor], LossOutput]
+
+
+def log_probabilities(token_losses: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> Tensor:
+    """log p of the supervised tokens of both halves, Float["P 2"]; token_losses Float["T"] are 0 where there is no target."""
+    offsets = cu_seqlens.to(torch.int64)
+    # a segmented sum in a fixed order: no atomics, so runs repeat
+    sums = torch.segment_reduce(token_losses, "sum", offsets=offsets)
+    return -sums[pairs]
+
+
+def preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, options: PreferenceSection) -> LossOutput:
+    """policy, reference: log-probabilities Float["P 2"] of chosen and rejected; lengths Int["P 2"]: their supervised tokens."""
+    rewards = policy - reference.to(policy.dtype)
+    if options.length_normalised:
+        rewards = rewards / lengths.to(policy.dtype)
+    margin = options.beta * (rewards[:, 0] - rewards[:, 1])
+    smoothing = options.label_smoothing
+    losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+    return LossOutput(losses.sum(), (margin.detach() > 0).sum(), torch.tensor(len(margin), device=margin.device))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Log-probabilities of every pair under the starting checkpoint: uid -> row of values Float64["N 2"]."""
+
+    rows: Mapping[str, int]
+    values: NDArray[np.float64]
+
+    def of(self, uids: Iterable[str]) -> Tensor:
+        """Float64["P 2"] on the CPU. Raises ConfigError for a pair that was not there when they were taken."""
+        try:
+            chosen = [self.rows[uid] for uid in uids]
+        except KeyError as error:
+            raise ConfigError(
+                f"preference: no reference log-probability of pair {error.args[0]}: the data set is not the one the run began "
+                f"with.\nUse another run.name, or remove {REFERENCE} from the run folder to have them taken again."
+            ) from None
+        return torch.from_numpy(self.values[chosen]).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class PairObjective:
+    """Makes the objective of a batch (already on its device) out of the reference."""
+
+    reference: Reference
+    options: PreferenceSection
+
+    def __call__(self, batch: PackedBatch) -> Objective:
+        pairs, lengths = checked_pairs(batch), pair_lengths(batch)
+        reference = self.reference.of(batch.uids).to(batch.tokens.device, torch.float32)
+
+        def objective(token_losses: Tensor) -> LossOutput:
+            return preference_loss(log_probabilities(token_losses, batch.cu_seqlens, pairs), reference, lengths, self.options)
+
+        return objective
+
+
+@dataclass(frozen=True)
+class ScoreObjective:
+    """Instead of a loss, the log-probabilities themselves; `scores` collects them, Float["P 2"] per batch."""
+
+    scores: list[Tensor]
+
+    def __call__(self, batch: PackedBatch) -> Objective:
+        pairs = checked_pairs(batch)
+
+        def objective(token_losses: Tensor) -> LossOutput:
+            self.scores.append(log_probabilities(token_losses.detach(), batch.cu_seqlens, pairs))
+            nothing = token_losses.new_zeros(())
+            return LossOutput(nothing, nothing.long(), nothing.long())
+
+        return objective
+
+
+def checked_pairs(batch: PackedBatch) -> Tensor:
+    """batch.pairs of a data set of preference pairs."""
+    assert batch.pairs is not None  # check_objective
+    return batch.pairs
+
+
+def pair_lengths(batch: PackedBatch) -> Tensor:
+    """Supervised tokens of both halves, Int64["P 2"], on the batch's device."""
+    supervised = (batch.targets >= 0).to(torch.float32)
+    return torch.segment_reduce(supervised, "sum", offsets=batch.cu_seqlens.to(torch.int64))[checked_pairs(batch)].long()
+
+
+def check_objective(recipe: Recipe, stream: PackedStream) -> None:
+    """Refuse ordinary dialogues for dpo, and pairs for sft, which would teach the rejected replies. Raises ConfigError."""
+    if stream.preference and recipe.objective != "dpo":
+        raise ConfigError(
+            f"{recipe.data.path} holds preference pairs: objective={recipe.objective} would teach the rejected replies too.\n"
+            "Set objective=dpo, or build the data set with pair.mode=dialogues, which keeps the chosen ones."
+        )
+    if recipe.objective == "dpo" and not stream.preference:
+        raise ConfigError(
+            f"objective=dpo needs preference pairs, {recipe.data.path} holds ordinary dialogues.\n"
+            "Build it with pair.mode=preference, or set objective=sft."
+        )
+
+
+def reference_pass(recipe: Recipe, source: Mixture | TokenDataset, world: World) -> PackedStream:
+    """Every pair of a data set once, this rank's share of them."""
+    return PackedStream(
+        source,
+        sequence_length=recipe.data.sequence_length,
+        micro_batch=recipe.train.micro_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        overlong="drop",
+        shuffle=False,
+        epochs=1,
+    )
+
+
+def pair_objective(
+    recipe: Recipe,
+    engine: Engine,
+    base: Checkpoint | None,
+    resume: Checkpoint | None,
+    passes: Iterable[PackedStream],
+    run: Path,
+    world: World,
+    say: Callable[[str], None],
+) -> PairObjective:
+    """The objective of a run; the reference is read from the run folder, or taken from `base` now and kept there."""
+    path = run / REFERENCE
+    if world.any(world.is_main and path.is_file()):
+        return PairObjective(load_reference(path), recipe.preference)
+    assert base is not None  # the recipe was checked
+    say("taking the log-probabilities of all pairs under the starting checkpoint, once")
+    if resume is not None:
+        engine.load_model(base)
+    scores: list[Tensor] = []
+    engine.objective = ScoreObjective(scores)
+    engine.model.eval()
+    reference = take_reference(engine.forward, scores, passes, world)
+    if resume is not None:
+        engine.load_model(resume)
+        if engine.average is not None:
+            engine.load_average(resume)  # load_model starts it anew
+    if world.is_main:
+        save_reference(reference, path)
+    return PairObjective(reference, recipe.preference)
+
+
+@torch.no_grad()
+def take_reference(
+    forward: Callable[[PackedBatch], LossOutput], scores: list[Tensor], streams: Iterable[Iterable[PackedBatch]], world: World
+) -> Reference:
+    """Run the starting model once over all pairs; every rank takes its share and gets all of them.
+
+    forward: through the wrapped model with ScoreObjective(scores). streams: of training and validation data, one pass each.
+    """
+    uids: list[str] = []
+    for stream in streams:
+        for batch in stream:
+            forward(batch)
+            uids += batch.uids
+    values = torch.cat([score.double().cpu() for score in scores]).numpy() if scores else np.zeros((0, 2))
+    scores.clear()
+    parts = world.gather((uids, values))
+    names = [uid for part in parts for uid in part[0]]
+    return Reference({uid: row for row, uid in enumerate(names)}, np.concatenate([part[1] for part in parts]))
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    """Write whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, uids=np.array(list(reference.rows)), values=reference.values)
+    write_durably(path, buffer.getvalue())
+
+
+def load_reference(path: Path) -> Reference:
+    """Inverse of save_reference."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            uids, values = arrays["uids"].tolist(), arrays["values"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{path}: damaged ({error}).\nRemove it: the next start takes the log-probabilities again."
+        ) from error
+    return Reference({uid: row for row, uid in enumerate(uids)}, values)

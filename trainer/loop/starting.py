@@ -1,0 +1,69 @@
+"""Before the first step: what must fit together is checked, and what is really running is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chatmill.config import ConfigError
+
+from ...data.packing.mixture import Mixture
+from ...data.shards.dataset import TokenDataset
+from ..checkpoint.checkpoint import Checkpoint
+from ..config import ModelConfig, Recipe
+from ..distributed.world import World
+from ..evaluation.loss import check_tokenizer
+from ..run.progress import StepDisplay
+
+
+def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset) -> ModelConfig:
+    """The model's shape, checked against the recipe, the data and the tokenizer. Raises ConfigError."""
+    config = recipe.model.shape()
+    if base is not None:
+        written = {name: getattr(config, name) for name in recipe.model.model_fields_set if name != "checkpoint"}
+        wrong = [
+            f"model.{k}={v!r} (checkpoint: {getattr(base.config, k)!r})"
+            for k, v in written.items()
+            if getattr(base.config, k) != v
+        ]
+        if wrong:
+            raise ConfigError(f"{base.path} has another shape than the recipe: {', '.join(wrong)}.\nLeave those fields out.")
+        config = base.config
+        check_tokenizer(base, dataset)
+    if dataset.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{dataset.path} holds token ids up to {dataset.vocab_size - 1}, model.vocab_size is {config.vocab_size}.\n"
+            f"Set model.vocab_size to at least {dataset.vocab_size}."
+        )
+    if recipe.data.sequence_length > config.context:
+        raise ConfigError(
+            f"data.sequence_length={recipe.data.sequence_length} exceeds the model's context of {config.context}."
+        )
+    return config
+
+
+def check_same_data(mixture: Mixture, world: World) -> None:
+    """Refuse to train where a machine's copy of a data set, or its quarantine, is another one. Raises ConfigError."""
+    mark = float(int(mixture.identity[:10], 16))  # 40 bits: sums of it are exact in float64
+    if world.sum([mark])[0] != mark * world.world_size:
+        raise ConfigError(
+            f"the ranks read different data or quarantines ({', '.join(mixture.sources)}; here: {mixture.identity[:10]}).\n"
+            "Give every machine the same copy."
+        )
+
+
+def say_proof(display: StepDisplay, proof: dict[str, Any], config: ModelConfig, recipe: Recipe) -> None:
+    """Print what is really running."""
+    display.say(
+        f"{config.parameter_counts()['total']:,} parameters  {config.layers} layers x {config.hidden_size}  "
+        f"vocabulary {config.vocab_size:,}  pack {recipe.data.sequence_length} tokens"
+    )
+    display.say(
+        f"world size {proof['world_size']}  backend {proof['backend']}  device {proof['device']}  threads {proof['threads']}  "
+        f"strategy {proof['strategy']} ({proof['engine']}, sharded {proof['sharded_parameters']})"
+    )
+    display.say(
+        f"parameters {proof['parameter_dtype']}  compute {proof['compute_dtype']}  gradients {proof['gradient_dtype']}  "
+        f"reduce {proof['reduce_dtype']}  loss {proof['loss_dtype']}  optimizer {proof['optimizer']}"
+    )
+    extras = [f"{name} {proof[name]}" for name in ("offload", "activation_checkpointing", "compile", "ema")]
+    display.say(f"sharding {proof['sharding']}  " + "  ".join(extras))

@@ -1,0 +1,57 @@
+"""The batches of one rank: the shuffled stream, with the attention kernel's tile plans on a GPU, and how steps take from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from chatmill.config import ConfigError
+
+from ...data.packing.mixture import Mixture
+from ...data.stream import PackedBatch, PackedStream
+from ..config import ModelConfig, Recipe
+from ..distributed.world import World
+from ..model.attention_plans import plan_maker
+
+
+def training_stream(
+    recipe: Recipe, config: ModelConfig, mixture: Mixture, exclude: Mapping[int, frozenset[str]], world: World
+) -> PackedStream:
+    """The shuffled stream of this rank; on a GPU with the attention kernel's tile plans, made beside the batches."""
+    return PackedStream(
+        mixture,
+        sequence_length=recipe.data.sequence_length,
+        micro_batch=recipe.train.micro_batch,
+        accumulation=recipe.train.accumulation,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=recipe.train.seed,
+        overlong=recipe.data.overlong,
+        overlap=recipe.data.overlap,
+        epochs=recipe.train.epochs,
+        max_tokens=recipe.train.tokens,
+        max_dialogues=recipe.data.max_dialogues,
+        exclude=exclude,
+        annotate=plan_maker(config, recipe.kernels.attention, recipe.train.precision, world.device),
+        pin=world.device.type == "cuda",
+    )
+
+
+def take(batches: Iterator[PackedBatch], count: int) -> list[PackedBatch]:
+    """The next micro-batches of one step; none where an epoch or token budget is used up."""
+    micro = list(islice(batches, count))
+    if micro and len(micro) != count:
+        raise ConfigError("the training stream ended inside a step")
+    return micro
+
+
+def overlong_figures(stream: PackedStream) -> dict[str, Any]:
+    """What became of dialogues longer than a pack, among those planned since this start; nothing where there were none."""
+    names = ("dialogues", "overlong", "truncated", "split", "dropped", "cut_inside_turn")
+    return {"overlong": {name: stream.counts[name] for name in names}} if stream.counts["overlong"] else {}
+
+
+def merged(exclude: Mapping[int, frozenset[str]], step: int, uids: frozenset[str]) -> dict[int, frozenset[str]]:
+    """The exclusions with some more dialogues left out once `step` steps are done."""
+    return {**exclude, step: exclude.get(step, frozenset()) | uids}

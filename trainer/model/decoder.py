@@ -1,0 +1,378 @@
+"""The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, on packed dialogues of any length.
+
+    h = x + o(attention(rope(q(n1(x)), k(n1(x))), v(n1(x))))        n1, n2: RMSNorm
+    y = h + down(silu(gate(n2(h))) * up(n2(h)))
+
+All tensors are packed: T tokens of S documents, document s is tokens[cu_seqlens[s]:cu_seqlens[s+1]] and sees nothing else.
+Shapes: T tokens, H hidden, Hq/Hk query/key heads, D channels per head, F feed-forward, V vocabulary, S documents.
+
+Precision: parameters keep their dtype. The compute dtype is autocast's where it is on, else that of the parameters; the
+residual stream has it too, so DDP with autocast, FSDP2 and ZeRO all round alike. Norms, rotary angles, logits and loss are
+computed in fp32 inside their operations.
+
+The loss is part of forward, and every parameter is used inside the forward of the module that owns it: engines that shard
+parameters (FSDP2, ZeRO-3) gather them in hooks around exactly those calls.
+Sources: Llama (arXiv:2302.13971, 2407.21783), Mistral 7B (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ...kernels.attention.interface import attention
+from ...kernels.cross_entropy.interface import Impl, linear_cross_entropy
+from ...kernels.layer.rms_norm import rms_norm
+from ...kernels.layer.rope import rope, rope_one
+from ...kernels.layer.swiglu import swiglu
+from ..config import KernelSection, ModelConfig
+from .kv_cache import KVCache
+from .rotary import inverse_frequencies, rotary_tables
+
+__all__ = ["Decoder", "KVCache", "LossOutput", "Memory"]
+
+Recompute = Literal["none", "full", "selective"]
+
+
+class LossOutput(NamedTuple):
+    """What forward returns when it is given targets: sums over this batch's loss tokens, for any normaliser."""
+
+    loss_sum: Tensor  # Float32[""], differentiable
+    correct: Tensor  # Int64[""], targets that were the most likely token
+    count: Tensor  # type: ignore[assignment]  # Int64[""], targets that are not -100; hides tuple.count
+
+
+class Memory(Protocol):
+    """What tokens without a pack attend to: one cache, a batch of caches, a prefix that several replies share.
+
+    attend: q ["T Hq D"], k, v ["T Hk D"] of one layer, rotated already; returns ["T Hq D"].
+    """
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor: ...
+
+
+class Layout(NamedTuple):
+    """Where documents lie in the pack; the same for every layer."""
+
+    cos: Tensor  # Float32["T D/2"]
+    sin: Tensor  # Float32["T D/2"]
+    cu_seqlens: Tensor | None  # Int32["S+1"]; None where a memory takes the place of the pack
+    max_seqlen: int | None
+    plan: Any  # of kernels.attention_plan, or a mapping from window to plan, or None
+
+
+class Linear(nn.Linear):
+    """A linear layer that is left uninitialised: Decoder.init_weights or a checkpoint fills it."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+
+    def __init__(self, size: int, eps: float, impl: Impl) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self.impl = impl
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a residual the norm of their sum, and the sum, in one pass over memory."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, impl=self.impl)
+        return rms_norm(x, self.weight, self.eps, residual, impl=self.impl)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of every head's channels and the rotary turn after it, in one pass over memory."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        """x Float["T heads D"], cos and sin Float["T D/2"]."""
+        return rope_one(x, cos, sin, norm=self.weight, norm_eps=self.eps, impl=self.impl)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention with rotary positions inside each document."""
+
+    def __init__(self, config: ModelConfig, layer: int, kernels: KernelSection) -> None:
+        super().__init__()
+        H, D = config.hidden_size, config.d_head
+        self.layer = layer
+        self.d_head = D
+        self.window = config.window_of(layer)
+        self.softcap = config.attention_softcap
+        self.kernels = kernels
+        self.q = Linear(H, config.heads * D, bias=config.qkv_bias)
+        self.k = Linear(H, config.kv_heads * D, bias=config.qkv_bias)
+        self.v = Linear(H, config.kv_heads * D, bias=config.qkv_bias)
+        self.o = Linear(config.heads * D, H, bias=config.output_bias)
+        self.q_norm = HeadNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
+        self.k_norm = HeadNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
+
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+        T, D = x.shape[0], self.d_head
+        q = self.q(x).view(T, -1, D)  # (T, Hq, D)
+        k = self.k(x).view(T, -1, D)  # (T, Hk, D)
+        v = self.v(x).view(T, -1, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, layout.cos, layout.sin), self.k_norm(k, layout.cos, layout.sin)
+        else:
+            q, k = rope(q, k, layout.cos, layout.sin, impl=self.kernels.elementwise)
+        if memory is None:
+            plan = layout.plan.get(self.window) if isinstance(layout.plan, Mapping) else layout.plan
+            out = attention(
+                q,
+                k,
+                v,
+                cu_seqlens=layout.cu_seqlens,
+                window=self.window,
+                softcap=self.softcap,
+                impl=self.kernels.attention,
+                plan=plan,
+                max_seqlen=layout.max_seqlen,
+            )
+        else:
+            out = memory.attend(self.layer, q, k, v, window=self.window, softcap=self.softcap)
+        projected: Tensor = self.o(out.reshape(T, -1))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, impl: Impl) -> None:
+        super().__init__()
+        self.gate = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(swiglu(self.gate(x), self.up(x), impl=self.impl))
+        return out
+
+
+# What selective checkpointing keeps: the quadratic part of a layer, in every tier of the attention.
+ATTENTION_OPS = frozenset(
+    {
+        torch.ops.chatmill.attention_forward.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = op in ATTENTION_OPS or getattr(op, "namespace", "") == "flash_attn"
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, kernels: KernelSection) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels.elementwise)
+        self.attention = Attention(config, layer, kernels)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels.elementwise)
+        self.mlp = FeedForward(config, kernels.elementwise)
+        self.recompute: Recompute = "none"
+
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+        if self.recompute == "none" or memory is not None or not torch.is_grad_enabled():
+            return self._forward(x, layout, memory)
+        # inside the block's own forward: engines gather its weights around it, and torch.compile sees the recomputation
+        contexts: dict[str, Any] = {"context_fn": _keep_attention} if self.recompute == "selective" else {}
+        out: Tensor = checkpoint(self._forward, x, layout, use_reentrant=False, preserve_rng_state=False, **contexts)
+        return out
+
+    def _forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+        mixed = self.attention(self.attention_norm(x), layout, memory)
+        normed, x = self.mlp_norm(mixed, residual=x)
+        out: Tensor = x + self.mlp(normed)
+        return out
+
+
+class TokenTable(nn.Module):
+    """One row per token of the vocabulary: the embedding at the bottom, the classifier at the top, or both when tied."""
+
+    def __init__(self, config: ModelConfig, impl: Impl) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.softcap = config.logit_softcap
+        self.impl = impl
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        targets: Tensor | None = None,
+        rows: Tensor | None = None,
+        embed: bool = False,
+        objective: Callable[[Tensor], LossOutput] | None = None,
+        norm: RMSNorm | None = None,
+    ) -> Tensor | LossOutput:
+        """x: Int token ids ["T"] with embed=True; else hidden states ["T H"], to logits Float32["T V"] or a loss.
+
+        norm: the final norm, where x has not been through it: the loss applies it to the rows with a target alone.
+        """
+        if embed:
+            return F.embedding(x, self.weight)
+        if targets is None:
+            logits = F.linear(x, self.weight.to(x.dtype)).float()
+            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        options: dict[str, Any] = {"rows": rows, "norm": norm, "softcap": self.softcap, "impl": self.impl}
+        if objective is not None:
+            return objective(linear_cross_entropy(x, self.weight, targets, reduction="none", **options))
+        loss_sum, metrics = linear_cross_entropy(x, self.weight, targets, reduction="sum", return_metrics=True, **options)
+        return LossOutput(loss_sum.float(), metrics.correct, metrics.count)
+
+
+class Decoder(nn.Module):
+    """A causal language model on packed dialogues. Built with undefined weights: call init_weights or load a checkpoint."""
+
+    def __init__(self, config: ModelConfig, kernels: KernelSection | None = None) -> None:
+        super().__init__()
+        kernels = kernels or KernelSection()
+        self.config = config
+        self.embed = TokenTable(config, kernels.cross_entropy)
+        self.layers = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels.elementwise)
+        self.head = None if config.tied_embeddings else TokenTable(config, kernels.cross_entropy)
+        # not a buffer: engines cast buffers to bf16, where neighbouring frequencies become one, and leave them on "meta"
+        self._frequencies, self._rotary_factor = inverse_frequencies(config)
+        self._frequencies_on: dict[torch.device, Tensor] = {}
+
+    @property
+    def recompute(self) -> str:
+        """What is recomputed in the backward pass instead of being kept: none, full, selective, or `full (8 of 32 layers)`."""
+        kinds = [cast(Block, block).recompute for block in self.layers]
+        some = sum(kind != "none" for kind in kinds)
+        return kinds[0] if some in (0, len(kinds)) else f"{kinds[0]} ({some} of {len(kinds)} layers)"
+
+    def set_recompute(self, value: bool | Literal["full", "selective"], layers: int | None = None) -> None:
+        """True or `full`: recompute each block from its input; `selective`: keep the attention's result as well; False: none.
+
+        layers: only so many blocks, from the first: the memory of the others is what their part of the second pass costs.
+        """
+        recompute: Recompute = ("full" if value else "none") if isinstance(value, bool) else value
+        for number, block in enumerate(self.layers):
+            cast(Block, block).recompute = recompute if layers is None or number < layers else "none"
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """torch.compile each block in place; parameter names stay, and all blocks share one compiled function per shape."""
+        for block in self.layers:
+            block.compile(backend=backend)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        targets: Tensor | None = None,
+        rows: Tensor | None = None,
+        plan: Any = None,
+        max_seqlen: int | None = None,
+        objective: Callable[[Tensor], LossOutput] | None = None,
+    ) -> Tensor | LossOutput:
+        """Logits Float32["T V"], or with targets the loss of the batch.
+
+        tokens, positions: Int["T"]; positions restart at 0 in each document. cu_seqlens: Int32["S+1"].
+        targets: Int64["T"], targets[t] is the token after tokens[t], -100 where there is no loss.
+        rows: Int["R"], the t with a target, padded with -1; spares the others the final norm and the vocabulary-wide product.
+        plan, max_seqlen: made on the host beside the batch, for the attention kernel.
+        objective: makes the loss of the tokens' negative log-probabilities Float["T"] (0 without target), instead of their sum.
+        """
+        layout = self._layout(positions, cu_seqlens, max_seqlen, plan)
+        x = self._stream(tokens, layout)
+        table = self.embed if self.head is None else self.head
+        out: Tensor | LossOutput
+        if targets is None:
+            out = table(self.norm(x))
+        else:
+            out = table(x, targets=targets, rows=rows, objective=objective, norm=self.norm)
+        return out
+
+    @torch.no_grad()
+    def cached_logits(self, tokens: Tensor, cache: KVCache, *, all_positions: bool = False) -> Tensor:
+        """Logits after the given tokens, which continue those in the cache and enter it.
+
+        tokens: Int["Tq"]. Returns Float32["V"], the distribution after the last one, or ["Tq V"] with all_positions.
+        """
+        if tokens.ndim != 1 or tokens.numel() == 0:
+            raise ValueError(f"cached_logits: expected at least one token in one dimension, got shape {tuple(tokens.shape)}.")
+        cache.reserve(tokens.numel())
+        start, end = cache.length, cache.length + tokens.numel()
+        positions = torch.arange(start, end, device=tokens.device)
+        hidden = self.hidden_states(tokens, positions, memory=cache)
+        cache.length = end
+        logits = self.classify(hidden if all_positions else hidden[-1:])
+        return logits if all_positions else logits[0]
+
+    def hidden_states(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None, *, memory: Memory | None = None
+    ) -> Tensor:
+        """Normed states ["T H"] of the last layer; the tokens attend within cu_seqlens, or as the memory says.
+
+        The parts that own parameters are called as in forward; only engines that gather in their root's hooks cannot use it.
+        """
+        if (cu_seqlens is None) == (memory is None):
+            raise ValueError("hidden_states: give either cu_seqlens, for packed documents, or a memory.")
+        normed: Tensor = self.norm(self._stream(tokens, self._layout(positions, cu_seqlens, None, None), memory))
+        return normed
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Logits Float32["n V"] of hidden states ["n H"]."""
+        logits: Tensor = (self.embed if self.head is None else self.head)(hidden)
+        return logits
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Random weights: normal with initializer_range, o and down smaller by sqrt(2 layers); norms 1, biases 0.
+
+        Each tensor is drawn on the CPU from its own stream, named by (seed, parameter name): the weights do not depend on
+        device, dtype of other tensors or order of construction.
+        """
+        shrink = (2 * self.config.layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                # a hash of both: torch's CPU generator looks at the lowest 32 bits of its seed only
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+                values = torch.empty(parameter.shape, dtype=torch.float32)
+                std = self.config.initializer_range * (shrink if name.endswith((".o.weight", ".down.weight")) else 1.0)
+                parameter.copy_(values.normal_(0.0, std, generator=generator))
+
+    def _layout(self, positions: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, plan: Any) -> Layout:
+        frequencies = self._frequencies_on.get(positions.device)
+        if frequencies is None:
+            frequencies = self._frequencies_on[positions.device] = self._frequencies.to(positions.device)
+        cos, sin = rotary_tables(positions, frequencies, self._rotary_factor)
+        return Layout(cos, sin, cu_seqlens, max_seqlen, plan)
+
+    def _stream(self, tokens: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+        """The residual stream ["T H"] behind the last layer, before the final norm."""
+        x = self.embed(tokens, embed=True)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        for block in self.layers:
+            x = block(x, layout, memory)
+        return x

@@ -1,0 +1,85 @@
+"""Exponential moving average of the weights: often the better model of a run, at the cost of one fp32 copy of its shard.
+
+    a <- decay a + (1 - decay) w        after every optimizer step that changed w; a starts as w
+
+The average is fp32, lies where the master weights lie and is sharded as they are. Checkpoints hold it as `ema.NAME`.
+
+    chatmill export RUN OUT --ema [--to chatmill]     # a Hugging Face folder, or a checkpoint, of the average
+
+Source: Polyak and Juditsky, 1992; Morales-Brotons et al., arXiv:2411.18704.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from chatmill.config import ConfigError
+
+from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+
+GROUP = "ema"
+PREFIX = "ema."
+
+
+class WeightAverage:
+    """The average of some fp32 tensors (or DTensors), which are read where they lie."""
+
+    def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
+        assert all(w.dtype == torch.float32 for w in weights), "the average follows the fp32 master weights"
+        self.decay = decay
+        self._weights = list(weights)
+        self.tensors = [w.detach().clone() for w in weights]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start again from the weights as they are now."""
+        for average, weight in zip(_locals(self.tensors), _locals(self._weights), strict=True):
+            average.copy_(weight)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights of one more step in."""
+        torch._foreach_lerp_(_locals(self.tensors), _locals(self._weights), 1.0 - self.decay)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Swap the average and the weights, in place; a second call swaps them back exactly."""
+        for average, weight in zip(_locals(self.tensors), _locals(self._weights), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
+def export_average(source: Checkpoint, out: str | Path) -> Path:
+    """Write a checkpoint whose weights are the average that `source` holds. Raises ConfigError where it holds none."""
+    names = source.names(GROUP)
+    if not names:
+        raise ConfigError(f"{source.path} holds no averaged weights: it was trained without train.ema.")
+    files = source.files()
+    with CheckpointWriter(out, source.config, {**source.meta, "weights": "ema", "from": str(source.path)}) as writer:
+        for name, tensor in source.tensors(GROUP):
+            writer.add(name.removeprefix(PREFIX), tensor)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if name in files:
+                writer.add_file(name, files[name].read_bytes())
+    return Path(out)
+
+
+@contextlib.contextmanager
+def averaged(source: Checkpoint, beside: Path) -> Iterator[Checkpoint]:
+    """The averaged weights of a checkpoint as a checkpoint, in a temporary folder beside the given one."""
+    parent = beside.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".averaged-", dir=parent) as folder:
+        yield open_checkpoint(export_average(source, Path(folder) / "checkpoint"))
+
+
+def _locals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

@@ -1,0 +1,108 @@
+"""Muon where ZeRO holds the weights: each process has a few runs of elements of each matrix, in one flat fp32 partition.
+
+    flat partition of rank r   [ ... | elements a..b of matrix i | elements of matrix i + 1 | ... | padding ]
+
+ZeRO-1 and 2 put the matrices of a group one after the other and cut the whole into equal partitions, so that a matrix lies on
+one rank or on several that follow each other; ZeRO-3 cuts every matrix into equal parts. Momentum is taken where they lie.
+For Newton-Schulz a matrix travels whole to one owner and back (two all-to-alls per world-size matrices of one shape), and the
+owners take turns: the update is that of one process, no work is done twice, and no rank ever holds more than one whole matrix.
+The embeddings, the head, the norms and the biases are in groups, hence in flat partitions, of their own, which AdamW steps.
+
+DeepSpeed's own Muon (runtime/zero/muon of 0.19.8) is not used: it runs before the gradients are clipped and the norm is then
+taken of its update (stage3.py, _apply_muon_to_accumulated_grads), so that clipping is not what it is in the other engines.
+Tests hold this to the Muon of one process (tests/trainer/engine/test_engines.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .muon import Muon, newton_schulz
+
+
+@dataclass(frozen=True)
+class SlicedMatrix:
+    """Where the elements of one matrix lie. offset: of this rank's run in its flat partition; lengths: elements per rank."""
+
+    shape: tuple[int, int]
+    offset: int
+    lengths: tuple[int, ...]
+
+
+def slices_of(shape: tuple[int, int], offset: int, runs: Sequence[tuple[int, int]]) -> SlicedMatrix:
+    """Check every rank's run (first element, number of elements; 0, 0: none): together they are the matrix, in order.
+
+    Raises RuntimeError otherwise: DeepSpeed would have cut it in a way that the exchange does not know.
+    """
+    held = [(start, start + length) for start, length in runs if length]
+    whole = held and held[0][0] == 0 and held[-1][1] == math.prod(shape) and all(a[1] == b[0] for a, b in pairwise(held))
+    if not whole:
+        raise RuntimeError(f"ZeRO holds a {shape} matrix in the pieces {held}, which are not the matrix in the order of ranks")
+    return SlicedMatrix(shape, offset, tuple(length for _, length in runs))
+
+
+class ZeroMuon(Muon):
+    """Muon on flat partitions; DeepSpeed calls `step` for one group at a time (ZeRO-1, 2, 3) or for all (its bf16 ZeRO-1)."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._matrices: Mapping[int, Sequence[SlicedMatrix]] = {}
+        self._device = torch.device("cpu")
+
+    def place(self, matrices: Mapping[int, Sequence[SlicedMatrix]], device: torch.device) -> None:
+        """Tell which matrices each flat partition holds, by its `id`, in one order on all ranks; `device` works on them."""
+        self._matrices, self._device = matrices, device
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of the groups that `param_groups` holds now, all of whose partitions have gradients; collective."""
+        assert closure is None
+        for group in self.param_groups:
+            if group["muon"]:
+                for flat in group["params"]:
+                    self._step_flat(flat, group)
+        others = [group for group in self.param_groups if not group["muon"]]
+        if others and self.adamw is not None:
+            self.adamw.param_groups = others
+            self.adamw.step()
+
+    def _step_flat(self, flat: Tensor, group: Mapping[str, Any]) -> None:
+        (update,) = self._momentum([flat])
+        alike: dict[tuple[int, int], list[SlicedMatrix]] = {}
+        for matrix in self._matrices[id(flat)]:
+            alike.setdefault(matrix.shape, []).append(matrix)
+        for (rows, columns), matrices in alike.items():
+            size = math.sqrt(max(1.0, rows / columns)) if self.spectral else 0.2 * math.sqrt(max(rows, columns))
+            world = len(matrices[0].lengths)
+            rank = dist.get_rank() if world > 1 else 0
+            for at in range(0, len(matrices), world):
+                chosen = matrices[at : at + world]
+                runs = [slice(m.offset, m.offset + m.lengths[rank]) for m in chosen]
+                for run, piece in zip(runs, self._orthogonal_runs([update[run] for run in runs], chosen, rank), strict=True):
+                    local = flat[run]
+                    local.mul_(1 - group["lr"] * group["weight_decay"])
+                    local.add_(piece.to(local.device, local.dtype), alpha=-group["lr"] * size)
+
+    def _orthogonal_runs(self, pieces: Sequence[Tensor], matrices: Sequence[SlicedMatrix], rank: int) -> list[Tensor]:
+        """This rank's runs of NS of at most world-size matrices of one shape: matrix i goes whole to rank i and comes back."""
+        world, shape = len(matrices[0].lengths), matrices[0].shape
+        mine = torch.cat([piece.to(self._device, self.dtype) for piece in pieces])
+        if world == 1:
+            return [newton_schulz(mine.view(1, *shape), self.iterations).flatten()]
+        sent = [matrix.lengths[rank] for matrix in matrices] + [0] * (world - len(matrices))
+        received = list(matrices[rank].lengths) if rank < len(matrices) else [0] * world
+        whole = mine.new_empty(sum(received))
+        dist.all_to_all_single(whole, mine, received, sent)
+        if rank < len(matrices):
+            whole = newton_schulz(whole.view(1, *shape), self.iterations).flatten()
+        back = torch.empty_like(mine)
+        dist.all_to_all_single(back, whole, sent, received)
+        return list(back.split(sent[: len(matrices)]))

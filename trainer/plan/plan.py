@@ -1,0 +1,367 @@
+"""`chatmill plan RECIPE`: does it fit, with which engine, and how long will it take.
+
+    chatmill plan 8b --gpu h100 --gpus 16 [--mfu 0.4] [--json] [section.field=value ...]
+
+Memory of one GPU, in bytes, for N parameters on w GPUs (c: bytes of the compute dtype; AdamW; derived from what each engine
+keeps, measured in tests/trainer/plan/test_plan.py):
+
+    engine    weights   gradients          optimizer     buffers
+    single    4 N       4 N                8 N           -
+    ddp       4 N       4 N (8 N)          8 N           -                                      (): with accumulation
+    fsdp2     4 N/w     4 N/w (+ 4 N)      8 N/w         top c, three layers of weights c, one unit's gradients c + 4
+    zero1     c N       4 N                12 N/w        gradients in the compute dtype: 2 N
+    zero2     c N       4 N/w              12 N/w        one bucket: N elements, at most 5e8
+    zero3     c N/w     4 N/w              12 N/w        one bucket, weights gathered ahead (up to 1e9)
+
+Activations and the loss's workspace come from the real model, run on fake tensors (memory_trace.py). At the largest moment of a
+step all activations are there (at the loss), or all gradients (at the update), or one layer's activations and all gradients but
+its own (at the end of the backward pass, where layers are recomputed): the largest sum counts. A margin of 5 % of everything
+that comes and goes stands for fragmentation, `context` for the driver, cuBLAS and NCCL.
+Time: tokens x FLOPs per token / (GPUs x peak x MFU), no recomputation counted in the FLOPs; see docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from chatmill.config import ConfigError
+
+from ..config import ModelConfig, Recipe, TrainSection
+from .hardware import GIB, Gpu
+
+ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+MFU = 0.40  # published trainers reach 0.33 to 0.58 on H100 and H200 with bf16
+RECOMPUTE = {
+    "full": 0.75,
+    "selective": 0.8,
+}  # forward once more: 6 of 8 FLOPs are useful; the attention's kept: a little better
+CONTEXT = {False: 6 << 27, True: 5 << 28}  # driver and cuBLAS 0.75 GiB; with NCCL 1.25 GiB
+MARGIN = 0.05
+LOGITS = 600_000_000  # the loss kernel holds at most so many bytes of logits at once (kernels/tuning/linear_cross_entropy.json)
+BUCKET, LIVE = 500_000_000, 1_000_000_000  # ZeRO's largest reduce_bucket_size and its stage3_max_live_parameters, in elements
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the largest moment of a step, by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss_workspace: int
+    buffers: int
+    margin: int
+    context: int
+
+    @property
+    def tensors(self) -> int:
+        """What torch.cuda.max_memory_allocated would say: without margin and context."""
+        return self.total - self.margin - self.context
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One engine at one world size. memory: at the recipe's micro-batch. largest: packs of the largest micro-batch, or 0."""
+
+    engine: str
+    world_size: int
+    memory: Memory
+    fits: bool
+    largest: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The whole run on `gpus` GPUs. tokens: at most (whole packs). context: mean of length^2 / length over documents."""
+
+    steps: int
+    step_tokens: int
+    tokens: int
+    context: float
+    flops_per_token: float
+    mfu: float
+    step_seconds: float
+    hours: float
+    gpu_hours: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `chatmill plan` prints."""
+
+    gpu: Gpu
+    gpus: int
+    parameters: dict[str, int]
+    micro_batch: int
+    loss_share: float
+    fits: tuple[Fit, ...]
+    work: Work
+    engine: str | None
+    reasons: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class Estimator:
+    """Memory of a recipe for any engine, world size and micro-batch; traces are made once per shape."""
+
+    def __init__(
+        self, recipe: Recipe, config: ModelConfig, loss_share: float = 1.0, device: Literal["cpu", "gpu"] = "gpu"
+    ) -> None:
+        self.recipe, self.config, self.loss_share, self.device = recipe, config, loss_share, device
+        self._traces: dict[tuple[bool, int], tuple[int, int, int]] = {}
+        counts = config.parameter_counts()
+        self.total = counts["total"]
+        self.layer = (counts["attention"] + counts["mlp"] + counts["norms"] - config.hidden_size) // config.layers
+        self.top = self.total - config.layers * self.layer
+        self.state_bytes = optimizer_bytes(recipe, config)
+
+    def activations(self, low_precision_weights: bool, micro_batch: int) -> tuple[int, int, int]:
+        """(activations, loss workspace, those of the first layer's backward pass) in bytes of a micro-batch.
+
+        Traced for the recipe's and for 1 and 2 packs, linear beyond.
+        """
+        if micro_batch in (1, 2, self.recipe.train.micro_batch):
+            return self._trace(low_precision_weights, micro_batch)
+        one, two = (self._trace(low_precision_weights, packs) for packs in (1, 2))
+        activations, workspace, last = (a + (micro_batch - 1) * (b - a) for a, b in zip(one, two, strict=True))
+        return activations, min(workspace, max(two[1], 2 * one[1] - two[1] + LOGITS)), last
+
+    def _trace(self, low_precision_weights: bool, micro_batch: int) -> tuple[int, int, int]:
+        key = (low_precision_weights, micro_batch)
+        if key not in self._traces:
+            from .memory_trace import estimate_step
+
+            tokens = micro_batch * self.recipe.data.sequence_length
+            train = self.recipe.train
+            kinds = [train.activation_checkpointing] if (share := recomputed_share(train, self.config)) else [False]
+            if 0 < share < 1:
+                kinds.append(False)
+            traces = [
+                estimate_step(
+                    self.config,
+                    tokens=tokens,
+                    rows=max(128, -(-round(tokens * self.loss_share) // 128) * 128),
+                    precision=train.precision,
+                    device=self.device,
+                    checkpointing=kind,
+                    low_precision_weights=low_precision_weights,
+                )
+                for kind in kinds
+            ]
+            first, other = traces[0], traces[-1]  # of all layers recomputed and of none: linear between
+            activations = round(share * first.activations + (1 - share) * other.activations)
+            self._traces[key] = (activations, max(t.workspace for t in traces), first.last)
+        return self._traces[key]
+
+    def memory(self, engine: str, world_size: int, micro_batch: int | None = None) -> Memory:
+        """The largest of the three moments."""
+        micro_batch = micro_batch or self.recipe.train.micro_batch
+        bf16 = self.recipe.train.precision == "bf16"
+        activations, workspace, last = self.activations(bf16 and engine not in ("single", "ddp"), micro_batch)
+        moments = [
+            self._fill(engine, world_size, activations, workspace, at_update=False),
+            self._fill(engine, world_size, last, 0, at_update=True, first_layer=True),
+            self._fill(engine, world_size, 0, 0, at_update=True),
+        ]
+        return max(moments, key=lambda memory: memory.total)
+
+    def _fill(
+        self, engine: str, w: int, activations: int, workspace: int, *, at_update: bool, first_layer: bool = False
+    ) -> Memory:
+        n, c = self.total, 2 if self.recipe.train.precision == "bf16" else 4
+        many = self.recipe.train.accumulation > 1
+        state = self.state_bytes
+        unit = max(self.top, self.layer)
+        weights, gradients, optimizer, buffers = 4 * n, 4 * n, state, 0
+        if engine == "single":
+            gradients = 4 * n if at_update or many else 0
+        elif engine == "ddp":
+            gradients = (8 if many else 4) * n
+        elif engine == "fsdp2":
+            weights, optimizer = 4 * n // w, state // w
+            gradients = (4 * n // w if at_update or many else 0) + (4 * n if many else 0)
+            buffers = c * (self.top + 3 * self.layer) + (unit * (c + 4) if at_update else 0)
+        else:
+            weights = c * n if engine != "zero3" else c * n // w
+            optimizer = (state + 4 * n) // w
+            gradients = 4 * n if engine == "zero1" and c == 2 else 4 * n // w
+            buffers = 2 * n if engine == "zero1" and c == 2 else min(n, BUCKET) * c
+            if engine == "zero3":
+                buffers += c * min(n, LIVE)
+        if first_layer and not many and engine in ("single", "fsdp2"):  # its gradients, and an untied embedding's, come last
+            missing = self.layer + (0 if self.config.tied_embeddings else self.config.vocab_size * self.config.hidden_size)
+            gradients -= 4 * missing // (w if engine == "fsdp2" else 1)
+        if self.recipe.train.ema is not None:
+            optimizer += 4 * n // (1 if engine in ("single", "ddp") else w)
+        if self.recipe.parallel.offload != "none" and engine not in ("single", "ddp"):
+            optimizer = 0  # and in fsdp2 and zero3 the shards of weights too: left in as a reserve
+        moving = gradients + activations + workspace + buffers
+        context = CONTEXT[w > 1]
+        return Memory(weights, gradients, optimizer, activations, workspace, buffers, round(MARGIN * moving), context)
+
+    def largest_micro_batch(self, engine: str, world_size: int, limit: int) -> int:
+        """Packs of the largest micro-batch within `limit` bytes; 0 where not even one fits."""
+
+        def fits(packs: int) -> bool:
+            return self.memory(engine, world_size, packs).total <= limit
+
+        if not fits(1):
+            return 0
+        one, two = (self.memory(engine, world_size, packs) for packs in (1, 2))
+        slope = max(1, two.total - one.total)
+        packs = max(1, min(1 << 14, 1 + (limit - one.total) // slope))
+        while packs < 1 << 14 and fits(packs + 1):  # linear but for the cap on logits
+            packs += 1
+        while packs > 1 and not fits(packs):
+            packs -= 1
+        return packs
+
+
+def optimizer_bytes(recipe: Recipe, config: ModelConfig) -> int:
+    """State of the optimizer for all parameters: two fp32 moments, one (Muon's matrices) or two of 8 bits with scales."""
+    counts = config.parameter_counts()
+    total, matrices = counts["total"], counts["attention"] + counts["mlp"]
+    if recipe.optimizer.name == "muon":
+        return 4 * matrices + 8 * (total - matrices)
+    if recipe.optimizer.name == "adamw8bit":
+        return round(2 * (1 + 4 / 256) * total)
+    return 8 * total
+
+
+def make_plan(
+    recipe: Recipe,
+    config: ModelConfig,
+    gpu: Gpu,
+    gpus: int,
+    *,
+    mfu: float = MFU,
+    engines: Sequence[str] = ENGINES,
+    world_sizes: Sequence[int] | None = None,
+    loss_share: float = 1.0,
+    context: float | None = None,
+    steps: int | None = None,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Memory of each engine at each world size (default: the powers of two up to `gpus`), work, and a recommendation.
+
+    loss_share: supervised tokens / tokens. context: mean document length weighted by length (default: whole packs).
+    """
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu {mfu}: expected a share between 0 and 1, such as 0.4")
+    estimator = Estimator(recipe, config, loss_share)
+    sizes = list(world_sizes) if world_sizes else sorted({gpus, *(1 << k for k in range(gpus.bit_length()) if 1 << k <= gpus)})
+    fits = []
+    for engine in engines:
+        for size in [1] if engine == "single" else [s for s in sizes if s > 1 or gpus == 1]:
+            memory = estimator.memory(engine, size)
+            largest = estimator.largest_micro_batch(engine, size, gpu.memory_bytes)
+            fits.append(Fit(engine, size, memory, memory.total <= gpu.memory_bytes, largest))
+    chosen, reasons = recommend(fits, gpu, gpus, recipe)
+    work = count_work(recipe, config, gpu, gpus, mfu=mfu, context=context, steps=steps)
+    counts = config.parameter_counts()
+    return Plan(gpu, gpus, counts, recipe.train.micro_batch, loss_share, tuple(fits), work, chosen, reasons, tuple(notes))
+
+
+def recommend(fits: Sequence[Fit], gpu: Gpu, gpus: int, recipe: Recipe) -> tuple[str | None, tuple[str, ...]]:
+    """The first engine that fits, in order of what it sends between GPUs, and why."""
+    order = ("single",) if gpus == 1 else ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+    here = {fit.engine: fit for fit in fits if fit.world_size == gpus}
+    reasons: list[str] = []
+    for engine in order:
+        if engine not in here:
+            continue
+        fit = here[engine]
+        need = f"{fit.memory.total / GIB:.1f} of {gpu.memory_bytes / GIB:.0f} GiB"
+        if fit.fits:
+            why = {
+                "single": "there is nothing to divide",
+                "ddp": "every GPU holds the whole model and only gradients travel, once per step",
+                "fsdp2": "weights, gradients and optimizer are sharded; weights travel in every pass",
+            }.get(engine, "the optimizer's state is sharded")
+            return engine, (*reasons, f"{engine} fits: {need}; {why}")
+        reasons.append(f"{engine} does not fit: {need} at micro_batch={recipe.train.micro_batch}, largest {fit.largest}")
+    hints = [] if recipe.train.activation_checkpointing else ["train.activation_checkpointing=true"]
+    hints += [f"train.micro_batch={best}"] if (best := max((f.largest for f in here.values()), default=0)) else ["more GPUs"]
+    return None, (*reasons, f"try {' or '.join(hints)}")
+
+
+def recomputed_share(train: TrainSection, config: ModelConfig) -> float:
+    """Part of the layers that are computed a second time in the backward pass."""
+    layers = train.activation_checkpointing_layers or config.layers
+    return min(layers, config.layers) / config.layers if train.activation_checkpointing else 0.0
+
+
+def count_work(
+    recipe: Recipe, config: ModelConfig, gpu: Gpu, gpus: int, *, mfu: float, context: float | None, steps: int | None = None
+) -> Work:
+    """Tokens, FLOPs and time of the whole run."""
+    train = recipe.train
+    steps = steps or train.steps
+    step_tokens = gpus * train.accumulation * train.micro_batch * recipe.data.sequence_length
+    context = float(recipe.data.sequence_length) if context is None else context
+    flops = config.flops_per_token(context)
+    checkpointing = train.activation_checkpointing
+    kind = "full" if checkpointing is True else str(checkpointing)
+    share = recomputed_share(train, config)
+    reached = mfu / (1 - share + share / RECOMPUTE.get(kind, 1.0))
+    seconds = step_tokens * flops / (gpus * gpu.bf16_flops * reached)
+    hours = steps * seconds / 3600
+    return Work(steps, step_tokens, steps * step_tokens, context, flops, reached, seconds, hours, hours * gpus)
+
+
+def as_json(plan: Plan) -> str:
+    """The plan with its totals."""
+    data: dict[str, Any] = asdict(plan)
+    for fit, found in zip(data["fits"], plan.fits, strict=True):
+        fit["memory"]["total"] = found.memory.total
+    return json.dumps(data, indent=1)
+
+
+def show(plan: Plan) -> str:
+    """The plan for people."""
+    gib = [f"{part:>12}" for part in ("weights", "gradients", "optimizer", "activations", "loss", "buffers", "margin+ctx")]
+    lines = [f"note: {note}" for note in plan.notes]
+    parts = "  ".join(f"{name} {count:,}" for name, count in plan.parameters.items() if name != "total" and count)
+    lines.append(f"parameters  {plan.parameters['total']:,}  ({parts})")
+    lines.append(
+        f"gpu         {plan.gpu.name}, {plan.gpu.memory_bytes / GIB:.0f} GiB, "
+        f"{plan.gpu.bf16_flops / 1e12:.0f} TFLOP/s bf16 ({plan.gpu.source})"
+    )
+    lines.append(f"\nGiB of one GPU at micro_batch={plan.micro_batch}, {100 * plan.loss_share:.0f} % of the tokens with loss")
+    lines.append(f"{'engine':<8}{'gpus':>5}{''.join(gib)}{'total':>9}  largest micro-batch")
+    for fit in plan.fits:
+        m = fit.memory
+        values = (m.weights, m.gradients, m.optimizer, m.activations, m.loss_workspace, m.buffers, m.margin + m.context)
+        cells = "".join(f"{value / GIB:>12.2f}" for value in values)
+        largest = str(fit.largest) if fit.largest else "none"
+        total = f"{m.total / GIB:>9.1f}"
+        lines.append(f"{fit.engine:<8}{fit.world_size:>5}{cells}{total}  {largest}{'' if fit.fits else '   does not fit'}")
+    work = plan.work
+    lines += [
+        "",
+        f"steps       {work.steps:,} x {work.step_tokens:,} tokens at most = {work.tokens:,}",
+        f"time        {_duration(work.hours)} on {plan.gpus} GPU(s), {work.gpu_hours:.2f} GPU-hours, "
+        f"{work.step_seconds:.3g} s per step",
+        f"            assumed: MFU {100 * work.mfu:.1f} % (recomputation taken off; --mfu sets it), "
+        f"{work.flops_per_token:.3g} FLOPs per token at a context of {work.context:,.0f}",
+        "",
+        f"engine      {plan.engine or 'none fits'}",
+        *(f"            {reason}" for reason in plan.reasons),
+    ]
+    return "\n".join(lines)
+
+
+def _duration(hours: float) -> str:
+    """Hours, or minutes or seconds where that reads better."""
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{hours * 60:.0f} min" if hours * 60 >= 2 else f"{hours * 3600:.0f} s" if hours * 3600 >= 1 else "less than 1 s"

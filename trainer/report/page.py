@@ -1,0 +1,453 @@
+"""One HTML file that tells how a run went: figures, curves, replies, data, configuration, events.
+
+    chatmill report runs/demo [--compare runs/other]      -> runs/demo/report.html
+
+The file is self-contained (no script, style, font or image from elsewhere), reads without JavaScript and prints.
+It can be built at any time, also from a run that is still going, crashed, or never began.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from chatmill.files import replace_text
+
+from .charts import Chart, Series, draw, number, running_median, smooth
+from .evaluation import beside_another, evaluation_section, evaluations_side_by_side
+from .reading import Run, flatten, read_run, real
+
+TEMPLATE = Path(__file__).with_name("template.html")
+FAULT_WORDS = (
+    "nan",
+    "fault",
+    "error",
+    "fail",
+    "spike",
+    "skip",
+    "rollback",
+    "preempt",
+    "signal",
+    "crash",
+    "oom",
+    "abort",
+    "warn",
+)
+# metrics.jsonl key -> title, note, axis starts at zero
+MEASURES: dict[str, tuple[str, str, bool]] = {
+    "lr": ("Learning rate", "", True),
+    "grad_norm": ("Gradient norm", "before clipping", True),
+    "tokens_per_s": ("Throughput", "tokens per second", True),
+    "mfu": ("Model FLOPs utilisation", "share of the device's peak", True),
+    "memory_peak_bytes": ("Peak memory", "bytes on one device", True),
+    "data_wait_share": ("Waiting for data", "share of the time", True),
+    "tflops_per_device": ("Work done", "TFLOP/s per device", True),
+    "required_mfu": ("Required utilisation", "only the rows that carry loss counted in the head", True),
+    "padding_share": ("Padding", "share of the packs", True),
+    "loss_share": ("Supervised tokens", "share of the tokens", True),
+    "memory_reserved_bytes": ("Reserved memory", "bytes on one device", True),
+}
+# told by another chart already, or of no interest as a curve
+TOLD = {"tokens_per_s_per_device", "required_tflops_per_device"}
+NOT_CHARTED = {"step", "loss", "tokens", "loss_tokens", "time", "epoch", "total_tokens", *MEASURES, *TOLD}
+
+
+def build_report(run_dir: Path, out: Path | None = None, compare: Sequence[Path] = ()) -> Path:
+    """Write the report of run_dir (by default to run_dir/report.html) and return its path."""
+    runs = [read_run(Path(run_dir)), *(read_run(Path(p)) for p in compare)]
+    target = Path(out) if out is not None else runs[0].path / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(target, render(runs))
+    return target
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The report of runs[0], compared with the others, as HTML."""
+    run = runs[0]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        name=run.name,
+        made=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+        lead=_lead(run),
+        status=_status(run),
+        figures=_figures(run),
+        main_charts=[c for c in _main_charts(runs) if c],
+        small_charts=[c for c in _small_charts(runs) if c],
+        comparison=_comparison(runs) if len(runs) > 1 else None,
+        samples=_samples(run.samples),
+        eval_table=_eval_table(run),
+        evaluations=[
+            evaluation_section(_label(runs, run) if len(runs) > 1 else "", name, tree)
+            for run in runs
+            for name, tree in run.evaluations.items()
+            if not beside_another(name, run.evaluations)
+        ],
+        evaluations_beside=evaluations_side_by_side([(_label(runs, r), r) for r in runs]) if len(runs) > 1 else None,
+        funnel=_funnel(run),
+        data_facts=_data_facts(run),
+        config={section: flatten(tree) if isinstance(tree, dict) else {"": str(tree)} for section, tree in run.config.items()},
+        environment=flatten(run.environment),
+        events=_events(run),
+        command=run.command,
+        notes=run.notes,
+    )
+
+
+def _label(runs: Sequence[Run], run: Run) -> str:
+    same = [r for r in runs if r.name == run.name]
+    return run.name if len(same) == 1 else str(run.path)
+
+
+def _column(rows: dict[int, dict[str, Any]], key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    picked = [(float(step), real(row[key])) for step, row in rows.items() if key in row]
+    return tuple(x for x, _ in picked), tuple(y for _, y in picked)
+
+
+def _main_charts(runs: Sequence[Run]) -> Iterable[Chart | None]:
+    loss: list[Series] = []
+    perplexity: list[Series] = []
+    accuracy: list[Series] = []
+    alone = len(runs) == 1
+    for slot, run in enumerate(runs):
+        label = "" if alone else f"{_label(runs, run)}: "
+        x, y = _column(run.train, "loss")
+        if len(x) >= 20:
+            if alone:
+                loss.append(Series("each step", x, y, slot, "faint"))
+            loss.append(Series(f"{label}training", x, smooth(y, max(2.0, len(x) / 40)), slot))
+        else:
+            loss.append(Series(f"{label}training", x, y, slot))
+        x, y = _column(run.evals, "loss")
+        loss.append(Series(f"{label}validation", x, y, slot if not alone else 1, "points"))
+        perplexity.append(
+            Series(f"{label}validation perplexity", *_column(run.evals, "perplexity"), slot if not alone else 1, "points")
+        )
+        accuracy.append(Series(f"{label}token accuracy", *_column(run.evals, "accuracy"), slot if not alone else 1, "points"))
+    yield draw("Loss", loss, note="nats per token")
+    yield draw("Validation perplexity", perplexity, note="lower is better")
+    yield draw("Validation accuracy", accuracy, note="share of next tokens guessed right")
+
+
+def _small_charts(runs: Sequence[Run]) -> Iterable[Chart | None]:
+    numeric = {k for row in runs[0].train.values() for k, v in row.items() if math.isfinite(real(v))}
+    others = {k: (k.replace("_", " ").capitalize(), "", False) for k in sorted(numeric - NOT_CHARTED)}
+    for key, (title, note, zero) in (MEASURES | others).items():
+        series = []
+        for slot, run in enumerate(runs):
+            x, y = _column(run.train, key)
+            name = title.lower() if len(runs) == 1 else _label(runs, run)
+            if key in ("grad_norm", "tokens_per_s") and len(x) >= 60 and len(runs) == 1:
+                series.append(Series("each step", x, y, slot, "faint"))
+                series.append(Series("running median", x, running_median(y, len(x) // 20), slot))
+            else:
+                series.append(Series(name, x, y, slot))
+        yield draw(title, series, note=note, zero=zero)
+
+
+def _ends(run: Run, key: str) -> tuple[float, float] | None:
+    values = [v for v in (real(e.get(key)) for e in run.evals.values()) if math.isfinite(v)]
+    return (values[0], values[-1]) if values else None
+
+
+def _last(run: Run, key: str) -> float:
+    return next((v for v in (real(r.get(key)) for r in reversed(run.train.values())) if math.isfinite(v)), math.nan)
+
+
+def _total_tokens(run: Run) -> float:
+    """Training tokens so far."""
+    total = _last(run, "total_tokens")
+    if math.isfinite(total):
+        return total
+    values = [v for v in (real(r.get("tokens")) for r in run.train.values()) if math.isfinite(v)]
+    return sum(values) if values else math.nan
+
+
+def _seconds(run: Run) -> float:
+    """Time between the first and the last line that carry one; pauses between resumed parts included."""
+    times = [v for v in (real(r.get("time")) for r in run.train.values()) if math.isfinite(v)]
+    if not times:
+        return math.nan
+    since_epoch = times[0] > 1e8
+    return times[-1] - times[0] if since_epoch else times[-1]
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1 h 2 min."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _rate(run: Run) -> float:
+    rates = [v for v in (real(r.get("tokens_per_s")) for r in run.train.values()) if math.isfinite(v)]
+    return statistics.median(rates) if rates else math.nan
+
+
+def _change(before: float, after: float, lower_is_better: bool) -> tuple[str, str]:
+    """("35% lower", "good")."""
+    if after == before:
+        return "unchanged", "flat"
+    share = abs(after - before) / abs(before) if before else math.nan
+    text = f"{share:.0%} " if share >= 0.1 else f"{share:.1%} " if math.isfinite(share) else ""
+    return text + ("lower" if after < before else "higher"), "good" if (after < before) == lower_is_better else "bad"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A headline figure. change: (text, good | bad | flat) beside it."""
+
+    label: str
+    value: str
+    note: str = ""
+    before: str = ""
+    change: tuple[str, str] | None = None
+    hero: bool = False
+
+
+def _figures(run: Run) -> list[Figure]:
+    out = []
+    several = len(run.evals) > 1
+    if pair := _ends(run, "perplexity"):
+        before, after = (number(v, 4) for v in pair)
+        change = _change(*pair, lower_is_better=True) if several else None
+        out.append(Figure("Validation perplexity", after, before=before if several else "", change=change, hero=True))
+    if pair := _ends(run, "accuracy"):
+        before, after = (f"{v:.1%}" for v in pair)
+        change = (f"{100 * (pair[1] - pair[0]):+.1f} points", _change(*pair, lower_is_better=False)[1]) if several else None
+        out.append(Figure("Validation token accuracy", after, before=before if several else "", change=change, hero=True))
+    plain = (
+        Figure("Training loss", number(_last(run, "loss"), 4), "at the last step"),
+        Figure("Steps", f"{max(run.train):,}" if run.train else "–", f"of {_planned(run):,} planned" if _planned(run) else ""),
+        Figure("Training tokens", number(_total_tokens(run)), "padding not counted"),
+        Figure("Time", duration(_seconds(run)), "first to last logged step"),
+        Figure("Throughput", number(_rate(run)), "tokens per second, median"),
+    )
+    return out + [figure for figure in plain if figure.value != "–"]
+
+
+def _section(run: Run, name: str) -> dict[str, Any]:
+    section = run.config.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _planned(run: Run) -> int:
+    steps = real(_section(run, "train").get("steps"))
+    return int(steps) if math.isfinite(steps) else 0
+
+
+def _status(run: Run) -> dict[str, str]:
+    done, planned = max(run.train, default=0), _planned(run)
+    if not run.train:
+        return {"kind": "flat", "text": "No step logged"}
+    if planned and done >= planned:
+        return {"kind": "good", "text": "Finished"}
+    return {"kind": "warn", "text": f"At step {done:,} of {planned:,}" if planned else f"At step {done:,}"}
+
+
+def _lead(run: Run) -> str:
+    """One paragraph for a reader who stops after it."""
+    parts = []
+    model = _section(run, "model")
+    if model:
+        parts.append(_model_words(model))
+    if run.train:
+        told = f"{max(run.train):,} steps"
+        seconds = _seconds(run)
+        told += f" in {duration(seconds)}" if math.isfinite(seconds) and seconds > 0 else ""
+        data = _section(run, "data").get("path")
+        parts.append(f"trained for {told}" + (f" on {data}" if data else ""))
+    text = ", ".join(parts)
+    text = (text[:1].upper() + text[1:] + ".") if text else "This run left no configuration and no metrics."
+    pair = _ends(run, "perplexity")
+    if pair and len(run.evals) > 1:
+        change, _ = _change(*pair, lower_is_better=True)
+        told = (
+            "did not change"
+            if change == "unchanged"
+            else f"ended {change}: {number(pair[0], 4)} before, {number(pair[1], 4)} after"
+        )
+        text += f" Validation perplexity {told}."
+    return text
+
+
+def _model_words(model: dict[str, Any]) -> str:
+    from pydantic import ValidationError
+
+    from ..config import ModelConfig
+
+    try:
+        shape = ModelConfig(**{k: v for k, v in model.items() if k in ModelConfig.model_fields})
+        size = number(shape.parameter_counts()["total"]).replace(" ", " ")
+        words = f"a {shape.family.capitalize()}-type model of {size} parameters"
+    except (ValidationError, TypeError):
+        words = "a model"
+    return words + (f", started from {model['checkpoint']}" if model.get("checkpoint") else "")
+
+
+def _comparison(runs: Sequence[Run]) -> list[dict[str, str]]:
+    rows = []
+    for slot, run in enumerate(runs):
+        perplexity, accuracy = _ends(run, "perplexity"), _ends(run, "accuracy")
+        rows.append(
+            {
+                "name": _label(runs, run),
+                "slot": str(slot % 6),
+                "steps": f"{max(run.train, default=0):,}",
+                "tokens": number(_total_tokens(run)),
+                "time": duration(_seconds(run)),
+                "rate": number(_rate(run)),
+                "loss": number(_last(run, "loss"), 4),
+                "perplexity": number(perplexity[1], 4) if perplexity else "–",
+                "accuracy": f"{accuracy[1]:.1%}" if accuracy else "–",
+            }
+        )
+    return rows
+
+
+def _words(value: Any) -> str:
+    """A prompt or reply as text; a list of messages becomes its turns."""
+    if isinstance(value, list):
+        return "\n".join(_words(v.get("content", "")) if isinstance(v, dict) else str(v) for v in value)
+    return "" if value is None else str(value)
+
+
+def _samples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_prompt: dict[str, dict[int, str]] = {}
+    for row in rows:
+        step = real(row.get("step"))
+        if "prompt" in row and "reply" in row and math.isfinite(step):
+            by_prompt.setdefault(_words(row["prompt"]), {})[int(step)] = _words(row["reply"])
+    return [{"prompt": prompt, "replies": sorted(replies.items())} for prompt, replies in by_prompt.items()]
+
+
+def _eval_table(run: Run) -> dict[str, Any] | None:
+    keys = list(dict.fromkeys(k for e in run.evals.values() for k, v in e.items() if not math.isnan(real(v))))
+    if not keys:
+        return None
+    rows = [
+        [f"{step:,}", *(f"{real(e.get(k)):.2%}" if k == "accuracy" and k in e else _cell(real(e.get(k))) for k in keys)]
+        for step, e in run.evals.items()
+    ]
+    return {"head": ["step", *(k.replace("_", " ") for k in keys)], "rows": rows}
+
+
+def _cell(value: float) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) and value == int(value) and abs(value) >= 100 else number(value, 5)
+
+
+def _funnel(run: Run) -> list[dict[str, Any]]:
+    stages = run.data_report.get("stages")
+    rows: list[dict[str, Any]] = []
+    for stage in stages if isinstance(stages, list) else []:
+        if not isinstance(stage, dict):
+            continue
+        raw = stage.get("dropped")
+        dropped = {str(k): real(v) for k, v in raw.items() if real(v) > 0} if isinstance(raw, dict) else {}
+        kept = real(stage.get("kept"))
+        kept = kept if math.isfinite(kept) else 0.0
+        changes = stage.get("changed")
+        examples = stage.get("examples")
+        rows.append(
+            {
+                "name": str(stage.get("name", "stage")),
+                "unit": str(stage.get("unit", "")),
+                "kept": kept,
+                "lost": sum(dropped.values()),
+                "seconds": real(stage.get("seconds")),
+                "reasons": sorted(dropped.items(), key=lambda item: -item[1]),
+                "changed": [f"{k.replace('_', ' ')}: {real(v):,.0f}" for k, v in changes.items() if real(v) > 0]
+                if isinstance(changes, dict)
+                else [],
+                "examples": examples if isinstance(examples, dict) else {},
+            }
+        )
+    widest: dict[str, float] = {}
+    for row in rows:
+        widest[row["unit"]] = max(widest.get(row["unit"], 0.0), row["kept"] + row["lost"])
+    for row in rows:
+        whole = widest[row["unit"]] or 1.0
+        row["kept_share"], row["lost_share"] = 100 * row["kept"] / whole, 100 * row["lost"] / whole
+        came = row["kept"] + row["lost"]
+        row["kept_text"], row["lost_text"] = f"{row['kept']:,.0f}", f"{row['lost']:,.0f}"
+        row["percent"] = f"{row['kept'] / came:.1%} kept" if came else ""
+        row["took"] = duration(row.pop("seconds"))
+        row["reasons"] = [
+            {
+                "name": k.replace("_", " "),
+                "count": f"{v:,.0f}",
+                "examples": [_words(e) if not isinstance(e, dict) else str(e) for e in _some(row["examples"].get(k))],
+            }
+            for k, v in row["reasons"]
+        ]
+    return rows
+
+
+def _some(value: Any) -> list[Any]:
+    return value[:3] if isinstance(value, list) else []
+
+
+def _data_facts(run: Run) -> dict[str, str]:
+    """Folder, sizes of the splits, the split certificate and the tokenizer, as far as they are known."""
+    if run.data_path is None:
+        return {}
+    facts = {"folder": str(run.data_path)}
+    splits = run.data_report.get("splits") or run.data_manifest.get("splits")
+    for name, part in splits.items() if isinstance(splits, dict) else ():
+        if isinstance(part, dict):
+            counts = {k: real(part.get(k)) for k in ("dialogues", "tokens", "loss_tokens")}
+            told = [f"{v:,.0f} {k.replace('loss_tokens', 'of them with loss')}" for k, v in counts.items() if math.isfinite(v)]
+            facts[name] = ", ".join(told)
+    proof = run.data_report.get("certificate")
+    if isinstance(proof, dict) and "valid" in proof:
+        shared, asked = proof.get("shared"), proof.get("asked")
+        both = [f"{shared.get(k, 0)} {str(k).replace('_', ' ')}" for k in asked or ()] if isinstance(shared, dict) else []
+        facts["split certificate"] = ("valid" if proof["valid"] else "LEAKS") + (
+            f" ({', '.join(both)} in both splits)" if both else ""
+        )
+    long = next((row["overlong"] for row in reversed(run.train.values()) if isinstance(row.get("overlong"), dict)), None)
+    if long is not None:
+        fates = ", ".join(f"{real(long.get(k)):,.0f} {k.replace('_', ' ')}" for k in ("truncated", "split", "dropped"))
+        which = f"{real(long.get('overlong')):,.0f} of {real(long.get('dialogues')):,.0f} dialogues planned: {fates}"
+        facts["longer than a pack"] = f"{which}; {real(long.get('cut_inside_turn')):,.0f} cut inside a turn"
+    for key in ("vocab_size", "tokenizer_sha256", "template_sha256", "recipe_sha256"):
+        if key in run.data_manifest:
+            facts[key.replace("_", " ")] = str(run.data_manifest[key])
+    return {key: value for key, value in facts.items() if value}
+
+
+def _events(run: Run) -> list[dict[str, str]]:
+    out = []
+    for row in run.events:
+        rest = dict(row)
+        at = real(rest.pop("time", None))
+        kind = next((str(rest.pop(k)) for k in ("event", "kind", "type", "name") if isinstance(rest.get(k), str)), "event")
+        step = real(rest.pop("step", None))
+        level = str(rest.pop("level", "")).lower()
+        fault = level in ("warning", "error", "critical") or any(w in kind.lower() for w in FAULT_WORDS)
+        message = str(rest.pop("message", ""))
+        details = ", ".join(f"{k} {v}" for k, v in flatten(rest).items())
+        out.append(
+            {
+                "when": datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+                if 1e8 < at < 1e11
+                else (duration(at) if math.isfinite(at) else ""),
+                "step": f"{step:,.0f}" if math.isfinite(step) else "",
+                "kind": kind.replace("_", " "),
+                "text": " · ".join(t for t in (message, details) if t),
+                "fault": "yes" if fault else "",
+            }
+        )
+    return out

@@ -1,0 +1,188 @@
+"""The folder of a run: config, environment, metrics, events. Text and JSON lines, one writer (rank 0).
+
+runs/NAME/{config.yaml, command, environment.json, metrics.jsonl, events.jsonl, samples.jsonl, checkpoints/, logs/}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from chatmill.config import ConfigError, dump_yaml, validate
+from chatmill.files import replace_text
+from chatmill.processes import own_process
+from chatmill.run_files import PREEMPTED, list_checkpoints, read_jsonl, step_of
+
+from ..config import Recipe
+from ..optim.schedule import same_rates
+from .full_disk import WaitingFiles
+
+# What may differ between the attempts of one run without changing what it computes; train.steps too, where the steps done keep
+# their learning rates.
+FREE = ("run", "logging", "checkpoint", "evaluation", "parallel", "kernels", "guard")
+FREE_TRAIN = (
+    "micro_batch",
+    "accumulation",
+    "activation_checkpointing",
+    "activation_checkpointing_layers",
+    "compile",
+    "compile_backend",
+    "cpu_threads",
+    "hang_timeout_s",
+)
+CLAIM_WAIT_S = 20.0  # for a training that was told to stop and is saving
+# Weights and exclusions of steps to come may change, and data may have moved; the position in the checkpoint refuses other data
+# and a change of what steps already taken have used.
+FREE_DATA = ("mix", "curriculum", "exclude", "damaged_blocks")
+
+
+class RunFolder:
+    """Appends to the run's files; every line is flushed, so that a killed run loses none. A full disk stops no run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = WaitingFiles(path)
+        self.on_metric: Callable[[Mapping[str, Any]], None] | None = None
+        self._lock: TextIO | None = None
+
+    def create(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+        """Make the folder and write what is known before the first step."""
+        for folder in (self.path, self.path / "checkpoints", self.path / "logs"):
+            folder.mkdir(parents=True, exist_ok=True)
+        replace_text(self.path / "config.yaml", dump_yaml(recipe))
+        replace_text(self.path / "command", shlex.join([sys.executable, *sys.orig_argv[1:]]) + "\n")
+        replace_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        (self.path / PREEMPTED).unlink(missing_ok=True)
+
+    def claim(self) -> bool:
+        """Whether no other training writes here; from then on none can, until release().
+
+        A record lock: it ends with its process as well, however that ends. Where a file system knows no locks, True.
+        """
+        if self._lock is None:
+            try:
+                (self.path / "logs").mkdir(parents=True, exist_ok=True)
+                self._lock = (self.path / "logs" / "training.lock").open("a")
+            except OSError:  # nothing can be written: the first file that the run needs will say so
+                return True
+        until = time.monotonic() + CLAIM_WAIT_S
+        while True:
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return True
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.2)  # the one before may still be saving
+            else:
+                return True
+
+    def release(self) -> None:
+        """Let another training write here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def check_same(self, recipe: Recipe) -> None:
+        """Refuse to continue a run with a recipe that would compute something else. Raises ConfigError naming the fields."""
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            return
+        old, new = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.model_dump(mode="json")
+        free_train: tuple[str, ...] = FREE_TRAIN
+        with contextlib.suppress(ConfigError):  # fields that are newer than the run count with their defaults
+            begun = validate(Recipe, old, str(file))
+            old = begun.model_dump(mode="json")
+            done = max(map(step_of, list_checkpoints(self.path)), default=0)
+            if done <= recipe.train.steps and same_rates(begun, recipe, done):
+                free_train = (*FREE_TRAIN, "steps")
+        both_mixed = bool(recipe.data.mix and old.get("data", {}).get("mix"))
+        free_data = (*FREE_DATA, "path") if both_mixed or self._data_moved(old, recipe) else FREE_DATA
+        differing = [
+            f"  {section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
+            for section, fields in new.items()
+            if section not in FREE and isinstance(fields, dict)
+            for key, value in fields.items()
+            if not (section == "train" and key in free_train)
+            and not (section == "data" and key in free_data)
+            and old.get(section, {}).get(key) != value
+        ]
+        if old.get("objective", recipe.objective) != recipe.objective:
+            differing.insert(0, f"  objective: {old['objective']!r} -> {recipe.objective!r}")
+        if differing:
+            raise ConfigError(
+                f"{self.path} holds a run with another recipe:\n" + "\n".join(differing) + "\n"
+                f"Continue it as it was: chatmill train {self.path}/config.yaml\n"
+                f"or begin another run, from its weights if you like: run.name=NEW model.checkpoint={self.path}"
+            )
+
+    def _data_moved(self, old: Mapping[str, Any], recipe: Recipe) -> bool:
+        """One data set under another name: its old folder is gone, and a checkpoint is there to tell whether it is the same."""
+        before, now = old.get("data", {}).get("path"), recipe.data.path
+        moved = bool(before and now and "://" not in before) and not Path(before).exists()
+        return moved and any((self.path / "checkpoints").glob("step-*"))
+
+    def metric(self, **values: Any) -> None:
+        """One line of metrics.jsonl; also to the trackers."""
+        self._append("metrics.jsonl", values)
+        if self.on_metric is not None:
+            self.on_metric(values)
+
+    def event(self, kind: str, /, **values: Any) -> None:
+        """One line of events.jsonl."""
+        self._append("events.jsonl", {"time": round(time.time(), 3), "event": kind, **values})
+
+    def sample(self, **values: Any) -> None:
+        """One line of samples.jsonl."""
+        self._append("samples.jsonl", values)
+
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """A small JSON file, replaced in one step."""
+        self._files.replace(name, json.dumps(values, indent=1) + "\n")
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        self._files.append(name, json.dumps(values) + "\n")
+
+    def is_finished(self, step: int) -> bool:
+        """Whether the run has ended at this step, its last validation and checkpoint included."""
+        return any(e.get("event") == "finished" and e.get("step") == step for e in read_jsonl(self.path / "events.jsonl"))
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics and samples later than `step`: the resumed run writes them again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            file = self.path / name
+            if file.is_file():
+                kept = [line for line in read_jsonl(file) if line.get("step", 0) <= step]  # a torn last line goes too
+                replace_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine and process, for environment.json."""
+    versions = {}
+    for name in ("chatmill", "torch", "triton", "numpy", "accelerate", "deepspeed", "flash-attn", "webdataset", "tokenizers"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "process": own_process(),
+        "cpus": os.cpu_count(),
+        "versions": versions,
+    }

@@ -1,0 +1,138 @@
+"""NaN, inf and loss spikes: one decision for all ranks, made before the weights change.
+
+    z = (loss - median) / (1.4826 * median of |losses - median|)      over the last `window` good steps
+
+Median and MAD, not mean and deviation: one outlier must not widen the measure it is judged by. The loss judged is the global
+one (summed over ranks), so every rank comes to the same verdict without a further message. A step is judged by its loss before
+the update and by its gradient norm after it; engines skip an update whose norm is not finite by themselves.
+
+What follows is `guard.*` of the recipe: warn, skip the update, roll back to the newest checkpoint with the dialogues of the
+batch excluded from there on (RUN/excluded.jsonl; the order of all others stays), or stop. Events carry the dialogues' uids.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from chatmill.config import ConfigError
+from chatmill.run_files import read_jsonl
+
+from ...data.packing.sources import RECORD, record_exclusion
+from ...data.stream import PackedBatch
+from ..config import GuardSection
+from ..distributed.world import World
+from .folder import RunFolder
+from .state import TrainState
+
+Action = Literal["warn", "skip", "rollback", "stop"]
+REASON = "guard:"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A step that cannot be right. kind: nan or spike; value: the loss or gradient norm; z: how far out it is."""
+
+    kind: Literal["nan", "spike"]
+    action: Action
+    value: float
+    z: float | None
+    why: str
+
+
+class Guard:
+    """Judges each step and writes down what it did; what it measures by lies in TrainState and so in every checkpoint."""
+
+    def __init__(self, section: GuardSection, folder: RunFolder, world: World) -> None:
+        self.section, self.folder, self.world = section, folder, world
+
+    def judge_loss(self, loss: float, state: TrainState) -> Finding | None:
+        """Before the update: loss of the step in nats per token, over all ranks."""
+        if not math.isfinite(loss):
+            return self._nan(loss, "the loss")
+        if self.section.on_spike == "off":
+            return None
+        z = robust_z(loss, state.losses, self.section.min_history)
+        if z is None or z <= self.section.spike_z:
+            return None
+        why = f"the loss of {loss:.4f} is {z:.1f} robust deviations above the last {len(state.losses)} steps"
+        return Finding("spike", self.section.on_spike, loss, z, why)
+
+    def judge_gradient(self, norm: float) -> Finding | None:
+        """After the update, which the engine leaves out where the norm is not finite."""
+        return None if math.isfinite(norm) else self._nan(norm, "the gradient norm")
+
+    def decide(
+        self, finding: Finding | None, loss: float, state: TrainState, micro: Sequence[PackedBatch], say: Callable[[str], None]
+    ) -> Literal["go on", "rollback"]:
+        """Book the step that state.step now counts. Raises ConfigError where the run must stop; every rank must call it."""
+        if finding is None or finding.action == "warn":
+            state.skipped_in_row = 0
+            state.losses = [*state.losses, loss][-self.section.window :]
+            if finding is not None:
+                self._event("loss_spike", finding, state, micro)
+                say(f"warning: step {state.step}: {finding.why}")
+            return "go on"
+        state.skipped_in_row += 1
+        self._event("skipped_step", finding, state, micro)
+        say(f"step {state.step} is left out: {finding.why}")
+        roll_back = finding.action == "rollback"
+        if finding.action == "stop":
+            self._stop(finding, state, f"guard.on_{finding.kind}=stop")
+        if state.skipped_in_row > max(self.section.max_skips, roll_back):
+            self._stop(finding, state, f"{self.section.max_skips} updates in a row were left out before (guard.max_skips)")
+        if roll_back and self.rollbacks() >= self.section.max_rollbacks:
+            self._stop(finding, state, f"the run was rolled back {self.section.max_rollbacks} times (guard.max_rollbacks)")
+        return "rollback" if roll_back else "go on"
+
+    def exclude(self, finding: Finding | None, state: TrainState, micro: Sequence[PackedBatch], step: int) -> frozenset[str]:
+        """Leave the dialogues of the batch out once `step` steps are done, in this attempt and all later ones."""
+        assert finding is not None
+        uids = frozenset(self._uids(micro))
+        if self.world.is_main:
+            record_exclusion(self.folder.path, step, uids, f"{REASON} {finding.kind} at step {state.step}: {finding.why}")
+            self.folder.event("rollback", step=state.step, to_step=step, kind=finding.kind, excluded=len(uids))
+        self.world.barrier()
+        return uids
+
+    def rollbacks(self) -> int:
+        """How often the run was rolled back, attempts before included."""
+        lines = read_jsonl(self.folder.path / RECORD) if self.world.is_main else ()
+        return self.world.gather(sum(str(line.get("reason", "")).startswith(REASON) for line in lines))[0]
+
+    def _event(self, event: str, finding: Finding, state: TrainState, micro: Sequence[PackedBatch]) -> None:
+        uids = self._uids(micro)
+        if self.world.is_main:
+            z = None if finding.z is None else round(finding.z, 2)
+            self.folder.event(event, step=state.step, kind=finding.kind, value=str(finding.value), z=z, uids=uids)
+
+    def _uids(self, micro: Sequence[PackedBatch]) -> list[str]:
+        """Dialogues of the whole global batch, over all ranks."""
+        return sorted({uid for part in self.world.gather([u for batch in micro for u in batch.uids]) for uid in part})
+
+    def _stop(self, finding: Finding, state: TrainState, rule: str) -> None:
+        if self.world.is_main:
+            self.folder.event("stopped", step=state.step, kind=finding.kind, reason=f"{finding.why}; {rule}")
+        raise ConfigError(
+            f"stopped at step {state.step}: {finding.why}; {rule}.\n"
+            "The dialogues of the batch are in events.jsonl (`chatmill data at RUN STEP` shows them); the newest checkpoint\n"
+            "is from before. Lower optimizer.lr, exclude the dialogues (data.exclude), or change guard.* to go on."
+        )
+
+    def _nan(self, value: float, what: str) -> Finding:
+        return Finding("nan", self.section.on_nan, value, None, f"{what} is {value}")
+
+
+def robust_z(value: float, history: Sequence[float], least: int) -> float | None:
+    """Distance of value above the median in robust deviations; None with fewer than `least` values to measure by.
+
+    Where more than half of the values are equal the MAD is 0: one part in a thousand of the median stands in for it.
+    """
+    if len(history) < max(2, least):
+        return None
+    middle = statistics.median(history)
+    spread = 1.4826 * statistics.median(abs(x - middle) for x in history)
+    return (value - middle) / max(spread, 1e-3 * abs(middle), 1e-12)

@@ -1,0 +1,30 @@
+"""Stopping in order: SIGTERM and SIGUSR1 are remembered, and the loop ends at the next step boundary with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from chatmill.run_files import PREEMPTED
+
+from .folder import RunFolder
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGUSR1 came to this process."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.name = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self.name = signal.Signals(number).name
+
+
+def mark_preempted(folder: RunFolder, step: int, name: str) -> None:
+    """Leave the mark by which a launcher knows that the run is to be started again. name: the signal, "" on another rank."""
+    (folder.path / PREEMPTED).write_text(f"{name or 'signal on another rank'} at step {step}\n", encoding="utf-8")
+    folder.event("preempted", step=step, signal=name)
