@@ -27,32 +27,13 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-Layout = Literal["packed", "padded"]
-Kernels = Literal["reference", "torch", "triton", "auto"]
+from .parity_case import GRADIENT_TOLERANCE, INTERPRETED_STEPS, LOSS_TOLERANCE, REFERENCE, STEPS, Case
 
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 WORLD_SIZES = (1, 2, 4)
 ACCUMULATIONS = (1, 2, 4)
-PACKS, PACK_TOKENS, VOCABULARY, STEPS = 16, 24, 61, 3
-INTERPRETED_STEPS = 2  # Triton's interpreter takes seconds per step
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # fp32: sums in another order; a wrong factor or mask is off by over 1e-2
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to compute the same steps. kernels: `torch` is what a CPU takes, `auto` what a GPU takes."""
-
-    engine: str
-    world_size: int
-    accumulation: int = 1
-    layout: Layout = "packed"
-    checkpointing: bool = False
-    kernels: Kernels = "reference"
-
-
-REFERENCE = Case("single", 1)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ...trainer.distributed.world import World
 from ...trainer.engine.engine import Engine
 from ...trainer.loop.loop import build_engine
 from ...trainer.model.decoder import Decoder
-from .parity import INTERPRETED_STEPS, PACK_TOKENS, PACKS, STEPS, VOCABULARY, Case
+from .parity_case import INTERPRETED_STEPS, PACK_TOKENS, PACKS, STEPS, VOCABULARY, Case
 
 LR = 1e-2
 SHAPE = ModelConfig(

@@ -26,11 +26,10 @@ import yaml
 
 from chatmill.config import ConfigError, dump_yaml, validate
 
-from ...trainer.config import ModelConfig, Recipe
 from ..supervise.run_state import needed_lead_s
 from ..supervise.supervise import LOGS
 from .job import JobSpec
-from .resolve import Resolved, resolve
+from .resolve import Resolved, model_shape, resolve
 from .slurm import render_sbatch, sbatch_command
 from .snapshot import new_launch, snapshot_code
 from .torchrun import accelerate_command, accelerate_config, single_command, torchrun_command
@@ -125,16 +124,6 @@ def describe(plan: Plan) -> str:
         budgets = [f"{n:,} {what}" for n, what in ((train.epochs, "epoch(s)"), (train.tokens, "tokens")) if n is not None]
         lines.append(f"steps       counted at the start, for {' or '.join(budgets)}")
     return "\n".join(lines)
-
-
-def model_shape(recipe: Recipe) -> ModelConfig | None:
-    """The shape that will train, or None when it is in a checkpoint that cannot be read from here."""
-    if recipe.model.checkpoint is None:
-        return recipe.model.shape()
-    folder = Path(recipe.model.checkpoint)
-    found = sorted(folder.glob("checkpoints/step-*/config.json"))
-    file = found[-1] if found else folder / "config.json"
-    return validate(ModelConfig, json.loads(file.read_text(encoding="utf-8")), str(file)) if file.is_file() else None
 
 
 def preview(plan: Plan) -> str:

@@ -20,8 +20,7 @@ from chatmill.config import ConfigError
 
 from ...trainer.config import Recipe
 from ...trainer.plan.hardware import find_gpu, known_gpu
-from .launch import model_shape
-from .resolve import resolve
+from .resolve import model_shape, resolve
 
 DEFAULT_GPU = "h100"
 NO_TORCH = "plan        not made: torch is not installed here (it is needed to trace the model's activations, no GPU is)"

@@ -9,14 +9,15 @@ started (and says so on stderr), unless `single` was asked for by an override.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatmill.config import ConfigError
+from chatmill.config import ConfigError, validate
 
-from ...trainer.config import Recipe, load_recipe
+from ...trainer.config import ModelConfig, Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,16 @@ def resolve(name: str, overrides: Sequence[str], world_size: int) -> Resolved:
         recipe = load_recipe(name, words)
         notes.append(f"the recipe is for one process, {world_size} are started: parallel.strategy=ddp")
     return Resolved(recipe, (name, *words), tuple(notes))
+
+
+def model_shape(recipe: Recipe) -> ModelConfig | None:
+    """The shape that will train, or None when it is in a checkpoint that cannot be read from here."""
+    if recipe.model.checkpoint is None:
+        return recipe.model.shape()
+    folder = Path(recipe.model.checkpoint)
+    found = sorted(folder.glob("checkpoints/step-*/config.json"))
+    file = found[-1] if found else folder / "config.json"
+    return validate(ModelConfig, json.loads(file.read_text(encoding="utf-8")), str(file)) if file.is_file() else None
 
 
 def main(arguments: list[str] | None = None) -> int:

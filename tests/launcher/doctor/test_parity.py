@@ -18,7 +18,6 @@ from chatmill.launcher.doctor import parity_rank
 from chatmill.launcher.doctor.parity import (
     ENGINES,
     WORLD_SIZES,
-    Case,
     Row,
     all_cases,
     covering_set,
@@ -27,6 +26,7 @@ from chatmill.launcher.doctor.parity import (
     line,
     missing,
 )
+from chatmill.launcher.doctor.parity_case import Case
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.distributed.world import World
 from chatmill.trainer.engine.engine import Engine
