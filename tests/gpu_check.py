@@ -1,20 +1,20 @@
-"""Everything that needs a GPU, in one go: `make gpu`, or parts of it: `make gpu ARGS="--parts tests,bench"`.
+"""Everything that needs a GPU, in one run: `make gpu`, or some parts: `make gpu ARGS="--parts tests,bench"`.
 
-Parts, in order of what they are worth:
+Parts, the most valuable first:
 
-    imports    does everything that follows import at all; where not, what to carry in wheels/ (`make wheels`)
-    tests      each Triton kernel against its reference, the trainer on CUDA: in parallel, one hang or crash costs one test
+    imports    whether everything that follows can be imported; if not, what to carry in wheels/ (`make wheels`)
+    tests      each Triton kernel against its reference, and the trainer on CUDA; in parallel, a hang or crash costs one test
     timed      the tests that read a clock, alone on the machine
-    attention, loss, layer, decode    the kernels against other people's
+    attention, loss, layer, decode    our kernels against other libraries
     train      1B and 8B in bf16 at T=4096: tokens/s, MFU, a profile; then compiled, with other attentions, SmolLM2
     engines    FSDP2 and DDP with NCCL in a world of one
-    tune       refits the table of attention's tiles (in results/, to be reviewed and committed)
+    tune       refits the table of attention tiles (into results/, to be reviewed and committed)
 
-Every part is a process of its own with a time limit, and results/gpu.json is written every few seconds: what a time-out takes
-is the part that runs. Parts run in the order in which they are asked for, and none is left out because another failed. results/
-holds 8 files at most: summary.txt (gpu.json for people), gpu.json, tests.jsonl, log.txt, operators.txt, trace.json.gz,
-attention.json. `bench`, `fast` and `all` name groups of parts. Where there is no GPU it says so and exits 0. Nothing is
-downloaded: missing packages are installed from --wheels into --site.
+Every part is a process of its own with a time limit, and results/gpu.json is written every few seconds, so a timeout costs only
+the part that is running. Parts run in the order given, and a failed part does not stop the others. results/ holds at most
+8 files: summary.txt (gpu.json for people), gpu.json, tests.jsonl, log.txt, operators.txt, trace.json.gz, attention.json.
+`bench`, `fast` and `all` name groups of parts. Without a GPU the script says so and exits 0. Nothing is downloaded: missing
+packages are installed from --wheels into --site.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ GROUPS = {"all": tuple(PARTS), "bench": tuple(BENCHES), "fast": ("imports", "tes
 
 
 class Report:
-    """results/gpu.json: written anew after every piece of news."""
+    """results/gpu.json, rewritten after every change."""
 
     def __init__(self, out: Path) -> None:
         self._path = out / "gpu.json"
@@ -137,7 +137,7 @@ class Report:
 
 
 class Check:
-    """The parts, with what they share: where results go, and how much time is left."""
+    """The parts and what they share: where results go and how much time is left."""
 
     def __init__(self, out: Path, budget_s: float, jobs: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ class Check:
         )
 
     def wait(self, running: Sequence[subprocess.Popen[bytes]], limit_s: float, news: Callable[[], None]) -> list[int | None]:
-        """Exit codes, None for what had to be killed; `news` is called every two seconds and at the end."""
+        """Exit codes, None for processes that had to be killed; `news` is called every two seconds and at the end."""
         end = time.monotonic() + min(limit_s, self.left_s())
         while any(process.poll() is None for process in running) and time.monotonic() < end:
             time.sleep(min(2.0, max(0.05, end - time.monotonic())))
@@ -175,7 +175,7 @@ class Check:
         return codes
 
     def run(self, part: str, name: str, command: Sequence[str], limit_s: float, result: Path, **environment: str) -> bool:
-        """One process, and the JSON that it writes as it goes under its name in the report. True where it ended well."""
+        """Run one process and keep the JSON that it writes under its name in the report. True if it succeeded."""
         began = time.monotonic()
         if self.left_s() < 15:
             self.report.put(part, **{name: {"outcome": "no time was left"}})
@@ -196,7 +196,7 @@ class Check:
         return code == 0
 
     def part(self, part: str) -> bool:
-        """Run one part within its time; True where nothing in it failed."""
+        """Run one part within its time limit; True if nothing in it failed."""
         limit_s = PARTS[part]
         if part == "imports":
             return self.imports()
@@ -222,11 +222,11 @@ class Check:
         for module, problem in missing.items():
             print(f"  {module}: {problem}")
         if missing:
-            print("  Where the package index can be reached run `make wheels`, and carry wheels/ to this machine.")
+            print("  Run `make wheels` where the package index can be reached, and copy wheels/ to this machine.")
         return not missing
 
     def make_data(self) -> Path:
-        """Begin to write the training data, on the CPU beside the tests; the folder it will be in."""
+        """Start writing the training data on the CPU while the tests run; returns its folder."""
         folder = self.scratch / "data"
         if self._data is None and not folder.exists():
             script = str(ROOT / "tests" / "gpu_training.py")
@@ -234,7 +234,7 @@ class Check:
         return folder
 
     def tests(self, limit_s: float, *, timed: bool = False) -> bool:
-        """All tests in shards; a process that died goes on with the tests that its log does not know."""
+        """All tests in shards; after a crash the process continues with the tests that are not in its log."""
         log, end = self.out / "tests.jsonl", time.monotonic() + min(limit_s, self.left_s())
         files = [str(ROOT / "tests" / name) for name in TESTS if (ROOT / "tests" / name.split("::")[0]).exists()]
         chosen = ["-k", TIMED if timed else f"not {TIMED}"]
@@ -330,14 +330,14 @@ class Check:
 
 
 def main() -> int:
-    """Run the asked parts; 1 if one failed."""
+    """Run the parts asked for; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--wheels", type=Path, default=Path("wheels"))
     parser.add_argument("--site", type=Path, default=Path(".gpu-site"))
     parser.add_argument("--parts", default="all", help=f"some of {','.join(PARTS)}, or {', '.join(GROUPS)}")
-    parser.add_argument("--budget-s", type=float, default=560.0, help="seconds in all")
-    parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="test processes")
+    parser.add_argument("--budget-s", type=float, default=560.0, help="total seconds")
+    parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="number of test processes")
     options = parser.parse_args()
     asked = [part for word in options.parts.split(",") for part in GROUPS.get(word, (word,))]
     asked = list(dict.fromkeys(asked))
@@ -371,7 +371,7 @@ def main() -> int:
             break
         try:
             outcome[part] = check.part(part)
-        except Exception as error:  # a fault of this script must not cost the parts that follow
+        except Exception as error:  # an error in this script must not cost the parts that follow
             outcome[part] = False
             check.report.put(part, error=f"{type(error).__name__}: {error}")
             print(f"  {type(error).__name__}: {error}", flush=True)
@@ -382,7 +382,7 @@ def main() -> int:
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill it and what it started. torchrun's workers have sessions of their own: it ends them when it is asked to end."""
+    """Kill a process and its children. torchrun ends its workers, which have their own sessions, when asked."""
     os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(8)
@@ -392,7 +392,7 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
 
 
 def install(wheels: Path, site: Path) -> None:
-    """The carried packages, once per machine."""
+    """Install the carried packages, once per machine."""
     found = sorted(wheels.glob("*.whl"))
     names = sorted(wheel.name for wheel in found)
     mark = site / "installed.json"
@@ -403,7 +403,7 @@ def install(wheels: Path, site: Path) -> None:
 
 
 def describe(torch: Any) -> dict[str, object]:
-    """Machine and versions, for the head of every result."""
+    """Machine and versions, for the header of every result."""
     versions = {}
     for name in ("torch", "triton", "numpy", "accelerate", "deepspeed", "flash-attn", "transformers", "pydantic", "webdataset"):
         try:

@@ -1,12 +1,12 @@
-"""A pytest plugin for tests on a GPU: a hang, a crash or a lost GPU costs one test, and nothing that was found is lost.
+"""A pytest plugin for tests on a GPU: a hang, a crash or a lost GPU costs one test, and no result is lost.
 
     CHATMILL_TEST_LOG=log.jsonl CHATMILL_TEST_SHARD=0/8 pytest -p gpu_log tests/kernels
 
-Every test leaves a line in the log as it starts and one as it ends. Tests that the log knows are left out, so that the same
-command goes on after the process died; a test that started and never ended is the one that killed it. A test over its time
-(CHATMILL_TEST_LIMIT_S) ends the process with the stack on stderr, also where it hangs inside a CUDA call. After an error that
-leaves the GPU's context unusable the process ends too: later tests would fail for nothing. GPU tests come first; a shard i/n
-takes every n-th. Exit status 0: every test was run, and the log says how it went.
+Every test writes a line to the log when it starts and another when it ends. Tests that are already in the log are skipped, so
+the same command continues after a crash; a test that started and never ended is the one that killed the process. A test over
+its time limit (CHATMILL_TEST_LIMIT_S) ends the process with the stack on stderr, even if it hangs inside a CUDA call. The
+process also ends after an error that leaves the GPU's context unusable, because all later tests would fail. GPU tests come
+first; shard i/n takes every n-th test. Exit status 0: every test was run, and the log says how it went.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ LOST_EXIT = 70
 
 
 def read_log(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Last entry per test: outcome `passed`, `failed` or `skipped`, or `started` where the test never ended."""
+    """Last entry per test: outcome `passed`, `failed` or `skipped`, or `started` if the test never ended."""
     entries: dict[str, dict[str, Any]] = {}
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:  # cut off as the process died
+        except ValueError:  # cut off when the process died
             continue
         entries[entry["test"]] = entry
     return entries
 
 
 def is_lost(message: str) -> bool:
-    """Whether an error means that this process can use its GPU no more."""
+    """Whether an error means that this process can no longer use its GPU."""
     return "CUDA" in message and any(words in message for words in LOST)
 
 
@@ -77,7 +77,7 @@ class GpuLog:
         self._write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2), message=message[:600])
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.TESTS_FAILED:  # the log has them; 1 is also what a test over its time ends with
+        if exitstatus == pytest.ExitCode.TESTS_FAILED:  # the log has them; a test over its time limit also exits with 1
             session.exitstatus = pytest.ExitCode.OK
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
@@ -85,7 +85,7 @@ class GpuLog:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Take part where a log is asked for."""
+    """Register the plugin if a log is asked for."""
     path = os.environ.get("CHATMILL_TEST_LOG")
     if path:
         limit_s = float(os.environ.get("CHATMILL_TEST_LIMIT_S", "120"))

@@ -1,4 +1,4 @@
-"""results/gpu.json as a page for people: what failed, tokens/s and MFU of each training, each kernel beside the others.
+"""results/gpu.json as a page for people: failures, tokens/s and MFU of each training, and each kernel beside the others.
 
 python tests/gpu_summary.py results/gpu.json
 """
@@ -15,7 +15,7 @@ TARGETS = {"1b": 0.56, "8b": 0.578}  # MFU; the floor of the 1b is 0.50
 
 
 def summary(content: Mapping[str, Any]) -> str:
-    """The whole page; every part that is missing or unfinished is left out or said, none raises."""
+    """The whole page. A part that is missing or unfinished is omitted or marked; none raises."""
     machine = content.get("machine", {})
     lines = [f"{machine.get('gpu')}, {machine.get('date')}, " + json.dumps(machine.get("versions", {}))]
     if "wheels" in content:

@@ -3,9 +3,9 @@
     python tests/gpu_training.py --out result.json [--recipe smollm2-135m] [--steps 20] [train.compile=true ...]
     torchrun --standalone --nproc-per-node 1 tests/gpu_training.py --out result.json parallel.strategy=fsdp2
 
-The text is generated (no data set travels to the machine): real shards, stream, kernels and loop; only the words are made up.
-The result is written as soon as the last step is done; the checkpoint (15 GB for the 1b) is written with --save alone. On a GPU
-the first weights are drawn there: on the CPU that would take as long as the steps (8 billion: over a minute, and 32 GB).
+The text is generated, so no data set has to be copied to the machine; shards, stream, kernels and loop are the real ones.
+The result is written as soon as the last step is done; the checkpoint (15 GB for the 1b) is written only with --save. On a GPU
+the initial weights are drawn there: on the CPU that would take as long as the steps (8 billion: over a minute, and 32 GB).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("training.json"))
     parser.add_argument("--recipe", default="smollm2-135m", help="a shipped recipe")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--data", type=Path, help="built before, or to be built here")
+    parser.add_argument("--data", type=Path, help="folder of the training data; built there if it does not exist")
     parser.add_argument("--only-data", action="store_true", help="build the data and stop")
-    parser.add_argument("--save", action="store_true", help="write the last checkpoint, as a training does")
-    parser.add_argument("--profile", type=Path, help="where the profile of logging.profile_steps goes")
+    parser.add_argument("--save", action="store_true", help="write the last checkpoint")
+    parser.add_argument("--profile", type=Path, help="where to put the profile of logging.profile_steps")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 class EnoughError(Exception):
-    """The steps are done, and their checkpoint is not wanted."""
+    """The steps are done, and no checkpoint is wanted."""
 
 
 def stop_here(*_: object) -> None:
@@ -93,7 +93,7 @@ def stop_here(*_: object) -> None:
 
 @torch.no_grad()
 def draw_on_gpu(model: Decoder, seed: int) -> None:
-    """In place of Decoder.init_weights: parameters of the same spread, made where they are used."""
+    """In place of Decoder.init_weights: parameters with the same spread, created on their device."""
     device = torch.device("cuda", torch.cuda.current_device())
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What runs on a GPU machine in one go, as far as a machine without one can tell: it must not fail there for a silly reason."""
+"""The scripts of `make gpu`, as far as they can be tested without a GPU: they must not fail there for a trivial reason."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """tests/gpu_log.py, gpu_summary.py, gpu_check.py and gpu_training.py, imported as scripts are:
-    with their folder on the path.
-    """
+    """tests/gpu_log.py, gpu_summary.py, gpu_check.py and gpu_training.py, imported with their folder on the path."""
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     loaded = {}
     for name in ("gpu_log", "gpu_summary", "gpu_check", "gpu_training"):

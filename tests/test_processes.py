@@ -1,4 +1,4 @@
-"""Whether a process is alive: by more than its number."""
+"""Whether a process is alive, judged by more than its number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The promises of the layout: nothing shadows, nothing heavy is imported early, dependencies point one way."""
+"""What the layout promises: nothing is shadowed, nothing heavy is imported early, dependencies point one way."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dotted(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """(line, module) of every import of a file below the root, relative ones written out."""
+    """(line, module) of every import in a file below the root, with relative ones made absolute."""
     package = ["chatmill", *path.relative_to(ROOT).parent.parts]
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
