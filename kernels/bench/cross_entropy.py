@@ -1,4 +1,4 @@
-"""Benchmark cases of the linear and the plain cross-entropy, and those of the rest of the layer (bench_layer.py).
+"""Benchmark cases of the linear and the plain cross-entropy.
 
     python -m chatmill.kernels.bench linear_cross_entropy cross_entropy [--match V128256]
 
@@ -21,16 +21,16 @@ from ..cross_entropy.interface import Impl, linear_cross_entropy
 from ..cross_entropy.logits import cross_entropy
 from ..dispatch import capability
 from .harness import BenchCase, Phases, median_ms
-from .layer import layer_cases
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets, rows -> mean
 PlainLoss = Callable[[Tensor, Tensor], Tensor]  # logits, targets -> mean
 TUNED = ("linear_cross_entropy",)  # of the kernels here: what tune() refits
 
 
-def bench_cases() -> list[BenchCase]:
-    """Vocabularies 32k to 256k at loss shares of 100, 50 and 20 percent; the published shapes; the layer's kernels."""
-    return [*_cases(), *_plain_cases(), *layer_cases()]
+def bench_cases() -> Iterator[BenchCase]:
+    """Vocabularies 32k to 256k at loss shares of 100, 50 and 20 percent; the published shapes."""
+    yield from _cases()
+    yield from _plain_cases()
 
 
 def tune(device: torch.device, budget_s: float) -> None:

@@ -19,12 +19,8 @@ from .harness import BenchCase, Phases
 Decode = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, key cache, value cache, lengths -> out
 
 
-def bench_cases() -> list[BenchCase]:
+def bench_cases() -> Iterator[BenchCase]:
     """1 to 64 conversations, caches of 2k to 32k rows, grouped heads, D 64 and 128."""
-    return list(_cases())
-
-
-def _cases() -> Iterator[BenchCase]:
     for B, C, heads, kv_heads, D in (
         (1, 4096, 32, 8, 128),
         (1, 32768, 32, 8, 128),

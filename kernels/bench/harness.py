@@ -38,9 +38,9 @@ REGISTRY = {
     "decode_attention": ("chatmill.kernels.bench.decode", "chatmill.kernels.gates.decode"),
     "linear_cross_entropy": ("chatmill.kernels.bench.cross_entropy", "chatmill.kernels.gates.cross_entropy"),
     "cross_entropy": ("chatmill.kernels.bench.cross_entropy", "chatmill.kernels.gates.cross_entropy"),
-    "rms_norm": ("chatmill.kernels.bench.cross_entropy", "chatmill.kernels.gates.layer"),
-    "rope": ("chatmill.kernels.bench.cross_entropy", "chatmill.kernels.gates.layer"),
-    "swiglu": ("chatmill.kernels.bench.cross_entropy", "chatmill.kernels.gates.layer"),
+    "rms_norm": ("chatmill.kernels.bench.layer", "chatmill.kernels.gates.layer"),
+    "rope": ("chatmill.kernels.bench.layer", "chatmill.kernels.gates.layer"),
+    "swiglu": ("chatmill.kernels.bench.layer", "chatmill.kernels.gates.layer"),
 }
 
 # phase ("forward", "backward", "both", "step") -> callable that runs it once

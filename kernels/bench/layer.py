@@ -22,7 +22,7 @@ from .harness import BenchCase, Phases
 Run = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-def layer_cases() -> Iterator[BenchCase]:
+def bench_cases() -> Iterator[BenchCase]:
     """8192 and 16384 tokens at the widths of models from 135M to 8B, bf16."""
     for T, H in ((16384, 576), (16384, 2048), (8192, 4096)):
         x = T * H * 2

@@ -25,7 +25,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import capability, on_its_device
-from ..gates.cross_compile import Case
 from ..interpreter import install, is_interpreting
 from . import tiles as shapes
 from .rows import Rows, Statistics, VocabularyShard, finish_rows, sum_over
@@ -345,10 +344,3 @@ def to_gradient(
         BLOCK=block,
         num_warps=8 if block >= 2048 else 4,
     )
-
-
-def shipped_cases() -> list[Case]:
-    """The configurations that ship, for the cross-compilation gates."""
-    from ..gates.cross_entropy import shipped_cases as cases
-
-    return cases()

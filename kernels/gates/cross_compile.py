@@ -4,10 +4,10 @@
     report.registers, report.spill_bytes, report.shared_bytes, report.sass["HGMMA"], report.serialized_wgmma
 
 Needs triton, not a GPU: ptxas, cuobjdump and nvdisasm come inside triton's wheel. Must run in a process WITHOUT
-TRITON_INTERPRET (interpreted functions have no compiler); the tests therefore call the command line of a kernel module's
-`shipped_cases()` in a subprocess:
+TRITON_INTERPRET (interpreted functions have no compiler); the tests therefore run this command in a subprocess, on a module
+of this folder that has `shipped_cases()`:
 
-    python -m chatmill.kernels.gates.cross_compile chatmill.kernels.attention.triton_tier --arch 90 [--match NAME] [--json]
+    python -m chatmill.kernels.gates.cross_compile chatmill.kernels.gates.attention --arch 90 [--match NAME] [--json]
 
 Gates (`violations`): spills within the case's budget, shared memory within the chip's limit, tensor cores really used
 (HGMMA on sm_90, and no HMMA where HGMMA is expected), no wgmma serialised by ptxas (warning C7512); and what a case claims

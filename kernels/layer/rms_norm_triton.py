@@ -5,7 +5,7 @@ each of a fixed number of programs sums its rows' share of d_weight in registers
 adds up: no atomics, so the gradient is bitwise repeatable. Its next tiles are on their way while one is computed.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/layer/test_rms_norm.py
-        python -m chatmill.kernels.gates.cross_compile chatmill.kernels.layer.rms_norm_triton
+        python -m chatmill.kernels.gates.cross_compile chatmill.kernels.gates.layer
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..gates.cross_compile import Case
 from ..interpreter import install, is_interpreting
 
 # elements of one tile: with 8192, backward at 4 warps spilled (kernels/gates/layer.py)
@@ -203,10 +202,3 @@ def _stages(tile_bytes: int) -> int:
 def _programs(x: Tensor) -> int:
     """Programs of a persistent grid: two per multiprocessor; 3 in the interpreter, so that several rows meet in one."""
     return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-
-
-def shipped_cases() -> list[Case]:
-    """The configurations that ship, for the cross-compilation gates."""
-    from ..gates.layer import rms_norm_cases
-
-    return rms_norm_cases()

@@ -4,7 +4,7 @@ A program holds ROWS positions of one head group: cos and sin are read once per 
 written once, and the next head is on its way while one is computed.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/layer/test_rope.py
-        python -m chatmill.kernels.gates.cross_compile chatmill.kernels.layer.rope_triton
+        python -m chatmill.kernels.gates.cross_compile chatmill.kernels.gates.layer
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..gates.cross_compile import Case
 from ..interpreter import install, is_interpreting
 
 # (positions x channels of a half) of one program: 16 x 64 at D=128, over 4 heads
@@ -257,10 +256,3 @@ def _prepare(x: Tensor) -> Tensor:
     if is_interpreting():
         install()
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def shipped_cases() -> list[Case]:
-    """The configurations that ship, for the cross-compilation gates."""
-    from ..gates.layer import rope_cases
-
-    return rope_cases()

@@ -1,7 +1,7 @@
 """Triton engine of SwiGLU: contract and maths in swiglu.py. Backward makes the sigmoid again: nothing but the inputs is saved.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/layer/test_swiglu.py
-        python -m chatmill.kernels.gates.cross_compile chatmill.kernels.layer.swiglu_triton
+        python -m chatmill.kernels.gates.cross_compile chatmill.kernels.gates.layer
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..gates.cross_compile import Case
 from ..interpreter import install, is_interpreting
 
 # elements of one program
@@ -123,10 +122,3 @@ def tile(width: int) -> tuple[int, int]:
     """(rows, columns) of one program."""
     block = min(TILE, triton.next_power_of_2(width))
     return TILE // block, block
-
-
-def shipped_cases() -> list[Case]:
-    """The configurations that ship, for the cross-compilation gates."""
-    from ..gates.layer import swiglu_cases
-
-    return swiglu_cases()

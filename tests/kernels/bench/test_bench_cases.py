@@ -84,7 +84,7 @@ def test_layer_contenders_run_forward_and_backward(monkeypatch: pytest.MonkeyPat
         return {}
 
     monkeypatch.setattr(bench_layer, "_contenders", shrunk)
-    assert len(list(bench_layer.layer_cases())) == 13
+    assert len(list(bench_layer.bench_cases())) == 13
     assert {(kernel, name) for kernel, name, _ in seen} == {(k, n) for k in shapes for n in ("triton", "torch")}
 
 
