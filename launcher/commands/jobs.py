@@ -1,94 +1,73 @@
-"""launch, status, logs, cancel, resume, sweep and doctor on the `chatmill` command line.
-
-add_commands(subparsers)        each command imports what it needs only when it runs
-"""
+"""report, bench, launch, plan, status, logs, cancel, resume, sweep and doctor on the `chatmill` command line."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from .examples import with_examples
+from .arguments import RUN_HELP, add_command, add_recipe, add_run
 
-
-class _KeepOverrides(argparse.ArgumentParser):
-    """Takes section.field=value words wherever they stand; argparse alone refuses them after an option."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, rest = super().parse_known_args(args, namespace)
-        if found is not None and hasattr(found, "overrides"):
-            found.overrides = [*found.overrides, *(word for word in rest if "=" in word and not word.startswith("-"))]
-            rest = [word for word in rest if "=" not in word or word.startswith("-")]
-        return found, rest
+DETACH_HELP = "leave it running in the background (not for Slurm jobs)"
 
 
 def add_commands(commands: Any) -> None:
-    """Register this part's commands on an argparse subparsers object."""
+    """Add the commands about runs and machines."""
+    command = add_command(commands, "report", _report, "one self-contained HTML page about a run")
+    add_run(command, RUN_HELP)
+    command.add_argument("--out", help="file to write (default: report.html in the run folder)")
+    command.add_argument("others", metavar="OTHER", nargs="*", help="other run folders to draw beside it")
+    command.add_argument("--compare", nargs="*", default=[], help="the same, as an option")
+
+    command = add_command(commands, "bench", _bench, "benchmarks")
+    command.add_argument("what", choices=("kernels", "data", "build"))
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the benchmark; --help lists them")
+
     _add_launch(commands)
-    _add_plan(commands)
-    command = _add(commands, "status", _status, "state, attempts, step, time left, goodput and where the logs are")
-    command.add_argument("runs", nargs="*", metavar="RUN", help="run folders (default: all below runs/)")
-    command.add_argument("--json", action="store_true", help="one JSON object per run")
-    command = _add(commands, "logs", _logs, "what the ranks of a run printed")
-    command.add_argument("run_dir", metavar="RUN")
-    command.add_argument("--rank", type=int, help="one rank's own output (default: the launcher's log)")
-    command.add_argument("--attempt", type=int, help="which attempt (default: the newest)")
-    command.add_argument("--lines", "-n", type=int, default=40, help="last so many lines (default 40)")
-    command.add_argument("--follow", "-f", action="store_true", help="go on printing until the run ends")
-    command = _add(commands, "cancel", _cancel, "stop a run; it saves first, and resume continues it")
-    command.add_argument("run_dir", metavar="RUN")
-    command.add_argument("--now", action="store_true", help="do not wait for a checkpoint")
-    command = _add(commands, "resume", _resume, "start a stopped run again as it was launched last")
-    command.add_argument("run_dir", metavar="RUN")
-    command.add_argument("--detach", action="store_true", help="leave it running in the background (not for Slurm jobs)")
-    command = _add(commands, "sweep", _sweep, "hyper-parameter search over a recipe's fields, here or as a Slurm array")
-    command.add_argument("sweep", metavar="SWEEP.yaml", help="recipe, space, sampler, pruning: see launcher/sweep/config.py")
-    command.add_argument("--on", choices=("local", "slurm"), default="local")
-    command.add_argument("--workers", type=int, help="trials at the same time (default: the file's)")
-    command.add_argument("--report", action="store_true", help="only write table, best.yaml and report.html again")
-    command.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
-    command = _add(commands, "doctor", _doctor, "what this machine can do, what is missing, and what to do about it")
-    command.add_argument("--folder", default=".", help="where runs and data live: its disk is measured")
-    command.add_argument("--json", action="store_true", help="findings as JSON")
-    command.add_argument("--quick", action="store_true", help="skip kernels and disk")
-    parity = command.add_argument_group("parity of the engines (instead of the findings; 1 when a case is off)")
-    parity.add_argument("--parity", action="store_true", help="same losses and gradients from every engine, measured here")
-    parity.add_argument("--full", action="store_true", help="every combination instead of a covering set")
-    parity.add_argument("--engines", help="only these, for example ddp,fsdp2")
-    parity.add_argument("--world-sizes", help="only these (default 1,2,4)")
-    parity.add_argument("--kernels", help="only these: reference, torch, triton (interpreted on a CPU), auto")
-    parity.add_argument("--out", help="also write the table as JSON to this file")
-    faults = command.add_argument_group("faults (instead of the findings; 1 when something is lost); --out as above")
-    faults.add_argument("--faults", action="store_true", help="make runs fail on purpose: what is noticed, what it costs")
-    faults.add_argument("--only", help="only these faults, for example kill,hang")
-    faults.add_argument("--seed", help="repeat the random steps of an earlier call")
 
-
-def _add(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, **with_examples(name))
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_plan(commands: Any) -> None:
-    command = _add(commands, "plan", _plan, "memory by part for every engine, the largest micro-batch, time and GPU-hours")
-    command.__class__ = _KeepOverrides
-    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    command.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides such as train.micro_batch=4")
+    summary = "memory by part for every engine, the largest micro-batch, time and GPU-hours"
+    command = add_command(commands, "plan", _plan, summary)
+    add_recipe(command, "train.micro_batch=4")
     command.add_argument("--gpu", help="h200, h100 (default), a100, l40s, 4090 ... (trainer/plan/hardware.py)")
     command.add_argument("--gpus", type=int, help="GPUs in all (default 1)")
     command.add_argument("--mfu", type=float, help="share of the GPU's peak that is assumed to be reached (default 0.4)")
     command.add_argument("--json", action="store_true", help="everything as JSON")
 
+    command = add_command(commands, "status", _status, "state, attempts, step, time left, goodput and where the logs are")
+    command.add_argument("runs", nargs="*", metavar="RUN", help="run folders (default: all below runs/)")
+    command.add_argument("--json", action="store_true", help="one JSON object per run")
+
+    command = add_command(commands, "logs", _logs, "what the ranks of a run printed")
+    add_run(command)
+    command.add_argument("--rank", type=int, help="one rank's own output (default: the launcher's log)")
+    command.add_argument("--attempt", type=int, help="which attempt (default: the newest)")
+    command.add_argument("--lines", "-n", type=int, default=40, help="number of lines (default 40)")
+    command.add_argument("--follow", "-f", action="store_true", help="go on printing until the run ends")
+
+    command = add_command(commands, "cancel", _cancel, "stop a run; it saves first, and resume continues it")
+    add_run(command)
+    command.add_argument("--now", action="store_true", help="do not wait for a checkpoint")
+
+    command = add_command(commands, "resume", _resume, "start a stopped run again as it was launched last")
+    add_run(command)
+    command.add_argument("--detach", action="store_true", help=DETACH_HELP)
+
+    command = add_command(commands, "sweep", _sweep, "hyper-parameter search over a recipe's fields, here or as a Slurm array")
+    command.add_argument("sweep", metavar="SWEEP.yaml", help="recipe, space, sampler, pruning: see launcher/sweep/config.py")
+    command.add_argument("--on", choices=("local", "slurm"), default="local")
+    command.add_argument("--workers", type=int, help="trials at the same time (default: the file's)")
+    command.add_argument("--report", action="store_true", help="only write table, best.yaml and report.html again")
+    command.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
+
+    _add_doctor(commands)
+
 
 def _add_launch(commands: Any) -> None:
-    command = _add(commands, "launch", _launch, "start a training run here, under torchrun, or on Slurm")
-    command.__class__ = _KeepOverrides
-    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    command.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides such as optimizer.lr=3e-4")
+    command = add_command(commands, "launch", _launch, "start a training run here, under torchrun, or on Slurm")
+    add_recipe(command)
     command.add_argument("--on", choices=("local", "torchrun", "slurm"), default="local", help="default: one process here")
     command.add_argument("--dry-run", action="store_true", help="print exactly what would run, start nothing")
-    command.add_argument("--detach", action="store_true", help="leave it running in the background (not for Slurm jobs)")
+    command.add_argument("--detach", action="store_true", help=DETACH_HELP)
     command.add_argument("--job", metavar="FILE", help="YAML of job fields: partition, modules, environment, container ...")
     command.add_argument("--name", help="job name (default: run.name)")
     command.add_argument("--accelerate", dest="with_accelerate", action="store_true", help="start by `accelerate launch`")
@@ -103,9 +82,49 @@ def _add_launch(commands: Any) -> None:
     for name in ("partition", "account", "qos", "time", "memory", "constraint", "exclude"):
         slurm.add_argument(f"--{name}")
     slurm.add_argument("--cpus-per-task", type=int)
-    slurm.add_argument("--chain", type=int, help="so many wall times, one after the other")
+    slurm.add_argument("--chain", type=int, help="number of consecutive jobs")
     slurm.add_argument("--signal-lead-s", type=int, help="seconds before the limit to save (default: measured, or 180)")
-    slurm.add_argument("--max-no-progress", type=int, help="give up after so many failures without a newer checkpoint (3)")
+    slurm.add_argument("--max-no-progress", type=int, help="failures without a newer checkpoint before giving up (default 3)")
+
+
+def _add_doctor(commands: Any) -> None:
+    command = add_command(commands, "doctor", _doctor, "what this machine can do, what is missing, and what to do about it")
+    command.add_argument("--folder", default=".", help="where runs and data live: its disk is measured")
+    command.add_argument("--json", action="store_true", help="findings as JSON")
+    command.add_argument("--quick", action="store_true", help="skip kernels and disk")
+    parity = command.add_argument_group("parity of the engines (instead of the findings; exit 1 when a case is off)")
+    parity.add_argument("--parity", action="store_true", help="same losses and gradients from every engine, measured here")
+    parity.add_argument("--full", action="store_true", help="every combination instead of a covering set")
+    parity.add_argument("--engines", help="only these, for example ddp,fsdp2")
+    parity.add_argument("--world-sizes", help="only these (default 1,2,4)")
+    parity.add_argument("--kernels", help="only these: reference, torch, triton (interpreted on a CPU), auto")
+    parity.add_argument("--out", help="also write the table as JSON to this file")
+    faults = command.add_argument_group("faults (instead of the findings; exit 1 when something is lost); --out as above")
+    faults.add_argument("--faults", action="store_true", help="make runs fail on purpose: what is noticed, what it costs")
+    faults.add_argument("--only", help="only these faults, for example kill,hang")
+    faults.add_argument("--seed", help="repeat the random steps of an earlier call")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from ...trainer.report.page import build_report
+
+    others = [Path(other) for other in (*options.others, *options.compare)]
+    print(build_report(Path(options.run_dir), Path(options.out) if options.out else None, others))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.what == "data":
+        from ...data.bench import stream
+
+        return stream.main(options.arguments)
+    if options.what == "build":
+        from ...data.bench import build
+
+        return build.main(options.arguments)
+    from ...kernels.bench import harness
+
+    return harness.main(options.arguments)
 
 
 def _launch(options: argparse.Namespace) -> int:
@@ -127,19 +146,19 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from ..runs.status import logs
+    from ..runs.logs import logs
 
     return logs(options.run_dir, rank=options.rank, attempt=options.attempt, lines=options.lines, follow=options.follow)
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from ..runs.status import cancel
+    from ..runs.control import cancel
 
     return cancel(options.run_dir, now=options.now)
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from ..runs.status import resume
+    from ..runs.control import resume
 
     return resume(options.run_dir, detach=options.detach)
 

@@ -1,4 +1,4 @@
-"""`chatmill status | logs | cancel | resume`: runs wherever they are, from their own folders and one question to Slurm.
+"""`chatmill status`: the state of runs wherever they are, from their own folders and one question to Slurm.
 
 State comes from Slurm's queue (one squeue for all runs; sacct for jobs that the queue has forgotten, where it exists), from the
 supervisor's process for runs on this machine, and from the run's own records.
@@ -11,15 +11,14 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from chatmill.config import ConfigError
@@ -29,12 +28,11 @@ from chatmill.run_files import PREEMPTED, read_jsonl
 from ..supervise.cause_page import PAGE
 from ..supervise.first_cause import find_cause
 from ..supervise.run_state import (
-    CANCEL,
     Attempt,
+    attempt_logs,
     attempt_spans,
     attempts,
     last_activity,
-    needed_lead_s,
     newest_step,
     seconds_per_step,
 )
@@ -70,7 +68,7 @@ def status(names: Sequence[str], as_json: bool = False) -> int:
     if not folders:
         print("no runs below runs/; name their folders, or start one: chatmill launch RECIPE")
         return 0
-    queue = query_slurm([job for folder in folders if (job := last_job(folder)).isdigit()])
+    queue = query_slurm([last_job(folder) for folder in folders])
     found = [describe(folder, queue) for folder in folders]
     if as_json:
         for one in found:
@@ -115,7 +113,8 @@ def last_job(run_dir: Path) -> str:
 
 
 def query_slurm(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """State and reason by job id: one squeue for all, then one sacct for those it no longer knows. Empty without Slurm."""
+    """State and reason by Slurm job id: one squeue, then one sacct for the jobs it no longer knows. Empty without Slurm."""
+    jobs = [job for job in jobs if job.isdigit()]
     if not jobs or shutil.which("squeue") is None:
         return {}
     command = ["squeue", "-h", "--states=all", f"--user={getpass.getuser()}", "-o", "%A|%T|%r|%L|%N"]
@@ -153,8 +152,8 @@ def describe(run_dir: Path, queue: dict[str, tuple[str, str]]) -> RunStatus:
     last = tried[-1] if tried else None
     cause = None
     if state == "failed" and last is not None:
-        found = find_cause(run_dir / "logs" / f"attempt-{last.number:03d}")
-        page = run_dir / "logs" / f"attempt-{last.number:03d}" / PAGE
+        folder = attempt_logs(run_dir, last.number)
+        found, page = find_cause(folder), folder / PAGE
         cause = f"{found}\n{'':<14}{page if page.is_file() else found.log}" if found else last.cause
     return RunStatus(
         run=str(run_dir),
@@ -173,6 +172,11 @@ def describe(run_dir: Path, queue: dict[str, tuple[str, str]]) -> RunStatus:
         log=str(launcher_log(run_dir) or ""),
         cause=cause,
     )
+
+
+def current_state(run_dir: Path) -> str:
+    """The state of one run, Slurm asked."""
+    return describe(run_dir, query_slurm([last_job(run_dir)])).state
 
 
 def _state(run_dir: Path, tried: list[Attempt], job: str, queue: dict[str, tuple[str, str]]) -> tuple[str, str]:
@@ -209,10 +213,9 @@ def is_supervising(attempt: Attempt) -> bool:
     if attempt.lines.get("host") != os.uname().nodename:
         return False
     try:
-        command = Path(f"/proc/{attempt.lines['pid']}/cmdline").read_bytes()
-    except (OSError, KeyError):
+        return "chatmill.launcher.supervise" in psutil.Process(attempt.lines["pid"]).cmdline()
+    except (psutil.Error, KeyError):
         return False
-    return b"\0chatmill.launcher.supervise\0" in command
 
 
 def training_process(run_dir: Path) -> int | None:
@@ -268,119 +271,6 @@ def launcher_log(run_dir: Path) -> Path | None:
         return Path(named[-1])
     found = [*run_dir.glob("logs/slurm-*.out"), *run_dir.glob("logs/launch-*.out")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def rank_logs(run_dir: Path, rank: int, attempt: int | None) -> list[Path]:
-    """stdout.log and stderr.log of one rank. Raises ConfigError naming what there is."""
-    folders = sorted((run_dir / "logs").glob("attempt-*")) if attempt is None else [run_dir / "logs" / f"attempt-{attempt:03d}"]
-    places: dict[tuple[int, int], Path] = {}
-    for file in folders[-1].glob("node-*/**/stdout.log") if folders else ():
-        node = file.relative_to(folders[-1]).parts[0].removeprefix("node-")
-        if node.isdigit() and file.parent.name.isdigit():
-            places[int(node), int(file.parent.name)] = file.parent
-    ordered = [places[key] for key in sorted(places)]
-    if not 0 <= rank < len(ordered):
-        where = folders[-1] if folders else run_dir / "logs"
-        raise ConfigError(f"rank {rank}: {where} holds the output of {len(ordered)} rank(s)")
-    return [ordered[rank] / "stdout.log", ordered[rank] / "stderr.log"]
-
-
-def logs(name: str, *, rank: int | None, attempt: int | None, lines: int, follow: bool) -> int:
-    """Print the last lines of the launcher's log or of one rank's output, and go on while the run is active."""
-    run_dir = find_run(name)
-    if rank is None and attempt is None:
-        log = launcher_log(run_dir)
-        if log is None:
-            raise ConfigError(f"{run_dir}: no launcher's log yet; a job writes it when it starts (chatmill status {name})")
-        files = [log]
-    else:
-        files = rank_logs(run_dir, rank or 0, attempt)
-    positions: dict[Path, int] = {}
-    for file in files:
-        with file.open(encoding="utf-8", errors="replace") as handle:
-            last = deque(handle, maxlen=lines)
-            positions[file] = handle.tell()
-        if len(files) > 1 and last:
-            print(f"== {file}")
-        print("".join(last), end="", flush=True)
-    while follow:
-        active = describe(run_dir, query_slurm([last_job(run_dir)])).state in ACTIVE
-        until = time.monotonic() + (10.0 if active else 0.0)  # Slurm is asked every ten seconds, the files twice a second
-        while True:
-            for file in files:
-                with file.open(encoding="utf-8", errors="replace") as handle:
-                    handle.seek(positions[file])
-                    print(handle.read(), end="", flush=True)
-                    positions[file] = handle.tell()
-            if time.monotonic() >= until:
-                break
-            time.sleep(0.5)
-        follow = active
-    return 0
-
-
-def cancel(name: str, *, now: bool) -> int:
-    """Stop a run. It saves first unless `now`; a job that has not started is taken out of the queue."""
-    run_dir = find_run(name)
-    job, tried = last_job(run_dir), attempts(run_dir)
-    if job.isdigit():
-        state, _ = query_slurm([job]).get(job, ("", ""))
-        if state not in ACTIVE:
-            print(f"job {job} is not in the queue: nothing to cancel")
-            return 0
-        (run_dir / CANCEL).parent.mkdir(parents=True, exist_ok=True)
-        (run_dir / CANCEL).touch()
-        array = tried[-1].lines.get("array") if tried else None
-        if array:  # the wall times that have not begun yet would continue the run
-            subprocess.run(["scancel", "--state=PENDING", str(array)], capture_output=True, check=False)
-        gentle = state == "RUNNING" and not now
-        command = ["scancel", "--batch", "--signal=USR1", job] if gentle else ["scancel", job]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ConfigError(f"{' '.join(command)}: {done.stderr.strip()}")
-        print(f"job {job}: asked to save and stop" if gentle else f"job {job} cancelled")
-    elif tried and tried[-1].outcome is None and is_supervising(tried[-1]):
-        supervisor = int(tried[-1].lines["pid"])
-        os.kill(supervisor, signal.SIGTERM)
-        if now:
-            time.sleep(0.5)
-            os.kill(supervisor, signal.SIGTERM)
-        print(f"process {supervisor}: " + ("stopped" if now else "asked to save and stop"))
-    elif pid := training_process(run_dir):
-        os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
-        print(
-            f"process {pid}: " + ("stopped" if now else "asked to save and stop") + "\nthe command that started it continues it"
-        )
-        return 0
-    else:
-        print(f"{run_dir} is not running: nothing to cancel")
-        return 0
-    print(f"chatmill resume {name}   continues it")
-    return 0
-
-
-def resume(name: str, *, detach: bool) -> int:
-    """Start a run again exactly as its newest launch did, code snapshot included; it goes on from its newest checkpoint."""
-    from ..jobs.launch import next_commands, run_here, submit
-
-    run_dir = find_run(name)
-    record = last_launch(run_dir)
-    if record is None:
-        raise ConfigError(f"{run_dir} was not started by `chatmill launch`; the command that started it continues it")
-    state = describe(run_dir, query_slurm([job] if (job := last_job(run_dir)).isdigit() else [])).state
-    if state in ACTIVE:
-        raise ConfigError(f"{run_dir} is {state}: nothing to resume")
-    folder = Path(record["folder"])
-    if record["on"] != "slurm":
-        return run_here(folder, detach)
-    command, needed = list(record["command"]), needed_lead_s(run_dir)
-    if needed is not None:
-        command.insert(-1, f"--signal=B:USR1@{max(60, math.ceil(needed))}")
-    job = submit(command, cwd=Path(record["cwd"]))
-    again = record | {"job": job, "time": round(time.time(), 3)}
-    (folder / "job.json").write_text(json.dumps(again, indent=2) + "\n", encoding="utf-8")
-    print(f"submitted as Slurm job {job}; then:\n{next_commands(run_dir)}")
-    return 0
 
 
 def _recipe_value(run_dir: Path, section: str, key: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from chatmill.run_files import read_jsonl
 
 from .first_cause import Cause
-from .run_state import Attempt
+from .run_state import Attempt, attempt_logs
 
 PAGE = "first-cause.md"
 STACK_LINES, EVENTS, STEPS, WIDTH = 40, 12, 8, 160
@@ -24,7 +24,7 @@ STACK_LINES, EVENTS, STEPS, WIDTH = 40, 12, 8, 160
 
 def write_page(run_dir: Path, attempt: Attempt, cause: Cause | None) -> Path | None:
     """Write the page of an attempt that failed; None where the disk does not take it (a supervisor must not die of that)."""
-    path = run_dir / "logs" / f"attempt-{attempt.number:03d}" / PAGE
+    path = attempt_logs(run_dir, attempt.number) / PAGE
     try:
         path.write_text(render(run_dir, attempt, cause), encoding="utf-8")
     except OSError:

@@ -45,6 +45,11 @@ def newest_step(run_dir: Path) -> int:
     return step_of(found[-1]) if found else -1
 
 
+def attempt_logs(run_dir: Path, number: int) -> Path:
+    """Folder of an attempt's logs."""
+    return run_dir / "logs" / f"attempt-{number:03d}"
+
+
 def attempts(run_dir: Path) -> list[Attempt]:
     """All attempts of a run, oldest first."""
     found: dict[int, Attempt] = {}

@@ -34,6 +34,7 @@ from .first_cause import Cause, find_cause
 from .run_state import (
     ATTEMPTS,
     CANCEL,
+    attempt_logs,
     attempts,
     failures_without_progress,
     last_activity,
@@ -99,7 +100,7 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
     while True:
         number = len(attempts(run_dir)) + 1
         port = free_port(first_port(job, number))
-        logs = run_dir / "logs" / f"attempt-{number:03d}"
+        logs = attempt_logs(run_dir, number)
         logs.mkdir(parents=True, exist_ok=True)
         (run_dir / PREEMPTED).unlink(missing_ok=True)
         before = newest_step(run_dir)

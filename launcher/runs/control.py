@@ -1,0 +1,77 @@
+"""`chatmill cancel | resume`: stop a run wherever it is, and start it again as it was launched last."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from chatmill.config import ConfigError
+
+from ..jobs.launch import next_commands, run_here, submit
+from ..supervise.run_state import CANCEL, attempts, needed_lead_s
+from .status import ACTIVE, current_state, find_run, is_supervising, last_job, last_launch, query_slurm, training_process
+
+
+def cancel(name: str, *, now: bool) -> int:
+    """Stop a run. It saves first unless `now`; a job that has not started is taken out of the queue."""
+    run_dir = find_run(name)
+    job, tried = last_job(run_dir), attempts(run_dir)
+    asked = "stopped" if now else "asked to save and stop"
+    if job.isdigit():
+        state, _ = query_slurm([job]).get(job, ("", ""))
+        if state not in ACTIVE:
+            print(f"job {job} is not in the queue: nothing to cancel")
+            return 0
+        (run_dir / CANCEL).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / CANCEL).touch()
+        array = tried[-1].lines.get("array") if tried else None
+        if array:  # elements that have not begun yet would continue the run
+            subprocess.run(["scancel", "--state=PENDING", str(array)], capture_output=True, check=False)
+        gentle = state == "RUNNING" and not now
+        command = ["scancel", "--batch", "--signal=USR1", job] if gentle else ["scancel", job]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(f"{' '.join(command)}: {done.stderr.strip()}")
+        print(f"job {job}: asked to save and stop" if gentle else f"job {job} cancelled")
+    elif tried and tried[-1].outcome is None and is_supervising(tried[-1]):
+        supervisor = int(tried[-1].lines["pid"])
+        os.kill(supervisor, signal.SIGTERM)
+        if now:
+            time.sleep(0.5)
+            os.kill(supervisor, signal.SIGTERM)
+        print(f"process {supervisor}: {asked}")
+    elif pid := training_process(run_dir):
+        os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
+        print(f"process {pid}: {asked}\nthe command that started it continues it")
+        return 0
+    else:
+        print(f"{run_dir} is not running: nothing to cancel")
+        return 0
+    print(f"chatmill resume {name}   continues it")
+    return 0
+
+
+def resume(name: str, *, detach: bool) -> int:
+    """Start a run again exactly as its newest launch did, code snapshot included; it goes on from its newest checkpoint."""
+    run_dir = find_run(name)
+    record = last_launch(run_dir)
+    if record is None:
+        raise ConfigError(f"{run_dir} was not started by `chatmill launch`; the command that started it continues it")
+    if (state := current_state(run_dir)) in ACTIVE:
+        raise ConfigError(f"{run_dir} is {state}: nothing to resume")
+    folder = Path(record["folder"])
+    if record["on"] != "slurm":
+        return run_here(folder, detach)
+    command, needed = list(record["command"]), needed_lead_s(run_dir)
+    if needed is not None:
+        command.insert(-1, f"--signal=B:USR1@{max(60, math.ceil(needed))}")
+    job = submit(command, cwd=Path(record["cwd"]))
+    again = record | {"job": job, "time": round(time.time(), 3)}
+    (folder / "job.json").write_text(json.dumps(again, indent=2) + "\n", encoding="utf-8")
+    print(f"submitted as Slurm job {job}; then:\n{next_commands(run_dir)}")
+    return 0
