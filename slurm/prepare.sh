@@ -10,7 +10,7 @@
 # The arrays go to this job's partition, account and QOS unless executor.* says otherwise (data/recipe.py lists its fields).
 # They need datatrove (pip install 'chatmill[data]'). A build that was stopped goes on where it was: near the time limit
 # (--signal) the job requeues itself and waits for its array again. A finished one is left alone.
-# Environment: CHATMILL_PYTHON. This file is written by launcher/jobs/slurm.py (tests compare them): change it there.
+# Environment: CHATMILL_PYTHON. launcher/jobs/slurm.py writes what lies between here and `set -euo pipefail`.
 #SBATCH --job-name=chatmill-data
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -5,7 +5,7 @@
 #   sbatch --array=1-8 --gpus-per-node=1 --cpus-per-task=12 --time=12:00:00 slurm/sweep.sh SWEEP.yaml
 #
 # Needs optuna (pip install 'chatmill[sweep]'). Near the time limit a worker puts its trial back and requeues itself; the trial
-# goes on from its checkpoint. This file is written by launcher/jobs/slurm.py (tests compare them): change it there.
+# goes on from its checkpoint. launcher/jobs/slurm.py writes what lies between here and `set -euo pipefail`.
 #SBATCH --job-name=chatmill
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

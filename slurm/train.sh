@@ -8,7 +8,7 @@
 #
 # Near the time limit (--signal) all ranks save and the job requeues itself; after a crash they start again from the newest
 # checkpoint. Environment: CHATMILL_PYTHON, CHATMILL_PROCESSES (per node), CHATMILL_PREFLIGHT=0|1, CHATMILL_NODE_CHECK=PROGRAM,
-# CHATMILL_HANG_S. This file is written by launcher/jobs/slurm.py (tests compare them): change it there.
+# CHATMILL_HANG_S. launcher/jobs/slurm.py writes what lies between here and `set -euo pipefail`.
 #SBATCH --job-name=chatmill
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,13 +1,15 @@
 """What a JobSpec becomes, word for word: golden files, and names that try to be commands.
 
-Write the golden files anew after a wanted change:  CHATMILL_WRITE_GOLDEN=1 pytest tests/launcher/jobs/test_rendering.py
+To rewrite the golden files after a wanted change:  CHATMILL_WRITE_GOLDEN=1 pytest tests/launcher/jobs/test_rendering.py
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import yaml
 
 from chatmill.config import ConfigError, validate
 from chatmill.launcher.jobs.job import Container, JobSpec
-from chatmill.launcher.jobs.slurm import render_prepare, render_sbatch, sbatch_command
+from chatmill.launcher.jobs.slurm import render_prepare, render_sbatch, render_sweep, sbatch_command
 from chatmill.launcher.jobs.torchrun import accelerate_command, accelerate_config, single_command, torchrun_command
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -69,27 +71,50 @@ def compare(name: str, text: str) -> None:
     assert text == file.read_text(encoding="utf-8"), f"{name} differs; see this file's docstring"
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_sbatch_scripts_are_as_agreed_and_bash_accepts_them(name: str) -> None:
-    script = render_sbatch(SPECS[name])
-    compare(f"{name}.sh", script)
-    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False).stderr == ""
+def test_a_job_script_is_as_agreed() -> None:
+    compare("four_gpu_nodes.sh", render_sbatch(SPECS["four_gpu_nodes"]))
 
 
-def test_the_script_for_hands_is_what_the_launcher_renders() -> None:
-    assert (ROOT / "slurm" / "train.sh").read_text(encoding="utf-8") == render_sbatch(JobSpec())
-    assert os.access(ROOT / "slurm" / "train.sh", os.X_OK)
+def test_the_other_jobs_differ_from_the_script_for_hands_in_agreed_lines() -> None:
+    by_hand = (ROOT / "slurm" / "train.sh").read_text(encoding="utf-8").splitlines()
+    text = ""
+    for name in ("one_node_no_gpu", "apptainer", "pyxis"):
+        differing = difflib.unified_diff(by_hand, render_sbatch(SPECS[name]).splitlines(), n=0, lineterm="")
+        text += f"# {name}\n" + "".join(f"{line}\n" for line in differing if not line.startswith(("---", "+++", "@@")))
+    compare("variants.diff", text)
 
 
-def test_the_script_that_prepares_data_is_what_the_launcher_renders() -> None:
-    script = render_prepare(JobSpec(name="chatmill-data", cpus_per_task=2, signal_lead_s=60))
-    path = ROOT / "slurm" / "prepare.sh"
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        ("train", render_sbatch(JobSpec())),
+        ("prepare", render_prepare(JobSpec(name="chatmill-data", cpus_per_task=2, signal_lead_s=60))),
+        ("sweep", render_sweep(JobSpec())),
+    ],
+)
+def test_the_scripts_for_hands_are_what_the_launcher_renders(name: str, script: str) -> None:
+    path = ROOT / "slurm" / f"{name}.sh"
     if os.environ.get("CHATMILL_WRITE_GOLDEN"):
         path.write_text(script, encoding="utf-8")
     assert path.read_text(encoding="utf-8") == script and os.access(path, os.X_OK)
+    assert (ROOT / "launcher" / "jobs" / f"{name}.sh").samefile(path)
+
+
+@pytest.mark.parametrize(
+    "script", [*map(render_sbatch, (JobSpec(), *SPECS.values())), render_prepare(JobSpec()), render_sweep(JobSpec())]
+)
+def test_bash_and_shellcheck_accept_every_script(script: str) -> None:
+    checks = [["bash", "-n"]]
+    if shutil.which("shellcheck"):
+        checks.append(["shellcheck", "-S", "warning", "-e", "SC2054", "-"])  # SC2054: commas between mounts are meant
+    for check in checks:
+        done = subprocess.run(check, input=script, text=True, capture_output=True, check=False)
+        assert done.stdout + done.stderr == ""
+
+
+def test_a_job_that_prepares_data_takes_the_settings_of_the_site() -> None:
     site = render_prepare(JobSpec(modules=("python",), environment={"A": "$(id)"}, partition="cpu"))
     assert "\nmodule load python\nexport A='$(id)'\n" in site and "\n#SBATCH --partition=cpu\n" in site
-    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False).stderr == ""
 
 
 def test_the_example_of_a_cluster_uses_every_kind_of_field_and_renders() -> None:

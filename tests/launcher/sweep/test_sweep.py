@@ -27,7 +27,6 @@ from chatmill.launcher.sweep.report import TrialResult, best_recipe, collect, fi
 from chatmill.launcher.sweep.study import ask, distribution, open_study, put_back
 from chatmill.trainer.config import load_recipe
 
-ROOT = Path(__file__).resolve().parents[3]
 REASON = missing_programs()
 
 
@@ -152,8 +151,7 @@ def test_the_best_recipe_is_a_file_that_loads_with_the_best_values(tmp_path: Pat
     assert (recipe.optimizer.lr, recipe.model.hidden_size, recipe.run.name) == (0.0123, 8, "s-best")
 
 
-def test_the_script_for_hands_is_what_the_launcher_renders() -> None:
-    assert (ROOT / "slurm" / "sweep.sh").read_text(encoding="utf-8") == render_sweep(JobSpec())
+def test_an_array_of_workers_takes_the_sweep_file_and_the_settings_of_the_site() -> None:
     script = render_sweep(JobSpec(name="s", arguments=("/a b/s.yaml",), environment={"A": "$(id)"}, modules=("cuda",)), 8)
     assert "#SBATCH --array=1-8\n" in script and "set -- '/a b/s.yaml'\n" in script and "export A='$(id)'\n" in script
 
