@@ -1,7 +1,7 @@
 """Chatmill: from raw conversations to a chat model that answers.
 
 The four parts are namespace packages: `chatmill.data`, `chatmill.kernels`, `chatmill.trainer`, `chatmill.launcher`.
-Nothing heavy is imported here; the names below are loaded when they are first used.
+Nothing heavy is imported here; the names below are loaded on first use.
 """
 
 from __future__ import annotations

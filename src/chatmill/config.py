@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class ConfigError(ValueError):
-    """A recipe, override or input file that cannot be used; the message says what to change."""
+    """A recipe, override or input file that cannot be used. The message says what to change."""
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused."""
+    """Base of all sections: frozen, with unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -63,7 +63,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """base with over laid on top, section by section."""
+    """base, overridden by over section by section."""
     out = dict(base)
     for key, value in over.items():
         below = out.get(key)
@@ -71,11 +71,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-YAML_HINT = "Values that hold [ ] { } : # or begin with * & ! % @ need quotes; indent with blanks, not tabs."
+YAML_HINT = "Values that contain [ ] { } : # or begin with * & ! % @ need quotes. Indent with spaces, not tabs."
 
 
 def load_section(kind: type[S], name: str, overrides: Iterable[str], folder: Path) -> S:
-    """Read, override and validate any YAML config of this project. Raises ConfigError in words."""
+    """Read, override and validate any YAML config of this project. Raises ConfigError."""
     path = find_recipe(name, folder)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -87,20 +87,21 @@ def load_section(kind: type[S], name: str, overrides: Iterable[str], folder: Pat
 
 
 def validate(kind: type[S], raw: Mapping[str, Any], where: str) -> S:
-    """kind(**raw), with pydantic's findings in words and the nearest valid key for an unknown one."""
+    """kind(**raw). Raises ConfigError with pydantic's findings in plain words, and the nearest valid key for an unknown one."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         lines = [_explain(kind, item) for item in error.errors()]
-        raise ConfigError(f"{where}: {len(lines)} thing(s) to mend:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        problems = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ConfigError(f"{where}: {problems}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 def dump_yaml(config: Section) -> str:
-    """The fully resolved config as YAML that loads back to an equal object."""
+    """The resolved config as YAML, which loads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-# what other trainers call it -> what it is called here
+# name in other trainers -> name here
 ELSEWHERE = {
     "learning_rate": "lr",
     "max_lr": "lr",

@@ -1,7 +1,7 @@
-"""Small files that are old or new but never half, and folders whose names outlast a power cut.
+"""Atomic and durable writes: a file is old or new, never half-written.
 
-    replace_text(path, text)     a reader sees the old text or the new one
-    write_durably(path, data)    the same, and so does whoever looks after a power cut
+    replace_text(path, text)     readers see the old text or the new one
+    write_durably(path, data)    the same, even after a power cut
     sync(path)                   what was written to a file or folder is on the disk
 
 Standard library only: every part uses it, and login nodes have no torch.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write beside and rename. Two processes that do so at once leave one of their texts."""
+    """Write to a temporary file and rename it. If two processes do so at once, one of the two texts remains."""
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -26,7 +26,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write beside, fsync, rename: the file is either absent, old or whole."""
+    """Write to a temporary file, fsync, rename: the file is absent, old or complete."""
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         file.write(data)
@@ -37,7 +37,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or folder; a folder's makes the renames in it survive a power cut."""
+    """fsync a file or folder. Syncing a folder makes the renames in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,6 +46,6 @@ def sync(path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file of any size."""
+    """Hex sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

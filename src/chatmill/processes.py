@@ -1,10 +1,10 @@
-"""Whether the process that wrote something is still alive: a process number alone may be another one's by now.
+"""Whether the process that wrote something is still alive. A process number alone does not tell: it may have been reused.
 
     mark = own_process()           # JSON-ready; kept in a run's environment.json
-    is_running(mark)               # True, False, or None where this machine cannot tell
+    is_running(mark)               # True, False, or None if this machine cannot tell
 
-A mark names machine, boot, process namespace (a container's), process number and the tick at which the process started. Linux
-only: elsewhere, and for another machine's process, the answer is None. Standard library only.
+A mark holds the machine, boot, process namespace (of a container), process number, and the clock tick at which the process
+started. Linux only: on other systems, and for a process of another machine, the answer is None. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def own_process() -> dict[str, Any]:
 
 
 def is_running(mark: object) -> bool | None:
-    """Whether that process lives; None for another machine's or container's, or where nothing was noted."""
+    """Whether that process is alive; None if it belongs to another machine or container, or if the mark is empty."""
     if not isinstance(mark, Mapping) or not isinstance(mark.get("pid"), int) or not isinstance(mark.get("started"), int):
         return None
     here = _place()
@@ -42,10 +42,10 @@ def _place() -> dict[str, Any]:
 
 
 def _started(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process; None where it is gone, or dead and not yet waited for."""
+    """Clock ticks from boot to the start of a process; None if it is gone, or dead and not yet waited for."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    fields = text.rpartition(")")[2].split()  # the name before may hold anything
+    fields = text.rpartition(")")[2].split()  # the process name before it may contain anything
     return None if fields[0] in "ZX" else int(fields[19])

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-PREEMPTED = "PREEMPTED"  # left by a trainer that saved because a signal asked it to stop
+PREEMPTED = "PREEMPTED"  # left by a trainer that saved and stopped because of a signal
 MANIFEST = "manifest.json"  # of a checkpoint; written last
 _STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Published checkpoints of a run, oldest first (their contents are not looked at)."""
+    """Published checkpoints of a run, oldest first (their contents are not checked)."""
     folder = Path(run_dir) / "checkpoints"
     if not folder.is_dir():
         return []
@@ -39,7 +39,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a .jsonl file, none where it is missing; a line cut short by a kill is passed over."""
+    """The JSON objects of a .jsonl file, none if it is missing. A line cut short by a kill is skipped."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -52,12 +52,12 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def append_jsonl(path: Path, values: Mapping[str, Any]) -> None:
-    """Add one line; the folder is made where it is missing."""
+    """Add one line. A missing folder is created."""
     append_text(path, json.dumps(values) + "\n")
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add text at the end, all of it or, where the disk is full, nothing. Raises OSError."""
+    """Append text: all of it or, if the disk is full, nothing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = memoryview(text.encode())
     with path.open("ab", buffering=0) as handle:
@@ -67,5 +67,5 @@ def append_text(path: Path, text: str) -> None:
                 data = data[handle.write(data) :]
         except OSError:
             with contextlib.suppress(OSError):
-                handle.truncate(size)  # half a line would swallow the one after it
+                handle.truncate(size)  # half a line would spoil the next one
             raise
