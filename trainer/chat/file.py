@@ -17,8 +17,8 @@ from typing import Any, Self
 from chatmill.config import ConfigError
 from chatmill.files import replace_text
 
-from ..generation.generation import fit_messages
-from ..generation.many import Prompt, replies_to_many
+from ..generation.prompt import Prompt, fit_messages
+from ..generation.replies import replies_to_many
 from .chat_model import load_chat_model
 from .terminal import Settings
 

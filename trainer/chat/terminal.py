@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from chatmill.config import ConfigError
 
-from ..generation.generation import Reply, reply_to
+from ..generation.replies import Reply, reply_to
 from ..generation.sampling import Sampling
 from .chat_model import ChatModel, load_chat_model
 

@@ -40,7 +40,7 @@ from ..checkpoint.files import Share
 from ..checkpoint.sharding import TensorSource, copy_from, shares_of, states_by_parameter
 from ..config import Recipe
 from ..distributed.world import World
-from ..generation.generation import reply_to
+from ..generation.replies import reply_to
 from ..generation.sampling import Sampling
 from ..model.decoder import Decoder, LossOutput
 from ..optim.ema import GROUP, PREFIX, WeightAverage

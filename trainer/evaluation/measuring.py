@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..distributed.world import World
-from ..generation.candidates import score_candidates
-from ..generation.generation import fit_messages
-from ..generation.many import Prompt, replies_to_many
+from ..generation.candidates import grouped, score_candidates
+from ..generation.prompt import Prompt, fit_messages
+from ..generation.replies import replies_to_many
 from ..generation.sampling import Sampling
 from ..model.decoder import Decoder
 from .figure_names import CANDIDATES
@@ -66,7 +66,7 @@ class Work:
 
     def token_records(self, world: World) -> dict[str, Record]:
         """Sums over tokens by uid."""
-        return self._spread(world, "tokens", packs_of([len(d.ids) for d in self.dialogues], PACK_TOKENS), self._measure_pack)
+        return self._spread(world, "tokens", grouped([len(d.ids) for d in self.dialogues], PACK_TOKENS), self._measure_pack)
 
     def reply_records(self, world: World, count: int) -> dict[str, dict[str, Any]]:
         """Texts and sums of one generated reply for each of the first `count` dialogues that have one to give."""
@@ -161,19 +161,6 @@ class Work:
         others = draw_candidates(pool, dialogue.uid, real, CANDIDATES[-1] - 1, self.seed)
         found = score_candidates(self.model, prompt, [ids[:room] for ids in (dialogue.reply_ids(turn), *others)])
         return {dialogue.uid: selection_record(found)}
-
-
-def packs_of(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Dialogues in their order, as many to a pack as fit; a longer one has a pack to itself."""
-    packs: list[list[int]] = []
-    room = 0
-    for i, length in enumerate(lengths):
-        if not packs or length > room:
-            packs.append([])
-            room = tokens
-        packs[-1].append(i)
-        room -= length
-    return packs
 
 
 def token_record(dialogue: HeldOut, nll: NDArray[np.float64], rank: NDArray[np.int64]) -> Record:

@@ -2,7 +2,7 @@
 
     steps = next_steps(model, [generation_a, generation_b, ...])      # one TokenStep or None (over) per generation
 
-The weights are read once for all: decoding is bound by reading them, so 8 replies cost little more than one.
+Decoding is bound by reading the weights, and these are read once for all replies: 8 cost little more than one.
 Attention runs per reply over its own cache; prompts are read one reply at a time. Results equal those of separate
 replies up to the rounding of a wider matrix product.
 
@@ -27,29 +27,24 @@ def next_steps(model: Decoder, generations: Sequence[Generation]) -> list[TokenS
     return [g.accept(rows[i]) if i in rows else next(g, None) for i, g in enumerate(generations)]
 
 
+@torch.no_grad()
 def joint_logits(model: Decoder, generations: Sequence[Generation]) -> dict[int, Tensor]:
-    """Logits Float32["V"] by index, for the generations that have one token to read; empty when these are fewer than two.
+    """Logits Float["V"] by index, for the generations with exactly one token to read; empty when there are fewer than two.
 
     Their caches then hold that token; an exception leaves all caches as they were.
     """
     ready = [i for i, g in enumerate(generations) if not g.is_over and g.pending.numel() == 1]
     if len(ready) < 2:
         return {}
-    picked = [generations[i] for i in ready]
-    logits = batched_logits(model, torch.cat([g.pending for g in picked]), [g.cache for g in picked])
-    return dict(zip(ready, logits, strict=True))
-
-
-@torch.no_grad()
-def batched_logits(model: Decoder, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:
-    """Logits Float32["B V"] after token i is appended to cache i. tokens: Int["B"]."""
+    tokens = torch.cat([generations[i].pending for i in ready])  # (B,)
+    caches = [generations[i].cache for i in ready]
     for cache in caches:
         cache.reserve(1)
     positions = torch.tensor([cache.length for cache in caches], device=tokens.device)
     logits = model.classify(model.hidden_states(tokens, positions, memory=CacheRows(caches)))
     for cache in caches:
         cache.length += 1
-    return logits
+    return dict(zip(ready, logits, strict=True))
 
 
 class CacheRows:

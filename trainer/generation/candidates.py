@@ -1,11 +1,11 @@
 """Log-probabilities of many candidate replies after one context, which is read once.
 
-    found = score_candidates(model, prompt_ids, [[5, 9, 2], [7, 2]])      -> [(ln p, tokens), ...] in their order
+    found = score_candidates(model, prompt_ids, [[5, 9, 2], [7, 2]])      -> [(ln p, tokens), ...] in the same order
 
     ln p(reply | context) = sum over its tokens of ln p(token | context, tokens of the reply before it)
 
-The candidates lie end to end in one forward pass; each sees the context and itself. The groups of candidates that share a
-pass depend on their lengths alone.
+The candidates lie end to end in one forward pass; each sees the context and itself. Which candidates share a pass depends
+on their lengths alone.
 Shapes: P tokens of context, C tokens of all candidates of a pass, Hq and Hk query and key heads, D channels.
 """
 
@@ -60,7 +60,7 @@ def score_candidates(model: Decoder, prompt_ids: Sequence[int], candidates: Sequ
     assert last is not None
     first = last.log_softmax(-1).double().cpu()
     found = [(float(first[ids[0]]), len(ids)) for ids in candidates]
-    for group in passes([len(ids) - 1 for ids in candidates]):
+    for group in grouped([len(ids) - 1 for ids in candidates], PASS_TOKENS):
         tokens = torch.tensor([i for c in group for i in candidates[c][:-1]], dtype=torch.long, device=device)
         targets = torch.tensor([i for c in group for i in candidates[c][1:]], dtype=torch.long, device=device)
         memory = SharedPrefix(cache, [len(candidates[c]) - 1 for c in group])
@@ -74,8 +74,8 @@ def score_candidates(model: Decoder, prompt_ids: Sequence[int], candidates: Sequ
     return found
 
 
-def passes(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of what has tokens, grouped in their order into passes of PASS_TOKENS, or of one longer candidate."""
+def grouped(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices in order, as many to a group as fit into `tokens`; a longer item has a group to itself, an empty one has none."""
     groups: list[list[int]] = []
     room = 0
     for i, length in enumerate(lengths):
@@ -83,7 +83,7 @@ def passes(lengths: Sequence[int]) -> list[list[int]]:
             continue
         if not groups or length > room:
             groups.append([])
-            room = PASS_TOKENS
+            room = tokens
         groups[-1].append(i)
         room -= length
     return groups

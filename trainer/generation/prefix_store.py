@@ -1,10 +1,10 @@
-"""What past replies have read, so that the next turn of a conversation reads only what is new.
+"""Keys and values of past replies, so that the next turn of a conversation reads only what is new.
 
-    store.keep(generation)              # when a reply is over: its tokens with their keys and values
+    store.keep(generation)              # when a reply is complete: its tokens with their keys and values
     store.lend(next_generation)         # copies the longest beginning that its prompt shares with a kept one
 
-Keys and values of a token depend only on the tokens before it, so a shared beginning is as good as read anew, up to the
-rounding of passes of another width. Bounded by tokens; what was used longest ago goes first.
+Keys and values of a token depend only on the tokens before it, so a shared beginning need not be read again; the result
+differs only in rounding. Bounded by tokens; the least recently used conversation is dropped first.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .generation import Generation
 
-WORTHWHILE = 32  # tokens: less is read anew as fast as it is copied
+WORTHWHILE = 32  # tokens: fewer are read as fast as they are copied
 
 
 class PrefixStore:
-    """capacity: tokens kept at most, over all conversations; 0 keeps nothing."""
+    """capacity: most tokens to keep, over all conversations; 0 keeps nothing."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -32,7 +32,7 @@ class PrefixStore:
         return sum(map(len, self._kept))
 
     def keep(self, steps: Generation) -> None:
-        """Copy what a reply has read; a kept conversation that it continues is replaced. Without memory all are dropped."""
+        """Copy what a reply has read, in place of a kept conversation that it continues. Out of memory, all are dropped."""
         ids = tuple(steps.read_ids)
         if not WORTHWHILE <= len(ids) <= self.capacity or any(kept[: len(ids)] == ids for kept in self._kept):
             return
@@ -47,7 +47,7 @@ class PrefixStore:
             self.clear()
 
     def lend(self, steps: Generation) -> int:
-        """Tokens of the prompt that a new reply need not read: its last one it always reads."""
+        """Fill the cache of a new reply; returns how many tokens of its prompt are filled in. The last one is always read."""
         prompt = steps.pending.tolist()[:-1]
         best = max(self._kept, key=lambda ids: shared(ids, prompt), default=())
         count = shared(best, prompt)
@@ -58,7 +58,7 @@ class PrefixStore:
         return count
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._kept.clear()
 
 

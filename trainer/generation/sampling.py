@@ -21,11 +21,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. None switches a filter off.
+    """How to sample the next token. None switches a filter off.
 
-    temperature: 0 takes the likeliest token; 1 draws from the model's own distribution.
-    top_k: draw among the k likeliest.  top_p: among the fewest that hold this much probability.
-    min_p: among those at least this fraction as likely as the likeliest.
+    temperature: 0 takes the most likely token; 1 samples from the model's own distribution.
+    top_k: sample from the k most likely tokens.  top_p: from the fewest tokens whose probabilities add up to top_p.
+    min_p: from the tokens at least this fraction as likely as the most likely one.
     repetition_penalty: > 1 makes tokens seen in the prompt or the reply less likely; 1 is off.
     """
 
@@ -101,7 +101,7 @@ def filtered_logits(logits: Tensor, sampling: Sampling, seen: Tensor) -> Tensor:
 def next_token(logits: Tensor, sampling: Sampling, seen: Tensor, generator: torch.Generator) -> int:
     """One id drawn from logits Float["V"]; `seen` holds the ids that the repetition penalty counts.
 
-    Raises FloatingPointError when the logits hold a NaN or nothing but -inf: a damaged model must not answer in silence.
+    Raises FloatingPointError when the logits hold a NaN or nothing but -inf: a damaged model must not answer silently.
     """
     if not torch.isfinite(logits.max()):  # max() is NaN if any entry is
         raise FloatingPointError("the model's logits hold NaN or infinity; check the checkpoint's weights and the precision.")

@@ -25,8 +25,8 @@ from chatmill.trainer.chat.file import generate_file, read_prompts
 from chatmill.trainer.chat.terminal import Chat, Settings, generate_one, pipe, printable
 from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter
 from chatmill.trainer.config import ModelConfig
-from chatmill.trainer.generation import many as many_replies
-from chatmill.trainer.generation.generation import Reply, reply_to
+from chatmill.trainer.generation import replies as many_replies
+from chatmill.trainer.generation.replies import Reply, reply_to
 from chatmill.trainer.generation.sampling import Sampling
 from chatmill.trainer.model.decoder import Decoder
 
@@ -243,7 +243,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background by a shell inherit it ignored
 from chatmill.trainer import chat_terminal
 from chatmill.trainer.chat.file import generate_file, read_prompts
-from chatmill.trainer.generation.generation import Reply, reply_to
+from chatmill.trainer.generation.replies import Reply, reply_to
 
 def answer_with(chat_model):
     def answer(messages, settings, on_text):

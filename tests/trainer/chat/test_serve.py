@@ -23,7 +23,7 @@ from chatmill.data.tokenizer.tokenizer import train_bpe
 from chatmill.trainer.chat.chat_model import ChatModel
 from chatmill.trainer.chat.serve.run import check_address
 from chatmill.trainer.config import ModelConfig
-from chatmill.trainer.generation.generation import Generation, generate
+from chatmill.trainer.generation.generation import Generation
 from chatmill.trainer.generation.sampling import Sampling
 from chatmill.trainer.model.decoder import Decoder
 
@@ -31,7 +31,7 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
 from chatmill.trainer.chat.serve.app import Limits, create_app  # noqa: E402
-from chatmill.trainer.chat.serve.engine import Engine  # noqa: E402
+from chatmill.trainer.chat.serve.batcher import Batcher  # noqa: E402
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 12}
 
@@ -41,9 +41,9 @@ POST = "POST /v1/{} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/jso
 class Served:
     """A running server and what a test needs to talk to it."""
 
-    def __init__(self, engine: Engine, **options: Any) -> None:
-        self.engine = engine
-        config = uvicorn.Config(create_app(engine, **options), port=0, log_level="error", timeout_graceful_shutdown=2)
+    def __init__(self, batcher: Batcher, **options: Any) -> None:
+        self.batcher = batcher
+        config = uvicorn.Config(create_app(batcher, **options), port=0, log_level="error", timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -87,8 +87,8 @@ class Served:
 
     def wait_idle(self) -> None:
         until = time.monotonic() + 600
-        while self.engine.load != (0, 0):
-            assert time.monotonic() < until, self.engine.load
+        while self.batcher.load != (0, 0):
+            assert time.monotonic() < until, self.batcher.load
             time.sleep(0.02)
 
 
@@ -104,15 +104,15 @@ def chat_model() -> ChatModel:
 
 @pytest.fixture(scope="module")
 def served(chat_model: ChatModel) -> Iterator[Served]:
-    server = Served(Engine(chat_model, max_active=4, max_waiting=300), limits=Limits(max_body_bytes=20_000))
+    server = Served(Batcher(chat_model, max_active=4, max_waiting=300), limits=Limits(max_body_bytes=20_000))
     yield server
     server.close()
 
 
-def expected(chat_model: ChatModel, content: str, new: int, **knobs: Any) -> str:
+def expected(chat_model: ChatModel, content: str, new: int, *, seed: int | None = None, **knobs: Any) -> str:
     ids = chat_model.tokenizer.prompt_ids([{"role": "user", "content": content}])
-    stops = chat_model.tokenizer.stop_ids
-    return chat_model.tokenizer.decode(list(generate(chat_model.model, ids, max_new_tokens=new, stop_ids=stops, **knobs)))
+    options: dict[str, Any] = {"stop_ids": chat_model.tokenizer.stop_ids, "sampling": Sampling(**knobs), "seed": seed}
+    return chat_model.tokenizer.decode([s.id for s in Generation(chat_model.model, ids, max_new_tokens=new, **options)])
 
 
 def events_of(text: str) -> list[Any]:
@@ -176,7 +176,7 @@ def test_an_echo_ends_with_the_stop_token_and_may_generate_nothing(served: Serve
     following = int(next(Generation(chat_model.model, ids, max_new_tokens=1)).id)
     stopping = replace(chat_model, tokenizer=copy.copy(chat_model.tokenizer))
     stopping.tokenizer.stop_ids = frozenset({following})
-    server = Served(Engine(stopping))
+    server = Served(Batcher(stopping))
     try:
         body = {"model": "tiny", "prompt": ids, "echo": True, "logprobs": 1, "temperature": 0}
         _, answer, _ = server.send("POST", "/v1/completions", body | {"max_tokens": 3})
@@ -266,7 +266,7 @@ def test_logprobs_are_those_of_generation(served: Served, chat_model: ChatModel)
 
 def test_plain_completions_continue_text_and_token_ids(served: Served, chat_model: ChatModel) -> None:
     ids = chat_model.tokenizer.encode("how are")
-    truth = list(generate(chat_model.model, ids, max_new_tokens=16, stop_ids=chat_model.tokenizer.stop_ids))
+    truth = [step.id for step in Generation(chat_model.model, ids, max_new_tokens=16, stop_ids=chat_model.tokenizer.stop_ids)]
     for prompt in ("how are", ids):
         body = {"model": "tiny", "prompt": prompt, "temperature": 0, "logprobs": 1}
         status, answer, _ = served.send("POST", "/v1/completions", body)
@@ -337,18 +337,18 @@ def test_models_health_and_metrics_tell_the_truth(served: Served) -> None:
     served.wait_idle()
     assert served.send("GET", "/v1/models")[1]["data"][0]["id"] == "tiny"
     assert served.send("GET", "/health")[1] == {"status": "ok", "model": "tiny", "active": 0, "waiting": 0}
-    before = served.engine.counts.finished
+    before = served.batcher.counts.finished
     served.chat()
     assert f"chatmill_finished_total {before + 1}\n" in served.send("GET", "/metrics")[1]
 
 
 def test_a_client_that_leaves_stops_the_work(served: Served) -> None:
     served.wait_idle()
-    before = served.engine.counts.cancelled
+    before = served.batcher.counts.cancelled
     for link in [served.start_stream(messages=[{"role": "user", "content": str(k)}]) for k in range(3)]:
         link.close()
     served.wait_idle()
-    assert served.engine.counts.cancelled + served.engine.counts.finished > before
+    assert served.batcher.counts.cancelled + served.batcher.counts.finished > before
     body = json.dumps(HELLO | {"max_tokens": 450}).encode()
     connection = http.client.HTTPConnection("127.0.0.1", served.port)
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
@@ -357,14 +357,14 @@ def test_a_client_that_leaves_stops_the_work(served: Served) -> None:
 
 
 def test_a_full_line_is_told_and_frees_itself(chat_model: ChatModel) -> None:
-    engine = Engine(chat_model, max_active=1, max_waiting=1)
+    batcher = Batcher(chat_model, max_active=1, max_waiting=1)
     hold = threading.Event()
     forward = chat_model.model.cached_logits
-    server = Served(engine)
+    server = Served(batcher)
     try:
         chat_model.model.cached_logits = lambda *a, **k: (hold.wait(30), forward(*a, **k))[1]  # type: ignore[method-assign]
         first = server.start_stream()
-        while engine.load != (1, 0):
+        while batcher.load != (1, 0):
             time.sleep(0.01)
         second = server.start_stream()
         status, answer = server.chat()
@@ -374,7 +374,7 @@ def test_a_full_line_is_told_and_frees_itself(chat_model: ChatModel) -> None:
         time.sleep(0.5)
         hold.set()
         server.wait_idle()
-        assert engine.counts.cancelled == 2
+        assert batcher.counts.cancelled == 2
         assert server.chat()[0] == 200
     finally:
         hold.set()
@@ -383,7 +383,7 @@ def test_a_full_line_is_told_and_frees_itself(chat_model: ChatModel) -> None:
 
 
 def test_a_reply_past_its_time_ends_with_an_error(chat_model: ChatModel) -> None:
-    server = Served(Engine(chat_model), limits=Limits(timeout_s=0.0))
+    server = Served(Batcher(chat_model), limits=Limits(timeout_s=0.0))
     try:
         status, answer = server.chat()
         assert status == 504 and answer["error"]["code"] == "timeout"
@@ -392,7 +392,7 @@ def test_a_reply_past_its_time_ends_with_an_error(chat_model: ChatModel) -> None
 
 
 def test_a_failure_inside_ends_one_reply_and_not_the_server(chat_model: ChatModel) -> None:
-    server = Served(Engine(chat_model))
+    server = Served(Batcher(chat_model))
     try:
         chat_model.model.cached_logits = lambda *a, **k: 1 / 0  # type: ignore[method-assign,assignment]
         assert server.chat()[0] == 500
@@ -403,7 +403,7 @@ def test_a_failure_inside_ends_one_reply_and_not_the_server(chat_model: ChatMode
 
 
 def test_a_token_opens_the_api_and_its_absence_does_not(chat_model: ChatModel) -> None:
-    server = Served(Engine(chat_model), token="a-long-secret")
+    server = Served(Batcher(chat_model), token="a-long-secret")
     try:
         for header in (
             {},

@@ -24,7 +24,7 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
 from chatmill.trainer.chat.serve.app import create_app  # noqa: E402
-from chatmill.trainer.chat.serve.engine import Engine  # noqa: E402
+from chatmill.trainer.chat.serve.batcher import Batcher  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
@@ -147,7 +147,7 @@ BRAKE = Brake()
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
+def batcher() -> Batcher:
     tokenizer = train_bpe(iter(["hello there, how are you? I am fine."] * 20), 300)
     shape = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 4, "kv_heads": 2, "context": 1024}
     model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, initializer_range=0.3, **shape))
@@ -160,12 +160,12 @@ def engine() -> Engine:
         return forward(*arguments, **options)
 
     model.cached_logits = slower  # type: ignore[method-assign]
-    return Engine(ChatModel(model.eval().requires_grad_(False), tokenizer, Path("tiny"), "tiny"))
+    return Batcher(ChatModel(model.eval().requires_grad_(False), tokenizer, Path("tiny"), "tiny"))
 
 
 @pytest.fixture(scope="module")
-def address(engine: Engine) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(create_app(engine), port=0, log_level="error", timeout_graceful_shutdown=1))
+def address(batcher: Batcher) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(create_app(batcher), port=0, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -211,13 +211,13 @@ def test_enter_sends_and_the_reply_streams_in(page: Browser) -> None:
     assert page.problems == []
 
 
-def test_escape_stops_the_reply_and_the_work_behind_it(page: Browser, engine: Engine) -> None:
+def test_escape_stops_the_reply_and_the_work_behind_it(page: Browser, batcher: Batcher) -> None:
     page.js("$('max_tokens').value = 900, ask_text('long')")
     page.wait("turns.at(-1).content.length > 3")
     page.press("Escape")
     page.wait("turns.at(-1).note === 'stopped'")
     until = time.monotonic() + 600
-    while engine.load != (0, 0):
+    while batcher.load != (0, 0):
         assert time.monotonic() < until
         time.sleep(0.05)
     assert page.js("send.textContent") == "Send"

@@ -25,11 +25,11 @@ from chatmill.trainer.distributed.world import World
 from chatmill.trainer.evaluation.evaluate import evaluate_fully, load_evaluation
 from chatmill.trainer.evaluation.held_out import HeldOut, choose_turn, held_out, read_held_out
 from chatmill.trainer.evaluation.loss import evaluate_checkpoint
-from chatmill.trainer.evaluation.measuring import Work, draw_candidates, key_of, packs_of, reply_pool, selection_record
+from chatmill.trainer.evaluation.measuring import Work, draw_candidates, key_of, reply_pool, selection_record
 from chatmill.trainer.evaluation.options import EvaluationOptions
 from chatmill.trainer.evaluation.text_scores import Bleu
-from chatmill.trainer.generation.candidates import score_candidates
-from chatmill.trainer.generation.generation import reply_to
+from chatmill.trainer.generation.candidates import grouped, score_candidates
+from chatmill.trainer.generation.replies import reply_to
 from chatmill.trainer.generation.sampling import Sampling
 from chatmill.trainer.model.decoder import Decoder
 
@@ -191,7 +191,7 @@ def test_a_rank_counts_those_that_are_at_least_as_likely() -> None:
 
 
 def test_packs_keep_the_order_and_lose_nothing() -> None:
-    assert packs_of([3, 4, 9, 1, 1, 1], 8) == [[0, 1], [2], [3, 4, 5]]
+    assert grouped([3, 4, 9, 1, 1, 1], 8) == [[0, 1], [2], [3, 4, 5]]
 
 
 def test_of_a_dialogue_that_is_too_long_only_what_is_read_counts(work: Work) -> None:

@@ -19,9 +19,11 @@ from chatmill.trainer.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.convert.hf import export_hf, import_hf
 from chatmill.trainer.generation.batched import next_steps
-from chatmill.trainer.generation.generation import Generation, TextStream, fit_messages, generate, reply_to
-from chatmill.trainer.generation.many import Prompt, replies_to_many
+from chatmill.trainer.generation.generation import Generation
+from chatmill.trainer.generation.prompt import Prompt, fit_messages
+from chatmill.trainer.generation.replies import replies_to_many, reply_to
 from chatmill.trainer.generation.sampling import Sampling, filtered_logits, make_generator, next_token, penalise_repeats
+from chatmill.trainer.generation.text_stream import TextStream
 from chatmill.trainer.model.decoder import Decoder
 
 NOTHING_SEEN = torch.empty(0, dtype=torch.long)
@@ -72,15 +74,17 @@ def test_greedy_tokens_are_those_of_transformers(pair: tuple[Any, Decoder], pena
     for start in range(4):
         prompt = [(7 * i + 13 * start) % 97 for i in range(3 + 5 * start)]
         expected = their_reply(theirs, prompt, 60, repetition_penalty=penalty)
-        assert list(generate(ours, prompt, max_new_tokens=60, repetition_penalty=penalty)) == expected
+        assert [
+            step.id for step in Generation(ours, prompt, max_new_tokens=60, sampling=Sampling(repetition_penalty=penalty))
+        ] == expected
         assert len(set(expected)) > 5
 
 
 def test_a_prompt_read_in_chunks_gives_the_same_reply(pair: tuple[Any, Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = [(5 * i) % 97 for i in range(50)]
-    whole = list(generate(pair[1], prompt, max_new_tokens=20))
+    whole = [step.id for step in Generation(pair[1], prompt, max_new_tokens=20)]
     monkeypatch.setattr("chatmill.trainer.generation.generation.PREFILL_CHUNK", 7)
-    assert list(generate(pair[1], prompt, max_new_tokens=20)) == whole
+    assert [step.id for step in Generation(pair[1], prompt, max_new_tokens=20)] == whole
 
 
 def test_log_probabilities_are_those_of_a_full_forward_pass(pair: tuple[Any, Decoder]) -> None:
@@ -98,7 +102,7 @@ def test_log_probabilities_are_those_of_a_full_forward_pass(pair: tuple[Any, Dec
 
 
 def test_the_stop_id_ends_a_reply_and_is_not_part_of_it(pair: tuple[Any, Decoder]) -> None:
-    free = list(generate(pair[1], [9, 8, 7], max_new_tokens=30))
+    free = [step.id for step in Generation(pair[1], [9, 8, 7], max_new_tokens=30)]
     stop = free[6]
     steps = Generation(pair[1], [9, 8, 7], max_new_tokens=30, stop_ids={stop})
     assert [step.id for step in steps] == free[: free.index(stop)]
@@ -121,7 +125,7 @@ def test_an_impossible_prompt_is_refused_in_words(model: Decoder, prompt: list[i
 
 def test_the_same_seed_repeats_a_reply_and_another_does_not(model: Decoder) -> None:
     def reply(seed: int) -> list[int]:
-        return list(generate(model, [1, 2, 3], max_new_tokens=40, temperature=1.5, seed=seed))
+        return [step.id for step in Generation(model, [1, 2, 3], max_new_tokens=40, sampling=Sampling(1.5), seed=seed)]
 
     assert reply(7) == reply(7) != reply(8)
 
@@ -192,16 +196,14 @@ def test_no_part_of_a_stop_string_is_ever_shown(stops: tuple[str, ...]) -> None:
 
 def test_generation_stops_at_a_stop_string(model: Decoder, tokenizer: ChatTokenizer) -> None:
     prompt = tokenizer.encode("hello")
-    ids = list(generate(model, prompt, max_new_tokens=40))
+    ids = [step.id for step in Generation(model, prompt, max_new_tokens=40)]
     text = tokenizer.decode(ids)
     stop = text[8:11]
-    assert stop.isprintable() or stop
-    cut = list(generate(model, prompt, max_new_tokens=40, stop_strings=[stop], decode=tokenizer.decode))
-    assert cut == ids[: len(cut)]
+    ((_, reply),) = replies_to_many(model, tokenizer, [Prompt(prompt, 40, Sampling(), stops=[stop])])
+    assert reply.finish_reason == "stop" and reply.text == text[: text.index(stop)]
+    cut = ids[: reply.tokens]
     assert stop in tokenizer.decode(cut)
     assert stop not in tokenizer.decode(cut[:-1])
-    with pytest.raises(ConfigError, match="decode"):
-        generate(model, prompt, max_new_tokens=4, stop_strings=["x"])
 
 
 def test_reply_to_streams_what_it_returns(model: Decoder, tokenizer: ChatTokenizer) -> None:
@@ -293,13 +295,13 @@ def test_greedy_replies_of_smollm2_are_those_of_transformers(smollm2: Checkpoint
     tokenizer = ChatTokenizer.load(smollm2.path)
     for question in ("What is the capital of France?", "Write one line of Python."):
         prompt = tokenizer.prompt_ids([{"role": "user", "content": question}])
-        assert list(generate(ours.eval(), prompt, max_new_tokens=20)) == their_reply(theirs, prompt, 20)
+        assert [step.id for step in Generation(ours.eval(), prompt, max_new_tokens=20)] == their_reply(theirs, prompt, 20)
     # prompts of different lengths, more of them than run at once
     questions = ["Hi!", "Name three rivers in Europe and say where each of them ends.", "What is 2 + 2?", "Who wrote Faust?"]
     asked = [Prompt(tokenizer.prompt_ids([{"role": "user", "content": q}]), 12, Sampling()) for q in questions]
     together = dict(replies_to_many(ours, tokenizer, asked, batch=3))
     for i, prompt in enumerate(asked):
-        alone = list(generate(ours, prompt.ids, max_new_tokens=12, stop_ids=tokenizer.stop_ids))
+        alone = [step.id for step in Generation(ours, prompt.ids, max_new_tokens=12, stop_ids=tokenizer.stop_ids)]
         assert (together[i].text, together[i].tokens) == (tokenizer.decode(alone), len(alone))
 
 

@@ -10,10 +10,10 @@ import torch
 
 from chatmill.data.tokenizer.tokenizer import ChatTokenizer, train_bpe
 from chatmill.trainer.chat.chat_model import ChatModel
-from chatmill.trainer.chat.serve import engine as serving
-from chatmill.trainer.chat.serve.engine import Done, Engine, Event, Job, Piece, shares_of_prompts
+from chatmill.trainer.chat.serve import batcher as serving
+from chatmill.trainer.chat.serve.batcher import Batcher, Done, Event, Job, Piece, shares_of_prompts
 from chatmill.trainer.config import ModelConfig
-from chatmill.trainer.generation.generation import Generation, generate
+from chatmill.trainer.generation.generation import Generation
 from chatmill.trainer.generation.prefix_store import PrefixStore, shared
 from chatmill.trainer.model.decoder import Decoder
 
@@ -53,7 +53,7 @@ def test_the_next_turn_reads_only_what_is_new_and_gives_the_same_reply(model: De
     torch.testing.assert_close(turn.cache.k[:, :, : len(prompt)], whole.cache.k[:, :, : len(prompt)])
     again = Generation(model, prompt, max_new_tokens=20)
     store.lend(again)
-    assert [s.id for s in again] == list(generate(model, prompt, max_new_tokens=20))
+    assert [s.id for s in again] == [step.id for step in Generation(model, prompt, max_new_tokens=20)]
 
 
 def test_a_branch_shares_its_beginning_and_a_stranger_nothing(model: Decoder) -> None:
@@ -62,7 +62,7 @@ def test_a_branch_shares_its_beginning_and_a_stranger_nothing(model: Decoder) ->
     store.keep(over(model, first, 4))
     branch = first[:50] + [1] * 30
     assert store.lend(steps := Generation(model, branch, max_new_tokens=8)) == 50
-    assert [s.id for s in steps] == list(generate(model, branch, max_new_tokens=8))
+    assert [s.id for s in steps] == [step.id for step in Generation(model, branch, max_new_tokens=8)]
     assert store.lend(Generation(model, first, max_new_tokens=8)) == 59  # one token is always read: its logits are wanted
     assert store.lend(Generation(model, first[:20] + [1] * 30, max_new_tokens=8)) == 0  # not worth a copy
     scored = Generation(model, branch, max_new_tokens=1, prompt_logprobs=0)
@@ -99,7 +99,7 @@ def test_prompts_get_a_bounded_share_of_a_step_in_order_of_arrival() -> None:
     assert shares_of_prompts([1, 1]) == [0, 0]
 
 
-def run_jobs(engine: Engine, prompts: list[list[int]], new: int) -> list[tuple[int, Event]]:
+def run_jobs(batcher: Batcher, prompts: list[list[int]], new: int) -> list[tuple[int, Event]]:
     """Events of all replies as they came; each job is submitted by the first event of the one before it."""
     events: list[tuple[int, Event]] = []
     ended = threading.Event()
@@ -112,7 +112,7 @@ def run_jobs(engine: Engine, prompts: list[list[int]], new: int) -> list[tuple[i
             if sum(not isinstance(e, Piece) for _, e in events) == len(prompts):
                 ended.set()
 
-        engine.submit(Job(prompts[index], new, emit))
+        batcher.submit(Job(prompts[index], new, emit))
 
     submit(0)
     assert ended.wait(600)
@@ -129,25 +129,25 @@ def test_a_long_prompt_does_not_hold_up_a_reply_in_progress(
     monkeypatch.setattr(serving, "STRETCH", 16)
     chat = ChatModel(model, tokenizer, Path("tiny"), "tiny")
     short, long = tokenizer.encode("hello there"), [(7 * i) % 250 for i in range(400)]
-    engine = Engine(chat)
-    events = run_jobs(engine, [short, long], 60)
-    engine.close()
+    batcher = Batcher(chat)
+    events = run_jobs(batcher, [short, long], 60)
+    batcher.close()
     stops = tokenizer.stop_ids
     for index, prompt in enumerate((short, long)):
-        assert ids_of(events, index) == list(generate(model, prompt, max_new_tokens=60, stop_ids=stops))
+        assert ids_of(events, index) == [step.id for step in Generation(model, prompt, max_new_tokens=60, stop_ids=stops)]
     waited = events[: next(at for at, (i, _) in enumerate(events) if i == 1)]
     assert len(ids_of(waited, 0)) >= 20  # 400 tokens in stretches of 16 take 25 steps
 
 
-def test_the_engine_reuses_the_turn_before(model: Decoder, tokenizer: ChatTokenizer) -> None:
+def test_the_batcher_reuses_the_turn_before(model: Decoder, tokenizer: ChatTokenizer) -> None:
     turns = [{"role": "user", "content": "hello there, how are you? I am fine. hello there, how are you?"}]
     prompt, stops = tokenizer.prompt_ids(turns), tokenizer.stop_ids
     for keep, reused in ((None, len(prompt)), (0, 0)):
-        engine = Engine(ChatModel(model, tokenizer, Path("tiny"), "tiny"), keep_tokens=keep)
-        events = run_jobs(engine, [prompt], 12)
+        batcher = Batcher(ChatModel(model, tokenizer, Path("tiny"), "tiny"), keep_tokens=keep)
+        events = run_jobs(batcher, [prompt], 12)
         assert isinstance(events[-1][1], Done)
         following = prompt + ids_of(events, 0) + tokenizer.encode(" and you?")
-        answer = ids_of(run_jobs(engine, [following], 20), 0)
-        engine.close()
-        assert answer == list(generate(model, following, max_new_tokens=20, stop_ids=stops))
-        assert engine.counts.reused_tokens >= reused if reused else engine.counts.reused_tokens == 0
+        answer = ids_of(run_jobs(batcher, [following], 20), 0)
+        batcher.close()
+        assert answer == [step.id for step in Generation(model, following, max_new_tokens=20, stop_ids=stops)]
+        assert batcher.counts.reused_tokens >= reused if reused else batcher.counts.reused_tokens == 0

@@ -24,7 +24,7 @@ from chatmill.trainer.checkpoint.random_state import random_state, restore_rando
 from chatmill.trainer.config import ModelConfig, Recipe
 from chatmill.trainer.distributed.world import World
 from chatmill.trainer.engine.engine import Engine
-from chatmill.trainer.generation.generation import generate
+from chatmill.trainer.generation.generation import Generation
 from chatmill.trainer.model.attention_plans import AttentionPlans
 from chatmill.trainer.model.decoder import Decoder
 
@@ -112,7 +112,7 @@ def test_greedy_replies_equal_those_of_the_cpu() -> None:
     for where in (torch.device("cpu"), torch.device("cuda", 0)):
         torch.backends.cuda.matmul.allow_tf32 = False
         engine = engine_on(where, "fp32")
-        replies[where.type] = list(generate(engine.decoder, list(range(2, 40)), max_new_tokens=24))
+        replies[where.type] = [step.id for step in Generation(engine.decoder, list(range(2, 40)), max_new_tokens=24)]
     assert len(replies["cpu"]) == 24
     assert replies["cuda"] == replies["cpu"]
 

@@ -38,12 +38,12 @@ def serve(
             raise
         raise ConfigError(f"chatmill serve needs {error.name}, which is not installed: pip install 'chatmill[serve]'") from None
     from ..chat_model import load_chat_model
-    from .engine import Engine
+    from .batcher import Batcher
 
     print(f"loading {checkpoint} ...", file=sys.stderr, flush=True)
-    engine = Engine(load_chat_model(checkpoint), max_active=max_active, max_waiting=max_waiting)
-    app = create_app(engine, token=token, limits=Limits(timeout_s=timeout_s))
-    name = engine.chat.name
+    batcher = Batcher(load_chat_model(checkpoint), max_active=max_active, max_waiting=max_waiting)
+    app = create_app(batcher, token=token, limits=Limits(timeout_s=timeout_s))
+    name = batcher.chat.name
     shown = f"[{host}]" if ":" in host else host
     print(
         f"{name}: http://{shown}:{port}/  (API: http://{shown}:{port}/v1, model {name!r}; Ctrl-C ends)",
@@ -53,7 +53,7 @@ def serve(
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
     server = uvicorn.Server(config)
     server.run()
-    engine.close()
+    batcher.close()
     return 0 if server.started else 2
 
 

@@ -1,14 +1,14 @@
 """One thread that answers many requests: at every step all active replies get their next token together.
 
-    engine = Engine(chat)
-    engine.submit(job)              raises BusyError when the queue is full; events arrive through job.emit
+    batcher = Batcher(chat)
+    batcher.submit(job)             raises BusyError when the queue is full; events arrive through job.emit
     job.cancel()                    the reply is dropped before its next token, and its cache with it
 
-Replies start in order of arrival, at most `max_active` at once; one joins or leaves between any two steps. Each has its
-own cache and random generator: what else runs can touch it only through the rounding of a wider matrix product.
+Replies start in order of arrival, at most `max_active` at once; they join and leave between steps. Each has its own cache
+and random generator: other replies affect it only through the rounding of a wider matrix product.
 
-Prompts are read in stretches between the steps, so that a long one does not hold up the replies that others are getting;
-of a conversation that goes on only the new turn is read (`chatmill.trainer.generation.prefix_store`).
+Prompts are read in stretches between the steps, so that a long prompt does not hold up other replies. When a conversation
+continues, only the new turn is read (`chatmill.trainer.generation.prefix_store`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...generation.batched import joint_logits
-from ...generation.generation import PREFILL_CHUNK, FinishReason, Generation, TextStream, TokenStep
+from ...generation.generation import PREFILL_CHUNK, FinishReason, Generation, TokenStep
 from ...generation.prefix_store import PrefixStore
 from ...generation.sampling import Sampling
+from ...generation.text_stream import TextStream
 from ..chat_model import ChatModel
 
 STRETCH = 256  # tokens of prompts read per step while others get their replies
 
 
 class BusyError(Exception):
-    """The waiting line is full."""
+    """The queue is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ Event = Piece | Done | Failed
 
 @dataclass(slots=True)
 class Job:
-    """One request. emit is called on the engine's thread and must not block."""
+    """One reply to make. emit is called on the batcher's thread and must not block."""
 
     prompt_ids: Sequence[int]
     max_new_tokens: int
@@ -86,7 +87,7 @@ class Job:
 
     @property
     def is_cancelled(self) -> bool:
-        """Nobody waits for it any more."""
+        """Nobody waits for the reply any more."""
         return self._cancelled.is_set()
 
 
@@ -112,10 +113,10 @@ class Counts:
     generated_tokens: int = 0
 
 
-class Engine:
+class Batcher:
     """Owns the model while it runs. close() ends the thread and fails whatever is unfinished.
 
-    keep_tokens: of finished replies, kept for the next turn; by default as many as two full contexts.
+    keep_tokens: of finished replies, kept for the next turn (default: two full contexts).
     """
 
     def __init__(self, chat: ChatModel, *, max_active: int = 8, max_waiting: int = 64, keep_tokens: int | None = None) -> None:
@@ -127,7 +128,7 @@ class Engine:
         self._active: list[_Active] = []
         self._news = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="chatmill-engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="chatmill-batcher", daemon=True)
         self._thread.start()
 
     @property
@@ -136,7 +137,7 @@ class Engine:
         return len(self._active), len(self._waiting)
 
     def submit(self, job: Job) -> None:
-        """Put a job in the line."""
+        """Queue a job."""
         with self._news:
             if self._closed:
                 raise BusyError("the server is shutting down.")
@@ -194,13 +195,13 @@ class Engine:
             self._fail(job, error)
 
     def _advance(self, group: list[_Active]) -> list[_Active]:
-        """One token for each reply; returns those that go on. An error ends the replies that it concerns, not the server."""
+        """One token for each reply; returns the unfinished ones. An error ends the reply that it concerns, not the server."""
         try:
             rows = joint_logits(self.chat.model, [active.steps for active in group])
-        except Exception:  # out of memory for all at once, say: then one by one, which finds out whose fault it is
+        except Exception:  # for example out of memory: one by one, only the reply at fault ends
             rows = {}
         shares = shares_of_prompts([len(active.steps.pending) for active in group])
-        going = []
+        unfinished = []
         for i, active in enumerate(group):
             try:
                 if i in rows:
@@ -208,16 +209,16 @@ class Engine:
                 elif len(active.steps.pending) > 1:
                     logits = active.steps.read_some(shares[i]) if shares[i] else None
                     if logits is None:
-                        going.append(active)
+                        unfinished.append(active)
                         continue
                     step = active.steps.accept(logits)
                 else:
                     step = next(active.steps, None)
                 if self._take(active, step):
-                    going.append(active)
+                    unfinished.append(active)
             except Exception as error:
                 self._fail(active.job, error)
-        return going
+        return unfinished
 
     def _take(self, active: _Active, step: TokenStep | None) -> bool:
         """Pass a token on; False when the reply is over."""

@@ -1,0 +1,199 @@
+"""One completion request in progress: its jobs, their events, and the answer as OpenAI-shaped JSON, whole or streamed.
+
+completion = Completion(asked, prompts, batcher.chat, limits, deadline)
+completion.submit(batcher)                      # RequestError 429 where the queue is full
+answer = await completion.whole(request)        # or: StreamingResponse(completion.stream())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+
+from ...generation.generation import TokenStep
+from ..chat_model import ChatModel
+from .batcher import Batcher, BusyError, Done, Event, Failed, Job, Piece
+from .protocol import ChatRequest, RequestError, TextRequest, chat_logprobs, text_logprobs, usage
+
+KEEP_ALIVE_S = 10.0
+DISCONNECT_POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """max_tokens: of a reply, whatever the client asks. timeout_s: from arrival to the last token, waiting included."""
+
+    max_body_bytes: int = 2 << 20
+    body_timeout_s: float = 20.0
+    max_tokens: int = 4096
+    default_tokens: int = 512
+    timeout_s: float = 300.0
+
+
+class Completion:
+    """The replies to one request: `n` to each prompt. Create it on the event loop. deadline: time.monotonic()."""
+
+    def __init__(
+        self, asked: ChatRequest | TextRequest, prompts: list[list[int]], chat: ChatModel, limits: Limits, deadline: float
+    ) -> None:
+        self.asked, self.chat = asked, chat
+        self.is_chat = isinstance(asked, ChatRequest)
+        self.has_echo = isinstance(asked, TextRequest) and asked.echo
+        self.wanted_tokens = limits.default_tokens if asked.wanted_tokens is None else asked.wanted_tokens
+        self.prompt_tokens = sum(map(len, prompts))
+        self._id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()  # of all replies, each with its index
+        self.jobs = [
+            Job(
+                prompt_ids=ids,
+                max_new_tokens=max(1, min(self.wanted_tokens, limits.max_tokens)),
+                emit=functools.partial(self._emit, index),
+                sampling=asked.sampling,
+                stop_strings=asked.stops,
+                seed=None if asked.seed is None else asked.seed + k,
+                logprobs=asked.wanted_logprobs,
+                prompt_logprobs=asked.wanted_logprobs if self.has_echo else None,
+                deadline=deadline,
+            )
+            for index, (ids, k) in enumerate(itertools.product(prompts, range(asked.n or 1)))
+        ]
+
+    def _emit(self, index: int, event: Event) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+    def submit(self, batcher: Batcher) -> None:
+        """Queue all jobs, or none. Raises RequestError."""
+        try:
+            for job in self.jobs:
+                batcher.submit(job)
+        except BusyError as error:
+            self.cancel()
+            raise RequestError(429, str(error), code="queue_full") from None
+
+    def cancel(self) -> None:
+        """Drop what is unfinished."""
+        for job in self.jobs:
+            job.cancel()
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Server-sent events."""
+        try:
+            offsets, unfinished, generated = [0] * len(self.jobs), len(self.jobs), 0
+            if self.is_chat:
+                for index in range(len(self.jobs)):
+                    yield sse(self._chunk(index, {"role": "assistant", "content": ""}))
+            while unfinished:
+                try:
+                    index, event = await asyncio.wait_for(self._events.get(), KEEP_ALIVE_S)
+                except TimeoutError:
+                    yield ": waiting\n\n"
+                    continue
+                if isinstance(event, Piece):
+                    logprobs = self._logprobs(event.steps, offsets[index])
+                    offsets[index] += len(event.text)
+                    yield sse(self._chunk(index, {"content": event.text} if self.is_chat else event.text, logprobs))
+                elif isinstance(event, Done):
+                    yield sse(self._chunk(index, {} if self.is_chat else "", finish_reason=event.finish_reason))
+                    unfinished, generated = unfinished - 1, generated + event.completion_tokens
+                else:
+                    yield sse(failure(event).body())
+                    break
+            options = self.asked.stream_options
+            if options is not None and options.include_usage and not unfinished:
+                yield sse(self._chunk(0, None) | {"choices": [], "usage": usage(self.prompt_tokens, generated)})
+            yield "data: [DONE]\n\n"
+        finally:
+            self.cancel()
+
+    async def whole(self, request: Request) -> dict[str, Any] | None:
+        """The answer when all replies are finished; None when the client has gone. Raises RequestError."""
+        choices, generated = list[dict[str, Any]](), 0
+        try:
+            replies = await self._finished(request)
+            if replies is None:
+                return None
+            for index, (text, steps, done) in enumerate(replies):
+                logprobs, tokens = self._logprobs(steps, 0), done.completion_tokens
+                if self.has_echo:
+                    text, logprobs, tokens = self._with_prompt(self.jobs[index], text, steps, done)
+                choices.append(self._choice(index, text, logprobs, done.finish_reason))
+                generated += tokens
+            kind = "chat.completion" if self.is_chat else "text_completion"
+            return self._envelope(kind, choices) | {"usage": usage(self.prompt_tokens, generated)}
+        finally:
+            self.cancel()
+
+    async def _finished(self, request: Request) -> list[tuple[str, list[TokenStep], Done]] | None:
+        """(text, tokens, end) of each reply; None when the client has gone."""
+        count = len(self.jobs)
+        texts, steps, ends = [""] * count, [list[TokenStep]() for _ in range(count)], dict[int, Done]()
+        while len(ends) < count:
+            try:
+                index, event = await asyncio.wait_for(self._events.get(), DISCONNECT_POLL_S)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    return None
+                continue
+            if isinstance(event, Piece):
+                texts[index] += event.text
+                steps[index] += event.steps
+                if self._events.empty() and await request.is_disconnected():
+                    return None
+            elif isinstance(event, Failed):
+                raise failure(event, code=event.kind)
+            else:
+                ends[index] = event
+        return [(texts[index], steps[index], ends[index]) for index in range(count)]
+
+    def _logprobs(self, steps: Sequence[TokenStep], offset: int) -> dict[str, Any] | None:
+        if self.asked.wanted_logprobs is None:
+            return None
+        return chat_logprobs(self.chat.tokenizer, steps) if self.is_chat else text_logprobs(self.chat.tokenizer, steps, offset)
+
+    def _with_prompt(self, job: Job, text: str, steps: list[TokenStep], done: Done) -> tuple[str, dict[str, Any] | None, int]:
+        """(text, log-probabilities, generated tokens) of an answer that begins with its prompt."""
+        prompt = self.chat.tokenizer.decode(job.prompt_ids)
+        stop, tokens = done.stop_step, done.completion_tokens
+        if self.wanted_tokens == 0:
+            text, steps, stop, tokens = "", [], None, 0
+        if job.logprobs is None:
+            return prompt + text, None, tokens
+        every = [*done.prompt_steps, *steps, *([stop] if stop is not None else [])]
+        return prompt + text, text_logprobs(self.chat.tokenizer, every, 0, first=job.prompt_ids[0]), tokens
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self.chat.name, "choices": choices}
+
+    def _chunk(
+        self, index: int, content: Any, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        """One event of a stream: more of the reply `index`."""
+        body = {"delta" if self.is_chat else "text": content, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._envelope("chat.completion.chunk" if self.is_chat else "text_completion", [{"index": index} | body])
+
+    def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str) -> dict[str, Any]:
+        """One whole reply."""
+        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
+        return {"index": index} | content | {"logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def failure(event: Failed, code: str | None = None) -> RequestError:
+    """A reply that could not be finished, as an HTTP error."""
+    return RequestError(504 if event.kind == "timeout" else 500, event.message, code=code)
+
+
+def sse(value: Mapping[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
