@@ -1,13 +1,13 @@
-"""What goes wrong in training runs, done on purpose: each fault, how it was detected, what it cost, and that nothing was lost.
+"""What goes wrong in training runs, done on purpose: how each fault was noticed, what it cost, and that nothing was lost.
 
     chatmill doctor --faults [--only kill,hang] [--seed 7] [--out faults.json]
     python -m chatmill.launcher.doctor.faults
 
 Every row is a real run of two processes (gloo, so no GPU is needed) on a data set made here, under the supervisor that Slurm
 jobs run under; fault_injection.py makes the fault happen in one rank. steps lost: computed before the fault and again
-after it. seconds: from the fault to the first step of the run that goes on. kept: every step's tokens and loss equal those of
-a run to which nothing happened (the loss bit for bit with the same engine and world size), or, where dialogues are left out by
-intention, those of a run that left them out from the beginning. Takes about six minutes on two cores.
+after it. seconds: from the fault to the first step of the run that continues. kept: every step's tokens and loss equal those of
+an undisturbed run (the loss bit for bit with the same engine and world size), or, where dialogues are left out on purpose,
+those of a run that left them out from the beginning. Takes about six minutes on two cores.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ import yaml
 
 from chatmill.run_files import read_jsonl
 
-from ..supervise.run_state import attempts
+from ..supervise.run_state import Attempt, attempts
+from ..supervise.supervise import LOGS
 
 STEPS, EVERY = 12, 4
 HANG_S = 8
+UNNOTICED = "not noticed"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table. steps_lost, seconds: None where the run ends by intention. kept: nothing was lost."""
+class FaultResult:
+    """One line of the table. steps_lost, seconds: None where the run ends on purpose. kept: nothing was lost."""
 
     fault: str
     detected: str
@@ -49,7 +51,7 @@ class Row:
 
 
 class Bench:
-    """A folder with a data set, and runs in it. seed: of the steps at which faults come that may come at any step."""
+    """A folder with a data set, and runs in it. seed: chooses the steps of faults that may come at any step."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.folder = folder
@@ -57,13 +59,26 @@ class Bench:
         self.vocab = make_data(folder / "data")
         self._reference: list[tuple[float, int, int]] = []
 
-    def recipe(self, name: str, **sections: dict[str, Any]) -> Path:
-        """A recipe of two processes, in a file."""
+    def reference(self) -> list[tuple[float, int, int]]:
+        """The steps of an undisturbed run."""
+        if not self._reference:
+            run = FaultyRun(self, "reference")
+            done = run.start()
+            self._reference = run.steps()
+            if len(self._reference) != STEPS:
+                raise RuntimeError(f"the reference run did not finish:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        return self._reference
+
+
+class FaultyRun:
+    """A recipe for two processes, and the run that it makes in the bench's folder."""
+
+    def __init__(self, bench: Bench, name: str, **sections: dict[str, Any]) -> None:
         shape = {"hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "context": 128}
         values: dict[str, dict[str, Any]] = {
-            "run": {"name": name, "dir": str(self.folder / "runs")},
-            "data": {"path": str(self.folder / "data"), "sequence_length": 128},
-            "model": {"vocab_size": self.vocab, **shape},
+            "run": {"name": name, "dir": str(bench.folder / "runs")},
+            "data": {"path": str(bench.folder / "data"), "sequence_length": 128},
+            "model": {"vocab_size": bench.vocab, **shape},
             "optimizer": {"lr": 3e-3},
             "train": {"steps": STEPS, "accumulation": 2, "precision": "fp32", "cpu_threads": 1, "hang_timeout_s": HANG_S},
             "parallel": {"strategy": "ddp"},
@@ -72,70 +87,63 @@ class Bench:
         }
         for section, fields in sections.items():
             values[section] = values.get(section, {}) | fields
-        path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        return path
+        self.bench, self.folder, self.recipe = bench, bench.folder / "runs" / name, bench.folder / f"{name}.yaml"
+        self.recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
 
-    def run(
-        self, recipe: Path, *overrides: str, fault: str = "", processes: int = 2, supervised: bool = True
+    def start(
+        self, *overrides: str, fault: str = "", processes: int = 2, supervised: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """The recipe under the supervisor (which starts it again), with a fault in it; ends when the supervisor does."""
-        run = self.run_of(recipe)
+        """Train under the supervisor (which starts it again), with a fault in it; ends when the supervisor does."""
         hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CHATMILL_FAULT")
         environment = {k: v for k, v in os.environ.items() if k not in hidden}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "CHATMILL_RUN_DIR": str(run), "PYTHONUNBUFFERED": "1"}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "CHATMILL_RUN_DIR": str(self.folder), "PYTHONUNBUFFERED": "1"}
         environment |= {"CHATMILL_FAULT": fault} if fault else {}
-        command = [sys.executable, "-m", "chatmill.launcher.supervise", "--run-dir", str(run), "--"]
-        command = command if supervised else []
-        command += [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        logs = "{attempt-logs}" if supervised else str(run / "logs" / "alone")
-        command += ["--max-restarts=0", f"--log-dir={logs}/node-0", "--redirects=3"]
-        command += ["-m", "chatmill.launcher.doctor.fault_injection", str(recipe), *overrides]
+        supervisor = [sys.executable, "-m", "chatmill.launcher.supervise", "--run-dir", str(self.folder), "--"]
+        command = [*(supervisor if supervised else []), sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        logs = LOGS if supervised else str(self.folder / "logs" / "alone")
+        command += [f"--nproc-per-node={processes}", "--max-restarts=0", f"--log-dir={logs}/node-0", "--redirects=3"]
+        command += ["-m", "chatmill.launcher.doctor.fault_injection", str(self.recipe), *overrides]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
-    def run_of(self, recipe: Path) -> Path:
-        """Run folder of a recipe."""
-        return self.folder / "runs" / recipe.stem
-
-    def steps(self, recipe: Path) -> list[tuple[float, int, int]]:
+    def steps(self) -> list[tuple[float, int, int]]:
         """(loss, tokens, tokens with loss) of every step that the run's metrics hold."""
-        lines = read_jsonl(self.run_of(recipe) / "metrics.jsonl")
+        lines = read_jsonl(self.folder / "metrics.jsonl")
         return [(line["loss"], line["tokens"], line["loss_tokens"]) for line in lines if "loss" in line]
 
-    def reference(self) -> list[tuple[float, int, int]]:
-        """The steps of the run to which nothing happens."""
-        if not self._reference:
-            recipe = self.recipe("reference")
-            done = self.run(recipe)
-            self._reference = self.steps(recipe)
-            if len(self._reference) != STEPS:
-                raise RuntimeError(f"the reference run did not finish:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-        return self._reference
-
-    def is_kept(self, recipe: Path, tolerance: float = 0.0) -> bool:
+    def is_kept(self, tolerance: float = 0.0) -> bool:
         """Whether every step had the reference's tokens, and its loss within a relative tolerance."""
-        found, wanted = self.steps(recipe), self.reference()
+        found, wanted = self.steps(), self.bench.reference()
         return [step[1:] for step in found] == [step[1:] for step in wanted] and all(
             abs(a[0] - b[0]) <= tolerance * abs(b[0]) for a, b in zip(found, wanted, strict=True)
         )
 
-    def cost(self, recipe: Path) -> tuple[int, float]:
+    def cost(self) -> tuple[int, float]:
         """(steps lost, seconds from the fault to the first step afterwards)."""
-        run = self.run_of(recipe)
-        fault = json.loads((run / "logs" / "fault.json").read_text(encoding="utf-8"))
-        later = (e for e in read_jsonl(run / "events.jsonl") if e["time"] >= fault["time"])
+        fault = json.loads((self.folder / "logs" / "fault.json").read_text(encoding="utf-8"))
+        later = (e for e in read_jsonl(self.folder / "events.jsonl") if e["time"] >= fault["time"])
         again = [e for e in later if e["event"] in ("start", "resume")]
         began, since = (again[0]["step"], again[0]["time"]) if again else (0, fault["time"])
-        first = min((m["time"] for m in read_jsonl(run / "metrics.jsonl") if m.get("time", 0) > since), default=0.0)
-        return max(0, fault["step"] - 1 - began), round(first - fault["time"], 1)
+        return max(0, fault["step"] - 1 - began), round(self.first_step_after(since) - fault["time"], 1)
 
-    def events(self, recipe: Path, kind: str) -> list[dict[str, Any]]:
+    def first_step_after(self, since: float) -> float:
+        """When the first metrics line after `since` was written."""
+        return min((m["time"] for m in read_jsonl(self.folder / "metrics.jsonl") if m.get("time", 0) > since), default=since)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
         """Events of a kind."""
-        return [e for e in read_jsonl(self.run_of(recipe) / "events.jsonl") if e["event"] == kind]
+        return [e for e in read_jsonl(self.folder / "events.jsonl") if e["event"] == kind]
 
-    def cause(self, recipe: Path) -> str:
+    def attempts(self) -> list[Attempt]:
+        """The supervisor's attempts."""
+        return attempts(self.folder)
+
+    def cause(self) -> str:
         """First cause of the first attempt that failed."""
-        return next((str(a.cause) for a in attempts(self.run_of(recipe)) if a.outcome == "failed"), "")
+        return next((str(a.cause) for a in self.attempts() if a.outcome == "failed"), "")
+
+    def checkpoints(self) -> list[Path]:
+        """What lies in the folder of checkpoints, leftovers of a save included."""
+        return sorted((self.folder / "checkpoints").iterdir())
 
 
 def make_data(folder: Path, dialogues: int = 240) -> int:
@@ -159,180 +167,171 @@ def make_data(folder: Path, dialogues: int = 240) -> int:
     return int(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["vocab_size"])
 
 
+def flip_bit(file: Path, at: int) -> bytes:
+    """Flip one bit of a file; returns what it held before."""
+    whole = file.read_bytes()
+    data = bytearray(whole)
+    data[at] ^= 8
+    file.write_bytes(data)
+    return whole
+
+
 # ---------------------------------------------------------------- the faults
 
 
-def killed(bench: Bench) -> Row:
+def killed(bench: Bench) -> FaultResult:
     """kill -9 of a rank: the other one ends, the supervisor starts both again."""
-    recipe = bench.recipe("killed")
-    bench.run(recipe, fault="kill:1:7")
-    return Row("kill -9 of a rank", bench.cause(recipe), *bench.cost(recipe), bench.is_kept(recipe))
+    run = FaultyRun(bench, "killed")
+    run.start(fault="kill:1:7")
+    return FaultResult("kill -9 of a rank", run.cause(), *run.cost(), run.is_kept())
 
 
-def moved(bench: Bench) -> Row:
-    """kill -9 at a random step; the run goes on with another engine and another world size."""
-    recipe = bench.recipe("moved")
+def moved(bench: Bench) -> FaultResult:
+    """kill -9 at a random step; the run continues with another engine and another world size."""
+    run = FaultyRun(bench, "moved")
     step = bench.chance.randint(EVERY + 1, STEPS - 1)
-    code = bench.run(recipe, fault=f"kill:0:{step}", supervised=False).returncode
-    bench.run(recipe, "parallel.strategy=fsdp2", "train.accumulation=1", processes=4)
-    found = f"kill -9 at step {step} under DDP on 2, continued by FSDP2 on 4"
+    code = run.start(fault=f"kill:0:{step}", supervised=False).returncode
+    run.start("parallel.strategy=fsdp2", "train.accumulation=1", processes=4)
+    title = f"kill -9 at step {step} under DDP on 2, continued by FSDP2 on 4"
     detected = f"the group ended with exit code {code}; tokens and losses equal to 2e-5"
-    return Row(found, detected, *bench.cost(recipe), bench.is_kept(recipe, 2e-5))
+    return FaultResult(title, detected, *run.cost(), run.is_kept(2e-5))
 
 
-def terminated(bench: Bench) -> Row:
-    """SIGTERM to one rank: all stop after the step, with a checkpoint; the same command goes on."""
-    recipe = bench.recipe("terminated")
-    bench.run(recipe, fault="term:1:6")
-    found = next((f"{e['event']} at step {e['step']}" for e in bench.events(recipe, "preempted")), "not noticed")
-    bench.run(recipe)
-    return Row("SIGTERM to one rank", found, *bench.cost(recipe), bench.is_kept(recipe))
+def _asked_to_stop(title: str, fault: str, run: FaultyRun) -> FaultResult:
+    """A signal to one rank: all stop after the step, with a checkpoint; the same command continues."""
+    run.start(fault=fault)
+    detected = next((f"{e['event']} at step {e['step']}" for e in run.events("preempted")), UNNOTICED)
+    run.start()
+    return FaultResult(title, detected, *run.cost(), run.is_kept())
 
 
-def in_validation(bench: Bench) -> Row:
+def terminated(bench: Bench) -> FaultResult:
+    """SIGTERM in a step."""
+    return _asked_to_stop("SIGTERM to one rank", "term:1:6", FaultyRun(bench, "terminated"))
+
+
+def in_validation(bench: Bench) -> FaultResult:
     """SIGUSR1 while a validation runs."""
-    recipe = bench.recipe("validation", evaluation={"at_start": False, "every_steps": 6})
-    bench.run(recipe, fault="validation-usr1:1:6")
-    found = next((f"{e['event']} at step {e['step']}" for e in bench.events(recipe, "preempted")), "not noticed")
-    bench.run(recipe)
-    return Row("SIGUSR1 in a validation", found, *bench.cost(recipe), bench.is_kept(recipe))
+    run = FaultyRun(bench, "validation", evaluation={"every_steps": 6})
+    return _asked_to_stop("SIGUSR1 in a validation", "validation-usr1:1:6", run)
 
 
-def in_save(bench: Bench) -> Row:
+def in_save(bench: Bench) -> FaultResult:
     """kill -9 while a checkpoint is being written: it is never seen, the one before is used."""
-    recipe = bench.recipe("save")
-    bench.run(recipe, fault="save-kill:1:8")
-    left = [p.name for p in (bench.run_of(recipe) / "checkpoints").iterdir() if p.name.startswith(".")]
-    kept = bench.is_kept(recipe) and not left
-    return Row("kill -9 while saving", bench.cause(recipe), *bench.cost(recipe), kept)
+    run = FaultyRun(bench, "save")
+    run.start(fault="save-kill:1:8")
+    left = [folder for folder in run.checkpoints() if folder.name.startswith(".")]
+    return FaultResult("kill -9 while saving", run.cause(), *run.cost(), run.is_kept() and not left)
 
 
-def flipped(bench: Bench) -> Row:
+def flipped(bench: Bench) -> FaultResult:
     """A bit of the newest checkpoint is flipped on disk."""
-    recipe = bench.recipe("flipped")
-    bench.run(recipe, fault="term:0:9")
-    newest = max((bench.run_of(recipe) / "checkpoints").glob("step-*"))
+    run = FaultyRun(bench, "flipped")
+    run.start(fault="term:0:9")
+    newest = run.checkpoints()[-1]
     victim = max(newest.glob("model-*.safetensors"), key=lambda p: p.stat().st_size)
-    data = bytearray(victim.read_bytes())
-    data[-5] ^= 8
-    victim.write_bytes(data)
+    flip_bit(victim, -5)
     began = time.time()
-    bench.run(recipe)
-    events = bench.events(recipe, "damaged_checkpoint")
-    found = f"{victim.name} of {newest.name}; {events[0]['using']} used" if events else "not noticed"
+    run.start()
+    events = run.events("damaged_checkpoint")
+    detected = f"{victim.name} of {newest.name}; {events[0]['using']} used" if events else UNNOTICED
     good = int(events[0]["using"].split("-")[1]) if events else 0
-    first = min(
-        (m["time"] for m in read_jsonl(bench.run_of(recipe) / "metrics.jsonl") if m.get("time", 0) > began), default=began
-    )
-    kept = bench.is_kept(recipe) and bool(events) and victim.name in str(events[0]["problems"])
-    return Row("bit flipped in a checkpoint", found, 9 - good, round(first - began, 1), kept)
+    kept = run.is_kept() and bool(events) and victim.name in str(events[0]["problems"])
+    return FaultResult("bit flipped in a checkpoint", detected, 9 - good, round(run.first_step_after(began) - began, 1), kept)
 
 
-def full_disk(bench: Bench) -> Row:
-    """No file may grow any more on one rank: training goes on to its end, the old checkpoint stays, later all is computed."""
-    recipe = bench.recipe("disk")
-    bench.run(recipe, fault="disk:1:6")
-    failed = bench.events(recipe, "checkpoint_failed")
-    steps = len(bench.steps(recipe))
-    old = [p.name for p in (bench.run_of(recipe) / "checkpoints").glob("step-*")]
-    bench.run(recipe)
-    found = f"{failed[0]['reason'][:60]}...; trained to step {steps}, kept {old}" if failed else "not noticed"
-    kept = bench.is_kept(recipe) and steps == STEPS and old == [f"step-{EVERY:08d}"]
-    return Row("disk full on one rank", found, STEPS - EVERY, None, kept)
+def full_disk(bench: Bench) -> FaultResult:
+    """No file can grow any more on one rank: training goes on to its end, the old checkpoint stays, later all is computed."""
+    run = FaultyRun(bench, "disk")
+    run.start(fault="disk:1:6")
+    failed, steps = run.events("checkpoint_failed"), len(run.steps())
+    old = [folder.name for folder in run.checkpoints() if folder.name.startswith("step-")]
+    run.start()
+    detected = f"{failed[0]['reason'][:60]}...; trained to step {steps}, kept {old}" if failed else UNNOTICED
+    kept = run.is_kept() and steps == STEPS and old == [f"step-{EVERY:08d}"]
+    return FaultResult("disk full on one rank", detected, STEPS - EVERY, None, kept)
 
 
-def disk_without_room(bench: Bench) -> Row:
+def disk_without_room(bench: Bench) -> FaultResult:
     """Nothing at all can be written on rank 0 for four steps, records and log included: not even a restart."""
-    recipe = bench.recipe("room")
-    bench.run(recipe, fault="full-disk:0:6")
-    found = bench.events(recipe, "disk_full")
-    tried = attempts(bench.run_of(recipe))
-    said = f"{found[0]['waited']} records waited {found[0]['seconds']:.1f} s in memory" if found else "not noticed"
-    kept = bench.is_kept(recipe) and bool(found) and len(tried) == 1 and tried[0].step_after == STEPS
-    return Row("no room for any file, then some", said, 0, 0.0, kept)
+    run = FaultyRun(bench, "room")
+    run.start(fault="full-disk:0:6")
+    found, tried = run.events("disk_full"), run.attempts()
+    detected = f"{found[0]['waited']} records waited {found[0]['seconds']:.1f} s in memory" if found else UNNOTICED
+    kept = run.is_kept() and bool(found) and len(tried) == 1 and tried[0].step_after == STEPS
+    return FaultResult("no room for any file, then some", detected, 0, 0.0, kept)
 
 
-def hung(bench: Bench) -> Row:
+def hung(bench: Bench) -> FaultResult:
     """A rank is stopped (SIGSTOP): it is named, the group ends and starts again."""
-    recipe = bench.recipe("hung")
-    bench.run(recipe, fault="stop:1:7")
-    events = bench.events(recipe, "hang")
-    kept = bench.is_kept(recipe) and bool(events) and events[0]["ranks"] == [1]
-    return Row(f"hung rank ({HANG_S} s allowed)", bench.cause(recipe), *bench.cost(recipe), kept)
+    run = FaultyRun(bench, "hung")
+    run.start(fault="stop:1:7")
+    kept = run.is_kept() and [event["ranks"] for event in run.events("hang")][:1] == [[1]]
+    return FaultResult(f"hung rank ({HANG_S} s allowed)", run.cause(), *run.cost(), kept)
 
 
-def not_a_number(bench: Bench) -> Row:
+def not_a_number(bench: Bench) -> FaultResult:
     """NaN on one rank: the update is left out on both."""
-    recipe = bench.recipe("nan")
-    bench.run(recipe, fault="nan:1:7")
-    events = bench.events(recipe, "skipped_step")
-    found = f"step {events[0]['step']} left out, {len(events[0]['uids'])} dialogues named" if events else "not noticed"
-    steps, wanted = bench.steps(recipe), bench.reference()
+    run = FaultyRun(bench, "nan")
+    run.start(fault="nan:1:7")
+    events = run.events("skipped_step")
+    detected = f"step {events[0]['step']} left out, {len(events[0]['uids'])} dialogues named" if events else UNNOTICED
+    steps, wanted = run.steps(), bench.reference()
     finite = all(math.isfinite(loss) for i, (loss, *_) in enumerate(steps) if i != 6)
     same_tokens = [step[1:] for step in steps] == [step[1:] for step in wanted]
     kept = len(events) == 1 and same_tokens and finite and steps[:6] == wanted[:6]
-    return Row("NaN on one rank", found, 0, 0.0, kept)
+    return FaultResult("NaN on one rank", detected, 0, 0.0, kept)
 
 
-def spike(bench: Bench) -> Row:
+def spike(bench: Bench) -> FaultResult:
     """A loss spike on one rank: rolled back, the dialogues of the step excluded."""
-    guard = {"on_spike": "rollback", "min_history": 4, "spike_z": 50.0}
-    recipe = bench.recipe("spike", guard=guard)
-    bench.run(recipe, fault="spike:1:7")
-    events = bench.events(recipe, "rollback")
+    title = "loss spike on one rank"
+    run = FaultyRun(bench, "spike", guard={"on_spike": "rollback", "min_history": 4, "spike_z": 50.0})
+    run.start(fault="spike:1:7")
+    events = run.events("rollback")
     if not events:
-        return Row("loss spike on one rank", "not noticed", None, None, False)
-    lines = list(read_jsonl(bench.run_of(recipe) / "excluded.jsonl"))
-    clean = bench.recipe("clean")
-    values = yaml.safe_load(clean.read_text(encoding="utf-8"))
-    values["data"]["exclude"] = [{"step": line["step"], "uids": line["uids"]} for line in lines]
-    clean.write_text(yaml.safe_dump(values), encoding="utf-8")
-    bench.run(clean)
-    lost = events[0]["step"] - events[0]["to_step"] - 1
-    found = f"rolled back from step {events[0]['step']} to {events[0]['to_step']}, {events[0]['excluded']} dialogues excluded"
-    return Row("loss spike on one rank", found, lost, bench.cost(recipe)[1], bench.steps(recipe) == bench.steps(clean))
+        return FaultResult(title, UNNOTICED, None, None, False)
+    excluded = [{"step": line["step"], "uids": line["uids"]} for line in read_jsonl(run.folder / "excluded.jsonl")]
+    clean = FaultyRun(bench, "clean", data={"exclude": excluded})
+    clean.start()
+    at, to = events[0]["step"], events[0]["to_step"]
+    detected = f"rolled back from step {at} to {to}, {events[0]['excluded']} dialogues excluded"
+    return FaultResult(title, detected, at - to - 1, run.cost()[1], run.steps() == clean.steps())
 
 
-def crash_loop(bench: Bench) -> Row:
+def crash_loop(bench: Bench) -> FaultResult:
     """An error before the first checkpoint, every time: the supervisor gives up."""
-    recipe = bench.recipe("crash")
-    done = bench.run(recipe, fault="always-raise:1:2")
-    count = len(attempts(bench.run_of(recipe)))
-    found = f"given up after {count} attempts: {bench.cause(recipe)}"
-    return Row("crash before the first save", found, None, None, done.returncode == 1 and count == 3)
+    run = FaultyRun(bench, "crash")
+    code = run.start(fault="always-raise:1:2").returncode
+    count = len(run.attempts())
+    detected = f"given up after {count} attempts: {run.cause()}"
+    return FaultResult("crash before the first save", detected, None, None, code == 1 and count == 3)
 
 
-def wrong_recipe(bench: Bench) -> Row:
+def wrong_recipe(bench: Bench) -> FaultResult:
     """A field that does not exist."""
-    began = time.time()
-    done = bench.run(bench.recipe("wrong"), "optimizer.lrr=1")
-    count = len(attempts(bench.folder / "runs" / "wrong"))
-    found = bench.cause(bench.folder / "wrong.yaml")
-    return Row("wrong recipe", found, 0, round(time.time() - began, 1), done.returncode == 2 and count == 1 and "lrr" in found)
+    run, began = FaultyRun(bench, "wrong"), time.time()
+    code = run.start("optimizer.lrr=1").returncode
+    kept = code == 2 and len(run.attempts()) == 1 and "lrr" in run.cause()
+    return FaultResult("wrong recipe", run.cause(), 0, round(time.time() - began, 1), kept)
 
 
-def torn_data(bench: Bench) -> Row:
-    """A bit of a token shard is flipped: named; with the file restored the run goes on."""
-    recipe = bench.recipe("data")
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    values["data"]["path"] = str(bench.folder / "torn")
-    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
-    shutil.copytree(bench.folder / "data", bench.folder / "torn")
-    shard = max((bench.folder / "torn" / "train").glob("*.tar"), key=lambda p: p.stat().st_size)
-    whole = shard.read_bytes()
-    data = bytearray(whole)
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
+def torn_data(bench: Bench) -> FaultResult:
+    """A bit of a token shard is flipped: named; with the file restored the run continues."""
+    torn = bench.folder / "torn"
+    shutil.copytree(bench.folder / "data", torn)
+    run = FaultyRun(bench, "data", data={"path": str(torn)})
+    shard = max((torn / "train").glob("*.tar"), key=lambda p: p.stat().st_size)
+    whole = flip_bit(shard, shard.stat().st_size // 2)
     began = time.time()
-    bench.run(recipe)
-    found = bench.cause(recipe)
-    seconds = round(time.time() - began, 1)
+    run.start()
+    seconds, cause = round(time.time() - began, 1), run.cause()
     shard.write_bytes(whole)
-    bench.run(recipe)
-    return Row("bit flipped in a token shard", found, 0, seconds, shard.name in found and bench.is_kept(recipe))
+    run.start()
+    return FaultResult("bit flipped in a token shard", cause, 0, seconds, shard.name in cause and run.is_kept())
 
 
-FAULTS: dict[str, Callable[[Bench], Row]] = {
+FAULTS: dict[str, Callable[[Bench], FaultResult]] = {
     "term": terminated,
     "validation": in_validation,
     "kill": killed,
@@ -350,7 +349,7 @@ FAULTS: dict[str, Callable[[Bench], Row]] = {
 }
 
 
-def show(row: Row) -> str:
+def show(row: FaultResult) -> str:
     """A line of the table."""
     lost = "-" if row.steps_lost is None else str(row.steps_lost)
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"

@@ -9,7 +9,7 @@ import pytest
 
 from chatmill.launcher.__main__ import main as chatmill
 from chatmill.launcher.doctor import faults as fault_matrix
-from chatmill.launcher.doctor.faults import Bench, Row, main
+from chatmill.launcher.doctor.faults import Bench, FaultResult, FaultyRun, main
 
 
 @pytest.mark.slow
@@ -27,9 +27,8 @@ def test_a_loss_curve_that_differs_counts_as_lost(tmp_path: Path, monkeypatch, c
     monkeypatch.setattr(fault_matrix, "make_data", lambda folder: 320)
     bench = Bench(tmp_path)
     monkeypatch.setattr(bench, "_reference", [(3.0, 9, 4), (2.0, 8, 5)])
-    recipe = bench.recipe("run")
-    run = bench.run_of(recipe)
-    run.mkdir(parents=True)
+    run = FaultyRun(bench, "run")
+    run.folder.mkdir(parents=True)
     for steps, kept in (
         ([(3.0, 9, 4), (2.0, 8, 5)], True),
         ([(3.0, 9, 4), (2.0000001, 8, 5)], False),
@@ -39,9 +38,9 @@ def test_a_loss_curve_that_differs_counts_as_lost(tmp_path: Path, monkeypatch, c
         ([(3.0, 9, 4), (2.0, 8, 5), (1.0, 8, 5)], False),
     ):
         lines = [{"step": 1, "loss": loss, "tokens": tokens, "loss_tokens": supervised} for loss, tokens, supervised in steps]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert bench.is_kept(recipe) is kept, steps
-    monkeypatch.setitem(fault_matrix.FAULTS, "kill", lambda bench: Row("kill", "not noticed", None, None, False))
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert run.is_kept() is kept, steps
+    monkeypatch.setitem(fault_matrix.FAULTS, "kill", lambda bench: FaultResult("kill", "not noticed", None, None, False))
     assert main(["--only", "kill"]) == 1
     assert "lost or not noticed: kill" in capsys.readouterr().out
 
