@@ -9,7 +9,6 @@ Run:  python -m chatmill.launcher.demo [section.field=value ...]
 from __future__ import annotations
 
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from chatmill.run_files import is_published, read_jsonl
 
+from .doctor.doctor import count_gpus
 from .runs.status import training_process
 
 MODEL = Path("runs/smollm2")
@@ -131,14 +131,6 @@ def print_result(seconds: float) -> None:
     print(f"validation loss:       {before['loss']:.4f} -> {after['loss']:.4f}")
     print(f"validation accuracy:   {100 * before['accuracy']:.2f} % -> {100 * after['accuracy']:.2f} %")
     print(f"validation perplexity: {before['perplexity']:.1f} -> {after['perplexity']:.1f}")
-
-
-def count_gpus() -> int:
-    """CUDA devices, asked of the driver's own tool, so that this process needs no torch."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -173,10 +173,15 @@ def _doctor(options: argparse.Namespace) -> int:
     from ..doctor.doctor import doctor, parity
 
     if options.parity:
-        return parity(options)
+        return parity(_words(options, "full", "json", "engines", "world_sizes", "kernels", "out"))
     if options.faults:
-        from ..doctor.faults import main as fault_matrix
+        from ..doctor.faults import main as faults
 
-        words = [word for name in ("only", "seed", "out") if (value := getattr(options, name)) for word in (f"--{name}", value)]
-        return fault_matrix(words)
+        return faults(_words(options, "only", "seed", "out"))
     return doctor(options.folder, as_json=options.json, quick=options.quick)
+
+
+def _words(options: argparse.Namespace, *names: str) -> list[str]:
+    """The options of these names as they were typed."""
+    given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    return [word for name, value in given.items() if value for word in ([name] if value is True else [name, value])]

@@ -3,14 +3,13 @@
     chatmill doctor [--folder /scratch/me] [--json] [--quick]
     chatmill doctor --parity [--full]          same losses and gradients from every engine (launcher/doctor/parity.py)
 
-Marks: ok, note (nothing to mend), warn (something will be slower or missing), bad (training will fail: exit code 1).
+Marks: ok, note (nothing to do), warn (something will be slower or missing), bad (training will fail: exit code 1).
 Every check is a function from facts to findings; heavy imports run in a process of their own, so a broken extension is reported
 and not died of.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -24,6 +23,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from ..programs import output_of
 
 Mark = Literal["ok", "note", "warn", "bad"]
 
@@ -68,12 +69,8 @@ def doctor(folder: str = ".", *, as_json: bool = False, quick: bool = False) -> 
     return int(any(finding.mark == "bad" for finding in found))
 
 
-def parity(options: argparse.Namespace) -> int:
+def parity(words: Sequence[str]) -> int:
     """Run the parity table (launcher/doctor/parity.py) in a process of its own: this one never imports torch."""
-    words = [f"--{name}" for name in ("full", "json") if getattr(options, name)]
-    for name in ("engines", "world_sizes", "kernels", "out"):
-        if (value := getattr(options, name)) is not None:
-            words += [f"--{name.replace('_', '-')}", value]
     # -c, not -m: the ranks are forked from a server that would run a module's file once more
     program = "import sys; from chatmill.launcher.doctor.parity import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run([sys.executable, "-c", program, *words], check=False).returncode
@@ -113,12 +110,17 @@ def check_machine() -> list[Finding]:
 def check_gpus() -> list[Finding]:
     """What the driver shows."""
     fields = "name,memory.total,driver_version,compute_cap,ecc.errors.uncorrected.volatile.total"
-    text = run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]) if shutil.which("nvidia-smi") else None
+    text = output_of(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
     if text is None:
         return [
             Finding("note", "gpu", "none seen (no nvidia-smi that answers): training runs on the CPU, kernels are interpreted")
         ]
     return gpu_findings(text)
+
+
+def count_gpus() -> int:
+    """CUDA devices, asked of the driver's own tool, so that this process needs no torch."""
+    return sum(line.startswith("GPU ") for line in (output_of(["nvidia-smi", "-L"]) or "").splitlines())
 
 
 def gpu_findings(text: str) -> list[Finding]:
@@ -154,7 +156,7 @@ def check_torch() -> list[Finding]:
     if done.returncode:
         return [Finding("bad", "torch", last_line(done.stderr), "make venv, or install torch from https://pytorch.org")]
     facts = json.loads(done.stdout.splitlines()[-1])
-    has_gpu = shutil.which("nvidia-smi") is not None and run(["nvidia-smi", "-L"]) not in (None, "")
+    has_gpu = count_gpus() > 0
     found = [torch_finding(facts, has_gpu)]
     requirements = metadata.requires("torch") or []
     return [*found, *triton_findings(installed("triton"), requirements)]
@@ -218,7 +220,7 @@ def check_slurm() -> list[Finding]:
     """Whether jobs can be submitted from here."""
     if shutil.which("sbatch") is None:
         return [Finding("note", "slurm", "no sbatch here: chatmill launch --on slurm works from a cluster's login node")]
-    text = run(["sinfo", "-h", "-o", "%P|%a|%D|%G|%l"], timeout_s=20)
+    text = output_of(["sinfo", "-h", "-o", "%P|%a|%D|%G|%l"], timeout_s=20)
     if text is None:
         action = "is this a login node? sinfo fails; check SLURM_CONF, munge and slurmctld"
         return [Finding("warn", "slurm", "sbatch is here, but the controller does not answer", action)]
@@ -257,7 +259,7 @@ for name, call in cases.items():
 
 def check_kernels() -> list[Finding]:
     """Each Triton kernel against its reference: compiled on a GPU, in Triton's interpreter without one."""
-    has_gpu = shutil.which("nvidia-smi") is not None and run(["nvidia-smi", "-L"]) not in (None, "")
+    has_gpu = count_gpus() > 0
     variables = dict(os.environ) | ({} if has_gpu else {"TRITON_INTERPRET": "1"})
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", KERNEL_CHECK], env=variables, capture_output=True, text=True, check=False)
@@ -322,15 +324,6 @@ def installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def run(command: list[str], timeout_s: float = 60.0) -> str | None:
-    """Output of a program, or None when it fails or takes too long."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def last_line(text: str) -> str:

@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ ACCUMULATIONS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
-class Row:
+class CaseResult:
     """A case and how far it is from the reference (relative). problem: why there are no figures, or which one is too far."""
 
     case: Case
@@ -75,7 +76,7 @@ def _pairs(case: Case) -> set[tuple[tuple[str, Any], ...]]:
     return set(itertools.combinations(dataclasses.asdict(case).items(), 2))
 
 
-def judge(case: Case, found: dict[str, Any], reference: dict[str, Any]) -> Row:
+def judge(case: Case, found: dict[str, Any], reference: dict[str, Any]) -> CaseResult:
     """Compare the losses of a case with the reference's; `found` holds `losses` and `gradient`, the largest difference."""
     loss = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], reference["losses"], strict=False))
     gradient = float(found["gradient"])
@@ -84,17 +85,17 @@ def judge(case: Case, found: dict[str, Any], reference: dict[str, Any]) -> Row:
         for name, value, limit in (("loss", loss, LOSS_TOLERANCE), ("gradient", gradient, GRADIENT_TOLERANCE))
         if not value <= limit  # a NaN is not within it
     ]
-    return Row(case, loss, gradient, ", ".join(problems))
+    return CaseResult(case, loss, gradient, ", ".join(problems))
 
 
-def run_parity(cases: Iterable[Case], show: Callable[[Row], None] = lambda row: None) -> list[Row]:
+def run_parity(cases: Iterable[Case], show: Callable[[CaseResult], None] = lambda row: None) -> list[CaseResult]:
     """Run the cases, grouped by engine and world size; `show` gets every row as soon as it is known."""
     import multiprocessing
 
     groups: dict[tuple[str, int], list[Case]] = {}
     for case in cases:
         groups.setdefault((case.engine, case.world_size), []).append(case)
-    rows: list[Row] = []
+    rows: list[CaseResult] = []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["chatmill.launcher.doctor.parity_rank", "deepspeed"])
     with tempfile.TemporaryDirectory(prefix="chatmill-parity-") as folder:
@@ -116,7 +117,7 @@ def run_parity(cases: Iterable[Case], show: Callable[[Row], None] = lambda row: 
                 if file.is_file():
                     row = judge(case, json.loads(file.read_text(encoding="utf-8")), expected)
                 else:
-                    row = Row(case, None, None, problem or "no result")
+                    row = CaseResult(case, None, None, problem or "no result")
                 rows.append(row)
                 show(row)
     return rows
@@ -129,15 +130,11 @@ def _run_group(context: Any, group: Path, reference: Path, engine: str, world_si
     ]
     for process in ranks:
         process.start()
-    waiting = list(ranks)
-    while waiting:
-        waiting[0].join(timeout=0.05)
-        waiting = [process for process in waiting if process.exitcode is None]
-        if any(process.exitcode for process in ranks):  # the others would wait for the dead one until they time out
-            for process in waiting:
-                process.kill()
-                process.join()
-            waiting = []
+    while (waiting := [process for process in ranks if process.exitcode is None]) and not any(p.exitcode for p in ranks):
+        connection.wait([process.sentinel for process in waiting])
+    for process in waiting:  # they would wait for the dead one until they time out
+        process.kill()
+        process.join()
     errors = sorted(group.glob("error-*"))
     if errors:
         return errors[0].read_text(encoding="utf-8")
@@ -176,7 +173,7 @@ def header() -> str:
     )
 
 
-def line(row: Row) -> str:
+def line(row: CaseResult) -> str:
     """One row of the printed table."""
     case = row.case
     text = f"{case.engine:<8}{case.world_size:>6}{case.accumulation:>6}  {case.layout:<8}"
@@ -186,12 +183,12 @@ def line(row: Row) -> str:
     return text + (f"  {row.problem.strip().splitlines()[-1]}" if row.problem else "  ok")
 
 
-def is_failure(row: Row) -> bool:
+def is_failure(row: CaseResult) -> bool:
     """Whether a row counts against this machine; an engine that is not installed does not."""
     return bool(row.problem) and not missing(row.case.engine)
 
 
-def as_json(rows: Sequence[Row], seconds: float) -> str:
+def as_json(rows: Sequence[CaseResult], seconds: float) -> str:
     """All rows with the tolerances."""
     head = {"loss_tolerance": LOSS_TOLERANCE, "gradient_tolerance": GRADIENT_TOLERANCE, "steps": STEPS}
     return json.dumps(head | {"seconds": round(seconds, 1), "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
@@ -242,10 +239,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(as_json(rows, seconds))
     else:
+        figures = [(row.loss, row.gradient) for row in rows]
         for row in failures:
             if row.loss is None:
                 print(f"\n{line(row)}\n{row.problem}")
-        worst = [max((v for v in values if v is not None), default=math.nan) for values in zip(*_figures(rows), strict=True)]
+        worst = [max((v for v in column if v is not None), default=math.nan) for column in zip(*figures, strict=True)]
         idle = sum(row.loss is None for row in rows) - sum(row.loss is None for row in failures)
         left_out = f", {idle} not run (see above)" if idle else ""
         print(
@@ -254,7 +252,3 @@ def main(arguments: list[str] | None = None) -> int:
             f"gradient {worst[1]:.1e} (tolerance {GRADIENT_TOLERANCE:g})"
         )
     return int(bool(failures))
-
-
-def _figures(rows: Sequence[Row]) -> list[tuple[float | None, float | None]]:
-    return [(row.loss, row.gradient) for row in rows]

@@ -17,14 +17,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from chatmill.config import ConfigError, dump_yaml, validate
+from chatmill.config import ConfigError, dump_yaml, read_yaml, validate
 
 from ..supervise.run_state import needed_lead_s
 from ..supervise.supervise import LOGS
@@ -40,7 +39,7 @@ FIELDS += ("partition", "account", "qos", "constraint", "exclude", "chain", "sig
 
 
 @dataclass(frozen=True)
-class Plan:
+class Launch:
     """A launch before it is made. `node_rank` and `master_addr` are for several nodes without Slurm."""
 
     on: str
@@ -54,25 +53,21 @@ class Plan:
 
 def launch(options: argparse.Namespace) -> int:
     """The command: returns the exit code."""
-    plan = make_plan(options)
-    print(describe(plan))
+    prepared = prepare(options)
+    print(describe(prepared))
     if options.dry_run:
         from .plan import plan_lines
 
-        print(f"\n{plan_lines(plan.resolved.recipe, plan.spec.world_size, plan.spec.gpu_type)}\n")
-        print(preview(plan))
+        print(f"\n{plan_lines(prepared.resolved.recipe, prepared.spec.world_size, prepared.spec.gpu_type)}\n")
+        print(preview(prepared))
         return 0
-    check_inputs(plan)
-    return start(plan, detach=options.detach)
+    check_inputs(prepared)
+    return start(prepared, detach=options.detach)
 
 
-def make_plan(options: argparse.Namespace) -> Plan:
+def prepare(options: argparse.Namespace) -> Launch:
     """Validate everything that was typed. Raises ConfigError."""
-    fields: dict[str, Any] = {}
-    if options.job:
-        fields = yaml.safe_load(Path(options.job).read_text(encoding="utf-8")) or {}
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{options.job}: expected a mapping of JobSpec fields, got {type(fields).__name__}")
+    fields: dict[str, Any] = read_yaml(Path(options.job), empty={}) if options.job else {}
     fields |= {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
     if options.on == "local":
         fields |= {"nodes": 1, "processes_per_node": 1}
@@ -94,19 +89,19 @@ def make_plan(options: argparse.Namespace) -> Plan:
             "--master-addr HOST (of node 0); --dry-run prints the commands. On a cluster use --on slurm."
         )
     starter = "accelerate" if options.with_accelerate else "torchrun"
-    return Plan(options.on, spec, resolved, starter, options.node_rank or 0, options.master_addr, options.master_port)
+    return Launch(options.on, spec, resolved, starter, options.node_rank or 0, options.master_addr, options.master_port)
 
 
-def describe(plan: Plan) -> str:
+def describe(prepared: Launch) -> str:
     """What will run, in figures: recipe, parameters, processes, tokens."""
-    recipe, spec = plan.resolved.recipe, plan.spec
+    recipe, spec = prepared.resolved.recipe, prepared.spec
     shape = model_shape(recipe)
     packs = spec.world_size * recipe.train.accumulation * recipe.train.micro_batch
     step_tokens = packs * recipe.data.sequence_length
-    lines = [f"note: {note}" for note in plan.resolved.notes]
-    if plan.on == "slurm" and spec.cpus_per_task is None and "--exclusive" not in spec.options:
+    lines = [f"note: {note}" for note in prepared.resolved.notes]
+    if prepared.on == "slurm" and spec.cpus_per_task is None and "--exclusive" not in spec.options:
         lines.append("note: no --cpus-per-task: each node's processes share what this cluster gives by default, often one CPU")
-    lines.append(f"run         {plan.resolved.run_dir}")
+    lines.append(f"run         {prepared.resolved.run_dir}")
     lines.append(f"processes   {spec.world_size} = {spec.nodes} node(s) x {spec.processes}, {recipe.parallel.strategy}")
     if shape is None:
         lines.append(f"parameters  unknown: {recipe.model.checkpoint} cannot be read from here")
@@ -126,32 +121,32 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def preview(plan: Plan) -> str:
+def preview(prepared: Launch) -> str:
     """Exactly what would run: the resolved recipe, then the command or the script with its sbatch line."""
-    place = Path(plan.spec.run_dir or "") / "launches" / "NNN"
-    parts = [f"\n# resolved recipe\n{dump_yaml(plan.resolved.recipe)}"]
-    if plan.spec.environment:
-        shown = sorted(plan.spec.environment.items())
+    place = Path(prepared.spec.run_dir or "") / "launches" / "NNN"
+    parts = [f"\n# resolved recipe\n{dump_yaml(prepared.resolved.recipe)}"]
+    if prepared.spec.environment:
+        shown = sorted(prepared.spec.environment.items())
         parts.append("# environment\n" + "".join(f"{name}={shlex.quote(value)}\n" for name, value in shown))
-    spec = _placed(plan.spec, place)
-    if plan.on == "slurm":
+    spec = _placed(prepared.spec, place)
+    if prepared.on == "slurm":
         script = str(place / "job.sh")
         parts.append(f"# {script}\n{render_sbatch(spec)}\n# command\n{shlex.join(sbatch_command(spec, script))}")
     else:
-        if plan.starter == "accelerate":
+        if prepared.starter == "accelerate":
             parts.append(f"# {place / 'accelerate.yaml'}\n{yaml.safe_dump(accelerate_config(spec), sort_keys=False)}")
-        ranks = range(spec.nodes) if plan.on == "torchrun" and spec.nodes > 1 else (0,)
-        parts += [f"# node {rank}\n{shlex.join(local_command(plan, spec, place, rank))}" for rank in ranks]
+        ranks = range(spec.nodes) if prepared.on == "torchrun" and spec.nodes > 1 else (0,)
+        parts += [f"# node {rank}\n{shlex.join(local_command(prepared, spec, place, rank))}" for rank in ranks]
     return "\n".join(parts) + "\nnothing was started (--dry-run)"
 
 
-def check_inputs(plan: Plan) -> None:
+def check_inputs(prepared: Launch) -> None:
     """Refuse now what would fail in the queue: missing data, checkpoint or secrets. Raises ConfigError."""
-    recipe = plan.resolved.recipe
-    missing = [name for name in plan.spec.secrets if name not in os.environ]
+    recipe = prepared.resolved.recipe
+    missing = [name for name in prepared.spec.secrets if name not in os.environ]
     if missing:
         raise ConfigError(f"secrets: {', '.join(missing)} is not set in this shell; export it before launching")
-    if plan.spec.container:
+    if prepared.spec.container:
         return  # paths are those inside the image
     for path in recipe.data.paths.values():
         if not (Path(path) / "manifest.json").is_file():
@@ -160,33 +155,32 @@ def check_inputs(plan: Plan) -> None:
         raise ConfigError(f"model.checkpoint: {recipe.model.checkpoint} holds no config.json")
 
 
-def start(plan: Plan, detach: bool) -> int:
+def start(prepared: Launch, detach: bool) -> int:
     """Snapshot, start or submit, and print what to type next."""
-    run_dir = plan.resolved.run_dir
+    run_dir = prepared.resolved.run_dir
     folder = new_launch(run_dir)
     (run_dir / "logs").mkdir(exist_ok=True)
     snapshot_code(folder)
-    (folder / "config.yaml").write_text(dump_yaml(plan.resolved.recipe), encoding="utf-8")
-    spec = _placed(plan.spec, folder)
-    record: dict[str, Any] = {"on": plan.on, "time": round(time.time(), 3), "cwd": str(Path.cwd()), "typed": sys.argv[1:]}
+    (folder / "config.yaml").write_text(dump_yaml(prepared.resolved.recipe), encoding="utf-8")
+    spec = _placed(prepared.spec, folder)
+    record: dict[str, Any] = {"on": prepared.on, "time": round(time.time(), 3), "cwd": str(Path.cwd()), "typed": sys.argv[1:]}
     record["spec"] = spec.model_dump(mode="json")
-    if plan.on == "slurm":
+    if prepared.on == "slurm":
         script = folder / "job.sh"
         script.write_text(render_sbatch(spec), encoding="utf-8")
         script.chmod(0o755)
         command = sbatch_command(spec, str(script))
         job = submit(command)
-        _write_record(folder, record | {"command": command, "job": job})
-        print(f"\nsubmitted as Slurm job {job}; then:")
-        print(next_commands(run_dir))
+        write_record(folder, record | {"command": command, "job": job})
+        print(f"\nsubmitted as Slurm job {job}; then:\n{next_commands(run_dir)}")
         return 0
-    if plan.starter == "accelerate":
-        config = accelerate_config(spec, master_addr=plan.master_addr, master_port=plan.master_port)
+    if prepared.starter == "accelerate":
+        config = accelerate_config(spec, master_addr=prepared.master_addr, master_port=prepared.master_port)
         (folder / "accelerate.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     supervisor = [spec.python or sys.executable, "-m", "chatmill.launcher.supervise", "--run-dir", str(run_dir)]
     supervisor += ["--max-no-progress", str(spec.max_no_progress), "--"]
-    command = [*supervisor, *local_command(plan, spec, folder, plan.node_rank)]
-    _write_record(folder, record | {"command": command, "variables": dict(spec.environment) | local_variables(spec)})
+    command = [*supervisor, *local_command(prepared, spec, folder, prepared.node_rank)]
+    write_record(folder, record | {"command": command, "variables": dict(spec.environment) | local_variables(spec)})
     return run_here(folder, detach)
 
 
@@ -214,10 +208,10 @@ def run_here(folder: Path, detach: bool) -> int:
     return 0
 
 
-def local_command(plan: Plan, spec: JobSpec, folder: Path, node_rank: int) -> list[str]:
+def local_command(prepared: Launch, spec: JobSpec, folder: Path, node_rank: int) -> list[str]:
     """Words of the training processes on this machine."""
     python = spec.python or sys.executable
-    if plan.starter == "accelerate":
+    if prepared.starter == "accelerate":
         beside = Path(python).with_name("accelerate")
         return accelerate_command(
             spec,
@@ -226,10 +220,15 @@ def local_command(plan: Plan, spec: JobSpec, folder: Path, node_rank: int) -> li
             script=str(folder / "code" / "trainer" / "train.py"),
             node_rank=node_rank,
         )
-    if plan.on == "local":
+    if prepared.on == "local":
         return single_command(spec, python=python)
     return torchrun_command(
-        spec, python=python, log_dir=LOGS, node_rank=node_rank, master_addr=plan.master_addr, master_port=plan.master_port
+        spec,
+        python=python,
+        log_dir=LOGS,
+        node_rank=node_rank,
+        master_addr=prepared.master_addr,
+        master_port=prepared.master_port,
     )
 
 
@@ -265,13 +264,11 @@ def next_commands(run_dir: Path) -> str:
 
 def _placed(spec: JobSpec, folder: Path) -> JobSpec:
     """The spec that runs the snapshot in `folder`."""
-    changes: Mapping[str, Any] = {
-        "code": str(folder / "code"),
-        "python": spec.python or (None if spec.container else sys.executable),
-        "arguments": (str(folder / "config.yaml"),),
-    }
-    return spec.model_copy(update=dict(changes))
+    python = spec.python or (None if spec.container else sys.executable)
+    arguments = (str(folder / "config.yaml"),)
+    return spec.model_copy(update={"code": str(folder / "code"), "python": python, "arguments": arguments})
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Keep how a launch was started: `chatmill status` and `resume` read it."""
     (folder / "job.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

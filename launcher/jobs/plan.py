@@ -2,8 +2,7 @@
 
     chatmill plan 8b --gpu h100 --gpus 16 train.micro_batch=2 [--json]
 
-The memory of activations needs torch (on the CPU, nothing is computed); on a login node without it one
-line says so.
+Tracing the memory of activations needs torch, but no GPU. On a login node without torch one line says so.
 """
 
 from __future__ import annotations
@@ -13,14 +12,18 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chatmill.config import ConfigError
 
-from ...trainer.config import Recipe
-from ...trainer.plan.hardware import find_gpu, known_gpu
+from ...trainer.config import ModelConfig, Recipe
+from ...trainer.plan.hardware import Gpu, find_gpu, known_gpu
 from .resolve import model_shape, resolve
+
+if TYPE_CHECKING:
+    from ...trainer.plan.plan import Plan
 
 DEFAULT_GPU = "h100"
 NO_TORCH = "plan        not made: torch is not installed here (it is needed to trace the model's activations, no GPU is)"
@@ -42,7 +45,7 @@ def plan_command(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
         print(NO_TORCH)
         return 2
-    from ...trainer.plan.plan import MFU, as_json, make_plan, show
+    from ...trainer.plan.plan import MFU, as_json, show
 
     recipe = resolved.recipe
     shape = model_shape(recipe)
@@ -55,17 +58,8 @@ def plan_command(options: argparse.Namespace) -> int:
         notes.append(f"{', '.join(recipe.data.paths.values())} cannot be read from here: every token is taken to carry loss")
     if recipe.train.precision == "fp32":
         notes.append("the time is for bf16: train.precision=fp32 is several times slower on a GPU")
-    plan = make_plan(
-        recipe,
-        shape,
-        find_gpu(options.gpu or DEFAULT_GPU),
-        gpus,
-        mfu=MFU if options.mfu is None else options.mfu,
-        loss_share=facts.loss_share if facts else 1.0,
-        context=facts.context if facts else None,
-        steps=count_steps(recipe, gpus, facts),
-        notes=notes,
-    )
+    mfu = MFU if options.mfu is None else options.mfu
+    plan = _plan(recipe, shape, find_gpu(options.gpu or DEFAULT_GPU), gpus, facts, mfu=mfu, notes=notes)
     print(as_json(plan) if options.json else show(plan))
     return int(plan.engine is None)
 
@@ -74,27 +68,23 @@ def plan_lines(recipe: Recipe, world_size: int, gpu_type: str | None) -> str:
     """For `chatmill launch --dry-run`: the recipe's own engine at the world size that would start."""
     if importlib.util.find_spec("torch") is None:
         return NO_TORCH
-    from ...trainer.plan.plan import make_plan, show
+    from ...trainer.plan.plan import show
 
     shape = model_shape(recipe)
     if shape is None:
         return f"plan        not made: {recipe.model.checkpoint} cannot be read from here"
     gpu = known_gpu(gpu_type or DEFAULT_GPU)
     notes = [] if gpu_type and gpu else [f"planned for a GPU of type {DEFAULT_GPU}: give another with --gpu-type"]
-    facts = data_facts(recipe)
-    plan = make_plan(
-        recipe,
-        shape,
-        gpu or find_gpu(DEFAULT_GPU),
-        world_size,
-        engines=[recipe.parallel.strategy],
-        world_sizes=[world_size],
-        loss_share=facts.loss_share if facts else 1.0,
-        context=facts.context if facts else None,
-        steps=count_steps(recipe, world_size, facts),
-        notes=notes,
-    )
-    return show(plan)
+    only = {"engines": [recipe.parallel.strategy], "world_sizes": [world_size]}
+    return show(_plan(recipe, shape, gpu or find_gpu(DEFAULT_GPU), world_size, data_facts(recipe), notes=notes, **only))
+
+
+def _plan(recipe: Recipe, shape: ModelConfig, gpu: Gpu, gpus: int, facts: DataFacts | None, **options: Any) -> Plan:
+    from ...trainer.plan.plan import make_plan
+
+    if facts is not None:
+        options |= {"loss_share": facts.loss_share, "context": facts.context}
+    return make_plan(recipe, shape, gpu, gpus, steps=count_steps(recipe, gpus, facts), **options)
 
 
 def data_facts(recipe: Recipe) -> DataFacts | None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import chatmill
+
+from ..programs import output_of
 
 PARTS = ("data", "kernels", "trainer", "launcher", "src", "slurm", "pyproject.toml")
 LARGEST_FILE_BYTES = 4 << 20
@@ -54,7 +55,8 @@ def snapshot_code(launch: Path) -> Path:
         elif source.is_file() and source.stat().st_size <= LARGEST_FILE_BYTES:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy)
-    commit, diff = _git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD", "--", *PARTS)
+    git = ("git", "-C", str(root))
+    commit, diff = output_of([*git, "rev-parse", "HEAD"]), output_of([*git, "diff", "HEAD", "--", *PARTS])
     if commit:
         (launch / "commit").write_text(commit, encoding="utf-8")
     if diff:
@@ -63,7 +65,8 @@ def snapshot_code(launch: Path) -> Path:
 
 
 def _files(root: Path) -> list[str]:
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
+    shown = ("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
+    listed = output_of(["git", "-C", str(root), *shown])
     if listed:
         return sorted({name for name in listed.split("\0") if name})
     found: list[str] = []
@@ -75,11 +78,3 @@ def _files(root: Path) -> list[str]:
             names[:] = [name for name in names if name != "__pycache__" and not name.startswith(".")]
             found += [str((Path(folder) / name).relative_to(root)) for name in [*files, *links] if not name.endswith(".pyc")]
     return sorted(found)
-
-
-def _git(root: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from chatmill.config import ConfigError
 
-from ..jobs.launch import next_commands, run_here, submit
+from ..jobs.launch import next_commands, run_here, submit, write_record
 from ..supervise.run_state import CANCEL, attempts, needed_lead_s
 from .status import ACTIVE, current_state, find_run, is_supervising, last_job, last_launch, query_slurm, training_process
 
@@ -71,7 +70,6 @@ def resume(name: str, *, detach: bool) -> int:
     if needed is not None:
         command.insert(-1, f"--signal=B:USR1@{max(60, math.ceil(needed))}")
     job = submit(command, cwd=Path(record["cwd"]))
-    again = record | {"job": job, "time": round(time.time(), 3)}
-    (folder / "job.json").write_text(json.dumps(again, indent=2) + "\n", encoding="utf-8")
+    write_record(folder, record | {"job": job, "time": round(time.time(), 3)})
     print(f"submitted as Slurm job {job}; then:\n{next_commands(run_dir)}")
     return 0

@@ -10,8 +10,6 @@ import getpass
 import json
 import math
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ from chatmill.config import ConfigError
 from chatmill.processes import is_running
 from chatmill.run_files import PREEMPTED, read_jsonl
 
+from ..programs import output_of
 from ..supervise.cause_page import PAGE
 from ..supervise.first_cause import find_cause
 from ..supervise.run_state import (
@@ -115,28 +114,21 @@ def last_job(run_dir: Path) -> str:
 def query_slurm(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
     """State and reason by Slurm job id: one squeue, then one sacct for the jobs it no longer knows. Empty without Slurm."""
     jobs = [job for job in jobs if job.isdigit()]
-    if not jobs or shutil.which("squeue") is None:
+    if not jobs:
         return {}
     command = ["squeue", "-h", "--states=all", f"--user={getpass.getuser()}", "-o", "%A|%T|%r|%L|%N"]
     found: dict[str, tuple[str, str]] = {}
-    for line in _lines(command):
+    for line in (output_of(command) or "").splitlines():
         job, state, reason, left, nodes = line.split("|", 4)
         detail = f"{left} left on {nodes}" if state == "RUNNING" else reason.replace("None", "")
         found[job] = (state, detail)
     missing = [job for job in jobs if job not in found]
-    if missing and shutil.which("sacct"):
-        for line in _lines(["sacct", "-n", "-X", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,State,ExitCode"]):
+    if missing:
+        command = ["sacct", "-n", "-X", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,State,ExitCode"]
+        for line in (output_of(command) or "").splitlines():
             job, state, code = line.split("|")
             found[job] = (state.split()[0], f"exit code {code}")
     return found
-
-
-def _lines(command: list[str]) -> list[str]:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []
 
 
 def describe(run_dir: Path, queue: dict[str, tuple[str, str]]) -> RunStatus:
@@ -239,7 +231,7 @@ def show(one: RunStatus) -> str:
     lines.append(f"  step        {one.step:,} of {one.steps:,}{share}, " + _checkpoint(one.checkpoint))
     if one.loss is not None:
         rate = f", {one.seconds_per_step:.3g} s per step" if one.seconds_per_step else ""
-        eta = f", {duration(one.eta_s)} left" if one.eta_s is not None else ""
+        eta = f", {time_left(one.eta_s)} left" if one.eta_s is not None else ""
         lines.append(f"  loss        {one.loss:.4f}{rate}{eta}")
     goodput = f", goodput {100 * one.goodput:.0f} %" if one.goodput is not None else ""
     place = (f", job {one.job}" if one.job else "") + (f" on {one.nodes}" if one.nodes else "")
@@ -255,7 +247,7 @@ def _checkpoint(step: int) -> str:
     return f"checkpoint at {step:,}" if step >= 0 else "no checkpoint yet"
 
 
-def duration(seconds: float) -> str:
+def time_left(seconds: float) -> str:
     """Days, hours and minutes; seconds below an hour."""
     minutes, rest = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)

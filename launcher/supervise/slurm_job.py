@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import time
 from dataclasses import dataclass
+
+from ..programs import output_of
 
 
 @dataclass(frozen=True)
@@ -26,31 +27,31 @@ class SlurmJob:
         job = os.environ.get("SLURM_JOB_ID")
         if not job or "SLURM_JOB_NODELIST" not in os.environ:
             return None
-        listed = _run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
+        listed = output_of(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
         nodes = listed.split() if listed else [os.environ.get("SLURMD_NODENAME", "?")]
         return cls(job, nodes, "SLURM_ARRAY_TASK_ID" in os.environ)
 
     def seconds_left(self) -> float | None:
         """Seconds to the time limit, or None when there is none or Slurm does not answer."""
-        text = _run(["squeue", "-h", "-j", self.id, "-o", "%L"])
+        text = output_of(["squeue", "-h", "-j", self.id, "-o", "%L"])
         return parse_duration(text.strip()) if text else None
 
     def signal_steps(self, name: str = "USR1") -> None:
         """Send a signal to every process of the job's steps (not to the batch script)."""
-        _run(["scancel", f"--signal={name}", self.id])
+        output_of(["scancel", f"--signal={name}", self.id])
 
     def requeue(self, exclude: list[str] | None = None) -> bool:
         """Put this job back into the queue, without the nodes in `exclude`. False: it is not running any more, or may not."""
-        shown = _run(["scontrol", "show", "job", "-o", self.id])
+        shown = output_of(["scontrol", "show", "job", "-o", self.id])
         if shown is None or "JobState=RUNNING" not in shown:
             return False
-        if _run(["scontrol", "requeue", self.id]) is None:
+        if output_of(["scontrol", "requeue", self.id]) is None:
             return False
         if exclude:
             already = re.search(r"ExcNodeList=(\S+)", shown)
             names = [*exclude, *([already[1]] if already and already[1] != "(null)" else [])]
             for _ in range(20):  # refused until slurmctld has taken the job off its nodes
-                if _run(["scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(names)}"]) is not None:
+                if output_of(["scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(names)}"]) is not None:
                     break
                 time.sleep(0.2)
         return True
@@ -63,11 +64,3 @@ def parse_duration(text: str) -> float | None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
-
-
-def _run(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -21,12 +21,11 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from chatmill.config import ConfigError, Section, validate
+from chatmill.config import ConfigError, Section, read_yaml, validate
 
 from ...trainer.config import Recipe, load_recipe
 from ..jobs.job import JobName, JobSpec, Text
@@ -34,10 +33,18 @@ from ..jobs.job import JobName, JobSpec, Text
 Value = bool | int | float | str | None
 
 
+def _number(value: Value) -> Value:
+    """PyYAML reads 1e-4 as a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 class Axis(Section):
     """Values of one field: `choices`, or numbers from low to high (`log`: evenly over magnitudes; `step`: on a lattice)."""
 
-    choices: tuple[Value, ...] = ()
+    choices: tuple[Annotated[Value, BeforeValidator(_number)], ...] = ()
     low: int | float | None = None
     high: int | float | None = None
     log: bool = False
@@ -143,19 +150,7 @@ def load_sweep(path: Path) -> SweepConfig:
     """Read and check a sweep file, every axis at both ends. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such sweep file")
-    try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping, got {type(raw).__name__}")
-    for axis in (raw.get("space") or {}).values():  # PyYAML reads 1e-4 as a string
-        for key in ("low", "high", "step"):
-            if isinstance(axis, dict) and isinstance(axis.get(key), str):
-                axis[key] = _number(axis[key])
-        if isinstance(axis, dict) and isinstance(axis.get("choices"), list):
-            axis["choices"] = [_number(value) if isinstance(value, str) else value for value in axis["choices"]]
-    sweep = validate(SweepConfig, raw, str(path))
+    sweep = validate(SweepConfig, read_yaml(path), str(path))
     ends = {key: axis.grid() for key, axis in sweep.space.items()}
     for pick in (0, -1):
         recipe = sweep.trial_recipe({key: values[pick] for key, values in ends.items()}, "check")
@@ -169,10 +164,3 @@ def load_sweep(path: Path) -> SweepConfig:
     if sweep.job.nodes > 1:
         raise ConfigError(f"{path}: job.nodes={sweep.job.nodes}: a trial runs on one node; raise workers for more at a time")
     return sweep
-
-
-def _number(text: str) -> Value:
-    try:
-        return float(text)
-    except ValueError:
-        return text

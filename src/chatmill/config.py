@@ -74,16 +74,22 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 YAML_HINT = "Values that contain [ ] { } : # or begin with * & ! % @ need quotes. Indent with spaces, not tabs."
 
 
-def load_section(kind: type[S], name: str, overrides: Iterable[str], folder: Path) -> S:
-    """Read, override and validate any YAML config of this project. Raises ConfigError."""
-    path = find_recipe(name, folder)
+def read_yaml(path: Path, empty: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, `empty` where it holds nothing. Raises ConfigError."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}\n{YAML_HINT}") from error
+    raw = empty if raw is None else raw
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
-    return validate(kind, merge(raw, parse_overrides(overrides)), str(path))
+        raise ConfigError(f"{path}: expected a mapping, got {'an empty file' if raw is None else type(raw).__name__}")
+    return raw
+
+
+def load_section(kind: type[S], name: str, overrides: Iterable[str], folder: Path) -> S:
+    """Read, override and validate any YAML config of this project. Raises ConfigError."""
+    path = find_recipe(name, folder)
+    return validate(kind, merge(read_yaml(path), parse_overrides(overrides)), str(path))
 
 
 def validate(kind: type[S], raw: Mapping[str, Any], where: str) -> S:

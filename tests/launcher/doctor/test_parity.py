@@ -18,7 +18,7 @@ from chatmill.launcher.doctor import parity_rank
 from chatmill.launcher.doctor.parity import (
     ENGINES,
     WORLD_SIZES,
-    Row,
+    CaseResult,
     all_cases,
     covering_set,
     is_failure,
@@ -69,7 +69,7 @@ def test_every_engine_gives_the_reference_s_losses_and_gradients(tmp_path: Path)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout
     found = json.loads(out.read_text())
-    rows = [Row(Case(**row.pop("case")), **row) for row in found["rows"]]
+    rows = [CaseResult(Case(**row.pop("case")), **row) for row in found["rows"]]
     ran = {(row.case.engine, row.case.world_size) for row in rows if row.loss is not None}
     assert ran == {(engine, size) for engine, size in GROUPS if not missing(engine)}
     assert not [line(row) for row in rows if is_failure(row)]
@@ -98,7 +98,7 @@ def reference() -> dict[str, object]:
     return {"losses": losses, "gradients": gradients}
 
 
-def compare(case: Case, reference: dict) -> Row:
+def compare(case: Case, reference: dict) -> CaseResult:
     losses, gradients = parity_rank.train_case(case, ALONE)
     worst = max(float((gradients[n] - g).norm() / g.norm()) for n, g in reference["gradients"].items())
     return judge(case, {"losses": losses, "gradient": worst}, reference)
