@@ -34,8 +34,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from ..pipeline.pipeline import available_cores, build_dataset
 from ..recipe import DataRecipe
-from ..shards.dataset import read_manifest
 from ..shards.dialogues import read_dialogues
+from ..shards.manifest import read_manifest
 from ..tokenizer.tokenizer import ChatTokenizer
 from .raw_mix import write_mix
 

@@ -40,8 +40,10 @@ from numpy.typing import NDArray
 from chatmill.config import ConfigError
 
 from ..conversation import TokenizedDialogue
-from ..shards.dataset import MANIFEST, ShardWriter, TokenDataset
+from ..shards.dataset import TokenDataset
+from ..shards.manifest import MANIFEST
 from ..shards.memory import IndexedDataset, MemoryDataset
+from ..shards.writer import ShardWriter
 from ..stream import PackedStream
 from . import other_loaders
 from .other_loaders import OTHERS, Loader, Resumed, Turn, folder_bytes, memory_growth, take_turn

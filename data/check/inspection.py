@@ -23,7 +23,8 @@ from ..remote.files import is_url, local_copy
 from ..report.funnel import print_texts
 from ..report.page import html_report
 from ..report.pieces import dialogue_tokens, token_pieces
-from ..shards.dataset import MANIFEST, TokenDataset, read_manifest
+from ..shards.dataset import TokenDataset
+from ..shards.manifest import MANIFEST, read_manifest
 from ..tokenizer.tokenizer import ChatTokenizer
 from .verify import open_splits, verify_dataset
 

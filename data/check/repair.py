@@ -19,10 +19,11 @@ from typing import Any
 from chatmill.config import ConfigError
 from chatmill.files import sha256_file, sync
 
-from ..shards.dataset import ShardWriter, fingerprints, read_manifest
 from ..shards.dialogues import read_dialogues
 from ..shards.index import DamagedShardError
+from ..shards.manifest import fingerprints, read_manifest
 from ..shards.quarantine import find_damage, read_quarantine, write_quarantine
+from ..shards.writer import ShardWriter
 from ..tokenizer.tokenizer import ChatTokenizer
 
 SCRATCH = ".repair-"

@@ -24,9 +24,10 @@ from ..conversation import Conversation, TokenizedDialogue
 from ..recipe import PrivacySection
 from ..remote.files import is_url, local_copy
 from ..samples.split import Facts, certificate
-from ..shards.dataset import MANIFEST, TokenDataset, fingerprints, read_manifest
+from ..shards.dataset import TokenDataset
 from ..shards.dialogues import read_dialogues
 from ..shards.index import TAR_END, ShardIndex, TokenBlock, block_hash, check_mask, decode_block, walk_members
+from ..shards.manifest import MANIFEST, fingerprints, read_manifest
 from ..shards.quarantine import QUARANTINE, HeldBlock, Quarantine, find_damage, read_quarantine, write_quarantine
 from ..tokenizer.tokenizer import ChatTokenizer
 

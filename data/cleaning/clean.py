@@ -18,6 +18,7 @@ from chatmill.config import ConfigError
 
 from ..conversation import Conversation, Turn
 from ..ledger import Ledger
+from ..preference import REJECTED, with_rejected
 from ..recipe import CleanSection, StopWordSection
 from .chinese import chinese_rule
 from .fences import prose, split_fences
@@ -132,7 +133,19 @@ class Cleaner:
         self.dialogue_rules: list[DialogueRule] = _dialogue_rules(config)
 
     def apply(self, conversation: Conversation, ledger: Ledger) -> Conversation | None:
-        """The cleaned conversation, or None when a rule dropped it."""
+        """The cleaned conversation, or None when a rule dropped it, or one of the two dialogues of a preference pair."""
+        if REJECTED not in conversation.meta:
+            return self._dialogue(conversation, ledger)
+        aside = Ledger("conversations")
+        worse = self._dialogue(with_rejected(conversation), aside)
+        if worse is None or worse.turns[-1].role != "assistant":
+            reason = next(iter(aside.dropped), "turn dropped")
+            ledger.drop(f"rejected reply: {reason}", f"{conversation.origin}: {conversation.meta[REJECTED]}")
+            return None
+        better = self._dialogue(conversation, ledger)
+        return better and replace(better, meta={**better.meta, REJECTED: worse.turns[-1].content})
+
+    def _dialogue(self, conversation: Conversation, ledger: Ledger) -> Conversation | None:
         turns: list[Turn] = []
         strip, turn_rules = list[tuple[str, TextRule]](), self.turn_rules
         if self.stop_words is not None:

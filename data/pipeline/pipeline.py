@@ -39,9 +39,11 @@ from ..samples.decontaminate import benchmark_files, benchmark_hashes
 from ..samples.dedup import CONTAMINATED, REASONS, deduplicate
 from ..samples.near_duplicates import near_pairs
 from ..samples.split import Facts, assign, certificate, group
-from ..shards.dataset import FORMAT_VERSION, MANIFEST, ShardWriter, TokenDataset, read_manifest
+from ..shards.dataset import TokenDataset
 from ..shards.dialogues import DialogueWriter
+from ..shards.manifest import FORMAT_VERSION, MANIFEST, read_manifest
 from ..shards.publish import publish
+from ..shards.writer import ShardWriter
 from ..tokenizer.template import TEMPLATES
 from ..tokenizer.tokenizer import ChatTokenizer, train_bpe
 from .executor import Task, run_tasks

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from chatmill.config import ConfigError
 from chatmill.files import write_durably
 
-from .. import preference
 from ..cleaning.clean import Cleaner
 from ..conversation import Conversation, dump_line, load_line
 from ..importers.registry import read_file
@@ -102,7 +101,7 @@ class PrepareChunk:
         texts, foul = list[str](), list[bool]()
         known = self.work.benchmarks()
         for conversation in read_lines(self.work.path("import", f"{name}.jsonl")):
-            cleaned = preference.clean(cleaner, conversation, clean)
+            cleaned = cleaner.apply(conversation, clean)
             if cleaned is None:
                 continue
             for sample in make_samples(cleaned, recipe.pair, pair):

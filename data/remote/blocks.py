@@ -24,8 +24,9 @@ from typing import Any, Protocol
 
 from chatmill.config import ConfigError
 
-from ..shards.dataset import MANIFEST, TokenDataset, fingerprints, parse_manifest
+from ..shards.dataset import TokenDataset
 from ..shards.index import ShardIndex, block_hash
+from ..shards.manifest import MANIFEST, fingerprints, parse_manifest
 from ..shards.quarantine import QUARANTINE, parse_quarantine
 from .cache import PieceCache, with_retries
 from .files import filesystem

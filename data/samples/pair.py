@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .. import preference
 from ..conversation import Conversation, Turn, make_uid
 from ..ledger import Ledger
+from ..preference import REJECTED, without_rejected
 from ..recipe import PairSection
 
 
@@ -48,9 +48,9 @@ def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger
         yield conversation
         return
     if config.mode == "preference":
-        yield from preference.samples(conversation, str(conversation.meta.get("thread", conversation.uid)), ledger)
+        yield from _preference_sample(conversation, ledger)
         return
-    conversation = preference.without_rejected(conversation)
+    conversation = without_rejected(conversation)
     inside = trim(conversation.turns)
     turns = whole = merge_same_role(inside)
     if config.max_turns is not None and len(turns) > config.max_turns:
@@ -88,3 +88,22 @@ def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger
         origin = f"{conversation.origin}#{i}"
         ledger.keep()
         yield Conversation(make_uid(conversation.source, origin), (*system, *context, turn), conversation.source, origin, meta)
+
+
+def _preference_sample(conversation: Conversation, ledger: Ledger) -> Iterator[Conversation]:
+    """The pair as a training sample, its loss on the two last replies alone; none where there is nothing to prefer."""
+    turns, rejected = conversation.turns, conversation.meta.get(REJECTED)
+    reason = None
+    if rejected is None:
+        reason = "no rejected reply"
+    elif len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role not in ("user", "tool"):
+        reason = "pair does not end with a user turn and a reply"
+    elif turns[-1].content.strip() == rejected.strip():
+        reason = "chosen and rejected are the same"
+    if reason is not None:
+        ledger.drop(reason, f"{conversation.origin}: {' / '.join(turn.content for turn in turns[-2:])}")
+        return
+    context = tuple(replace(turn, loss=False) if turn.role == "assistant" else turn for turn in turns[:-1])
+    meta = {**conversation.meta, "thread": str(conversation.meta.get("thread", conversation.uid))}
+    ledger.keep()
+    yield replace(conversation, turns=(*context, replace(turns[-1], loss=True)), meta=meta)

@@ -1,21 +1,16 @@
-"""Token shards: write and read plain WebDataset tars exactly.
+"""Token shards, read exactly: random access to checked blocks of one split.
 
-    writer = ShardWriter(folder, "train", vocab_size=49152); writer.add(dialogue, source, origin) ...; records = writer.close()
     dataset = TokenDataset.open("corpora/chitchat", "train"); block = dataset.read_block(0)
 
-Contract: `webdataset.WebDataset(shard)` reads every sample of every shard; this reader needs one pread per block, checks its
-xxh3, and never yields fewer dialogues than the manifest promises: damage is an error that names the file, never a short read.
+A shard is a plain WebDataset tar (`webdataset.WebDataset(shard)` reads every sample). This reader needs one pread per block,
+checks its xxh3, and never yields fewer dialogues than the manifest promises: damage is an error that names the file.
 Blocks in the data set's quarantine (data/shards/quarantine.py) are left out where the reader agrees to it, and only those.
-Layout of a shard and of its sidecar index: data/shards/index.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,203 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
-from chatmill.files import sha256_file, sync, write_durably
 
-from ..conversation import TokenizedDialogue
-from .index import (
-    TAR_END,
-    DamagedShardError,
-    ShardIndex,
-    TokenBlock,
-    block_hash,
-    decode_block,
-    encode_block,
-    tar_member,
-)
+from .index import DamagedShardError, ShardIndex, TokenBlock, block_hash, decode_block
+from .manifest import fingerprint, fingerprints, read_manifest
 from .quarantine import HeldBlock, check_consent, read_quarantine
-
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-# What a manifest may call a shard: a file of its own folder. No path, no `pipe:` or URL, nothing hidden.
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
-
-
-def id_dtype(vocab_size: int) -> type[np.generic]:
-    """The narrowest unsigned type that holds every token id."""
-    return np.uint16 if vocab_size <= 65_536 else np.uint32
-
-
-class ShardWriter:
-    """Appends dialogues to numbered shards of one split, cutting blocks and shards at fixed sizes.
-
-    block_dialogues: dialogues per block; shard_bytes: a shard is closed once it is at least this large.
-    The bytes depend only on the dialogues, their order and these sizes. A shard appears under its name only when whole.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        *,
-        vocab_size: int,
-        meta: Mapping[str, Any] | None = None,
-        block_dialogues: int = 512,
-        shard_bytes: int = 256 << 20,
-    ) -> None:
-        self.folder, self.split, self.vocab_size = folder / split, split, vocab_size
-        self.block_dialogues, self.shard_bytes = block_dialogues, shard_bytes
-        self._header = json.dumps({"format": FORMAT_VERSION, "split": split, **(meta or {})}, sort_keys=True).encode()
-        self._pending: list[TokenizedDialogue] = []
-        self._sources: list[tuple[str, str]] = []
-        self._records: list[dict[str, Any]] = []
-        self._file: Any = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, dialogue: TokenizedDialogue, source: str, origin: str) -> None:
-        """Append one dialogue."""
-        if int(dialogue.ids.max()) >= self.vocab_size:
-            raise ConfigError(f"dialogue {dialogue.uid}: token id {int(dialogue.ids.max())}, vocabulary is {self.vocab_size}")
-        self._pending.append(dialogue)
-        self._sources.append((source, origin))
-        if len(self._pending) >= self.block_dialogues:
-            self._flush()
-
-    def close(self) -> list[dict[str, Any]]:
-        """Finish the last shard; one manifest record per shard."""
-        if self._pending:
-            self._flush()
-        if self._file is not None:
-            self._finish_shard()
-        return self._records
-
-    def abandon(self) -> None:
-        """Close and remove the unfinished shard, after a failure."""
-        if self._file is not None:
-            self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
-            self._file = None
-
-    def _flush(self) -> None:
-        if self._file is None:
-            self._open_shard()
-        number = len(self._offsets)
-        data, lengths, loss = encode_block(self._pending, self._sources, number, id_dtype(self.vocab_size))
-        self._offsets.append(self._position)
-        self._sizes.append(len(data))
-        self._hashes.append(block_hash(data))
-        self._counts.append(len(lengths))
-        self._lengths.append(lengths)
-        self._loss.append(loss)
-        self._put(data)
-        self._pending, self._sources = [], []
-        if self._position >= self.shard_bytes:
-            self._finish_shard()
-
-    def _open_shard(self) -> None:
-        self._name = f"{self.split}-{len(self._records):05d}.tar"
-        self._file = (self.folder / f".{self._name}.partial").open("wb")
-        self._digest, self._position = hashlib.sha256(), 0
-        self._offsets: list[int] = []
-        self._sizes: list[int] = []
-        self._hashes: list[int] = []
-        self._counts: list[int] = []
-        self._lengths: list[NDArray[np.uint32]] = []
-        self._loss: list[NDArray[np.uint32]] = []
-        self._put(tar_member("__meta__/shard.json", self._header))
-
-    def _put(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._position += len(data)
-
-    def _finish_shard(self) -> None:
-        self._put(TAR_END)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        index = ShardIndex(
-            np.array(self._offsets, dtype=np.int64),
-            np.array(self._sizes, dtype=np.int64),
-            np.array(self._hashes, dtype=np.uint64),
-            np.array(self._counts, dtype=np.uint32),
-            np.concatenate(self._lengths),
-            np.concatenate(self._loss),
-        )
-        raw = index.to_bytes()
-        index_name = index_path(self._name)
-        write_durably(self.folder / index_name, raw)
-        (self.folder / f".{self._name}.partial").replace(self.folder / self._name)
-        sync(self.folder)
-        self._records.append(
-            {
-                "name": self._name,
-                "bytes": self._position,
-                "sha256": self._digest.hexdigest(),
-                "index": index_name,
-                "index_sha256": hashlib.sha256(raw).hexdigest(),
-                "blocks": len(index.offset),
-                "dialogues": len(index.lengths),
-                "tokens": int(index.lengths.sum(dtype=np.int64)),
-                "loss_tokens": int(index.loss_tokens.sum(dtype=np.int64)),
-            }
-        )
-
-
-def index_path(shard: str) -> str:
-    """Name of the sidecar index of a shard."""
-    return shard.removesuffix(".tar") + ".index.npz"
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json of a data-set folder; ConfigError in words where there is none or it is damaged."""
-    file = path / MANIFEST
-    if not file.is_file():
-        what = "has no manifest.json" if path.is_dir() else "does not exist"
-        raise ConfigError(
-            f"data set {path}: {what}. Build it with: chatmill data build RECIPE\n"
-            "If it lies elsewhere now: data.path=FOLDER for training, --data FOLDER for `chatmill eval`."
-        )
-    return parse_manifest(file.read_bytes(), str(file))
-
-
-def parse_manifest(raw: bytes, where: str) -> dict[str, Any]:
-    """A manifest whose format is known and whose names stay inside the data-set folder."""
-    try:
-        manifest = json.loads(raw)
-    except ValueError as error:
-        raise DamagedShardError(f"{where}: not JSON ({error}). Rebuild the data set.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ConfigError(f"{where}: format {found!r}, this version reads {FORMAT_VERSION}. Rebuild the data set.")
-    for name in _names(manifest):
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-            raise DamagedShardError(f"{where}: names a file outside of the folder: {name!r}. Rebuild the data set.")
-    return manifest
-
-
-def _names(manifest: Mapping[str, Any]) -> Iterator[Any]:
-    """Every file or folder name in a manifest, path part by path part."""
-    for split, part in manifest.get("splits", {}).items():
-        yield split
-        for record in part["shards"]:
-            yield from (record["name"], record["index"])
-    for records in manifest.get("dialogues", {}).values():
-        yield from (record["name"] for record in records)
-    for path in manifest.get("files", {}):
-        yield from path.split("/")
-
-
-def fingerprints(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """fingerprint() of every split."""
-    return {split: fingerprint(manifest, split) for split in manifest["splits"]}
-
-
-def fingerprint(manifest: Mapping[str, Any], split: str) -> str:
-    """sha256 that changes with any token, mask, order, tokenizer or template of the split."""
-    parts = [str(manifest["tokenizer_sha256"]), str(manifest["template_sha256"]), split]
-    parts += [record["sha256"] for record in manifest["splits"][split]["shards"]]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,15 +178,6 @@ class TokenDataset:
             if (b + k) % self.n_blocks not in self.quarantined:
                 return i if k == 0 else int(self.block_starts[(b + k) % self.n_blocks])
         raise DamagedShardError(f"data set {self.path}: every block of {self.split} is in its quarantine.")
-
-    def check_shards(self) -> list[str]:
-        """One line for every shard whose sha256 is not the manifest's."""
-        problems = []
-        for path, record in zip(self._shards, self.manifest["splits"][self.split]["shards"], strict=True):
-            found = sha256_file(path)
-            if found != record["sha256"]:
-                problems.append(f"{path}: sha256 {found[:16]}…, the manifest says {record['sha256'][:16]}…")
-        return problems
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._files:

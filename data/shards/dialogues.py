@@ -6,60 +6,40 @@ for conversation in read_dialogues(folder, records): ...
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from chatmill.files import sync
-
 from ..conversation import Conversation, load_line
 from .index import TAR_END, DamagedShardError, tar_member, walk_members
+from .writer import SHARD_BYTES, TarFile
 
 
 class DialogueWriter:
     """Numbered tars `<split>-NNNNN.tar` under folder/dialogues."""
 
-    def __init__(self, folder: Path, split: str, shard_bytes: int = 256 << 20) -> None:
+    def __init__(self, folder: Path, split: str, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.split, self.shard_bytes = folder / "dialogues", split, shard_bytes
         self._records: list[dict[str, Any]] = []
-        self._file: Any = None
+        self._tar: TarFile | None = None
+        self._samples = 0
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, uid: str, line: bytes) -> None:
         """Append one sample: its JSON line as made by conversation.dump_line."""
-        if self._file is None:
-            self._name = f"{self.split}-{len(self._records):05d}.tar"
-            self._file = (self.folder / f".{self._name}.partial").open("wb")
-            self._digest, self._bytes, self._samples = hashlib.sha256(), 0, 0
-        self._put(tar_member(f"{uid}.json", line.rstrip(b"\n")))
+        if self._tar is None:
+            self._tar = TarFile(self.folder, f"{self.split}-{len(self._records):05d}.tar")
+        self._tar.put(tar_member(f"{uid}.json", line.rstrip(b"\n")))
         self._samples += 1
-        if self._bytes >= self.shard_bytes:
-            self._finish()
+        if self._tar.size >= self.shard_bytes:
+            self.close()
 
     def close(self) -> list[dict[str, Any]]:
         """Finish the last tar; one manifest record per tar."""
-        if self._file is not None:
-            self._finish()
+        if self._tar is not None:
+            self._records.append(self._tar.finish() | {"samples": self._samples})
+            self._tar, self._samples = None, 0
         return self._records
-
-    def _put(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._bytes += len(data)
-
-    def _finish(self) -> None:
-        self._put(TAR_END)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        (self.folder / f".{self._name}.partial").replace(self.folder / self._name)
-        sync(self.folder)
-        self._records.append(
-            {"name": self._name, "bytes": self._bytes, "sha256": self._digest.hexdigest(), "samples": self._samples}
-        )
 
 
 def read_dialogues(folder: Path, records: Iterable[Mapping[str, Any]]) -> Iterator[Conversation]:

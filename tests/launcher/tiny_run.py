@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 from chatmill.data.conversation import Conversation, Turn
-from chatmill.data.shards.dataset import MANIFEST, ShardWriter
+from chatmill.data.shards.manifest import MANIFEST
+from chatmill.data.shards.writer import ShardWriter
 from chatmill.data.tokenizer.tokenizer import train_bpe
 
 WORDS = ("the", "a", "cat", "dog", "sees", "likes", "chases", "red", "small", "old", "house", "tree", "river", "runs", "sings")

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...conversation import Conversation, Turn, make_uid
 from ...ledger import Ledger
-from ...preference import REJECTED, reply
+from ...preference import REJECTED
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
@@ -55,7 +55,7 @@ def _pair(record: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
         ordered = sorted(rated, key=lambda item: item[0])
         if ordered[0][0] == ordered[-1][0]:
             raise ValueError("all ratings are equal")
-        return (*_turns(record["prompt"], "user"), reply(ordered[-1][1])), ordered[0][1]
+        return (*_turns(record["prompt"], "user"), Turn("assistant", ordered[-1][1])), ordered[0][1]
     better, worse = (_turns(record[key], "assistant") for key in ("chosen", "rejected"))
     context = _turns(record["prompt"], "user") if record.get("prompt") else ()
     if context and better[: len(context)] == context:  # the prompt is repeated in both
@@ -67,7 +67,7 @@ def _pair(record: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
 
 def _turns(value: Any, role: str) -> tuple[Turn, ...]:
     if isinstance(value, str):
-        return (Turn("user", value) if role == "user" else reply(value),)
+        return (Turn("user" if role == "user" else "assistant", value),)
     if not isinstance(value, list) or not value:
         raise ValueError(f"expected a text or a list of messages, got {type(value).__name__}")
     return tuple(turn_of(message) for message in value)

@@ -25,9 +25,11 @@ from chatmill.data.conversation import Conversation, Turn, dump_line, load_line
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe, PrivacySection
 from chatmill.data.remote.blocks import RemoteDataset
-from chatmill.data.shards.dataset import MANIFEST, ShardWriter, TokenDataset, read_manifest
+from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.shards.dialogues import DialogueWriter, read_dialogues
 from chatmill.data.shards.index import TAR_END, DamagedShardError, ShardIndex, block_hash, tar_member, walk_members
+from chatmill.data.shards.manifest import MANIFEST, read_manifest
+from chatmill.data.shards.writer import ShardWriter
 from chatmill.data.tokenizer.tokenizer import ChatTokenizer
 from chatmill.launcher.__main__ import main
 

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from chatmill.data.conversation import TokenizedDialogue
-from chatmill.data.shards.dataset import MANIFEST, ShardWriter
+from chatmill.data.shards.manifest import MANIFEST
 from chatmill.data.shards.memory import MemoryDataset
+from chatmill.data.shards.writer import ShardWriter
 from chatmill.trainer.config import Recipe
 
 PAGE = Path(__file__).parents[3] / "docs" / "stream.md"

@@ -16,8 +16,10 @@ from chatmill.data.conversation import TokenizedDialogue
 from chatmill.data.packing.mixture import Mixture
 from chatmill.data.packing.schedule import Schedule
 from chatmill.data.packing.usage import at, table, uses_of, where
-from chatmill.data.shards.dataset import MANIFEST, ShardWriter, TokenDataset
+from chatmill.data.shards.dataset import TokenDataset
+from chatmill.data.shards.manifest import MANIFEST
 from chatmill.data.shards.memory import MemoryDataset
+from chatmill.data.shards.writer import ShardWriter
 from chatmill.data.stream import PackedBatch, PackedStream
 
 STEPS = 30

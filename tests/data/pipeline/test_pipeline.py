@@ -20,8 +20,9 @@ from chatmill.data.conversation import Turn, from_record, to_record
 from chatmill.data.pipeline.pipeline import STAGES, build_dataset
 from chatmill.data.recipe import RECIPES, load_data_recipe
 from chatmill.data.samples import split as split_module
-from chatmill.data.shards.dataset import TokenDataset, read_manifest
+from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.shards.dialogues import read_dialogues
+from chatmill.data.shards.manifest import read_manifest
 from chatmill.data.tokenizer.tokenizer import ChatTokenizer
 
 

@@ -21,8 +21,10 @@ from chatmill.config import ConfigError
 from chatmill.data.conversation import TokenizedDialogue
 from chatmill.data.remote.blocks import RemoteDataset
 from chatmill.data.remote.cache import PieceCache, RemoteReadError, with_retries
-from chatmill.data.shards.dataset import MANIFEST, ShardWriter, TokenDataset
+from chatmill.data.shards.dataset import TokenDataset
+from chatmill.data.shards.manifest import MANIFEST
 from chatmill.data.shards.memory import MemoryDataset
+from chatmill.data.shards.writer import ShardWriter
 from chatmill.data.stream import PackedStream
 
 

@@ -24,7 +24,8 @@ from chatmill.data.raw.files import find_files
 from chatmill.data.remote import files as remote_files
 from chatmill.data.remote.blocks import RemoteDataset
 from chatmill.data.remote.files import RemotePath, filesystem, find_remote, publish_remotely, staging_folder
-from chatmill.data.shards.dataset import MANIFEST, TokenDataset
+from chatmill.data.shards.dataset import TokenDataset
+from chatmill.data.shards.manifest import MANIFEST
 from chatmill.launcher.__main__ import main
 
 s3fs = pytest.importorskip("s3fs")

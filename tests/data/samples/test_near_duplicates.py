@@ -16,8 +16,8 @@ from chatmill.data.raw.files import RawFile
 from chatmill.data.recipe import DataRecipe, SourceSection
 from chatmill.data.samples.dedup import EXACT, NEAR, UnionFind, deduplicate, text_hash
 from chatmill.data.samples.near_duplicates import near_pairs, shingles, signatures
-from chatmill.data.shards.dataset import read_manifest
 from chatmill.data.shards.dialogues import read_dialogues
+from chatmill.data.shards.manifest import read_manifest
 
 pytest.importorskip("rensa", reason="needs the extra chatmill[data]")
 

@@ -21,10 +21,12 @@ from chatmill.data.packing.usage import uses_at
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
 from chatmill.data.remote.blocks import RemoteDataset
-from chatmill.data.shards.dataset import MANIFEST, ShardWriter, TokenDataset
+from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.shards.index import DamagedShardError
+from chatmill.data.shards.manifest import MANIFEST
 from chatmill.data.shards.memory import MemoryDataset
 from chatmill.data.shards.quarantine import QUARANTINE
+from chatmill.data.shards.writer import ShardWriter
 from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.launcher.__main__ import main
 
