@@ -28,15 +28,14 @@ from torch.utils.data import IterableDataset
 from chatmill.config import ConfigError
 
 from .packing.mixture import Mixture
+from .packing.options import StreamOptions
 from .packing.order import DialogueSource
-from .packing.pack import Overlong
 from .packing.prefetch import Prefetcher
 from .packing.schedule import Position, Schedule, StepPlan
 from .preference import joint
 
 IGNORE = -100
 ROW_MULTIPLE = 128
-Annotate = Callable[[NDArray[np.int32], int], Any]
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,10 @@ class PackedStream(IterableDataset[PackedBatch]):
     """The batches of one rank, for ever or for `epochs`.
 
     dataset: token shards, anything that looks like `order.DialogueSource`, or a `Mixture` of several.
-    sequence_length: tokens per pack. overlong: what happens to longer dialogues (pack.py); overlap: for `split`, in tokens.
+    options: a `StreamOptions`, or its fields as keywords, or both: then the keywords replace fields of it.
     shuffle=False, epochs=1: evaluation; every dialogue exactly once over all ranks. The last step is filled up with fully
-    masked packs, so that all ranks take the same number of steps. max_tokens: a budget instead of epochs.
-    max_dialogues: only the first so many of each data set. exclude: {first step: uids} (schedule.py).
-    global_batch: packs per step, where the product of world_size, micro_batch and accumulation is larger (the rest is masked
-    packs): any world size can then continue any run.
-    annotate(cu_seqlens, T): builds PackedBatch.plan, off the training thread. prefetch: batches built ahead by a thread, or 0.
+    masked packs, so that all ranks take the same number of steps. A global_batch below world_size x micro_batch x accumulation
+    fills every step up so: any world size can then continue any run.
 
     Padding waste of a step is 1 - step_tokens / (global_batch x sequence_length), its share of supervised tokens
     step_loss_tokens / step_tokens. counts: dialogues of the windows planned so far: seen, overlong, truncated, split, dropped.
@@ -113,77 +109,31 @@ class PackedStream(IterableDataset[PackedBatch]):
     A torch IterableDataset: DataLoader(stream, batch_size=None, num_workers=n) gives the same batches in the same order.
     """
 
-    def __init__(
-        self,
-        dataset: DialogueSource | Mixture,
-        *,
-        sequence_length: int,
-        micro_batch: int = 1,
-        accumulation: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        overlong: Overlong = "truncate",
-        overlap: int = 0,
-        shuffle: bool = True,
-        epochs: int | None = None,
-        max_tokens: int | None = None,
-        max_dialogues: int | None = None,
-        exclude: Mapping[int, Collection[str]] | None = None,
-        global_batch: int | None = None,
-        annotate: Annotate | None = None,
-        pin: bool = False,
-        prefetch: int = 2,
-    ) -> None:
-        slots = world_size * micro_batch * accumulation
-        checks = (
-            (sequence_length >= 2, f"sequence_length={sequence_length}: expected at least 2"),
-            (
-                min(micro_batch, accumulation, world_size) >= 1,
-                f"micro_batch={micro_batch}, accumulation={accumulation}, world_size={world_size}: expected at least 1",
-            ),
-            (0 <= rank < world_size, f"rank={rank}: expected 0..{world_size - 1} (world_size={world_size})"),
-            (overlong in ("truncate", "split", "drop"), f"overlong={overlong!r}: expected truncate, split or drop"),
-            (0 <= overlap < sequence_length, f"overlap={overlap}: expected 0..{sequence_length - 1}"),
-            (dataset.vocab_size <= 1 << 31, f"vocab_size={dataset.vocab_size}: token ids must fit Int32"),
-            (epochs is None or epochs >= 1, f"epochs={epochs}: expected at least 1, or None for ever"),
-            (
-                global_batch is None or 1 <= global_batch <= slots,
-                f"global_batch={global_batch}: expected 1..{slots} (world_size x micro_batch x accumulation)",
-            ),
-        )
-        for fine, message in checks:
-            if not fine:
-                raise ConfigError(f"data.stream: {message}.")
-        self.preference = _holds_pairs(Mixture.of(dataset))
-        if self.preference and overlong != "drop":
-            raise ConfigError(
-                f"data.stream: overlong={overlong!r}: half a preference pair teaches nothing.\nSet data.overlong=drop."
-            )
+    def __init__(self, dataset: DialogueSource | Mixture, options: StreamOptions | None = None, **keywords: Any) -> None:
         self.dataset = dataset
-        self.sequence_length = sequence_length
-        self.micro_batch, self.accumulation = micro_batch, accumulation
-        self.rank, self.world_size = rank, world_size
-        self.schedule = Schedule(
-            Mixture.of(dataset),
-            sequence_length=sequence_length,
-            global_batch=global_batch or slots,
-            seed=seed,
-            overlong=overlong,
-            overlap=overlap,
-            shuffle=shuffle,
-            epochs=epochs,
-            max_tokens=max_tokens,
-            max_dialogues=max_dialogues,
-            exclude=exclude,
-        )
-        self._annotate, self._pin, self._prefetch = annotate, pin, prefetch
+        self.options = StreamOptions(**keywords) if options is None else replace(options, **keywords)
+        packs, slots = self.options.packs, self.options.slots
+        if packs > slots:
+            raise ConfigError(
+                f"data.stream: global_batch={packs}: expected 1..{slots} (world_size x micro_batch x accumulation)."
+            )
+        if dataset.vocab_size > 1 << 31:
+            raise ConfigError(f"data.stream: vocab_size={dataset.vocab_size}: token ids must fit Int32.")
+        mixture = Mixture.of(dataset)
+        self.preference = _holds_pairs(mixture)
+        if self.preference and self.options.overlong != "drop":
+            raise ConfigError(
+                f"data.stream: overlong={self.options.overlong!r}: half a preference pair teaches nothing.\n"
+                "Set data.overlong=drop."
+            )
+        self.schedule = Schedule(mixture, self.options)
         self._position = self.schedule.start
         self._ended = False
         self._base: int | None = None  # of a loader worker: number of the batch that worker 0 gave first
         self._device: int | None = None  # GPU of the thread that iterates, where batches are pinned
-        self._ramp = np.arange(micro_batch * sequence_length, dtype=np.int32)
-        self._padding = np.zeros(sequence_length, np.uint16), np.zeros(sequence_length, np.bool_)
+        length = self.options.sequence_length
+        self._ramp = np.arange(self.options.micro_batch * length, dtype=np.int32)
+        self._padding = np.zeros(length, np.uint16), np.zeros(length, np.bool_)
 
     @property
     def counts(self) -> Counter[str]:
@@ -199,15 +149,18 @@ class PackedStream(IterableDataset[PackedBatch]):
         position = self._position if after is None or after.position is None else after.position
         state = self.schedule.state(position)
         if position.micro:  # inside a step the division of the work matters
-            state["layout"] = [self.world_size, self.micro_batch, self.accumulation]
+            state["layout"] = self._layout()
         if self._base is not None and after is None:  # in a loader worker: whose turn it is
             state["base"] = self._base
         return state
 
+    def _layout(self) -> list[int]:
+        return [self.options.world_size, self.options.micro_batch, self.options.accumulation]
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state_dict. Raises ConfigError naming the first field in which this stream is another one."""
         position = self.schedule.position(state)
-        layout = [self.world_size, self.micro_batch, self.accumulation]
+        layout = self._layout()
         if position.micro and list(state.get("layout", ())) != layout:
             raise ConfigError(
                 "data.stream: cannot resume inside a step with another layout: [world_size, micro_batch, accumulation] was "
@@ -243,9 +196,9 @@ class PackedStream(IterableDataset[PackedBatch]):
         """Batches from the present position on; once a pass has ended, from the beginning."""
         if self._ended:
             self._position, self._ended, self._base = self.schedule.start, False, None
-        self._device = torch.cuda.current_device() if self._pin and torch.cuda.is_available() else None
+        self._device = torch.cuda.current_device() if self.options.pin and torch.cuda.is_available() else None
         batches = self._batches(self._position)
-        ahead = self._prefetch if torch.utils.data.get_worker_info() is None else 0
+        ahead = self.options.prefetch if torch.utils.data.get_worker_info() is None else 0
         with Prefetcher(batches, ahead) as ready:
             for batch in ready:
                 assert batch.position is not None
@@ -259,27 +212,29 @@ class PackedStream(IterableDataset[PackedBatch]):
             torch.cuda.set_device(self._device)
         worker = torch.utils.data.get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        first = position.step * self.accumulation + position.micro
+        accumulation = self.options.accumulation
+        first = position.step * accumulation + position.micro
         if worker is not None and self._base is None:
             self._base = first
         base = first if self._base is None else self._base
         for planned in self.schedule.steps(position):
-            for micro in range(position.micro if planned.step == position.step else 0, self.accumulation):
-                if (planned.step * self.accumulation + micro - base) % turns == turn:  # loader workers take turns
+            for micro in range(position.micro if planned.step == position.step else 0, accumulation):
+                if (planned.step * accumulation + micro - base) % turns == turn:  # loader workers take turns
                     yield self._assemble(planned, micro)
 
     def _assemble(self, planned: StepPlan, micro: int) -> PackedBatch:
         """One micro-batch of this rank; where the step has no more packs, padding."""
-        T = self.micro_batch * self.sequence_length
-        first = (micro * self.world_size + self.rank) * self.micro_batch
-        packs = planned.packs[first : first + self.micro_batch]
+        options = self.options
+        T = options.micro_batch * options.sequence_length
+        first = (micro * options.world_size + options.rank) * options.micro_batch
+        packs = planned.packs[first : first + options.micro_batch]
         ids: list[NDArray[Any]] = []
         masks: list[NDArray[np.bool_]] = []
         uids: list[str] = []
         pairs: list[tuple[int, int]] = []
         contexts: list[tuple[int, int]] = []  # segment, leading tokens of it that carry no loss
-        for k in range(self.micro_batch):
-            room = self.sequence_length
+        for k in range(options.micro_batch):
+            room = options.sequence_length
             if k < len(packs):
                 read = packs[k].window.block
                 for block, local, offset, length, context in packs[k].pieces():
@@ -334,10 +289,10 @@ class PackedStream(IterableDataset[PackedBatch]):
             step_loss_tokens=planned.loss_tokens,
             step_tokens=planned.tokens,
             uids=tuple(uids),
-            plan=self._annotate(cu_seqlens, T) if self._annotate is not None else None,
+            plan=options.annotate(cu_seqlens, T) if options.annotate is not None else None,
             pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2) if self.preference else None,
             step_pairs=sum(pack.count for pack in planned.packs) if self.preference else 0,
-            position=planned.end if micro + 1 == self.accumulation else replace(planned.start, micro=micro + 1),
+            position=planned.end if micro + 1 == options.accumulation else replace(planned.start, micro=micro + 1),
         )
         return batch.pin_memory() if self._device is not None else batch
 

@@ -32,7 +32,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..pipeline.pipeline import available_cores, build_dataset
+from ..pipeline.executor import available_cores
+from ..pipeline.pipeline import build_dataset
 from ..recipe import DataRecipe
 from ..shards.dialogues import read_dialogues
 from ..shards.manifest import read_manifest

@@ -1,6 +1,6 @@
 """Which packs make up which step: the whole plan of a run without any token read, and its position as a few integers.
 
-    schedule = Schedule(mixture, sequence_length=2048, global_batch=64, seed=0)
+    schedule = Schedule(mixture, StreamOptions(sequence_length=2048, global_batch=64, seed=0))
     for planned in schedule.steps(Position()): planned.step, planned.packs, planned.loss_tokens
 
 Needs no torch: `stream.py` makes tensors of it for one rank, `usage.py` answers which dialogue was used when.
@@ -15,14 +15,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chatmill.config import ConfigError
 
 from .mixture import Mixture, largest_deficit
-from .order import DialogueBlock, DialogueSource, Order
-from .pack import Overlong, WindowPlan, plan_window
+from .options import StreamOptions
+from .order import Order
+from .windows import OpenWindow, Pack, quarantined
 
 STATE_VERSION = 1
 _CURSOR = ("epoch", "window", "pack", "opened")
@@ -53,123 +51,6 @@ class Position:
     taken: tuple[int, ...] = (0,)
 
 
-class OpenWindow:
-    """A planned window of one data set, and the blocks of it that were read so far.
-
-    pieces: (block, local, offset, length, context) of each piece; packs: (first piece, last, tokens, loss tokens) of each pack.
-    """
-
-    def __init__(self, source: DialogueSource, order: Order, epoch: int, window: int, options: Mapping[str, Any]) -> None:
-        self.source = source
-        self._numbers = order.blocks(epoch, window)
-        self._dialogues = order.dialogues
-        self._unreadable: frozenset[int] = getattr(source, "quarantined", frozenset())
-        self._blocks: dict[int, DialogueBlock] = {}
-        self._holes: dict[tuple[frozenset[str], frozenset[int]], NDArray[np.bool_]] = {}
-        will_read = getattr(source, "will_read", None)
-        if will_read is not None:  # a remote data set fetches ahead: this window, then the next one
-            will_read([number for number in self._numbers.tolist() if number not in self._unreadable])
-            if window + 1 < order.windows:
-                will_read([n for n in order.blocks(epoch, window + 1).tolist() if n not in self._unreadable])
-        options = dict(options)
-        excluded = self._indices(options.pop("excluded")) | self._members(options.pop("held"))
-        self.plan: WindowPlan = plan_window(
-            source, order, epoch, window, loss_mask_of=self._loss_mask, excluded=excluded, **options
-        )
-        plan = self.plan
-        columns = (plan.block, plan.local, plan.offset, plan.length, plan.context)
-        # Plain tuples: one piece at a time they are several times faster than arrays.
-        self.pieces: list[tuple[int, ...]] = list(zip(*(column.tolist() for column in columns), strict=True))
-        starts = plan.pack_starts.tolist()
-        totals = plan.pack_tokens.tolist(), plan.pack_loss.tolist()
-        self.packs: list[tuple[int, ...]] = list(zip(starts[:-1], starts[1:], *totals, strict=True))
-
-    def block(self, block: int) -> DialogueBlock:
-        """A block, read when it is first needed."""
-        found = self._blocks.get(block)
-        if found is None:
-            if block in self._unreadable:
-                raise ConfigError(
-                    f"data.stream: block {block} came into the quarantine after the window that the run is in was planned, and "
-                    "one of its dialogues is longer than a pack: where it was cut is not known any more.\n"
-                    "Restore the block (chatmill data verify DIR --repair), or start a new run from the checkpoint."
-                )
-            data = self.source.read_block(block)
-            low, high = self.source.block_starts[block : block + 2]
-            if not np.array_equal(np.diff(data.offsets), self.source.lengths[low:high]):
-                raise ConfigError(
-                    f"data.stream: block {block} disagrees with the index on the lengths of its dialogues.\n"
-                    "Shards and index do not belong together: run `chatmill data verify`, then build the data set again."
-                )
-            found = self._blocks[block] = data
-        return found
-
-    def hole(self, uids: frozenset[str], blocks: frozenset[int] = frozenset()) -> NDArray[np.bool_]:
-        """Bool["U"]: which pieces of the plan belong to dialogues or blocks excluded after the window was planned."""
-        found = self._holes.get((uids, blocks))
-        if found is None:
-            indices = self._indices(uids) | self._members(blocks)
-            found = np.isin(self.plan.dialogue, np.fromiter(indices, np.int64, len(indices)))
-            self._holes[uids, blocks] = found
-        return found
-
-    def _members(self, blocks: frozenset[int]) -> set[int]:
-        """The dialogues of these blocks, as far as they are in this window."""
-        starts = self.source.block_starts
-        inside = [number for number in self._numbers.tolist() if number in blocks] if blocks else []
-        return {dialogue for number in inside for dialogue in range(int(starts[number]), int(starts[number + 1]))}
-
-    def _indices(self, uids: frozenset[str]) -> set[int]:
-        if not uids:
-            return set()
-        out = set()
-        for number in self._numbers.tolist():
-            if number in self._unreadable:  # left out as a whole
-                continue
-            first = int(self.source.block_starts[number])
-            names = self.block(number).uids
-            if not uids.isdisjoint(names):
-                out |= {first + place for place, name in enumerate(names) if name in uids}
-        return out
-
-    def _loss_mask(self, block: int, place: int) -> NDArray[np.bool_]:
-        data = self.block(block)
-        return data.loss_mask[data.offsets[place] : data.offsets[place + 1]]
-
-
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """One pack of a step: pieces `first` to `last` of a window's plan, but those marked in `hole`."""
-
-    source: int
-    window: OpenWindow
-    first: int
-    last: int
-    tokens: int
-    loss_tokens: int
-    hole: NDArray[np.bool_] | None
-
-    def indices(self) -> NDArray[np.int64]:
-        """Its pieces, as indices into the columns of window.plan."""
-        indices = np.arange(self.first, self.last)
-        return indices if self.hole is None else indices[~self.hole[self.first : self.last]]
-
-    @property
-    def count(self) -> int:
-        """Number of its pieces."""
-        return self.last - self.first if self.hole is None else len(self.indices())
-
-    def uids(self) -> list[str]:
-        """Its dialogues in order, one entry per piece."""
-        return [self.window.block(block).uids[local] for block, local, *_ in self.pieces()]
-
-    def pieces(self) -> list[tuple[int, ...]]:
-        """Its pieces as in OpenWindow.pieces."""
-        if self.hole is None:
-            return self.window.pieces[self.first : self.last]
-        return [self.window.pieces[i] for i in self.indices().tolist()]
-
-
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """The packs of one step in global order, and the positions before and after it."""
@@ -187,46 +68,33 @@ class StepPlan:
 
 
 class Schedule:
-    """The steps of a run: a pure function of the data sets, the settings and the seed.
+    """The steps of a run: a pure function of the data sets and the options. The division among ranks plays no part.
 
-    global_batch: packs per step. epochs: each data set is used so many times, then left out (None: for ever). max_tokens: no
-    step begins once so many tokens were used. exclude: {first step: uids}: from that step on these dialogues are not used. A
-    window planned before keeps its other dialogues where they are; the place of the excluded ones becomes padding.
-
-    Blocks in the quarantine of a data set (`quarantined`) are excluded in the same way: by a new run from its first step on, by
-    one that is continued from the step at which it first met them. The state names them, so that the past can be planned again.
+    An excluded dialogue is not used from its step on. A window planned before keeps its other dialogues where they are; the
+    place of the excluded ones becomes padding. Blocks in the quarantine of a data set are excluded in the same way: by a new
+    run from its first step on, by a continued one from the step at which it first met them. The state names them, so that the
+    past can be planned again.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        *,
-        sequence_length: int,
-        global_batch: int,
-        seed: int = 0,
-        overlong: Overlong = "truncate",
-        overlap: int = 0,
-        shuffle: bool = True,
-        epochs: int | None = None,
-        max_tokens: int | None = None,
-        max_dialogues: int | None = None,
-        exclude: Mapping[int, Collection[str]] | None = None,
-    ) -> None:
-        self.mixture = mixture
-        self.sequence_length, self.global_batch = sequence_length, global_batch
-        self.epochs, self.max_tokens, self.seed = epochs, max_tokens, seed
-        self.overlong, self.overlap, self.shuffle = overlong, overlap, shuffle
+    def __init__(self, mixture: Mixture, options: StreamOptions) -> None:
+        self.mixture, self.options = mixture, options
         self.sources = list(mixture.sources.values())
         self.orders = [
-            Order.of(source, capacity=sequence_length, seed=seed, shuffle=shuffle, max_dialogues=max_dialogues)
+            Order.of(
+                source,
+                capacity=options.sequence_length,
+                seed=options.seed,
+                shuffle=options.shuffle,
+                max_dialogues=options.max_dialogues,
+            )
             for source in self.sources
         ]
         self.counts: Counter[str] = Counter()
-        self._exclude = [(int(step), frozenset(uids)) for step, uids in sorted((exclude or {}).items())]
+        self._exclude = [(int(step), frozenset(uids)) for step, uids in sorted(options.exclude.items())]
         self._uids: dict[tuple[int, int], frozenset[str]] = {}
         # (first step, blocks) by data set
         self._held: list[list[tuple[int, frozenset[int]]]] = [
-            [(0, held)] if (held := _quarantined(source)) else [] for source in self.sources
+            [(0, held)] if (held := quarantined(source)) else [] for source in self.sources
         ]
 
     def exclude(self, step: int, uids: Collection[str]) -> None:
@@ -245,14 +113,15 @@ class Schedule:
         """Every step from the beginning of that of `position` on."""
         position = replace(position or self.start, micro=0)
         opened: list[OpenWindow | None] = [None] * len(self.sources)
-        while self.max_tokens is None or position.tokens < self.max_tokens:
+        epochs, max_tokens = self.options.epochs, self.options.max_tokens
+        while max_tokens is None or position.tokens < max_tokens:
             cursors, taken = list(position.cursors), list(position.taken)
             if self.mixture.changes_at(position.step):
                 taken = [0] * len(taken)
             shares = self.mixture.shares(position.step)
             packs: list[Pack] = []
-            while len(packs) < self.global_batch:
-                able = [self.epochs is None or cursor.epoch < self.epochs for cursor in cursors]
+            while len(packs) < self.options.packs:
+                able = [epochs is None or cursor.epoch < epochs for cursor in cursors]
                 chosen = largest_deficit(shares, taken, able)
                 if chosen is None:
                     break
@@ -271,16 +140,15 @@ class Schedule:
         self, number: int, cursor: Cursor, opened: OpenWindow | None, step: int
     ) -> tuple[Pack | None, Cursor, OpenWindow | None]:
         """The next pack of a source, the cursor after it, and the window that the cursor is in (None: not planned yet)."""
-        order = self.orders[number]
+        order, epochs = self.orders[number], self.options.epochs
         barren = 0
         while True:
             if opened is None:
                 if cursor.pack == 0:
                     cursor = replace(cursor, opened=step)
-                options: dict[str, Any] = {"capacity": self.sequence_length, "overlong": self.overlong, "overlap": self.overlap}
-                options["excluded"] = self._excluded(cursor.opened)
-                options["held"] = self._held_since(number, -1, cursor.opened)
-                opened = OpenWindow(self.sources[number], order, cursor.epoch, cursor.window, options)
+                excluded, held = self._excluded_since(-1, cursor.opened), self._held_since(number, -1, cursor.opened)
+                source = self.sources[number]
+                opened = OpenWindow(source, order, cursor.epoch, cursor.window, self.options, excluded, held)
                 self.counts.update(opened.plan.counts)
             index, last_index = cursor.pack, len(opened.packs) - 1
             pack = self._pack(number, opened, index, cursor.opened, step) if index <= last_index else None
@@ -290,13 +158,13 @@ class Schedule:
                 opened = None
             else:
                 cursor = Cursor(cursor.epoch, cursor.window, index + 1, cursor.opened)
-            if pack is not None or (self.epochs is not None and cursor.epoch >= self.epochs):
+            if pack is not None or (epochs is not None and cursor.epoch >= epochs):
                 return pack, cursor, opened
             barren += 1
             if barren > order.windows:
                 raise ConfigError(
                     "data.stream: no dialogue of the data set can be used: all are empty, excluded, or longer than "
-                    f"sequence_length={self.sequence_length} without a supervised token in that range."
+                    f"sequence_length={self.options.sequence_length} without a supervised token in that range."
                 )
 
     def _pack(self, number: int, window: OpenWindow, index: int, opened: int, step: int) -> Pack:
@@ -313,10 +181,6 @@ class Schedule:
                 return Pack(number, window, first, last, tokens, loss, hole)
         return Pack(number, window, first, last, tokens, loss, None)
 
-    def _excluded(self, step: int) -> frozenset[str]:
-        """Every uid excluded at a step."""
-        return self._excluded_since(-1, step)
-
     def _excluded_since(self, opened: int, step: int) -> frozenset[str]:
         """The uids excluded at `step` that were not yet so at `opened`. The same object each time: its hash is kept."""
         before, now = (sum(first <= at for first, _ in self._exclude) for at in (opened, step))
@@ -328,7 +192,7 @@ class Schedule:
     def _held_since(self, number: int, opened: int, step: int) -> frozenset[int]:
         """The blocks of a data set left out at `step` that were not yet so at `opened`."""
         entries = self._held[number]
-        return frozenset[int]().union(*(blocks for first, blocks in entries if opened < first <= step)) if entries else _NONE
+        return frozenset[int]().union(*(blocks for first, blocks in entries if opened < first <= step))
 
     # ---------------------------------------------------------------- position
 
@@ -371,7 +235,7 @@ class Schedule:
             cursors.append(cursor)
             taken.append(int(saved[name]["taken"]))
             history = [(int(first), frozenset(map(int, blocks))) for first, blocks in saved[name].get("quarantine", ())]
-            new = _quarantined(self.sources[i]).difference(*(blocks for _, blocks in history))
+            new = quarantined(self.sources[i]).difference(*(blocks for _, blocks in history))
             held[i] = [*history, (past, new)] if new else history
         gone = sorted(set(saved) - set(self.mixture.sources))
         if gone:
@@ -386,8 +250,9 @@ class Schedule:
         return Position(step, micro, int(state["tokens"]), tuple(cursors), tuple(taken))
 
     def _settings(self) -> dict[str, Any]:
-        names = ("sequence_length", "global_batch", "seed", "shuffle", "overlong", "overlap")
-        return {"version": STATE_VERSION} | {name: getattr(self, name) for name in names}
+        o = self.options
+        first = {"version": STATE_VERSION, "sequence_length": o.sequence_length, "global_batch": o.packs}
+        return first | {"seed": o.seed, "shuffle": o.shuffle, "overlong": o.overlong, "overlap": o.overlap}
 
     def _source_identity(self, number: int) -> dict[str, Any]:
         source = self.sources[number]
@@ -406,13 +271,6 @@ class Schedule:
             for first, uids in self._exclude
             if first < step
         ]
-
-
-_NONE: frozenset[int] = frozenset()
-
-
-def _quarantined(source: DialogueSource) -> frozenset[int]:
-    return frozenset(getattr(source, "quarantined", _NONE))
 
 
 def _same(name: str, saved: Mapping[str, Any], value: Any, where: str = "") -> None:

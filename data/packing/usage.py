@@ -24,9 +24,11 @@ from chatmill.config import ConfigError
 from chatmill.run_files import read_jsonl
 
 from .config import SourcesSection
+from .options import StreamOptions
 from .order import DialogueSource
-from .schedule import Pack, Position, Schedule
+from .schedule import Position, Schedule
 from .sources import exclusions, open_mixture
+from .windows import Pack, quarantined
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ def _uses(schedule: Schedule, step: int, place: int, pack: Pack, pieces: NDArray
     name = list(schedule.mixture.sources)[pack.source]
     for i in pieces.tolist():
         block, local = int(plan.block[i]), int(plan.local[i])
-        if block in getattr(source, "quarantined", ()):  # used before it was damaged; its names went with it
+        if block in quarantined(source):  # used before it was damaged; its names went with it
             sizes = int(plan.length[i]), int(plan.loss[i])
             yield Use(step, place, name, "?", "", f"block {block}, in the quarantine since", 0, *sizes)
             continue
@@ -117,9 +119,9 @@ def _uses(schedule: Schedule, step: int, place: int, pack: Pack, pieces: NDArray
 
 
 def _indices(source: DialogueSource, uid: str) -> Iterator[int]:
-    quarantined: frozenset[int] = getattr(source, "quarantined", frozenset())
+    held = quarantined(source)
     for block in range(len(source.block_starts) - 1):
-        if block in quarantined:
+        if block in held:
             continue
         names = source.read_block(block).uids
         if uid in names:
@@ -139,8 +141,7 @@ def run_schedule(run: Path) -> tuple[Schedule, list[Position]]:
     else:
         packs = int(_json(run / "environment.json").get("world_size", 1)) * train["micro_batch"] * train["accumulation"]
     sources = SourcesSection.model_validate({name: data[name] for name in SourcesSection.model_fields if name in data})
-    schedule = Schedule(
-        open_mixture(sources, damaged_blocks=1.0),
+    options = StreamOptions(
         sequence_length=data["sequence_length"],
         global_batch=packs,
         seed=train["seed"],
@@ -151,6 +152,7 @@ def run_schedule(run: Path) -> tuple[Schedule, list[Position]]:
         max_dialogues=data.get("max_dialogues"),
         exclude=exclusions(sources, run),
     )
+    schedule = Schedule(open_mixture(sources, damaged_blocks=1.0), options)
     return schedule, [schedule.position(state) for state in states]
 
 

@@ -51,6 +51,11 @@ def run_tasks(
     return [json.loads(_done(folder, name).read_text(encoding="utf-8")) for name in names]
 
 
+def available_cores() -> int:
+    """Cores this process may use; a batch system often grants fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def missing(folder: Path, names: Sequence[str]) -> list[str]:
     """Those of the names that have no done file yet."""
     there = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()

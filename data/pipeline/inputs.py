@@ -1,19 +1,28 @@
-"""The raw files of a data recipe: which are read, in which format, and what identifies their bytes."""
+"""What a data set is made from: raw files and their formats, the tokenizer, and one sha256 of all that shapes its bytes."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from chatmill.config import ConfigError
 from chatmill.files import sha256_file
 
 from ..importers.registry import importer, is_recognised, recognise, source_files
 from ..raw.files import RawFile, distinct
 from ..recipe import DataRecipe
 from ..remote.files import RemotePath
+from ..samples.decontaminate import benchmark_files
+from ..shards.manifest import FORMAT_VERSION
+from ..tokenizer.template import TEMPLATES
+from ..tokenizer.tokenizer import ChatTokenizer
+
+# Raised whenever the same recipe would now give other bytes, so that old data sets are rebuilt.
+BUILD_VERSION = 4
 
 
 def raw_files(recipe: DataRecipe) -> tuple[list[tuple[int, RawFile]], list[str]]:
@@ -67,3 +76,49 @@ def _raw_sha256(path: Path | RemotePath) -> str:
 def input_bytes(file: RawFile) -> int:
     """Size of a raw file or of all files of a folder."""
     return sum(part.path.stat().st_size for part in RawFile(file.path).parts())
+
+
+def given_tokenizer(recipe: DataRecipe) -> ChatTokenizer | None:
+    """The tokenizer that the recipe names; None where the build trains one."""
+    if recipe.tokenizer.path is None:
+        return None
+    try:
+        tokenizer = ChatTokenizer.load(recipe.tokenizer.path, template_source(recipe.tokenizer.template))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\nIt is named by tokenizer.path; `chatmill import` makes one from a downloaded model."
+        ) from error
+    _ = tokenizer.template  # fails now, not after the cleaning
+    return tokenizer
+
+
+def template_source(name: str | None) -> str | None:
+    """Text of a chat template given by name or file."""
+    if name is None or name in TEMPLATES:
+        return None if name is None else TEMPLATES[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"tokenizer.template={name!r}: neither a file nor one of {', '.join(TEMPLATES)}")
+    return path.read_text(encoding="utf-8")
+
+
+def build_digest(
+    recipe: DataRecipe, files: list[tuple[int, RawFile]], tokenizer: ChatTokenizer | None
+) -> tuple[str, list[dict[str, Any]]]:
+    """(sha256 of all that shapes the bytes, one record per raw file)."""
+    inputs = describe_inputs(recipe, files)
+    template = template_source(recipe.tokenizer.template) if tokenizer is None else None
+    benchmarks = [input_sha256(file) for file in benchmark_files(recipe.dedup.decontaminate)]
+    tokens = tokenizer.fingerprint if tokenizer else template
+    facts = [BUILD_VERSION, FORMAT_VERSION, recipe_facts(recipe), inputs, benchmarks, tokens]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), inputs
+
+
+def recipe_facts(recipe: DataRecipe) -> dict[str, Any]:
+    """The recipe without what does not shape the bytes: where files lie and how many processes work."""
+    facts = recipe.model_dump(mode="json", exclude={"out", "workers", "executor"})
+    for source in facts["sources"]:
+        source.pop("path")
+    facts["tokenizer"].pop("path")
+    facts["dedup"].pop("decontaminate")
+    return facts

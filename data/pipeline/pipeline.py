@@ -9,16 +9,11 @@ Intermediate files live in `.<name>.work-<digest>` beside the data set and go wh
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,32 +26,30 @@ from chatmill.files import sha256_file, write_durably
 from ..conversation import TokenizedDialogue, load_line
 from ..importers.registry import spans
 from ..ledger import Ledger, shorten
-from ..raw.files import RawFile
 from ..recipe import DataRecipe
-from ..remote.files import is_url, publish_remotely, read_remote_json, remote_files, staging_folder
+from ..remote.files import is_url, staging_folder
 from ..report.page import html_report
-from ..samples.decontaminate import benchmark_files, benchmark_hashes
+from ..samples.decontaminate import benchmark_hashes
 from ..samples.dedup import CONTAMINATED, REASONS, deduplicate
 from ..samples.near_duplicates import near_pairs
 from ..samples.split import Facts, assign, certificate, group
 from ..shards.dataset import TokenDataset
 from ..shards.dialogues import DialogueWriter
-from ..shards.manifest import FORMAT_VERSION, MANIFEST, read_manifest
+from ..shards.manifest import FORMAT_VERSION, MANIFEST
 from ..shards.publish import publish
 from ..shards.writer import ShardWriter
 from ..tokenizer.template import TEMPLATES
 from ..tokenizer.tokenizer import ChatTokenizer, train_bpe
-from .executor import Task, run_tasks
-from .inputs import describe_inputs, input_sha256, raw_files
-from .stages import ImportFile, PrepareChunk, TokenizeChunk, Work, load_arrays, save_arrays
+from .destination import Progress, built_report, copy_out, published_report
+from .executor import Task, available_cores, run_tasks
+from .inputs import build_digest, given_tokenizer, raw_files, recipe_facts, template_source
+from .stages import ImportFile, PrepareChunk, TokenizeChunk
 from .text_counts import TextCounts
+from .work_folder import WorkFolder, build_lock, load_arrays, remove_work, save_arrays
 
 Stage = Literal["import", "clean", "pair", "dedup", "split", "tokenize", "shard"]
 STAGES: tuple[Stage, ...] = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")
 SPLITS = ("train", "validation")
-Progress = Callable[[str, int, int], None]
-# Raised whenever the same recipe would now give other bytes, so that old data sets are rebuilt.
-BUILD_VERSION = 4
 
 
 def build_dataset(
@@ -70,52 +63,29 @@ def build_dataset(
     url = place.rstrip("/") if is_url(place) else None
     folder = (staging_folder(url) if url else Path(place)).absolute()
     files, left_out = raw_files(recipe)
-    tokenizer = _given_tokenizer(recipe)
-    digest, inputs = _digest(recipe, files, tokenizer)
-    if until == "shard" and not url and _is_built(folder, digest):
-        return json.loads((folder / "report.json").read_text(encoding="utf-8")) | {"built": False, "out": str(folder)}
-    if until == "shard" and url and (found := _published(url, digest)):
-        return found | {"built": False, "out": url}
+    tokenizer = given_tokenizer(recipe)
+    digest, inputs = build_digest(recipe, files, tokenizer)
+    if until == "shard" and (found := published_report(url, digest) if url else built_report(folder, digest)):
+        return found | {"built": False, "out": url or str(folder)}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
-        if until == "shard" and url and _is_built(folder, digest):  # killed while it was copied
-            copied = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            return _copy_out(folder, url, copied | {"built": True}, progress)
+    with build_lock(folder):
+        if until == "shard" and url and (found := built_report(folder, digest)):  # killed while it was copied
+            return copy_out(folder, url, found | {"built": True}, progress)
         parts = [
             (n, part)
             for (n, file), found in zip(files, inputs, strict=True)
             for part in spans(file, found["format"], recipe.sources[n])
         ]
-        work = Work(folder.parent / f".{folder.name}.work-{digest[:12]}", recipe, tuple(parts))
+        work = WorkFolder(folder.parent / f".{folder.name}.work-{digest[:12]}", recipe, tuple(parts))
         for stage in ("import", "prepare", "assign", "tokenize"):
             (work.folder / stage).mkdir(parents=True, exist_ok=True)
         build = _Build(work, folder, digest, inputs, left_out, tokenizer, progress or (lambda stage, done, total: None))
         report = build.run(until)
         if until == "shard":
-            _remove_work(folder)
+            remove_work(folder)
             if url:
-                return _copy_out(folder, url, report, progress)
+                return copy_out(folder, url, report, progress)
     return report
-
-
-def _copy_out(folder: Path, url: str, report: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
-    """Move a data set from the folder where it was built to its URL; its report."""
-    publish_remotely(folder, url, (lambda done, total: progress("copy", done, total)) if progress else None)
-    shutil.rmtree(folder)
-    return report | {"out": url}
-
-
-def _published(url: str, digest: str) -> dict[str, Any] | None:
-    """The report of a data set at a URL that came from the same inputs and recipe and is all there."""
-    manifest = read_remote_json(url, MANIFEST)
-    if (
-        manifest is None
-        or manifest.get("recipe_sha256") != digest
-        or not set(manifest["files"]) <= set(found := remote_files(url))
-    ):
-        return None
-    shards = [(split, record) for split in SPLITS for record in manifest["splits"][split]["shards"]]
-    return read_remote_json(url, "report.json") if all(found.get(f"{s}/{r['name']}") == r["bytes"] for s, r in shards) else None
 
 
 class _Build:
@@ -123,7 +93,7 @@ class _Build:
 
     def __init__(
         self,
-        work: Work,
+        work: WorkFolder,
         out: Path,
         digest: str,
         inputs: list[dict[str, Any]],
@@ -263,7 +233,7 @@ class _Build:
             if self.tokenizer is None:
                 assert self.recipe.tokenizer.train is not None
                 self.progress("train tokenizer", 0, 1)
-                template = _template_source(self.recipe.tokenizer.template) or TEMPLATES["chatml"]
+                template = template_source(self.recipe.tokenizer.template) or TEMPLATES["chatml"]
                 self.tokenizer = train_bpe(
                     self._training_texts(chunks), self.recipe.tokenizer.train.vocab_size, template=template
                 )
@@ -327,7 +297,7 @@ class _Build:
             "format": FORMAT_VERSION,
             "name": self.recipe.name,
             "recipe_sha256": self.digest,
-            "recipe": _recipe_facts(self.recipe),
+            "recipe": recipe_facts(self.recipe),
             "inputs": self.inputs,
             **hashes,
             "vocab_size": self.tokenizer.vocab_size,
@@ -365,73 +335,6 @@ class _Build:
                 row, k = next(rows, None), k + 1
 
 
-def _remove_work(folder: Path) -> None:
-    """Intermediate files go. A folder is renamed first: half removed under its own name, a later build would go on with it."""
-    for stale in folder.parent.glob(f".{folder.name}.work-*"):
-        stale.rename(Path(tempfile.mkdtemp(prefix=f".{folder.name}.gone-", dir=folder.parent)) / stale.name)
-    for gone in folder.parent.glob(f".{folder.name}.gone-*"):
-        shutil.rmtree(gone)
-
-
-def available_cores() -> int:
-    """Cores this process may use; a batch system often grants fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _given_tokenizer(recipe: DataRecipe) -> ChatTokenizer | None:
-    if recipe.tokenizer.path is None:
-        return None
-    try:
-        tokenizer = ChatTokenizer.load(recipe.tokenizer.path, _template_source(recipe.tokenizer.template))
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}\nIt is named by tokenizer.path; `chatmill import` makes one from a downloaded model."
-        ) from error
-    _ = tokenizer.template  # fails now, not after the cleaning
-    return tokenizer
-
-
-def _template_source(name: str | None) -> str | None:
-    if name is None or name in TEMPLATES:
-        return None if name is None else TEMPLATES[name]
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"tokenizer.template={name!r}: neither a file nor one of {', '.join(TEMPLATES)}")
-    return path.read_text(encoding="utf-8")
-
-
-def _digest(
-    recipe: DataRecipe, files: list[tuple[int, RawFile]], tokenizer: ChatTokenizer | None
-) -> tuple[str, list[dict[str, Any]]]:
-    """(sha256 of all that shapes the bytes, one record per raw file)."""
-    inputs = describe_inputs(recipe, files)
-    template = _template_source(recipe.tokenizer.template) if tokenizer is None else None
-    benchmarks = [input_sha256(file) for file in benchmark_files(recipe.dedup.decontaminate)]
-    tokens = tokenizer.fingerprint if tokenizer else template
-    facts = [BUILD_VERSION, FORMAT_VERSION, _recipe_facts(recipe), inputs, benchmarks, tokens]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), inputs
-
-
-def _recipe_facts(recipe: DataRecipe) -> dict[str, Any]:
-    """The recipe without what does not shape the bytes: where files lie and how many processes work."""
-    facts = recipe.model_dump(mode="json", exclude={"out", "workers", "executor"})
-    for source in facts["sources"]:
-        source.pop("path")
-    facts["tokenizer"].pop("path")
-    facts["dedup"].pop("decontaminate")
-    return facts
-
-
-def _is_built(folder: Path, digest: str) -> bool:
-    try:
-        manifest = read_manifest(folder)
-    except ConfigError:
-        return False
-    shards = [(split, record) for split in SPLITS for record in manifest["splits"][split]["shards"]]
-    present = all((folder / split / r["name"]).is_file() for split, r in shards) and (folder / "report.json").is_file()
-    return bool(manifest.get("recipe_sha256") == digest) and present
-
-
 def _totals(records: list[dict[str, Any]]) -> dict[str, Any]:
     keys = ("dialogues", "tokens", "loss_tokens", "blocks")
     return {"shards": records, **{key: sum(record[key] for record in records) for key in keys}}
@@ -455,18 +358,3 @@ def _why(ledger: Ledger) -> str:
     return shorten(
         "; ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common(5)) or "nothing was there", 400
     )
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One build of a folder at a time.
-
-    A record lock, which worker processes do not inherit: one that is still dying in a disk write after `kill -9` of the whole
-    group would otherwise hold it against the next build.
-    """
-    with (folder.parent / f".{folder.name}.lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"data set {folder}: another build of it is running") from error
-        yield

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from ..cleaning.clean import Cleaner
 from ..conversation import Conversation, dump_line, load_line
 from ..importers.registry import read_file
 from ..ledger import Ledger
-from ..raw.files import RawFile
-from ..recipe import DataRecipe
 from ..samples.decontaminate import contaminated
 from ..samples.dedup import text_hash
 from ..samples.near_duplicates import dialogue_text, signatures
@@ -34,34 +31,16 @@ from ..samples.pair import make_samples
 from ..samples.split import author_hashes, key_hash, thread_key
 from ..tokenizer.tokenizer import ChatTokenizer
 from .text_counts import TextCounts
+from .work_folder import WorkFolder, load_arrays, save_arrays
 
 CHUNK_BYTES = 2 << 20
-
-
-@dataclass(frozen=True)
-class Work:
-    """A build in progress: its recipe, its raw files (source number, file) and the folder of intermediate files."""
-
-    folder: Path
-    recipe: DataRecipe
-    files: tuple[tuple[int, RawFile], ...] = field(default=())
-
-    def path(self, stage: str, name: str) -> Path:
-        """File of a stage."""
-        return self.folder / stage / name
-
-    def benchmarks(self) -> NDArray[np.uint64] | None:
-        """Hashes of the evaluation sets to keep out, if there are any."""
-        if not self.recipe.dedup.decontaminate:
-            return None
-        return load_arrays(self.path("prepare", "benchmarks.npz"))["hashes"]
 
 
 @dataclass(frozen=True)
 class ImportFile:
     """Task `f00007`: raw file 7 to chunks `c00007-00000.jsonl` … of about CHUNK_BYTES."""
 
-    work: Work
+    work: WorkFolder
 
     def __call__(self, name: str) -> dict[str, Any]:
         number = int(name[1:])
@@ -92,7 +71,7 @@ class ImportFile:
 class PrepareChunk:
     """Task `c…`: clean and pair one chunk of conversations, and hash every sample for the stages that see all of them."""
 
-    work: Work
+    work: WorkFolder
 
     def __call__(self, name: str) -> dict[str, Any]:
         recipe = self.work.recipe
@@ -132,7 +111,7 @@ class PrepareChunk:
 class TokenizeChunk:
     """Task `c…`: ids and masks of the samples that stay. side: 0 train, 1 validation, 2 dropped before."""
 
-    work: Work
+    work: WorkFolder
 
     def __call__(self, name: str) -> dict[str, Any]:
         folder = self.work.folder / "tokenizer"
@@ -190,16 +169,3 @@ def read_lines(path: Path) -> Iterator[Conversation]:
     with path.open("rb") as file:
         for line in file:
             yield load_line(line)
-
-
-def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """npz, durably."""
-    buffer = BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    write_durably(path, buffer.getvalue())
-
-
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Inverse of save_arrays."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from chatmill.config import ConfigError
 
+from ...data.packing.options import Annotate
 from ...data.shards.dataset import TokenDataset
-from ...data.stream import Annotate, PackedBatch, PackedStream
+from ...data.stream import PackedBatch, PackedStream
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..config import Recipe

@@ -17,8 +17,26 @@ import yaml
 from chatmill.config import ConfigError, Section
 
 from ...data.packing.mixture import Mixture
+from ...data.packing.options import StreamOptions
 from ...data.packing.schedule import Schedule
 from ..config import Recipe
+
+
+def stream_options(recipe: Recipe, exclude: Mapping[int, Collection[str]], world_size: int) -> StreamOptions:
+    """The recipe's order of packs, and their division among the ranks."""
+    return StreamOptions(
+        sequence_length=recipe.data.sequence_length,
+        micro_batch=recipe.train.micro_batch,
+        accumulation=recipe.train.accumulation,
+        world_size=world_size,
+        seed=recipe.train.seed,
+        overlong=recipe.data.overlong,
+        overlap=recipe.data.overlap,
+        epochs=recipe.train.epochs,
+        max_tokens=recipe.train.tokens,
+        max_dialogues=recipe.data.max_dialogues,
+        exclude=exclude,
+    )
 
 
 def in_steps(recipe: Recipe, mixture: Mixture, exclude: Mapping[int, Collection[str]], world_size: int, folder: Path) -> Recipe:
@@ -32,18 +50,7 @@ def in_steps(recipe: Recipe, mixture: Mixture, exclude: Mapping[int, Collection[
     found = _begun_with(folder, recipe)
     if found is None:
         most = train.steps if "steps" in train.model_fields_set else None
-        order = Schedule(
-            mixture,
-            sequence_length=recipe.data.sequence_length,
-            global_batch=world_size * train.micro_batch * train.accumulation,
-            seed=train.seed,
-            overlong=recipe.data.overlong,
-            overlap=recipe.data.overlap,
-            epochs=train.epochs,
-            max_tokens=train.tokens,
-            max_dialogues=recipe.data.max_dialogues,
-            exclude=exclude,
-        )
+        order = Schedule(mixture, stream_options(recipe, exclude, world_size))
         counts = [planned.tokens for planned in islice(order.steps(), most)]
         found = len(counts), sum(counts)
     steps, tokens = found

@@ -13,6 +13,7 @@ from ...data.stream import PackedBatch, PackedStream
 from ..config import ModelConfig, Recipe
 from ..distributed.world import World
 from ..model.attention_plans import plan_maker
+from .budget import stream_options
 
 
 def training_stream(
@@ -21,18 +22,8 @@ def training_stream(
     """The shuffled stream of this rank; on a GPU with the attention kernel's tile plans, made beside the batches."""
     return PackedStream(
         mixture,
-        sequence_length=recipe.data.sequence_length,
-        micro_batch=recipe.train.micro_batch,
-        accumulation=recipe.train.accumulation,
+        stream_options(recipe, exclude, world.world_size),
         rank=world.rank,
-        world_size=world.world_size,
-        seed=recipe.train.seed,
-        overlong=recipe.data.overlong,
-        overlap=recipe.data.overlap,
-        epochs=recipe.train.epochs,
-        max_tokens=recipe.train.tokens,
-        max_dialogues=recipe.data.max_dialogues,
-        exclude=exclude,
         annotate=plan_maker(config, recipe.kernels.attention, recipe.train.precision, world.device),
         pin=world.device.type == "cuda",
     )

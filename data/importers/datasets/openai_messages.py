@@ -7,14 +7,15 @@ Tool calls have no text form that all templates share: they are rendered as JSON
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from ...conversation import Conversation, Role, Turn, make_uid
+from ...conversation import Conversation, Role, Turn
 from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
+from ..records import BadRecordError, Record, read_records
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -37,30 +38,22 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """All dialogues, each line on its own: a bad one is counted and passed over."""
-    yield from from_records(json_lines(file, options.encoding, ledger), file, source, ledger)
+    yield from read_records(json_lines(file, options.encoding, ledger), dialogue, file, source, ledger)
 
 
-def from_records(
-    records: Iterable[tuple[int, dict[str, Any]]], file: RawFile, source: str, ledger: Ledger
-) -> Iterator[Conversation]:
-    """Dialogues of numbered records, from JSON or from a table."""
-    for number, record in records:
-        origin = f"{file.label}:{number}"
-        messages = record.get("messages")
-        if not isinstance(messages, list):
-            ledger.drop("no messages list", f"{origin}: {sorted(record)[:8]}")
-            continue
-        try:
-            turns = tuple(turn_of(message) for message in messages)
-        except (KeyError, TypeError, ValueError) as error:
-            ledger.drop("bad message", f"{origin}: {error}")
-            continue
-        for message in messages:
-            if others := other_parts(message.get("content")):
-                ledger.change("picture, sound or file left out of a message", f"{origin}: {others}", len(others))
-        meta: dict[str, Any] = {key: record[key] for key in ("id", "license", "tools", "meta") if key in record}
-        ledger.keep()
-        yield Conversation(make_uid(source, origin), turns, source, origin, meta)
+def dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], dict[str, Any]]:
+    """Turns of a record."""
+    messages = record.get("messages")
+    if not isinstance(messages, list):
+        raise BadRecordError("no messages list", sorted(record)[:8])
+    try:
+        turns = [turn_of(message) for message in messages]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadRecordError("bad message", error) from error
+    for message in messages:
+        if others := other_parts(message.get("content")):
+            ledger.change("picture, sound or file left out of a message", f"{origin}: {others}", len(others))
+    return turns, {key: record[key] for key in ("id", "license", "tools", "meta") if key in record}
 
 
 def turn_of(message: dict[str, Any]) -> Turn:

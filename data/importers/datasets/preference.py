@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ...conversation import Conversation, Turn, make_uid
+from ...conversation import Conversation, Turn
 from ...ledger import Ledger
 from ...preference import REJECTED
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
+from ..records import BadRecordError, Record, read_records
 from .openai_messages import turn_of
 
 TEXTS = ("text", "response", "content", "completion")
@@ -36,16 +37,15 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """One conversation per pair; a bad line is counted and passed over."""
-    for number, record in json_lines(file, options.encoding, ledger):
-        origin = f"{file.label}:{number}"
-        try:
-            turns, rejected = _pair(record)
-        except (KeyError, TypeError, ValueError) as error:
-            ledger.drop("bad preference record", f"{origin}: {error}")
-            continue
-        meta = {key: record[key] for key in ("id", "license") if key in record} | {REJECTED: rejected}
-        ledger.keep()
-        yield Conversation(make_uid(source, origin), turns, source, origin, meta)
+    yield from read_records(json_lines(file, options.encoding, ledger), _dialogue, file, source, ledger)
+
+
+def _dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[tuple[Turn, ...], dict[str, Any]]:
+    try:
+        turns, rejected = _pair(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadRecordError("bad preference record", error) from error
+    return turns, {key: record[key] for key in ("id", "license") if key in record} | {REJECTED: rejected}
 
 
 def _pair(record: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:

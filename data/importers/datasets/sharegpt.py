@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from ...conversation import Conversation, Role, Turn, make_uid
+from ...conversation import Conversation, Role, Turn
 from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
+from ..records import BadRecordError, Record, read_records
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -40,30 +41,18 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """All dialogues; one with an unknown speaker or a value that is not text is counted and passed over."""
-    yield from from_records(json_lines(file, options.encoding, ledger), file, source, ledger)
+    yield from read_records(json_lines(file, options.encoding, ledger), dialogue, file, source, ledger)
 
 
-def from_records(
-    records: Iterable[tuple[int, dict[str, Any]]], file: RawFile, source: str, ledger: Ledger
-) -> Iterator[Conversation]:
-    """Dialogues of numbered records, from JSON or from a table."""
-    for number, record in records:
-        origin = f"{file.label}:{number}"
-        turns: list[Turn] = []
-        items = record.get("conversations")
-        if not isinstance(items, list):
-            ledger.drop("no conversations list", f"{origin}: {sorted(record)[:8]}")
-            continue
-        bad = ""
-        for item in items:
-            speaker, value = (item.get("from"), item.get("value")) if isinstance(item, dict) else (None, None)
-            if speaker not in _ROLES or not isinstance(value, str):
-                bad = f"from={speaker!r}, value is a {type(value).__name__}"
-                break
-            turns.append(Turn(_ROLES[speaker], value, loss=float(item.get("weight", 1)) > 0))
-        if bad:
-            ledger.drop("bad message", f"{origin}: {bad}")
-            continue
-        ledger.keep()
-        meta = {"id": record["id"]} if "id" in record else {}
-        yield Conversation(make_uid(source, origin), tuple(turns), source, origin, meta)
+def dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], dict[str, Any]]:
+    """Turns of a record."""
+    items = record.get("conversations")
+    if not isinstance(items, list):
+        raise BadRecordError("no conversations list", sorted(record)[:8])
+    turns: list[Turn] = []
+    for item in items:
+        speaker, value = (item.get("from"), item.get("value")) if isinstance(item, dict) else (None, None)
+        if speaker not in _ROLES or not isinstance(value, str):
+            raise BadRecordError("bad message", f"from={speaker!r}, value is a {type(value).__name__}")
+        turns.append(Turn(_ROLES[speaker], value, loss=float(item.get("weight", 1)) > 0))
+    return turns, {"id": record["id"]} if "id" in record else {}

@@ -6,6 +6,7 @@ A text file is one document; so that memory stays constant, a longer one is cut 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ...conversation import Conversation, Turn, make_uid
@@ -13,6 +14,7 @@ from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
+from ..records import BadRecordError, Record, read_records
 
 DOCUMENT_CHARS = 100_000
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
@@ -32,33 +34,39 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
     """All documents."""
     if file.stem.lower().endswith((".jsonl", ".json", ".ndjson")):
         field = options.columns.get("text", "text")
-        for number, record in json_lines(file, options.encoding, ledger):
-            origin = f"{file.label}:{number}"
-            text = record.get(field)
-            if not isinstance(text, str) or not text.strip():
-                ledger.drop("no text", f"{origin}: {sorted(record)[:8]}")
-                continue
-            ledger.keep()
-            yield _document(text, source, origin, {key: record[key] for key in ("id", "url", "title") if key in record})
+        yield from read_records(json_lines(file, options.encoding, ledger), partial(_document, field), file, source, ledger)
         return
-    with file.text(options.encoding) as lines:
+    found = False
+    for number, text in _pieces(file, options.encoding):
+        origin, found = f"{file.label}:{number}", True
+        ledger.keep()
+        yield Conversation(make_uid(source, origin), (_turn(text),), source, origin, {"document": True})
+    if not found:
+        ledger.drop("no text", file.label)
+
+
+def _pieces(file: RawFile, encoding: str) -> Iterator[tuple[int, str]]:
+    """(number of the first line, text) of each document in a text file."""
+    with file.text(encoding) as lines:
         piece: list[str] = []
         size, first = 0, 1
         for number, line in enumerate(lines, 1):
             if size >= DOCUMENT_CHARS and not line.strip():
-                ledger.keep()
-                yield _document("".join(piece), source, f"{file.label}:{first}", {})
+                yield first, "".join(piece)
                 piece, size, first = [], 0, number + 1
                 continue
             piece.append(line)
             size += len(line)
         if "".join(piece).strip():
-            ledger.keep()
-            yield _document("".join(piece), source, f"{file.label}:{first}", {})
-        elif first == 1:
-            ledger.drop("no text", file.label)
+            yield first, "".join(piece)
 
 
-def _document(text: str, source: str, origin: str, meta: dict[str, Any]) -> Conversation:
-    turn = Turn("assistant", text.replace("\r\n", "\n").strip("\n"))
-    return Conversation(make_uid(source, origin), (turn,), source, origin, {**meta, "document": True})
+def _document(field: str, record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], dict[str, Any]]:
+    text = record.get(field)
+    if not isinstance(text, str) or not text.strip():
+        raise BadRecordError("no text", sorted(record)[:8])
+    return [_turn(text)], {key: record[key] for key in ("id", "url", "title") if key in record} | {"document": True}
+
+
+def _turn(text: str) -> Turn:
+    return Turn("assistant", text.replace("\r\n", "\n").strip("\n"))

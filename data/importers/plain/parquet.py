@@ -18,6 +18,7 @@ from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...recipe import SourceSection
 from ..datasets import alpaca, openai_messages, sharegpt
+from ..records import read_records
 from .table import column_map, json_cell, rows_to_conversations
 
 BATCH_ROWS = 1024
@@ -45,7 +46,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
     names = set(first)
     for column, module in (("messages", openai_messages), ("conversations", sharegpt), ("instruction", alpaca)):
         if column in names and not options.columns:
-            yield from module.from_records(numbered(), file, source, ledger)
+            yield from read_records(numbered(), module.dialogue, file, source, ledger)
             return
     columns = column_map(list(first), options.columns, file.label)
     yield from rows_to_conversations(numbered(), columns, file, options, source, ledger)

@@ -23,6 +23,7 @@ from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...recipe import SourceSection
 from ..messages import ChatMessage, to_conversation
+from ..records import BadRecordError, Record, read_records
 
 _USUAL = {
     "prompt": ("prompt", "question", "query", "input", "user"),
@@ -83,7 +84,7 @@ def column_map(names: list[str], given: Mapping[str, str], label: str) -> dict[s
 
 
 def rows_to_conversations(
-    rows: Iterator[tuple[int, Mapping[str, Any]]],
+    rows: Iterator[tuple[int, Record]],
     columns: Mapping[str, str],
     file: RawFile,
     options: SourceSection,
@@ -94,23 +95,21 @@ def rows_to_conversations(
     if "content" in columns:
         yield from _grouped(rows, columns, file, options, source, ledger)
         return
-    for number, row in rows:
-        origin = f"{file.label}:{number}"
+
+    def dialogue(row: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], dict[str, Any]]:
         cell = {field: str(row.get(column) or "") for field, column in columns.items()}
         if not all(cell[field].strip() for field in ("prompt", "reply", "text") if field in cell):
-            ledger.drop("empty cell", f"{origin}: {list(cell.values())[:2]}")
-            continue
-        ledger.keep()
+            raise BadRecordError("empty cell", list(cell.values())[:2])
         if "text" in cell:
-            yield Conversation(make_uid(source, origin), (Turn("assistant", cell["text"]),), source, origin, {"document": True})
-            continue
+            return [Turn("assistant", cell["text"])], {"document": True}
         turns = [Turn("system", cell["system"])] if cell.get("system") else []
-        turns += [Turn("user", cell["prompt"]), Turn("assistant", cell["reply"])]
-        yield Conversation(make_uid(source, origin), tuple(turns), source, origin, {})
+        return [*turns, Turn("user", cell["prompt"]), Turn("assistant", cell["reply"])], {}
+
+    yield from read_records(rows, dialogue, file, source, ledger)
 
 
 def _grouped(
-    rows: Iterator[tuple[int, Mapping[str, Any]]],
+    rows: Iterator[tuple[int, Record]],
     columns: Mapping[str, str],
     file: RawFile,
     options: SourceSection,

@@ -13,7 +13,8 @@ from chatmill.data.conversation import Conversation
 from chatmill.data.importers.registry import read_file, recognise, source_files
 from chatmill.data.ledger import Ledger
 from chatmill.data.pipeline.inputs import raw_files
-from chatmill.data.pipeline.stages import ImportFile, Work
+from chatmill.data.pipeline.stages import ImportFile
+from chatmill.data.pipeline.work_folder import WorkFolder
 from chatmill.data.recipe import DataRecipe, PairSection, SourceSection
 from chatmill.data.samples.pair import make_samples
 
@@ -153,6 +154,6 @@ def test_a_wrong_encoding_is_counted(tmp_path: Path) -> None:
         chosen = recipe(tmp_path / "x.csv")
         source = chosen.sources[0].model_copy(update={"encoding": encoding})
         files, _ = raw_files(chosen)
-        work = Work(tmp_path, chosen.model_copy(update={"sources": [source]}), tuple(files))
+        work = WorkFolder(tmp_path, chosen.model_copy(update={"sources": [source]}), tuple(files))
         found = ImportFile(work)("f00000")["import"]
         assert found["kept"] == 2 and sum(found["changed"].values()) == expected

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from chatmill.config import ConfigError
 from chatmill.data.packing.mixture import Mixture, largest_deficit
+from chatmill.data.packing.options import StreamOptions
 from chatmill.data.packing.order import Order
 from chatmill.data.packing.schedule import Position, Schedule, StepPlan
 from chatmill.data.shards.memory import MemoryDataset
@@ -36,7 +37,7 @@ def small_windows() -> Iterator[None]:
 
 def schedule(weights: Any, sources: Any = None, **options: Any) -> Schedule:
     mixture = Mixture(sources or ALL, weights)
-    return Schedule(mixture, **{"sequence_length": 128, "global_batch": 8, **options})
+    return Schedule(mixture, StreamOptions(**{"sequence_length": 128, "global_batch": 8, **options}))
 
 
 def uids_of(planned: StepPlan) -> list[list[str]]:

@@ -42,7 +42,7 @@ def loaded(ranked: PackedStream, workers: int) -> Iterator[PackedBatch]:
     """The batches of a stream: iterated itself, or through a DataLoader with worker processes."""
     if not workers:
         return iter(ranked)
-    shared = ranked.world_size == 1  # as in training: tensors in shared memory; other worlds differ in the rank alone
+    shared = ranked.options.world_size == 1  # as in training: tensors in shared memory; other worlds differ in the rank alone
     return iter(
         torch.utils.data.DataLoader(ranked, batch_size=None, num_workers=workers, collate_fn=None if shared else as_arrays)
     )
@@ -64,7 +64,7 @@ def global_batches(
         batch = None
         for at, batch in enumerate(islice(loaded(ranked, workers), steps * accumulation)):
             step, a = divmod(at, accumulation)
-            for k, row in enumerate(rows_of(batch, ranked.sequence_length)):
+            for k, row in enumerate(rows_of(batch, ranked.options.sequence_length)):
                 per_step[step][(a * world + rank) * micro + k] = row
             promised[step].add((batch.step_loss_tokens, batch.step_tokens))
             counted[step] += batch.loss_tokens, batch.n_tokens

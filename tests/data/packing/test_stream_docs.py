@@ -37,7 +37,7 @@ def test_every_python_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     assert names["supervised"] > 0 and 3 in names["steps"]
-    assert names["state"]["step"] == 3 and names["stream"].schedule.max_tokens == 10_000_000
+    assert names["state"]["step"] == 3 and names["stream"].options.max_tokens == 10_000_000
 
 
 def test_the_recipe_of_the_page_is_a_recipe() -> None:

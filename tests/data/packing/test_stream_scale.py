@@ -12,6 +12,7 @@ import pytest
 from chatmill.data.importers.datasets.chitchat import installed_file, read
 from chatmill.data.ledger import Ledger
 from chatmill.data.packing.mixture import Mixture
+from chatmill.data.packing.options import StreamOptions
 from chatmill.data.packing.schedule import Cursor, Position, Schedule
 from chatmill.data.recipe import SourceSection
 from chatmill.data.shards.memory import IndexedDataset
@@ -78,7 +79,7 @@ def test_packs_of_the_chitchat_set_are_at_least_995_per_mille_full(overlong: Lit
         source = IndexedDataset(len(lengths), block=256)
         source.lengths = np.maximum(lengths, 4).astype(np.uint32)
         source.loss_tokens = source.lengths // 2
-        schedule = Schedule(Mixture.of(source), sequence_length=capacity, global_batch=1, epochs=1, overlong=overlong)
+        schedule = Schedule(Mixture.of(source), StreamOptions(sequence_length=capacity, epochs=1, overlong=overlong))
         plans = list(schedule.steps())
         fill = sum(plan.tokens for plan in plans) / (len(plans) * capacity)
         print(f"fill at {capacity}: {fill:.5f}; {dict(schedule.counts)}")

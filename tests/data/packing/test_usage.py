@@ -14,6 +14,7 @@ import yaml
 from chatmill.config import ConfigError
 from chatmill.data.conversation import TokenizedDialogue
 from chatmill.data.packing.mixture import Mixture
+from chatmill.data.packing.options import StreamOptions
 from chatmill.data.packing.schedule import Schedule
 from chatmill.data.packing.usage import at, table, uses_of, where
 from chatmill.data.shards.dataset import TokenDataset
@@ -93,7 +94,7 @@ def test_an_excluded_dialogue_is_used_before_its_step_only() -> None:
     uid = source.uids[7]
 
     def steps(**options: Any) -> list[int]:
-        schedule = Schedule(Mixture.of(source), sequence_length=128, global_batch=4, **options)
+        schedule = Schedule(Mixture.of(source), StreamOptions(sequence_length=128, global_batch=4, **options))
         return [use.step for use in uses_of(schedule, uid, 60)]
 
     assert len(steps()) > 8

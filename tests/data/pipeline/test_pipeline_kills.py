@@ -120,8 +120,8 @@ def test_a_build_that_is_killed_while_it_clears_up_leaves_nothing_to_trip_over(
 
 def test_a_worker_that_outlives_a_killed_build_does_not_keep_the_next_one_out(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from chatmill.data.pipeline import pipeline\n"
-        "with pipeline._lock(Path(sys.argv[1])):\n"
+        "import os, sys, time; from pathlib import Path; from chatmill.data.pipeline import work_folder\n"
+        "with work_folder.build_lock(Path(sys.argv[1])):\n"
         "    child = os.fork()\n"
         "    if child: print(child, flush=True); os._exit(1)\n"
         "    time.sleep(60)\n"
@@ -142,8 +142,8 @@ def test_a_worker_that_outlives_a_killed_build_does_not_keep_the_next_one_out(tm
 
 def test_a_second_build_of_the_same_folder_is_refused(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from chatmill.data.pipeline import pipeline\n"
-        "with pipeline._lock(Path(sys.argv[1])):\n"
+        "import sys, time; from pathlib import Path; from chatmill.data.pipeline import work_folder\n"
+        "with work_folder.build_lock(Path(sys.argv[1])):\n"
         "    print('held', flush=True); time.sleep(60)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(RECIPES.parents[1] / "src")}

@@ -154,7 +154,9 @@ def test_a_build_killed_while_it_copied_only_goes_on_copying(
 ) -> None:
     build = recipe(write_jsonl(tmp_path / "raw.jsonl", chats(100)), out="s3://chat/set")
     with monkeypatch.context() as patch:
-        patch.setattr("chatmill.data.pipeline.pipeline.publish_remotely", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "chatmill.data.pipeline.destination.publish_remotely", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             build_dataset(build)
     monkeypatch.setattr("chatmill.data.pipeline.pipeline._Build.run", lambda *a: pytest.fail("built twice"))

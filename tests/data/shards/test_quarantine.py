@@ -16,6 +16,7 @@ from chatmill.config import ConfigError
 from chatmill.data.check.verify import quarantine_dataset, verify_dataset
 from chatmill.data.conversation import TokenizedDialogue
 from chatmill.data.packing.mixture import Mixture
+from chatmill.data.packing.options import StreamOptions
 from chatmill.data.packing.schedule import Schedule
 from chatmill.data.packing.usage import uses_at
 from chatmill.data.pipeline.pipeline import build_dataset
@@ -174,7 +175,9 @@ def test_a_run_that_meets_a_quarantine_continues_without_repeating_or_changing_i
     for one, two, both in zip(left, right, after, strict=True):
         assert one.uids + two.uids == both.uids and one.step_loss_tokens == both.step_loss_tokens
     # The past can still be planned: what a step before the damage used is known but for the names that were lost.
-    schedule = Schedule(Mixture.of(TokenDataset.open(corpus, "train", damaged_blocks=1)), global_batch=2, epochs=1, **SETTINGS)
+    schedule = Schedule(
+        Mixture.of(TokenDataset.open(corpus, "train", damaged_blocks=1)), StreamOptions(**SETTINGS, global_batch=2, epochs=1)
+    )
     schedule.position(again)
     for step in range(1, 15):
         batch = (before + after)[step - 1]

@@ -18,6 +18,7 @@ from chatmill.config import ConfigError
 from chatmill.data.pipeline import stages
 from chatmill.data.pipeline.datatrove_steps import run_stage
 from chatmill.data.pipeline.pipeline import build_dataset
+from chatmill.data.pipeline.work_folder import WorkFolder
 from chatmill.data.recipe import ExecutorSection, load_data_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -112,7 +113,7 @@ def test_a_task_that_fails_in_an_array_is_shown_with_its_cause(
     cluster: SlurmCluster, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    work = stages.Work(tmp_path, load_data_recipe(str(folder / "small.yaml")))
+    work = WorkFolder(tmp_path, load_data_recipe(str(folder / "small.yaml")))
     for stage in ("import", "prepare"):
         (tmp_path / stage).mkdir()
     for name in ("a", "c"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from chatmill.config import ConfigError
+from chatmill.data.packing.options import StreamOptions
 from chatmill.data.packing.schedule import Schedule
 from chatmill.data.packing.sources import open_mixture, record_exclusion
 from chatmill.data.packing.usage import at, run_schedule, where
@@ -223,7 +224,8 @@ def test_what_became_of_dialogues_longer_than_a_pack_is_in_the_metrics_and_the_r
 def test_the_order_in_which_a_recipe_lists_its_data_sets_does_not_matter(mixed) -> None:
     recipe = mixed("order")
     turned = mixed("order", {"mix": [item.model_dump() for item in recipe.data.mix[::-1]]})
-    one, other = (Schedule(open_mixture(recipe.data), sequence_length=128, global_batch=4) for recipe in (recipe, turned))
+    options = StreamOptions(sequence_length=128, global_batch=4)
+    one, other = (Schedule(open_mixture(recipe.data), options) for recipe in (recipe, turned))
     first, second = ([[pack.uids() for pack in plan.packs] for plan in itertools.islice(s.steps(), 8)] for s in (one, other))
     assert first == second and one.mixture.fingerprint == other.mixture.fingerprint
 
