@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import Protocol, cast
 
 from chatmill.config import ConfigError
@@ -46,6 +47,7 @@ IMPORTERS: dict[str, str] = {
 # Formats whose records stand alone, one per line: a large file is read by several processes.
 LINE_FORMATS = ("openai", "preference", "sharegpt", "alpaca", "documents")
 SPAN_BYTES = 32 << 20
+MEMBERS_TRIED = 100  # of a tar, to find its format
 
 
 class Importer(Protocol):
@@ -69,9 +71,13 @@ def importer(name: str) -> Importer:
 
 def recognise(file: RawFile) -> str:
     """Name of the format of a file; ConfigError where none fits."""
-    head = file.head()
-    if name := _fitting(head, file):
+    if name := _fitting(file):
         return name
+    if file.is_tar:
+        raise ConfigError(
+            f"source {file.label}: no chats in it. Expected members KEY.json, KEY.jsonl or KEY.txt of a known format."
+        )
+    head = file.head()
     if not head:
         raise ConfigError(f"source {file.path}: the file is empty. Take it out of the recipe's sources.")
     start = shorten(head[:200].decode("utf-8", "replace"), 60)
@@ -83,11 +89,16 @@ def recognise(file: RawFile) -> str:
 
 def is_recognised(file: RawFile) -> bool:
     """Would `recognise` name a format? A file that cannot be read (damaged, or its package is absent) is an error here, too."""
-    return _fitting(file.head(), file) is not None
+    return _fitting(file) is not None
 
 
-def _fitting(head: bytes, file: RawFile) -> str | None:
-    return next((name for name in IMPORTERS if importer(name).recognise(head, file.stem)), None)
+def _fitting(file: RawFile) -> str | None:
+    """The format of a file; of a tar, that of the first of its members that has one."""
+    for member in islice(file.members(), MEMBERS_TRIED):
+        head = member.head()
+        if name := next((name for name in IMPORTERS if importer(name).recognise(head, member.stem)), None):
+            return name
+    return None
 
 
 def source_files(options: SourceSection) -> list[RawFile]:
@@ -108,9 +119,20 @@ def spans(file: RawFile, kind: str, options: SourceSection) -> list[RawFile]:
 
 def read_file(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[Conversation]:
     """Conversations of one raw file, at most options.limit."""
-    kind = options.format if options.format != "auto" else recognise(file)
-    for count, conversation in enumerate(importer(kind).read(file, options, options.name or kind, ledger), 1):
+    for count, conversation in enumerate(_read(file, options, ledger), 1):
         yield conversation
         if options.limit is not None and count >= options.limit:
             ledger.change("file cut at sources.limit", file.label)
             return
+
+
+def _read(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[Conversation]:
+    kind = options.format if options.format != "auto" else recognise(file)
+    for member in file.members():
+        if file.is_tar and options.format == "auto":
+            found = _fitting(member)
+            if found is None:
+                ledger.drop("member of a tar in no known format", member.label)
+                continue
+            kind = found
+        yield from importer(kind).read(member, options, options.name or kind, ledger)

@@ -14,6 +14,7 @@ import gzip
 import importlib
 import io
 import lzma
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from chatmill.config import ConfigError
 
 from ..remote.files import RemotePath
 
-_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile)
+_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError)
 
 
 class _ZstdDamageError(Exception):
@@ -73,6 +74,15 @@ def open_zip(path: Path | RemotePath) -> Iterator[zipfile.ZipFile]:
     """An archive, for its names or members."""
     with path.open("rb") as raw, named_damage(path.name), zipfile.ZipFile(raw) as archive:
         yield archive
+
+
+@contextmanager
+def open_tar(path: Path | RemotePath, header: int = 0) -> Iterator[tarfile.TarFile]:
+    """An uncompressed tar, from the member whose header lies at that byte on."""
+    with path.open("rb") as raw, named_damage(path.name):
+        raw.seek(header)
+        with tarfile.open(fileobj=raw, mode="r:") as tar:
+            yield tar
 
 
 class _Zstd(io.RawIOBase):

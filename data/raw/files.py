@@ -1,6 +1,6 @@
 """Raw input files: finding them, opening them through their compression, looking at their beginnings.
 
-A RawFile is a path, a URL or one member of a zip. Everything is streamed; nothing is unpacked to disk.
+A RawFile is a path, a URL, or one member of a zip or tar. Everything is streamed; nothing is unpacked to disk.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import codecs
 import glob
 import io
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from typing import IO, Any, cast
 from chatmill.config import ConfigError
 
 from ..remote.files import RemotePath, find_remote, is_url
-from .compressed import named_damage, open_compressed, open_zip
+from .compressed import named_damage, open_compressed, open_tar, open_zip
 
 HEAD_BYTES = 1 << 16
+_TAR_CHATS = (".json", ".jsonl", ".txt")
 # Windows programs write UTF-16 with a mark. The longer marks come first: UTF-32's begins like UTF-16's.
 _WIDE_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _WIDE = re.compile(r"^utf[-_]?(16|32)([-_]?[lb]e)?$", re.IGNORECASE)
@@ -31,8 +33,9 @@ _SLACK_LISTS = re.compile(r"(^|/)(users|channels|groups|dms|mpims|integration_lo
 
 @dataclass(frozen=True, slots=True)
 class RawFile:
-    """A file on disk, or `member` of the zip at path.
+    """A file on disk, or `member` of the zip or tar at path.
 
+    header: place of the member in a tar, in bytes.
     span: only these whole lines of a line-by-line file: first byte, byte after the last, number of lines before.
     folders: how many of the folders above the file its label names.
     """
@@ -41,12 +44,15 @@ class RawFile:
     member: str | None = None
     span: tuple[int, int, int] | None = None
     folders: int = 0
+    header: int | None = None
 
     @property
     def label(self) -> str:
         """Short name for lineage and messages, with no more folders above the file than tell it from others."""
         name = "/".join(part for part in str(self.path).split("/")[-1 - self.folders :] if part)
-        return name if self.member is None else f"{name}!{self.member}"
+        if self.member is None:
+            return name
+        return f"{name}!{self.member}" if self.header is None else f"{name}:{self.member}"
 
     @property
     def stem(self) -> str:
@@ -71,6 +77,10 @@ class RawFile:
 
     @contextmanager
     def _open_bytes(self) -> Iterator[IO[bytes]]:
+        if self.header is not None:
+            with open_tar(self.path, self.header) as tar:
+                yield cast(IO[bytes], tar.extractfile(cast(tarfile.TarInfo, tar.next())))
+            return
         if self.member is not None:
             with open_zip(self.path) as archive, archive.open(self.member) as file:
                 yield file
@@ -155,7 +165,34 @@ class RawFile:
         found = (self.path if self.path.is_dir() else self.path.parent).parent / name
         return RawFile(found) if found.is_file() else None
 
+    @property
+    def is_tar(self) -> bool:
+        """A WebDataset shard of raw chats, or another tar."""
+        return self.member is None and self.stem.lower().endswith(".tar")
+
+    def members(self) -> Iterator[RawFile]:
+        """The chats in a tar, KEY.json, KEY.jsonl and KEY.txt, in its order; any other file is its own only member.
+
+        Only what the importers read of a member is in memory. Members of other kinds (pictures, __meta__) are passed over.
+        """
+        if not self.is_tar:
+            yield self
+            return
+        if self.path.suffix.lower() != ".tar":
+            raise ConfigError(f"source {self.label}: a compressed tar cannot be read from its middle. Unpack it to .tar first.")
+        with open_tar(self.path) as tar:
+            while (info := tar.next()) is not None:
+                cast(Any, tar).members.clear()  # tarfile keeps every header
+                if info.isfile() and info.name.lower().endswith(_TAR_CHATS) and not info.name.startswith("__"):
+                    yield RawFile(self.path, info.name, folders=self.folders, header=info.offset)
+            raw = cast(IO[bytes], tar.fileobj)
+            raw.seek(tar.offset)
+            if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # cut off between two members
+                raise tarfile.ReadError("the end marker is missing")
+
     def _in_zip(self, member: str) -> RawFile | None:
+        if self.header is not None:
+            return None
         with open_zip(self.path) as archive:
             return RawFile(self.path, member) if member in archive.namelist() else None
 

@@ -19,7 +19,7 @@ import json
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -169,6 +169,19 @@ def decode_block(data: bytes, where: str) -> TokenBlock:
     parts = {name.partition(".")[2]: whole[start : start + size] for name, start, size in walk_members(data, where)}
     if tuple(parts) != MEMBERS:
         raise DamagedShardError(f"{where}: expected members {MEMBERS}, found {tuple(parts)}")
+    return _decode_parts(parts, where)
+
+
+def decode_sample(sample: Mapping[str, Any]) -> TokenBlock:
+    """A block as `webdataset.WebDataset(shard)` yields it: member name -> bytes, undecoded."""
+    where = f"{sample.get('__url__')}, block {sample.get('__key__')}"
+    missing = [name for name in MEMBERS if name not in sample]
+    if missing:
+        raise DamagedShardError(f"{where}: no member {missing[0]}. Expected a token shard, and samples that are not decoded.")
+    return _decode_parts({name: memoryview(sample[name]) for name in MEMBERS}, where)
+
+
+def _decode_parts(parts: Mapping[str, memoryview], where: str) -> TokenBlock:
     try:
         ids, lengths, packed, uids = (_read_npy(parts[name]) for name in MEMBERS[:4])
     except (ValueError, EOFError) as error:

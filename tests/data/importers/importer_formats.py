@@ -16,6 +16,7 @@ import gzip
 import io
 import json
 import re
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -291,6 +292,22 @@ def render_stack_exchange(folder: Path, dialogues: list[Dialogue]) -> Path:
 QUOTES = "quotes"  # lines that begin with > are quotes, those after "-- " a signature
 
 
+def render_openai_tar(folder: Path, dialogues: list[list[str]]) -> Path:
+    """As webdataset writes samples: KEY.json, and a picture beside it."""
+    path = folder / "chats-000000.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, dialogue in enumerate(dialogues):
+            messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(dialogue)]
+            for name, data in (
+                (f"{number:06d}.json", json.dumps({"messages": messages}).encode()),
+                (f"{number:06d}.jpg", b"x"),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
 def render_openai_array(folder: Path, dialogues: list[Dialogue]) -> Path:
     lines = render_openai(folder, dialogues).read_text(encoding="utf-8").split("\n")
     (folder / "chats.json").write_text("[" + ",\n ".join(lines) + "\n]\n", encoding="utf-8-sig")
@@ -372,6 +389,7 @@ DOCUMENT = "document"  # no turns: a dialogue becomes one text
 FORMATS: dict[str, tuple[str, Callable[[Path, list[Dialogue]], Path], set[str]]] = {
     "openai": ("openai", render_openai, set()),
     "openai array": ("openai", render_openai_array, set()),
+    "openai tar": ("openai", render_openai_tar, set()),
     "preference": ("preference", render_preference, set()),
     "sharegpt": ("sharegpt", render_sharegpt, set()),
     "alpaca": ("alpaca", render_alpaca, set()),

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from chatmill.data.conversation import TokenizedDialogue
+from chatmill.data.conversation import Conversation, TokenizedDialogue, Turn, dump_line
+from chatmill.data.shards.dialogues import DialogueWriter
 from chatmill.data.shards.manifest import MANIFEST
 from chatmill.data.shards.memory import MemoryDataset
 from chatmill.data.shards.writer import ShardWriter
@@ -28,6 +29,9 @@ def test_every_python_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest
         for uid, ids, mask in zip(memory.uids, memory.ids, memory.masks, strict=True):
             writer.add(TokenizedDialogue(uid, ids.astype(np.uint32), mask), "test", f"{split}.jsonl:{uid}")
         splits[split] = {"shards": writer.close()}
+    texts = DialogueWriter(tmp_path / "corpora/chitchat", "train")
+    texts.add("one", dump_line(Conversation("one", (Turn("assistant", "hi"),), "test", "train.jsonl:1")).encode())
+    texts.close()
     manifest = {"format": 1, "vocab_size": 65_536, "tokenizer_sha256": "a", "template_sha256": "b", "splits": splits}
     (tmp_path / "corpora/chitchat" / MANIFEST).write_text(json.dumps(manifest))
     monkeypatch.chdir(tmp_path)
@@ -37,6 +41,7 @@ def test_every_python_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     assert names["supervised"] > 0 and 3 in names["steps"]
+    assert len(names["block"].uids) > 0 and names["conversation"].uid == "one"
     assert names["state"]["step"] == 3 and names["stream"].options.max_tokens == 10_000_000
 
 
