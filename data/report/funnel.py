@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .charts import binned_turns
+from .bins import binned_turns
 
 FILES_NAMED = 5
 _NAMES = {"documents": "documents (plain texts: every token carries loss)"}

@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from chatmill.formatting import number
+
 from ..shards.dataset import TokenDataset
 from ..tokenizer.tokenizer import ChatTokenizer
-from .charts import BarRow, bar_rows, bars, binned_lengths, binned_turns, columns, compact, token_strip
-from .pieces import dialogue_tokens, token_pieces
+from .bins import binned_lengths, binned_turns
+from .charts import STYLE, BarRow, bar_rows, bars, columns
+from .pieces import dialogue_tokens, token_pieces, token_strip
 
 SAMPLES, SAMPLE_TOKENS = 6, 600
 LANGUAGES_SHOWN = 12
@@ -65,7 +68,7 @@ def html_report(report: Mapping[str, Any], datasets: Mapping[str, TokenDataset],
     parts += [sample(first, tokenizer, dialogue) for dialogue in shown]
     body = "\n".join([*parts, "</section>"])
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
-    head += f"<style>{_STYLE.read_text(encoding='utf-8')}</style>"
+    head += f"<style>{STYLE}{_STYLE.read_text(encoding='utf-8')}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n'
 
 
@@ -87,11 +90,11 @@ def _cards(report: Mapping[str, Any], datasets: Mapping[str, TokenDataset]) -> s
     private = sum(n for reason, n in stages.get("clean", {}).get("changed", {}).items() if reason.startswith("private: "))
     duplicates = sum(n for reason, n in stages.get("dedup", {}).get("dropped", {}).items() if "duplicate" in reason)
     figures = [
-        (compact(dialogues), f"dialogues of {compact(incoming)} raw"),
-        (compact(tokens), "tokens"),
+        (number(dialogues), f"dialogues of {number(incoming)} raw"),
+        (number(tokens), "tokens"),
         (f"{loss / max(tokens, 1):.1%}", "of them carry loss"),
-        (compact(duplicates), "duplicates removed"),
-        (compact(private), "private items replaced"),
+        (number(duplicates), "duplicates removed"),
+        (number(private), "private items replaced"),
     ]
     return '<div class="cards">' + "".join(f"<div><b>{b}</b><span>{escape(s)}</span></div>" for b, s in figures) + "</div>"
 
@@ -161,7 +164,7 @@ def _loss(datasets: Mapping[str, TokenDataset]) -> str:
     for split, dataset in datasets.items():
         tokens, loss, _ = _totals({split: dataset})
         share = loss / max(tokens, 1)
-        rows.append(BarRow(split, (("learn", share),), compact(loss), f"of {compact(tokens)}, {share:.1%}"))
+        rows.append(BarRow(split, (("learn", share),), number(loss), f"of {number(tokens)}, {share:.1%}"))
     note = "<p>Share of the tokens that the model learns to say; the others are context.</p>"
     return f"<section><h2>Loss share</h2>{note}{bar_rows(rows)}</section>"
 

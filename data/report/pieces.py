@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,3 +47,12 @@ def dialogue_tokens(dataset: TokenDataset, number: int) -> tuple[NDArray[np.gene
     j = number - int(dataset.block_starts[b])
     span = slice(int(block.offsets[j]), int(block.offsets[j + 1]))
     return block.ids[span], block.loss_mask[span], block.sources[j]
+
+
+def token_strip(pieces: Sequence[TokenPiece]) -> str:
+    """Tokens side by side, told apart by shade; <b> where they carry loss, <i> where not. Line feeds show as ↵."""
+    marks = {True: "b", False: "i"}
+    return "".join(
+        f"<{marks[piece.has_loss]}>{escape(piece.text).replace(chr(10), '↵' + chr(10))}</{marks[piece.has_loss]}>"
+        for piece in pieces
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import psutil
 import yaml
 
 from chatmill.config import ConfigError
+from chatmill.formatting import duration
 from chatmill.processes import is_running
 from chatmill.run_files import PREEMPTED, read_jsonl
 
@@ -231,7 +231,7 @@ def show(one: RunStatus) -> str:
     lines.append(f"  step        {one.step:,} of {one.steps:,}{share}, " + _checkpoint(one.checkpoint))
     if one.loss is not None:
         rate = f", {one.seconds_per_step:.3g} s per step" if one.seconds_per_step else ""
-        eta = f", {time_left(one.eta_s)} left" if one.eta_s is not None else ""
+        eta = f", {duration(one.eta_s)} left" if one.eta_s is not None else ""
         lines.append(f"  loss        {one.loss:.4f}{rate}{eta}")
     goodput = f", goodput {100 * one.goodput:.0f} %" if one.goodput is not None else ""
     place = (f", job {one.job}" if one.job else "") + (f" on {one.nodes}" if one.nodes else "")
@@ -245,15 +245,6 @@ def show(one: RunStatus) -> str:
 
 def _checkpoint(step: int) -> str:
     return f"checkpoint at {step:,}" if step >= 0 else "no checkpoint yet"
-
-
-def time_left(seconds: float) -> str:
-    """Days, hours and minutes; seconds below an hour."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{rest:02d}"
 
 
 def launcher_log(run_dir: Path) -> Path | None:

@@ -6,6 +6,7 @@ arXiv:2304.10255) and, where `scaling` names an axis, the fitted curve metric = 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -16,14 +17,14 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
+from markupsafe import Markup
 
 from chatmill.config import ConfigError
 from chatmill.run_files import read_jsonl
 
+from ...data.report.charts import STYLE, Axis, BarRow, Line, Series, bar_rows, draw, parallel
 from .config import SweepConfig
 from .study import load_optuna, open_study
-
-WIDTH, HEIGHT, PAD = 900.0, 300.0, 45.0
 
 
 @dataclass(frozen=True)
@@ -179,84 +180,90 @@ def render(sweep: SweepConfig, trials: list[TrialResult], shares: dict[str, floa
     environment.filters["short"] = _short
     template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
     shown = [t for t in trials if t.value is not None and math.isfinite(t.value)]
+    ranked = sorted(shares.items(), key=lambda item: -item[1])
+    bars = [BarRow(name, (("kept", share),), f"{100 * share:.1f} %", "") for name, share in ranked]
+    charts = [history(sweep, shown), parallel_coordinates(sweep, shown)]
+    if fit:
+        charts.append(scaling_chart(sweep, [t for t in shown if t.state == "complete" and t.x], fit))
     return template.render(
         sweep=sweep,
         trials=trials,
         best=best_of(trials),
         names=list(sweep.space),
-        shares=sorted(shares.items(), key=lambda item: -item[1]),
+        importance=Markup(bar_rows(bars)) if bars else "",
         fit=fit,
-        width=WIDTH,
-        height=HEIGHT,
-        pad=PAD,
-        history=history(shown, sweep.maximise),
-        coordinates=parallel_coordinates(sweep, shown),
-        scaling=scaling_chart([t for t in shown if t.state == "complete" and t.x], fit) if fit else None,
+        chart_style=Markup(STYLE),
+        charts=[Markup(chart) for chart in charts],
     )
 
 
-def history(trials: Sequence[TrialResult], maximise: bool) -> dict[str, Any]:
-    """Points of metric by trial number, and the line of the best so far."""
+def history(sweep: SweepConfig, trials: Sequence[TrialResult]) -> str:
+    """The metric by trial number, a colour per state, and the line of the best so far."""
     ordered = sorted(trials, key=lambda t: t.number)
-    place = _scale([t.value or 0.0 for t in ordered])
-    last = max((t.number for t in ordered), default=1) or 1
-    dots, line, best = [], [], None
-    for trial in ordered:
-        value = trial.value or 0.0
-        x = PAD + (WIDTH - 2 * PAD) * trial.number / last
-        dots.append({"x": x, "y": place(value), "state": trial.state, "text": f"trial {trial.number}: {value:.4f}"})
-        if trial.state == "complete":
-            best = value if best is None else (max if maximise else min)(best, value)
-            line.append(f"{x:.1f},{place(best):.1f}")
-    values = [t.value or 0.0 for t in ordered]
-    return {"dots": dots, "line": " ".join(line), "low": min(values, default=0.0), "high": max(values, default=0.0)}
+    complete = [t for t in ordered if t.state == "complete"]
+    best = itertools.accumulate((t.value or 0.0 for t in complete), max if sweep.maximise else min)
+    line = Series("best so far", tuple(float(t.number) for t in complete), tuple(best), slot=2)
+    chart = draw(
+        f"{sweep.metric} by trial", [line, *_dots(ordered)], note="a pruned trial at its last validation", x_label="trial"
+    )
+    return chart.html(tall=True) if chart else ""
 
 
-def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialResult]) -> dict[str, Any]:
+def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialResult]) -> str:
     """One vertical axis per field and one for the metric; a line per trial, the better the darker."""
-    names = [*sweep.space, sweep.metric]
-    axes: list[dict[str, Any]] = []
-    for i, name in enumerate(names):
-        x = PAD + (WIDTH - 2 * PAD) * i / max(1, len(names) - 1)
+    axes: list[Axis] = []
+    heights: list[list[float]] = []
+    for name in (*sweep.space, sweep.metric):
         found: list[Any] = [t.value if name == sweep.metric else t.values.get(name) for t in trials]
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in found)
-        is_log = name in sweep.space and sweep.space[name].log
-        if numbers and found:
-            place = _scale([float(v) for v in found if v is not None], is_log)
-            ends = (_short(min(found)), _short(max(found)))
+        if found and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
+            bend = math.log if name in sweep.space and sweep.space[name].log else float
+            low, span = bend(min(found)), (bend(max(found)) - bend(min(found))) or 1.0
+            axes.append(
+                Axis(name, tuple({0.0: _short(min(found)), (bend(max(found)) - low) / span: _short(max(found))}.items()))
+            )
+            heights.append([(bend(v) - low) / span for v in found])
         else:
             words = sorted({str(v) for v in found})
-            at = {w: PAD + (HEIGHT - 2 * PAD) * (k + 0.5) / max(1, len(words)) for k, w in enumerate(words)}
-            place, ends = (lambda v, at=at: at[str(v)]), (", ".join(reversed(words)), "")
-        axes.append({"name": name, "x": x, "place": place, "low": ends[0], "high": ends[1]})
-    lines = []
-    for rank, trial in enumerate(reversed(trials)):
-        values = [trial.value if axis["name"] == sweep.metric else trial.values.get(str(axis["name"])) for axis in axes]
-        points = [f"{axis['x']:.1f},{axis['place'](value):.1f}" for axis, value in zip(axes, values, strict=True)]
-        share = (rank + 1) / len(trials)
-        lines.append({"points": " ".join(points), "opacity": 0.15 + 0.85 * share**2, "state": trial.state})
-    return {"axes": axes, "lines": lines}
+            at = {word: (k + 0.5) / len(words) for k, word in enumerate(words)}
+            axes.append(Axis(name, tuple((at[word], word) for word in words)))
+            heights.append([at[str(v)] for v in found])
+    lines = [
+        Line(tuple(h[i] for h in heights), _label(trial), _SLOTS.get(trial.state, 1), 0.15 + 0.85 * (1 - i / len(trials)) ** 2)
+        for i, trial in enumerate(trials)
+    ]
+    return parallel("Parallel coordinates", axes, lines[::-1], "the better a trial, the darker its line")
 
 
-def scaling_chart(trials: Sequence[TrialResult], fit: ScalingFit) -> dict[str, Any]:
+def scaling_chart(sweep: SweepConfig, trials: Sequence[TrialResult], fit: ScalingFit) -> str:
     """Measured points and the fitted curve over a logarithmic x."""
-    xs, ys = [t.x or 1.0 for t in trials], [t.value or 0.0 for t in trials]
-    place, low, high = _scale(ys), math.log(min(xs)), math.log(max(xs))
-
-    def across(x: float) -> float:
-        return PAD + (WIDTH - 2 * PAD) * (math.log(x) - low) / max(1e-12, high - low)
-
-    curve = [math.exp(low + (high - low) * i / 60) for i in range(61)]
-    return {
-        "dots": [{"x": across(x), "y": place(y), "text": f"{x:.4g}: {y:.4f}"} for x, y in zip(xs, ys, strict=True)],
-        "line": " ".join(f"{across(x):.1f},{place(fit.at(x)):.1f}" for x in curve),
-        "ends": (f"{min(xs):.4g}", f"{max(xs):.4g}"),
-    }
+    xs = [t.x or 1.0 for t in trials]
+    curve = [float(x) for x in np.geomspace(min(xs), max(xs), 61)]
+    line = Series("fitted curve", tuple(curve), tuple(fit.at(x) for x in curve), slot=2)
+    name = sweep.scaling or ""
+    chart = draw(f"Scaling with {name}", [line, *_dots(trials, xs)], note=sweep.metric, x_label=name, log_x=True)
+    return chart.html(tall=True) if chart else ""
 
 
-def _scale(values: Sequence[float], is_log: bool = False) -> Any:
-    """A function from a value to a height in the picture; small values are low."""
-    bend = math.log if is_log else float
-    low, high = (bend(min(values)), bend(max(values))) if values else (0.0, 1.0)
-    span = high - low or 1.0
-    return lambda value: HEIGHT - PAD - (HEIGHT - 2 * PAD) * (bend(value) - low) / span
+_SLOTS = {"complete": 0, "pruned": 4}  # colours; other states have 1
+
+
+def _label(trial: TrialResult) -> str:
+    return f"trial {trial.number}, {trial.state}: {trial.value:.4f}"
+
+
+def _dots(trials: Sequence[TrialResult], xs: Sequence[float] | None = None) -> list[Series]:
+    """The trials as points by state, over their numbers or over xs."""
+    found: dict[str, list[tuple[float, TrialResult]]] = {}
+    for trial, x in zip(trials, xs or [float(t.number) for t in trials], strict=True):
+        found.setdefault(trial.state, []).append((x, trial))
+    return [
+        Series(
+            state,
+            tuple(x for x, _ in rows),
+            tuple(t.value or 0.0 for _, t in rows),
+            _SLOTS.get(state, 1),
+            "dots",
+            tuple(_label(t) for _, t in rows),
+        )
+        for state, rows in found.items()
+    ]

@@ -38,17 +38,22 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a .jsonl file, none if it is missing. A line cut short by a kill is skipped."""
+def read_jsonl(path: Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a .jsonl file, none if it is missing. A damaged line, cut short by a kill, is skipped.
+
+    damaged: gets the skipped lines.
+    """
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
         try:
             value = json.loads(line)
-        except ValueError:
-            continue
+        except (ValueError, RecursionError):
+            value = None
         if isinstance(value, dict):
             yield value
+        elif damaged is not None:
+            damaged.append(line)
 
 
 def append_jsonl(path: Path, values: Mapping[str, Any]) -> None:

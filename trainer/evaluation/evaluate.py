@@ -32,7 +32,7 @@ from ..generation.sampling import Sampling
 from ..model.decoder import Decoder
 from .figures import PARTS, compare, summarise
 from .held_out import read_held_out
-from .measuring import Work
+from .measuring import Measurer
 from .options import EvaluationOptions, add_arguments, options_from
 from .text_scores import Bleu, chrf_signature, distinct
 
@@ -103,7 +103,7 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
     checkpoint.load_into(model)
     model.to(world.device).eval().requires_grad_(False)
     bleu, signatures = metrics_of_sacrebleu(options.bleu_tokenize, say)
-    work = Work(
+    measurer = Measurer(
         model,
         tokenizer,
         dialogues,
@@ -119,13 +119,13 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
     texts: dict[str, dict[str, Any]] = {}
     records: dict[str, dict[str, dict[str, float]]] = {}
     with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        found = work.token_records(world)
+        found = measurer.token_records(world)
         records["tokens"] = {d.uid: found[d.uid] for d in dialogues}
         if generate and tokenizer.template_source is not None:
-            texts = work.reply_records(world, generate)
+            texts = measurer.reply_records(world, generate)
             records["replies"] = {uid: text.pop("sums") for uid, text in texts.items()}
         if select:
-            records["selection"] = {u: r for u, r in work.selection_records(world, select).items() if len(r) > 1}
+            records["selection"] = {u: r for u, r in measurer.selection_records(world, select).items() if len(r) > 1}
     records = {part: found for part, found in records.items() if found}
     figures = summarise(records, seed=options.seed, resamples=options.resamples, bleu=bleu)
     if texts:

@@ -1,9 +1,10 @@
-"""The figures of an evaluation: how each is computed from summed records, and two evaluations side by side.
+"""The figures of an evaluation: their names, how each is computed from summed records, and how two evaluations compare.
 
     summary = summarise(records, seed=0, resamples=1000, bleu=Bleu())
     summary["metrics"]["loss"]                                              # {"value": 3.2, "low": 3.1, "high": 3.3}
 
-`records` holds, by part (tokens, replies, selection) and dialogue, the sums of `chatmill.trainer.evaluation.measuring`.
+`records` holds the sums that `chatmill.trainer.evaluation.measuring` makes, by part (tokens, replies, selection) and dialogue.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -16,13 +17,58 @@ from typing import Any, Literal
 import numpy as np
 
 from .confidence import Figures, Interval, Metric, Sums, difference, interval, make_draws
-from .figure_names import CATALOGUE
-from .measuring import ROLES, TURN_BUCKETS
 from .text_scores import Bleu, chrf
 
+CANDIDATES = (10, 100)  # replies to choose among
+# replies 1, 2, 3, 4, 5 to 8 ... of a dialogue: the last bucket is open
+TURN_BUCKETS = ("1", "2", "3", "4", "5-8", "9-16", "17+")
+ROLES = ("assistant", "user", "system", "tool")
 Part = Literal["tokens", "replies", "selection"]
 PARTS: tuple[Part, ...] = ("tokens", "replies", "selection")
 Records = Mapping[str, Mapping[str, Mapping[str, float]]]  # part -> uid -> sums
+
+
+Better = Literal["lower", "higher", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """How a figure is shown. better: the direction of improvement. share: printed as a percentage."""
+
+    title: str
+    better: Better = "higher"
+    share: bool = False
+
+
+CATALOGUE: dict[str, Named] = {
+    "loss": Named("loss (nats per token)", "lower"),
+    "perplexity": Named("perplexity", "lower"),
+    "bits_per_byte": Named("bits per byte", "lower"),
+    "accuracy": Named("token accuracy", share=True),
+    "top5_accuracy": Named("token accuracy, top 5", share=True),
+    "bleu": Named("BLEU"),
+    "chrf": Named("chrF"),
+    "rouge_l": Named("ROUGE-L", share=True),
+    "token_precision": Named("word precision", share=True),
+    "token_recall": Named("word recall", share=True),
+    "token_f1": Named("word F1", share=True),
+    "exact_match": Named("exact match", share=True),
+    "stop_rate": Named("ended by itself", "", share=True),
+    "reply_tokens": Named("tokens per reply", ""),
+    "reference_tokens": Named("tokens per reference", ""),
+    "distinct_1": Named("different words", "", share=True),
+    "distinct_2": Named("different pairs of words", "", share=True),
+} | {
+    f"{kind}_of_{size}_{how}": Named(f"{words} of {size}, {told}", share=kind != "mean_reciprocal_rank")
+    for how, told in (("mean", "mean ln p"), ("sum", "sum of ln p"))
+    for size in CANDIDATES
+    for kind, words in (
+        ("recall_1", "recall@1"),
+        ("recall_5", "recall@5"),
+        ("recall_10", "recall@10"),
+        ("mean_reciprocal_rank", "reciprocal rank"),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +127,7 @@ def sums_of(records: Records, part: Part, uids: Sequence[str] | None = None) -> 
 
 
 def summarise(records: Records, *, seed: int, resamples: int, bleu: Bleu | None) -> dict[str, Any]:
-    """All figures with intervals: `metrics`, `per_role`, `per_reply`, and how many dialogues each part rests on."""
+    """All figures with intervals: `metrics`, `per_role`, `per_reply`, and the number of dialogues of each part."""
     draws = {p: make_draws(len(records[p]), resamples, seed) for p in PARTS if records.get(p)}
     sums = {part: sums_of(records, part) for part in draws}
 
@@ -105,7 +151,7 @@ def summarise(records: Records, *, seed: int, resamples: int, bleu: Bleu | None)
 
 
 def compare(first: Records, second: Records, *, seed: int, resamples: int, bleu: Bleu | None) -> dict[str, Any]:
-    """second minus first for every figure that both have, on the dialogues that both have; paired draws."""
+    """second minus first for every figure that both have, on the dialogues that both have. Paired draws."""
     out: dict[str, Any] = {"metrics": {}, "dialogues": {}}
     for part in PARTS:
         shared = [uid for uid in second.get(part, {}) if uid in first.get(part, {})]
@@ -139,7 +185,7 @@ def measures_of(records: Records, part: Part, bleu: Bleu | None) -> list[str]:
 
 
 def verdict(low: float, high: float, p: float, better: str) -> str:
-    """ "better", "worse" or "different" where p < 0.05 and the interval leaves 0 out; "" elsewhere."""
+    """ "better", "worse" or "different" where p < 0.05 and the interval excludes 0; "" otherwise."""
     if p >= 0.05 or low <= 0 <= high or not (math.isfinite(low) and math.isfinite(high)):
         return ""
     if not better:
@@ -148,10 +194,10 @@ def verdict(low: float, high: float, p: float, better: str) -> str:
 
 
 def plain(found: Interval) -> dict[str, float | None]:
-    """As JSON has it."""
+    """For JSON."""
     return {"value": finite(found.value), "low": finite(found.low), "high": finite(found.high)}
 
 
 def finite(value: float) -> float | None:
-    """None for what JSON cannot say."""
+    """None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None

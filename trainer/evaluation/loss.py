@@ -20,11 +20,10 @@ from ...data.packing.options import Annotate
 from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
 from ...data.tokenizer.tokenizer import ChatTokenizer
-from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..config import Recipe
 from ..distributed.world import World
-from ..model.attention_plans import plan_maker
-from ..model.decoder import Decoder, LossOutput
+from ..model.decoder import LossOutput
 
 
 def validation_batches(
@@ -36,7 +35,7 @@ def validation_batches(
     max_dialogues: int | None = None,
     annotate: Annotate | None = None,
 ) -> PackedStream:
-    """All validation dialogues (the first max_dialogues of them) once, in a fixed order. annotate: makes batch.plan."""
+    """All validation dialogues (or the first max_dialogues) once, in a fixed order. annotate: fills batch.plan."""
     return PackedStream(
         dataset,
         sequence_length=sequence_length,
@@ -53,7 +52,7 @@ def validation_batches(
 
 
 def validation_sets(recipe: Recipe) -> dict[str, TokenDataset]:
-    """The validation splits that evaluation.data names, by name: those of all training data sets where it names none."""
+    """The validation splits that evaluation.data names, by name; if it names none, those of all training data sets."""
     known = recipe.data.paths
     chosen = {name: known.get(name, name) for name in recipe.evaluation.data} or known
     allowed = recipe.data.damaged_blocks
@@ -61,7 +60,7 @@ def validation_sets(recipe: Recipe) -> dict[str, TokenDataset]:
 
 
 def pooled(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Figures over the tokens of several data sets together, from the figures of each."""
+    """Figures over all tokens of several data sets, from the figures of each."""
     if len(results) == 1:
         return dict(results[0])
     unit = "pairs" if "pairs" in results[0] else "loss_tokens"
@@ -94,8 +93,8 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Loss (nats), perplexity, accuracy and the number of supervised tokens, over all ranks.
 
-    preference: forward's loss is one of preference pairs; then no perplexity, and the number of pairs.
-    stopped: asked before each batch; where any rank says yes, every rank breaks off and gets None.
+    preference: forward returns the loss of preference pairs; the figures then have the number of pairs and no perplexity.
+    stopped: asked before each batch; if any rank says yes, every rank stops and gets None.
     """
     losses: list[Tensor] = []
     correct: list[Tensor] = []
@@ -107,7 +106,7 @@ def evaluate(
         losses.append(output.loss_sum.double())
         correct.append(output.correct)
         count += len(batch.uids) if preference else batch.loss_tokens
-    # Sums that are rounded once, whatever their order: the same figure, bit for bit, for any number of ranks.
+    # fsum rounds once, whatever the order: the same figure, bit for bit, for any number of ranks
     mine = (torch.stack(losses).tolist(), int(torch.stack(correct).sum()), count) if losses else ([], 0, 0)
     parts = world.gather(mine)
     totals = (math.fsum(x for part in parts for x in part[0]), sum(part[1] for part in parts), sum(part[2] for part in parts))
@@ -115,58 +114,6 @@ def evaluate(
         raise ConfigError("the validation split holds no supervised token; nothing can be measured")
     unit = "pairs" if preference else "loss_tokens"
     return _figures(totals[0] / totals[2], totals[1] / totals[2], int(totals[2]), unit)
-
-
-def evaluate_checkpoint(
-    path: str,
-    *,
-    data: str | None = None,
-    split: str = "validation",
-    max_dialogues: int | None = None,
-    sequence_length: int = 1024,
-    micro_batch: int = 1,
-    precision: str = "fp32",
-) -> dict[str, float | str]:
-    """The figures of a checkpoint on a data-set folder (by default the one it was trained on), in this process."""
-    checkpoint = open_checkpoint(path)
-    folder = data or checkpoint.meta.get("data")
-    if folder is None:
-        raise ConfigError(f"{checkpoint.path} does not say what it was trained on; give --data FOLDER.")
-    dataset = TokenDataset.open(folder, split)
-    check_tokenizer(checkpoint, dataset)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = World(0, 1, 0, 1, device, "none")
-    model = Decoder(checkpoint.config)
-    checkpoint.load_into(model)
-    model.to(device).eval()
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-    def forward(batch: PackedBatch) -> LossOutput:
-        on = batch.to(device, non_blocking=True)
-        with autocast:
-            output: LossOutput = model(
-                on.tokens,
-                on.positions,
-                on.cu_seqlens,
-                targets=on.targets,
-                rows=on.rows,
-                plan=on.plan,
-                max_seqlen=on.max_seqlen,
-            )
-        return output
-
-    length = min(sequence_length, checkpoint.config.context)
-    batches = validation_batches(
-        dataset,
-        sequence_length=length,
-        micro_batch=micro_batch,
-        world=world,
-        max_dialogues=max_dialogues,
-        annotate=plan_maker(checkpoint.config, "auto", precision, device),
-    )
-    figures = evaluate(forward, batches, world)
-    assert figures is not None
-    return {"checkpoint": str(checkpoint.path), "data": str(folder), "split": split, **figures}
 
 
 def check_tokenizer(checkpoint: Checkpoint, dataset: TokenDataset) -> None:

@@ -1,7 +1,7 @@
 """What a model does on held-out dialogues, one record of sums per dialogue: tokens, generated replies, chosen replies.
 
-    work = Work(model, tokenizer, dialogues, seed=0)
-    records = work.token_records(world)         # {uid: {"nll": ..., "tokens": ..., "top1": ...}}
+    measurer = Measurer(model, tokenizer, dialogues, seed=0)
+    records = measurer.token_records(world)     # {uid: {"nll": ..., "tokens": ..., "top1": ...}}
 
 The units of work are fixed by the data: packs of PACK_TOKENS for tokens, groups of GROUP replies, one dialogue for
 selection. Ranks take units in turn and every record is made inside one unit, so neither the world size nor a batch size can
@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
@@ -28,7 +27,7 @@ from ..generation.prompt import Prompt, fit_messages
 from ..generation.replies import replies_to_many
 from ..generation.sampling import Sampling
 from ..model.decoder import Decoder
-from .figure_names import CANDIDATES
+from .figures import CANDIDATES, ROLES, TURN_BUCKETS
 from .held_out import HeldOut, choose_turn
 from .text_scores import Bleu, reply_scores, words
 
@@ -36,9 +35,6 @@ PACK_TOKENS = 2048
 GROUP = 16
 CHUNK = 256  # tokens whose logits exist at a time
 CANDIDATE_TOKENS = 256
-# replies 1, 2, 3, 4, 5 to 8 ... of a dialogue: the last bucket is open
-TURN_BUCKETS = ("1", "2", "3", "4", "5-8", "9-16", "17+")
-ROLES = ("assistant", "user", "system", "tool")
 GREEDY = Sampling()
 
 Unit = TypeVar("Unit")
@@ -52,7 +48,7 @@ def turn_bucket(reply: int) -> str:
 
 
 @dataclass(frozen=True)
-class Work:
+class Measurer:
     """A model, its held-out dialogues, and how replies are made. progress: called with what is done, on rank 0."""
 
     model: Decoder
@@ -87,11 +83,7 @@ class Work:
         for number in range(world.rank, len(units), world.world_size):
             mine[number] = do(units[number])
             self.progress(what, min(number + world.world_size, len(units)), len(units))
-        parts: list[Any] = [mine]
-        if world.world_size > 1:
-            parts = [None] * world.world_size
-            dist.all_gather_object(parts, mine)
-        merged = {number: found for part in parts for number, found in part.items()}
+        merged = {number: found for part in world.gather(mine) for number, found in part.items()}
         return {uid: record for number in sorted(merged) for uid, record in merged[number].items()}
 
     def _chosen(self, count: int) -> list[tuple[HeldOut, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .figure_names import CATALOGUE, Named
+from .figures import CATALOGUE, Named
 
 WIDTH = 112
 MARKS = {"better": "[green]better[/]", "worse": "[red]worse[/]", "different": "different", "": "[dim]–[/]"}

@@ -1,11 +1,11 @@
-"""How near a generated reply is to the reference, as counts that can be added up over any choice of dialogues.
+"""How close a generated reply is to the reference, as counts that can be summed over any set of dialogues.
 
     words            casefolded runs of letters and digits; each Chinese, Japanese or Korean character is a word
     token P, R, F1   overlap of the two bags of words; precision over the reply, recall over the reference
     ROUGE-L          F1 of the longest common subsequence of words:  P = LCS / |reply|, R = LCS / |reference|
     exact match      the words are the same
     BLEU             sacrebleu's n-gram matches (1..4), corpus level: 100 BP (prod p_n)^(1/4), exponential smoothing
-    chrF             character n-grams (1..6), blanks left out, beta = 2, corpus level
+    chrF             character n-grams (1..6), without blanks, beta = 2, corpus level
 
 P, R, F1, ROUGE-L and exact match are means over replies; BLEU and chrF are computed from summed counts, as sacrebleu does
 (`tests/trainer/evaluation/test_text_scores.py` compares them with its own scores).
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rapidfuzz.distance import LCSseq
 
 CHRF_ORDER = 6
 BLEU_ORDER = 4
@@ -33,23 +34,11 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest sequence that can be had from both by leaving words out."""
-    row = [0] * (len(b) + 1)
-    for word in a:
-        before = 0  # row[j] of the word before
-        for j, other in enumerate(b, 1):
-            above = row[j]
-            row[j] = before + 1 if word == other else max(above, row[j - 1])
-            before = above
-    return row[-1]
-
-
 def reply_scores(reply: str, reference: str) -> dict[str, float]:
     """Sums for one reply: word overlap, ROUGE-L, exact match, chrF counts."""
     mine, theirs = words(reply), words(reference)
     shared = sum((Counter(mine) & Counter(theirs)).values())
-    common = longest_common_subsequence(mine, theirs)
+    common = LCSseq.similarity(mine, theirs)
 
     def ratio(hits: int, of: int) -> float:
         return hits / of if of else float(len(mine) == len(theirs))  # two empty texts agree
@@ -77,7 +66,7 @@ def chrf_counts(reply: str, reference: str) -> dict[str, float]:
     for n in range(1, CHRF_ORDER + 1):
         a = Counter(mine[i : i + n] for i in range(len(mine) - n + 1))
         b = Counter(theirs[i : i + n] for i in range(len(theirs) - n + 1))
-        # as sacrebleu has it: a reference too short for an order says nothing about the reply's n-grams of that order
+        # as in sacrebleu: if the reference is too short for an order, the reply's n-grams of that order do not count
         out |= {f"chrf_reply_{n}": float(a.total() if b else 0), f"chrf_reference_{n}": float(b.total())}
         out[f"chrf_match_{n}"] = float((a & b).total())
     return out
@@ -98,7 +87,7 @@ def chrf(sums: Mapping[str, NDArray[np.float64]], beta: float = 2.0) -> NDArray[
 
 
 class Bleu:
-    """sacrebleu's BLEU as sums: counts of one reply, score of summed counts. Raises ImportError without sacrebleu."""
+    """sacrebleu's BLEU as sums: the counts of one reply, the score of summed counts. Raises ImportError without sacrebleu."""
 
     def __init__(self, tokenize: str = "13a") -> None:
         from sacrebleu.metrics.bleu import BLEU
@@ -131,7 +120,7 @@ class Bleu:
         return np.array(scores, dtype=np.float64).reshape(shape)
 
     def signature(self) -> str:
-        """What others need to repeat the figure."""
+        """What others need to reproduce the figure."""
         self._corpus.corpus_score(["a"], [["a"]])  # sets the number of references
         return str(self._corpus.get_signature())
 

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from chatmill.config import ConfigError
+from chatmill.formatting import duration
 
 from ..config import ModelConfig, Recipe, TrainSection
 from .hardware import GIB, Gpu
@@ -45,7 +46,7 @@ BUCKET, LIVE = 500_000_000, 1_000_000_000  # ZeRO's largest reduce_bucket_size a
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes on one GPU at the largest moment of a step, by part."""
 
     weights: int
@@ -74,13 +75,13 @@ class Fit:
 
     engine: str
     world_size: int
-    memory: Memory
+    memory: MemoryUse
     fits: bool
     largest: int
 
 
 @dataclass(frozen=True)
-class Work:
+class RunCost:
     """The whole run on `gpus` GPUs. tokens: at most (whole packs). context: mean of length^2 / length over documents."""
 
     steps: int
@@ -104,7 +105,7 @@ class Plan:
     micro_batch: int
     loss_share: float
     fits: tuple[Fit, ...]
-    work: Work
+    work: RunCost
     engine: str | None
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
@@ -162,7 +163,7 @@ class Estimator:
             self._traces[key] = (activations, max(t.workspace for t in traces), first.last)
         return self._traces[key]
 
-    def memory(self, engine: str, world_size: int, micro_batch: int | None = None) -> Memory:
+    def memory(self, engine: str, world_size: int, micro_batch: int | None = None) -> MemoryUse:
         """The largest of the three moments."""
         micro_batch = micro_batch or self.recipe.train.micro_batch
         bf16 = self.recipe.train.precision == "bf16"
@@ -176,7 +177,7 @@ class Estimator:
 
     def _fill(
         self, engine: str, w: int, activations: int, workspace: int, *, at_update: bool, first_layer: bool = False
-    ) -> Memory:
+    ) -> MemoryUse:
         n, c = self.total, 2 if self.recipe.train.precision == "bf16" else 4
         many = self.recipe.train.accumulation > 1
         state = self.state_bytes
@@ -206,7 +207,7 @@ class Estimator:
             optimizer = 0  # and in fsdp2 and zero3 the shards of weights too: left in as a reserve
         moving = gradients + activations + workspace + buffers
         context = CONTEXT[w > 1]
-        return Memory(weights, gradients, optimizer, activations, workspace, buffers, round(MARGIN * moving), context)
+        return MemoryUse(weights, gradients, optimizer, activations, workspace, buffers, round(MARGIN * moving), context)
 
     def largest_micro_batch(self, engine: str, world_size: int, limit: int) -> int:
         """Packs of the largest micro-batch within `limit` bytes; 0 where not even one fits."""
@@ -302,7 +303,7 @@ def recomputed_share(train: TrainSection, config: ModelConfig) -> float:
 
 def count_work(
     recipe: Recipe, config: ModelConfig, gpu: Gpu, gpus: int, *, mfu: float, context: float | None, steps: int | None = None
-) -> Work:
+) -> RunCost:
     """Tokens, FLOPs and time of the whole run."""
     train = recipe.train
     steps = steps or train.steps
@@ -315,7 +316,7 @@ def count_work(
     reached = mfu / (1 - share + share / RECOMPUTE.get(kind, 1.0))
     seconds = step_tokens * flops / (gpus * gpu.bf16_flops * reached)
     hours = steps * seconds / 3600
-    return Work(steps, step_tokens, steps * step_tokens, context, flops, reached, seconds, hours, hours * gpus)
+    return RunCost(steps, step_tokens, steps * step_tokens, context, flops, reached, seconds, hours, hours * gpus)
 
 
 def as_json(plan: Plan) -> str:
@@ -349,7 +350,7 @@ def show(plan: Plan) -> str:
     lines += [
         "",
         f"steps       {work.steps:,} x {work.step_tokens:,} tokens at most = {work.tokens:,}",
-        f"time        {_duration(work.hours)} on {plan.gpus} GPU(s), {work.gpu_hours:.2f} GPU-hours, "
+        f"time        {duration(3600 * work.hours)} on {plan.gpus} GPU(s), {work.gpu_hours:.2f} GPU-hours, "
         f"{work.step_seconds:.3g} s per step",
         f"            assumed: MFU {100 * work.mfu:.1f} % (recomputation taken off; --mfu sets it), "
         f"{work.flops_per_token:.3g} FLOPs per token at a context of {work.context:,.0f}",
@@ -358,10 +359,3 @@ def show(plan: Plan) -> str:
         *(f"            {reason}" for reason in plan.reasons),
     ]
     return "\n".join(lines)
-
-
-def _duration(hours: float) -> str:
-    """Hours, or minutes or seconds where that reads better."""
-    if hours >= 1:
-        return f"{hours:,.1f} h"
-    return f"{hours * 60:.0f} min" if hours * 60 >= 2 else f"{hours * 3600:.0f} s" if hours * 3600 >= 1 else "less than 1 s"

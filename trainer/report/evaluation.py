@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation.figure_names import CATALOGUE
-from .charts import number
-from .reading import Run, flatten, real
+from chatmill.formatting import number
+
+from ..evaluation.figures import CATALOGUE
+from .reading import RunRecord, flatten, real
 
 PILLS = {"better": "good", "worse": "bad", "different": "flat"}
 
@@ -54,7 +55,7 @@ def beside_another(name: str, evaluations: Mapping[str, Any]) -> bool:
     return name.endswith("-against") and isinstance(of, dict) and "against" in of
 
 
-def evaluations_side_by_side(runs: Sequence[tuple[str, Run]]) -> dict[str, Any] | None:
+def evaluations_side_by_side(runs: Sequence[tuple[str, RunRecord]]) -> dict[str, Any] | None:
     """The newest full evaluation of each run in one table; None where fewer than two runs have one."""
     newest = []
     for label, run in runs:

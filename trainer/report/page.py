@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from chatmill.files import replace_text
+from chatmill.formatting import duration, number
 
-from .charts import Chart, Series, draw, number, running_median, smooth
+from ...data.report.charts import STYLE
+from .curves import curves, label_of
 from .evaluation import beside_another, evaluation_section, evaluations_side_by_side
-from .reading import Run, flatten, read_run, real
+from .reading import RunRecord, flatten, read_run, real
 
 TEMPLATE = Path(__file__).with_name("template.html")
 FAULT_WORDS = (
@@ -40,23 +43,6 @@ FAULT_WORDS = (
     "abort",
     "warn",
 )
-# metrics.jsonl key -> title, note, axis starts at zero
-MEASURES: dict[str, tuple[str, str, bool]] = {
-    "lr": ("Learning rate", "", True),
-    "grad_norm": ("Gradient norm", "before clipping", True),
-    "tokens_per_s": ("Throughput", "tokens per second", True),
-    "mfu": ("Model FLOPs utilisation", "share of the device's peak", True),
-    "memory_peak_bytes": ("Peak memory", "bytes on one device", True),
-    "data_wait_share": ("Waiting for data", "share of the time", True),
-    "tflops_per_device": ("Work done", "TFLOP/s per device", True),
-    "required_mfu": ("Required utilisation", "only the rows that carry loss counted in the head", True),
-    "padding_share": ("Padding", "share of the packs", True),
-    "loss_share": ("Supervised tokens", "share of the tokens", True),
-    "memory_reserved_bytes": ("Reserved memory", "bytes on one device", True),
-}
-# told by another chart already, or of no interest as a curve
-TOLD = {"tokens_per_s_per_device", "required_tflops_per_device"}
-NOT_CHARTED = {"step", "loss", "tokens", "loss_tokens", "time", "epoch", "total_tokens", *MEASURES, *TOLD}
 
 
 def build_report(run_dir: Path, out: Path | None = None, compare: Sequence[Path] = ()) -> Path:
@@ -68,7 +54,7 @@ def build_report(run_dir: Path, out: Path | None = None, compare: Sequence[Path]
     return target
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[RunRecord]) -> str:
     """The report of runs[0], compared with the others, as HTML."""
     run = runs[0]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -79,18 +65,18 @@ def render(runs: Sequence[Run]) -> str:
         lead=_lead(run),
         status=_status(run),
         figures=_figures(run),
-        main_charts=[c for c in _main_charts(runs) if c],
-        small_charts=[c for c in _small_charts(runs) if c],
+        chart_style=Markup(STYLE),
+        charts=[Markup(chart) for chart in curves(runs)],
         comparison=_comparison(runs) if len(runs) > 1 else None,
         samples=_samples(run.samples),
         eval_table=_eval_table(run),
         evaluations=[
-            evaluation_section(_label(runs, run) if len(runs) > 1 else "", name, tree)
+            evaluation_section(label_of(runs, run) if len(runs) > 1 else "", name, tree)
             for run in runs
             for name, tree in run.evaluations.items()
             if not beside_another(name, run.evaluations)
         ],
-        evaluations_beside=evaluations_side_by_side([(_label(runs, r), r) for r in runs]) if len(runs) > 1 else None,
+        evaluations_beside=evaluations_side_by_side([(label_of(runs, r), r) for r in runs]) if len(runs) > 1 else None,
         funnel=_funnel(run),
         data_facts=_data_facts(run),
         config={section: flatten(tree) if isinstance(tree, dict) else {"": str(tree)} for section, tree in run.config.items()},
@@ -101,67 +87,16 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _label(runs: Sequence[Run], run: Run) -> str:
-    same = [r for r in runs if r.name == run.name]
-    return run.name if len(same) == 1 else str(run.path)
-
-
-def _column(rows: dict[int, dict[str, Any]], key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    picked = [(float(step), real(row[key])) for step, row in rows.items() if key in row]
-    return tuple(x for x, _ in picked), tuple(y for _, y in picked)
-
-
-def _main_charts(runs: Sequence[Run]) -> Iterable[Chart | None]:
-    loss: list[Series] = []
-    perplexity: list[Series] = []
-    accuracy: list[Series] = []
-    alone = len(runs) == 1
-    for slot, run in enumerate(runs):
-        label = "" if alone else f"{_label(runs, run)}: "
-        x, y = _column(run.train, "loss")
-        if len(x) >= 20:
-            if alone:
-                loss.append(Series("each step", x, y, slot, "faint"))
-            loss.append(Series(f"{label}training", x, smooth(y, max(2.0, len(x) / 40)), slot))
-        else:
-            loss.append(Series(f"{label}training", x, y, slot))
-        x, y = _column(run.evals, "loss")
-        loss.append(Series(f"{label}validation", x, y, slot if not alone else 1, "points"))
-        perplexity.append(
-            Series(f"{label}validation perplexity", *_column(run.evals, "perplexity"), slot if not alone else 1, "points")
-        )
-        accuracy.append(Series(f"{label}token accuracy", *_column(run.evals, "accuracy"), slot if not alone else 1, "points"))
-    yield draw("Loss", loss, note="nats per token")
-    yield draw("Validation perplexity", perplexity, note="lower is better")
-    yield draw("Validation accuracy", accuracy, note="share of next tokens guessed right")
-
-
-def _small_charts(runs: Sequence[Run]) -> Iterable[Chart | None]:
-    numeric = {k for row in runs[0].train.values() for k, v in row.items() if math.isfinite(real(v))}
-    others = {k: (k.replace("_", " ").capitalize(), "", False) for k in sorted(numeric - NOT_CHARTED)}
-    for key, (title, note, zero) in (MEASURES | others).items():
-        series = []
-        for slot, run in enumerate(runs):
-            x, y = _column(run.train, key)
-            name = title.lower() if len(runs) == 1 else _label(runs, run)
-            if key in ("grad_norm", "tokens_per_s") and len(x) >= 60 and len(runs) == 1:
-                series.append(Series("each step", x, y, slot, "faint"))
-                series.append(Series("running median", x, running_median(y, len(x) // 20), slot))
-            else:
-                series.append(Series(name, x, y, slot))
-        yield draw(title, series, note=note, zero=zero)
-
-
-def _ends(run: Run, key: str) -> tuple[float, float] | None:
+def _ends(run: RunRecord, key: str) -> tuple[float, float] | None:
     values = [v for v in (real(e.get(key)) for e in run.evals.values()) if math.isfinite(v)]
     return (values[0], values[-1]) if values else None
 
 
-def _last(run: Run, key: str) -> float:
+def _last(run: RunRecord, key: str) -> float:
     return next((v for v in (real(r.get(key)) for r in reversed(run.train.values())) if math.isfinite(v)), math.nan)
 
 
-def _total_tokens(run: Run) -> float:
+def _total_tokens(run: RunRecord) -> float:
     """Training tokens so far."""
     total = _last(run, "total_tokens")
     if math.isfinite(total):
@@ -170,7 +105,7 @@ def _total_tokens(run: Run) -> float:
     return sum(values) if values else math.nan
 
 
-def _seconds(run: Run) -> float:
+def _seconds(run: RunRecord) -> float:
     """Time between the first and the last line that carry one; pauses between resumed parts included."""
     times = [v for v in (real(r.get("time")) for r in run.train.values()) if math.isfinite(v)]
     if not times:
@@ -179,19 +114,7 @@ def _seconds(run: Run) -> float:
     return times[-1] - times[0] if since_epoch else times[-1]
 
 
-def duration(seconds: float) -> str:
-    """3725 -> 1 h 2 min."""
-    if not math.isfinite(seconds) or seconds < 0:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _rate(run: Run) -> float:
+def _rate(run: RunRecord) -> float:
     rates = [v for v in (real(r.get("tokens_per_s")) for r in run.train.values()) if math.isfinite(v)]
     return statistics.median(rates) if rates else math.nan
 
@@ -217,7 +140,7 @@ class Figure:
     hero: bool = False
 
 
-def _figures(run: Run) -> list[Figure]:
+def _figures(run: RunRecord) -> list[Figure]:
     out = []
     several = len(run.evals) > 1
     if pair := _ends(run, "perplexity"):
@@ -238,17 +161,17 @@ def _figures(run: Run) -> list[Figure]:
     return out + [figure for figure in plain if figure.value != "–"]
 
 
-def _section(run: Run, name: str) -> dict[str, Any]:
+def _section(run: RunRecord, name: str) -> dict[str, Any]:
     section = run.config.get(name)
     return section if isinstance(section, dict) else {}
 
 
-def _planned(run: Run) -> int:
+def _planned(run: RunRecord) -> int:
     steps = real(_section(run, "train").get("steps"))
     return int(steps) if math.isfinite(steps) else 0
 
 
-def _status(run: Run) -> dict[str, str]:
+def _status(run: RunRecord) -> dict[str, str]:
     done, planned = max(run.train, default=0), _planned(run)
     if not run.train:
         return {"kind": "flat", "text": "No step logged"}
@@ -257,7 +180,7 @@ def _status(run: Run) -> dict[str, str]:
     return {"kind": "warn", "text": f"At step {done:,} of {planned:,}" if planned else f"At step {done:,}"}
 
 
-def _lead(run: Run) -> str:
+def _lead(run: RunRecord) -> str:
     """One paragraph for a reader who stops after it."""
     parts = []
     model = _section(run, "model")
@@ -297,13 +220,13 @@ def _model_words(model: dict[str, Any]) -> str:
     return words + (f", started from {model['checkpoint']}" if model.get("checkpoint") else "")
 
 
-def _comparison(runs: Sequence[Run]) -> list[dict[str, str]]:
+def _comparison(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     rows = []
     for slot, run in enumerate(runs):
         perplexity, accuracy = _ends(run, "perplexity"), _ends(run, "accuracy")
         rows.append(
             {
-                "name": _label(runs, run),
+                "name": label_of(runs, run),
                 "slot": str(slot % 6),
                 "steps": f"{max(run.train, default=0):,}",
                 "tokens": number(_total_tokens(run)),
@@ -333,7 +256,7 @@ def _samples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "replies": sorted(replies.items())} for prompt, replies in by_prompt.items()]
 
 
-def _eval_table(run: Run) -> dict[str, Any] | None:
+def _eval_table(run: RunRecord) -> dict[str, Any] | None:
     keys = list(dict.fromkeys(k for e in run.evals.values() for k, v in e.items() if not math.isnan(real(v))))
     if not keys:
         return None
@@ -348,7 +271,7 @@ def _cell(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) and value == int(value) and abs(value) >= 100 else number(value, 5)
 
 
-def _funnel(run: Run) -> list[dict[str, Any]]:
+def _funnel(run: RunRecord) -> list[dict[str, Any]]:
     stages = run.data_report.get("stages")
     rows: list[dict[str, Any]] = []
     for stage in stages if isinstance(stages, list) else []:
@@ -399,7 +322,7 @@ def _some(value: Any) -> list[Any]:
     return value[:3] if isinstance(value, list) else []
 
 
-def _data_facts(run: Run) -> dict[str, str]:
+def _data_facts(run: RunRecord) -> dict[str, str]:
     """Folder, sizes of the splits, the split certificate and the tokenizer, as far as they are known."""
     if run.data_path is None:
         return {}
@@ -428,7 +351,7 @@ def _data_facts(run: Run) -> dict[str, str]:
     return {key: value for key, value in facts.items() if value}
 
 
-def _events(run: Run) -> list[dict[str, str]]:
+def _events(run: RunRecord) -> list[dict[str, str]]:
     out = []
     for row in run.events:
         rest = dict(row)

@@ -16,9 +16,11 @@ from typing import Any
 
 import yaml
 
+from chatmill.run_files import read_jsonl
+
 
 @dataclass(slots=True)
-class Run:
+class RunRecord:
     """What a run left behind. train and evals are keyed by step, in order; a step that was redone counts once."""
 
     path: Path
@@ -37,17 +39,17 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RunRecord:
     """Read a run folder. Only a folder that is not there at all is an error (FileNotFoundError)."""
     if not path.is_dir():
         raise FileNotFoundError(f"no run folder at {path}: expected a folder with metrics.jsonl, made by `chatmill train`.")
-    run = Run(path, path.resolve().name)
+    run = RunRecord(path, path.resolve().name)
     run.config = _mapping(run, path / "config.yaml")
     run.environment = _mapping(run, path / "environment.json")
     run.command = _text(path / "command").strip()
-    _take_metrics(run, read_jsonl(path / "metrics.jsonl", run.notes))
-    run.events = read_jsonl(path / "events.jsonl", run.notes, optional=True)
-    run.samples = read_jsonl(path / "samples.jsonl", run.notes, optional=True)
+    _take_metrics(run, _rows(run, path / "metrics.jsonl"))
+    run.events = _rows(run, path / "events.jsonl", optional=True)
+    run.samples = _rows(run, path / "samples.jsonl", optional=True)
     for file in sorted(path.glob("evaluation*.json")):
         if found := _mapping(run, file):
             run.evaluations[file.stem] = found
@@ -58,26 +60,13 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def read_jsonl(path: Path, notes: list[str], optional: bool = False) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; damaged lines are counted in notes and left out."""
-    if not path.is_file():
-        if not optional:
-            notes.append(f"{path.name} is missing.")
-        return []
-    rows, damaged = [], 0
-    for line in path.read_bytes().decode("utf-8", errors="replace").splitlines():
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            damaged += 1
+def _rows(run: RunRecord, path: Path, optional: bool = False) -> list[dict[str, Any]]:
+    if not path.is_file() and not optional:
+        run.notes.append(f"{path.name} is missing.")
+    damaged: list[str] = []
+    rows = list(read_jsonl(path, damaged))
     if damaged:
-        notes.append(f"{path.name}: {damaged} damaged line{'s' if damaged > 1 else ''} left out.")
+        run.notes.append(f"{path.name}: {len(damaged)} damaged line{'s' if len(damaged) > 1 else ''} left out.")
     return rows
 
 
@@ -107,7 +96,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return out
 
 
-def _take_metrics(run: Run, rows: list[dict[str, Any]]) -> None:
+def _take_metrics(run: RunRecord, rows: list[dict[str, Any]]) -> None:
     redone = 0
     for row in rows:
         step = real(row.get("step"))
@@ -133,7 +122,7 @@ def _take_metrics(run: Run, rows: list[dict[str, Any]]) -> None:
         run.notes.append(f"{bad} step{'s' if bad > 1 else ''} logged a loss that is not finite; the curves leave gaps there.")
 
 
-def _find_data(run: Run) -> None:
+def _find_data(run: RunRecord) -> None:
     data = run.config.get("data")
     written = data.get("path") if isinstance(data, dict) else None
     if not isinstance(written, str) or not written:
@@ -156,7 +145,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _mapping(run: Run, path: Path) -> dict[str, Any]:
+def _mapping(run: RunRecord, path: Path) -> dict[str, Any]:
     """A YAML or JSON file that holds a mapping, or an empty one and a note."""
     text = _text(path)
     if not text:

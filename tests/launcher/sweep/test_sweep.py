@@ -138,7 +138,7 @@ def test_the_report_escapes_what_the_file_says_and_needs_nothing_from_outside(tm
     )
     page = render(sweep, trials, {"optimizer.lr": 0.9, "model.hidden_size": 0.1}, None)
     assert "<script" not in page and "&lt;script&gt;x" in page and "http" not in page.replace("http-equiv", "")
-    assert page.count("<circle") == 5 and page.count('class="way') == 5 and "90.0 %" in page
+    assert page.count('<path class="dots') == 5 and page.count(' way"') == 5 and "90.0 %" in page
     assert "trial" in table(sweep, trials) and len(table(sweep, trials).splitlines()) == 7
 
 
@@ -206,7 +206,7 @@ def test_eight_trials_over_two_fields_run_as_a_slurm_array_with_pruning(
     assert len(states) == 8 and set(states) == {"complete", "pruned"}, outputs
     assert load_recipe(str(sweep.folder / "best.yaml")).optimizer.lr in (3e-2, 1e-2)
     page = (sweep.folder / "report.html").read_text()
-    assert page.count("<circle") >= 8 and "Parallel coordinates" in page and str(sweep.folder / "best.yaml") in said
+    assert page.count('<path class="dots') >= 8 and "Parallel coordinates" in page and str(sweep.folder / "best.yaml") in said
     kept = sorted(folder.parent.name for folder in sweep.folder.glob("runs/*/checkpoints"))
     best = json.loads((sweep.folder / "trials.json").read_text())[0]
     assert kept == [Path(best["run"]).name]

@@ -20,7 +20,9 @@ from chatmill.data.stream import PackedStream
 from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer.checkpoint.checkpoint import open_checkpoint
 from chatmill.trainer.config import load_recipe
-from chatmill.trainer.evaluation.loss import evaluate_checkpoint
+from chatmill.trainer.distributed.world import World
+from chatmill.trainer.evaluation.evaluate import evaluate_fully
+from chatmill.trainer.evaluation.options import EvaluationOptions
 from chatmill.trainer.loop.loop import train
 from chatmill.trainer.train import main
 
@@ -231,8 +233,10 @@ def test_fine_tuning_starts_from_the_checkpoints_weights(write_recipe, tmp_path:
 def test_eval_of_a_checkpoint_repeats_the_figures_of_the_run(write_recipe, tmp_path: Path) -> None:
     train(load_recipe(str(write_recipe("base"))))
     expected = last_eval(tmp_path / "runs" / "base")
-    for length, micro in ((128, 1), (256, 2)):
-        found = evaluate_checkpoint(str(tmp_path / "runs" / "base"), sequence_length=length, micro_batch=micro)
+    for length in (128, 256):
+        options = EvaluationOptions(sequence_length=length, generate=0, select=0)
+        alone = World(0, 1, 0, 1, torch.device("cpu"), "none")
+        found = evaluate_fully(tmp_path / "runs" / "base", options, alone).summary
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["loss_tokens"] == expected["loss_tokens"]
 

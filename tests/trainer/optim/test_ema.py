@@ -14,7 +14,9 @@ from chatmill.launcher.__main__ import main
 from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer.checkpoint.checkpoint import open_checkpoint
 from chatmill.trainer.config import load_recipe
-from chatmill.trainer.evaluation.loss import evaluate_checkpoint
+from chatmill.trainer.distributed.world import World
+from chatmill.trainer.evaluation.evaluate import evaluate_fully
+from chatmill.trainer.evaluation.options import EvaluationOptions
 from chatmill.trainer.loop.loop import train
 from chatmill.trainer.optim.ema import WeightAverage
 
@@ -52,8 +54,9 @@ def test_a_run_keeps_measures_continues_and_exports_its_average(write_recipe, tm
     trained = [line["eval"] for line in read_jsonl(run / "metrics.jsonl") if "eval" in line][-1]
     assert measured["loss"] != pytest.approx(trained["loss"], rel=1e-3)
     assert main(["export", str(run), str(tmp_path / "averaged"), "--ema", "--to", "chatmill"]) == 0
-    figures = evaluate_checkpoint(str(tmp_path / "averaged"), sequence_length=128)
-    assert figures["loss"] == pytest.approx(measured["loss"], rel=1e-5)
+    options = EvaluationOptions(sequence_length=128, generate=0, select=0)
+    figures = evaluate_fully(tmp_path / "averaged", options, World(0, 1, 0, 1, torch.device("cpu"), "none"))
+    assert figures.summary["loss"] == pytest.approx(measured["loss"], rel=1e-5)
     assert main(["export", str(run), str(tmp_path / "hf"), "--ema"]) == 0
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     assert torch.equal(exported["model.norm.weight"].float(), found.tensor("ema.norm.weight"))

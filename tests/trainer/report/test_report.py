@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from chatmill.trainer.report.charts import Series, draw, nice_ticks, number, running_median, smooth, thin
-from chatmill.trainer.report.page import build_report, duration
+from chatmill.trainer.report.curves import running_median, smooth
+from chatmill.trainer.report.page import build_report
 from chatmill.trainer.report.reading import read_run
 
 CONFIG = """
@@ -230,59 +230,8 @@ def test_steps_redone_after_a_resume_count_once(home: Path) -> None:
     assert list(read.evals) == [6]
 
 
-# -- charts
-
-
-def test_ticks_are_round_and_inside() -> None:
-    assert nice_ticks(0, 300, 6) == [0, 50, 100, 150, 200, 250, 300]
-    assert nice_ticks(2.93, 4.02) == [3.0, 3.25, 3.5, 3.75, 4.0]
-    assert nice_ticks(1, 1) == [1]
-
-
-def test_points_land_where_their_values_say() -> None:
-    chart = draw("t", [Series("s", (0, 5, 10), (0.0, math.nan, 100.0))], zero=True)
-    assert chart is not None
-    assert chart.series[0].path == "M0.0 1000.0M1000.0 56.6"  # top padding 6 %; the NaN lifts the pen
-    assert [t.text for t in chart.y_ticks] == ["0", "25", "50", "75", "100"]
-    assert [t.at for t in chart.x_ticks] == [0, 20, 40, 60, 80, 100]
-    assert draw("t", [Series("s", (1,), (math.nan,))]) is None
-    assert draw("t", [Series("s", (1,), (2.0,))]) is not None
-
-
-def test_thinning_keeps_spikes_and_ends() -> None:
-    y = [1.0] * 100_000
-    y[54_321], y[77_777] = 99.0, -99.0
-    small = thin(Series("s", tuple(map(float, range(100_000))), tuple(y)))
-    assert len(small.x) < 1000 and {99.0, -99.0} <= set(small.y)
-    assert small.x[0] == 0 and small.x[-1] == 99_999
-
-
 def test_smoothing_has_no_start_bias_and_passes_over_gaps() -> None:
     assert smooth([3.0] * 5, 4) == pytest.approx([3.0] * 5)
     values = smooth([1.0, math.nan, 2.0], 1)
     assert values[0] == 1.0 and math.isnan(values[1]) and values[2] == pytest.approx(5 / 3)
     assert running_median([1.0, 1.0, 50.0, 1.0, 1.0], 3) == (1.0,) * 5
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (1234567, "1.23 M"),
-        (25.138, "25.1"),
-        (3e-4, "3e-4"),
-        (0, "0"),
-        (math.nan, "–"),
-        (None, "–"),
-        (4195.2, "4,195"),
-        (51234, "51.2 k"),
-    ],
-)
-def test_numbers_are_told_for_people(value: float | None, said: str) -> None:
-    assert number(value) == said
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(3.21, "3.2 s"), (59, "59 s"), (577, "9 min 37 s"), (3725, "1 h 2 min"), (math.nan, "–")]
-)
-def test_durations_are_told_for_people(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
