@@ -8,7 +8,7 @@ Ledgers of parallel chunks add up in chunk order, so a report does not depend on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,8 @@ class Ledger:
         return {
             "unit": self.unit,
             "kept": self.kept,
-            "dropped": _ranked(self.dropped),
-            "changed": _ranked(self.changed),
+            "dropped": ranked(self.dropped),
+            "changed": ranked(self.changed),
             "examples": {reason: cases for reason, cases in sorted(self.examples.items()) if cases},
         }
 
@@ -75,5 +75,6 @@ def shorten(text: str, limit: int = EXAMPLE_CHARS) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def _ranked(counter: Counter[str]) -> dict[str, int]:
+def ranked(counter: Mapping[str, int]) -> dict[str, int]:
+    """The counts, largest first; equal ones by name."""
     return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))

@@ -1,6 +1,6 @@
 """Look at a data set: counts, lengths, loss share, packing fill, and dialogues with their loss mask in colour.
 
-    inspect_dataset("corpora/chitchat")        verify_dataset("corpora/chitchat") -> list of problems
+    inspect_dataset("corpora/chitchat")
 
 Green tokens carry loss: they are what the model learns to say. Grey ones are read only.
 """
@@ -26,9 +26,7 @@ from ..report.pieces import dialogue_tokens, token_pieces
 from ..shards.dataset import TokenDataset
 from ..shards.manifest import MANIFEST, read_manifest
 from ..tokenizer.tokenizer import ChatTokenizer
-from .verify import open_splits, verify_dataset
-
-__all__ = ["dataset_facts", "inspect_dataset", "mask_preview", "verify_dataset"]
+from .verify import open_splits
 
 MARKS = ("⟦", "⟧")  # before and after tokens with loss
 PACK_LENGTHS = (512, 1024, 2048, 4096, 8192)

@@ -95,11 +95,6 @@ def repeated_line_share(text: str) -> float:
     return 1 - len(set(lines)) / len(lines) if len(lines) >= 8 else 0.0
 
 
-def outside_code(text: str, rule: TextRule) -> str:
-    """Apply a rule to everything but fenced code."""
-    return _join(_apply(split_fences(text), rule))
-
-
 def _apply(parts: list[tuple[bool, str]], rule: TextRule) -> list[tuple[bool, str]]:
     """The rule on the prose of a text cut at its fences."""
     if len(parts) == 1 and not parts[0][0]:

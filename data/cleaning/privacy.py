@@ -60,7 +60,7 @@ MAX_PASSES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class PrivateSpan:
     """text[start:end] is of this kind."""
 
     kind: str
@@ -68,15 +68,15 @@ class Finding:
     end: int
 
 
-def find(text: str, kinds: frozenset[str] | None = None) -> list[Finding]:
+def find(text: str, kinds: frozenset[str] | None = None) -> list[PrivateSpan]:
     """Findings in order, none overlapping: what stands earlier in the list of kinds wins. kinds: only these."""
-    taken: list[Finding] = []
+    taken: list[PrivateSpan] = []
     for kind, search in _SEARCHES.items():
         if kinds is not None and kind not in kinds:
             continue
         for start, end in search(text):
             if all(end <= other.start or start >= other.end for other in taken):
-                taken.append(Finding(kind, start, end))
+                taken.append(PrivateSpan(kind, start, end))
     return sorted(taken, key=lambda finding: finding.start)
 
 
@@ -138,18 +138,18 @@ class Privacy:
             out.append(replace(turn, content=text) if text != turn.content else turn)
         return out
 
-    def leftovers(self, text: str) -> list[Finding]:
+    def leftovers(self, text: str) -> list[PrivateSpan]:
         """What apply() would replace: nothing where it has gone over the text already."""
         return [f for f in self._find(text) if self.mode == "redact" or not is_stand_in(f.kind, text[f.start : f.end])]
 
-    def _find(self, text: str) -> Iterator[Finding]:
+    def _find(self, text: str) -> Iterator[PrivateSpan]:
         position = 0
         for is_code, part in [(False, text)] if self.code else split_fences(text):
             if not is_code:
                 yield from (replace(f, start=f.start + position, end=f.end + position) for f in find(part, self.kinds))
             position += len(part)
 
-    def _stand_in(self, finding: Finding, text: str, known: dict[tuple[str, str], str], counts: dict[str, int]) -> str:
+    def _stand_in(self, finding: PrivateSpan, text: str, known: dict[tuple[str, str], str], counts: dict[str, int]) -> str:
         kind = finding.kind
         if self.mode == "redact":
             return f"[{kind.upper()}]"

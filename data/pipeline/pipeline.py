@@ -29,6 +29,7 @@ from ..ledger import Ledger, shorten
 from ..recipe import DataRecipe
 from ..remote.files import is_url, staging_folder
 from ..report.page import html_report
+from ..report.text_counts import TextCounts
 from ..samples.decontaminate import benchmark_hashes
 from ..samples.dedup import CONTAMINATED, REASONS, deduplicate
 from ..samples.near_duplicates import near_pairs
@@ -44,7 +45,6 @@ from .destination import Progress, built_report, copy_out, published_report
 from .executor import Task, available_cores, run_tasks
 from .inputs import build_digest, given_tokenizer, raw_files, recipe_facts, template_source
 from .stages import ImportFile, PrepareChunk, TokenizeChunk
-from .text_counts import TextCounts
 from .work_folder import WorkFolder, build_lock, load_arrays, remove_work, save_arrays
 
 Stage = Literal["import", "clean", "pair", "dedup", "split", "tokenize", "shard"]
@@ -141,6 +141,11 @@ class _Build:
         self.started = now
         self.stages.append({"name": name, **ledger.to_dict()})
 
+    def _refuse_nothing(self, ledger: Ledger, what: str) -> None:
+        if not ledger.kept:
+            found = "; ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common(5)) or "nothing was there"
+            raise ConfigError(f"data {self.recipe.name}: {what}. Dropped: {shorten(found, 400)}")
+
     def _report(self, **more: Any) -> dict[str, Any]:
         stages = [stage | {"seconds": self.seconds.get(stage["name"], 0.0)} for stage in self.stages]
         formats = dict(Counter(record["format"] for record in self.inputs).most_common())
@@ -152,8 +157,7 @@ class _Build:
         results = self._run("import", "import", names, ImportFile(self.work))
         ledger = Ledger.total("conversations", (r["import"] for r in results))
         self._note("import", ledger)
-        if not ledger.kept:
-            raise ConfigError(f"data {self.recipe.name}: no conversation in {len(names)} file(s). Dropped: {_why(ledger)}")
+        self._refuse_nothing(ledger, f"no conversation in {len(names)} file{'s' if len(names) > 1 else ''}")
         return [chunk for result in results for chunk in result["chunks"]]
 
     def _prepare(self, chunks: list[str]) -> list[int]:
@@ -165,8 +169,7 @@ class _Build:
         for name, unit in (("clean", "conversations"), ("pair", "samples")):
             ledger = Ledger.total(unit, (r[name] for r in results))
             self._note(name, ledger)
-            if not ledger.kept:
-                raise ConfigError(f"data {self.recipe.name}: `{name}` left nothing. Dropped: {_why(ledger)}")
+            self._refuse_nothing(ledger, f"`{name}` left nothing")
         return [r["samples"] for r in results]
 
     def _assign(self, chunks: list[str], samples: list[int]) -> tuple[Facts, Facts]:
@@ -248,8 +251,7 @@ class _Build:
         for side, split in enumerate(SPLITS):
             self.texts[split] = TextCounts.total(r["texts"][side] for r in results).to_dict()
         self._note("tokenize", ledger)
-        if not ledger.kept:
-            raise ConfigError(f"data {self.recipe.name}: `tokenize` left nothing. Dropped: {_why(ledger)}")
+        self._refuse_nothing(ledger, "`tokenize` left nothing")
 
     def _training_texts(self, chunks: list[str]) -> Iterator[str]:
         """Contents of the training samples alone: a vocabulary must not know the validation texts either."""
@@ -352,9 +354,3 @@ def _facts(
     facts.hashes["exact_texts"].extend(exact[chosen].tolist())
     facts.hashes["authors"].extend(np.array(authors, dtype=np.uint64)[chosen[owner]].tolist())
     return facts
-
-
-def _why(ledger: Ledger) -> str:
-    return shorten(
-        "; ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common(5)) or "nothing was there", 400
-    )

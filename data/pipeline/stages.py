@@ -24,13 +24,13 @@ from ..cleaning.clean import Cleaner
 from ..conversation import Conversation, dump_line, load_line
 from ..importers.registry import read_file
 from ..ledger import Ledger
+from ..report.text_counts import TextCounts
 from ..samples.decontaminate import contaminated
 from ..samples.dedup import text_hash
 from ..samples.near_duplicates import dialogue_text, signatures
 from ..samples.pair import make_samples
 from ..samples.split import author_hashes, key_hash, thread_key
 from ..tokenizer.tokenizer import ChatTokenizer
-from .text_counts import TextCounts
 from .work_folder import WorkFolder, load_arrays, save_arrays
 
 CHUNK_BYTES = 2 << 20

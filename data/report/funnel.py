@@ -5,7 +5,6 @@ print_funnel(report)        # as returned by build_dataset or read from report.j
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..ledger import ranked
 from .bins import binned_turns
+from .text_counts import TextCounts
 
 FILES_NAMED = 5
 _NAMES = {"documents": "documents (plain texts: every token carries loss)"}
@@ -70,19 +71,12 @@ def print_files(files: dict[str, Any], console: Console) -> None:
 
 def print_texts(report: dict[str, Any], console: Console) -> None:
     """Turns, languages, duplicates and private data, a line each."""
-    texts = report.get("texts") or {}
-    turns: Counter[int] = Counter()
-    languages: Counter[str] = Counter()
-    for part in texts.values():
-        turns.update({int(count): n for count, n in part["turns"].items()})
-        languages.update(part["languages"])
-    if turns:
-        mean = sum(count * n for count, n in turns.items()) / turns.total()
-        console.print(
-            f"turns: mean {mean:.1f}; {_shares({f'{label} turns': n for label, n in binned_turns(turns)})}", highlight=False
-        )
-    if languages:
-        console.print(f"languages: {_shares(languages)}", highlight=False)
+    texts = TextCounts.total((report.get("texts") or {}).values())
+    if texts.turns:
+        shares = _shares({f"{label} turns": n for label, n in binned_turns(texts.turns)})
+        console.print(f"turns: mean {texts.mean_turns:.1f}; {shares}", highlight=False)
+    if texts.languages:
+        console.print(f"languages: {_shares(texts.languages)}", highlight=False)
     for stage, what, prefix in (("dedup", "duplicates", ""), ("clean", "private data", "private: ")):
         facts: dict[str, Any] = next((s for s in report["stages"] if s["name"] == stage), {})
         found = facts.get("changed" if prefix else "dropped", {})
@@ -93,5 +87,5 @@ def print_texts(report: dict[str, Any], console: Console) -> None:
 
 def _shares(counts: Mapping[str, int], most: int = 6) -> str:
     total = sum(counts.values()) or 1
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{name} {n / total:.0%}" for name, n in ranked[:most]) + (", …" if len(ranked) > most else "")
+    shown = [f"{name} {n / total:.0%}" for name, n in ranked(counts).items()]
+    return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")

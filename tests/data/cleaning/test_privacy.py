@@ -9,7 +9,7 @@ import pytest
 
 from chatmill.data.bench.privacy import PLANTS, Score, measure, table, texts
 from chatmill.data.cleaning.clean import Cleaner
-from chatmill.data.cleaning.privacy import Finding, find
+from chatmill.data.cleaning.privacy import PrivateSpan, find
 from chatmill.data.conversation import Conversation, Turn
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import CleanSection, PrivacySection
@@ -24,7 +24,9 @@ def scores() -> dict[str, Score]:
 
 @pytest.mark.parametrize("kind", PLANTS)
 def test_planted_data_is_found_with_its_exact_borders(kind: str, scores: dict[str, Score]) -> None:
-    missed = [text for text, planted, a, b in texts(60, seed=1) if planted == kind and Finding(kind, a, b) not in find(text)]
+    missed = [
+        text for text, planted, a, b in texts(60, seed=1) if planted == kind and PrivateSpan(kind, a, b) not in find(text)
+    ]
     assert scores[kind].planted == 1000 and scores[kind].recall >= 0.95, missed[:5]
     assert len(missed) <= 3, missed
 

@@ -15,7 +15,8 @@ import pytest
 from tests.data.build_cases import WORDS, chats, recipe, tree, write_jsonl
 
 from chatmill.config import ConfigError
-from chatmill.data.check.inspection import inspect_dataset, verify_dataset
+from chatmill.data.check.inspection import inspect_dataset
+from chatmill.data.check.verify import verify_dataset
 from chatmill.data.conversation import Turn, from_record, to_record
 from chatmill.data.pipeline.pipeline import STAGES, build_dataset
 from chatmill.data.recipe import RECIPES, load_data_recipe

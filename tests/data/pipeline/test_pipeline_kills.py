@@ -14,7 +14,7 @@ import pytest
 from tests.data.build_cases import chats, recipe, tree, write_jsonl
 
 from chatmill.config import ConfigError
-from chatmill.data.check.inspection import verify_dataset
+from chatmill.data.check.verify import verify_dataset
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.recipe import RECIPES
 

@@ -18,7 +18,8 @@ import pytest
 from tests.data.build_cases import chats, recipe, tree, write_jsonl
 
 from chatmill.config import ConfigError
-from chatmill.data.check.inspection import inspect_dataset, verify_dataset
+from chatmill.data.check.inspection import inspect_dataset
+from chatmill.data.check.verify import verify_dataset
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.raw.files import find_files
 from chatmill.data.remote import files as remote_files

@@ -15,12 +15,12 @@ from rich.console import Console
 from chatmill.data.check.inspection import inspect_dataset
 from chatmill.data.conversation import Conversation, Turn
 from chatmill.data.pipeline.pipeline import build_dataset
-from chatmill.data.pipeline.text_counts import MIXED, TOO_SHORT, TextCounts
 from chatmill.data.recipe import DataRecipe
 from chatmill.data.report.bins import binned_lengths, binned_turns
 from chatmill.data.report.charts import bars, columns
 from chatmill.data.report.funnel import print_funnel
 from chatmill.data.report.pieces import dialogue_tokens, token_pieces
+from chatmill.data.report.text_counts import MIXED, TOO_SHORT, TextCounts
 from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.shards.dialogues import read_dialogues
 from chatmill.data.shards.manifest import read_manifest

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from chatmill.data.tokenizer import budget as template_budget
-from chatmill.data.tokenizer.budget import Budget
-from chatmill.data.tokenizer.template import TEMPLATES, ChatTemplate, TemplateRefusedError
+from chatmill.data.tokenizer.budget import Budget, TemplateRefusedError
+from chatmill.data.tokenizer.template import TEMPLATES, ChatTemplate
 
 CHAT = [{"role": "user", "content": "some words"}, {"role": "assistant", "content": "more <words>"}]
 DOUBLE = "{% set ns = namespace(x='0123456789') %}{% for i in range(60) %}"

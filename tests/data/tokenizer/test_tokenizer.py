@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation, Turn
-from chatmill.data.tokenizer.template import TEMPLATES, ChatTemplate, TemplateRefusedError
+from chatmill.data.tokenizer.budget import TemplateRefusedError
+from chatmill.data.tokenizer.template import TEMPLATES, ChatTemplate
 from chatmill.data.tokenizer.tokenizer import SPECIAL_TOKENS, ChatTokenizer, train_bpe
 
 CORPUS = [

@@ -15,6 +15,7 @@ from typing import Any
 from ..cleaning.fences import prose
 from ..cleaning.language import MAX_CHARS, can_detect, language_of
 from ..conversation import Conversation
+from ..ledger import ranked
 
 UNSURE = 0.4
 TOO_SHORT, MIXED = "too short to tell", "mixed or unsure"
@@ -41,12 +42,17 @@ class TextCounts:
             found = language_of(text)
             self.languages[TOO_SHORT if found is None else found[0] if found[1] >= UNSURE else MIXED] += 1
 
+    @property
+    def mean_turns(self) -> float:
+        """Turns per dialogue."""
+        return sum(turns * n for turns, n in self.turns.items()) / max(self.turns.total(), 1)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form: turns by number, the others by falling count."""
         return {
             "turns": {str(turns): count for turns, count in sorted(self.turns.items())},
-            "languages": dict(sorted(self.languages.items(), key=lambda item: (-item[1], item[0]))),
-            "sources": dict(sorted(self.sources.items(), key=lambda item: (-item[1], item[0]))),
+            "languages": ranked(self.languages),
+            "sources": ranked(self.sources),
             "documents": self.documents,
         }
 
