@@ -18,107 +18,11 @@ from pydantic import Field, model_validator
 from chatmill.config import Section, load_section
 
 from ..data.packing.config import SourcesSection
+from .model_config import KernelSection, ModelConfig
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-
-
-class RopeScaling(Section):
-    """Stretching of the rotary angles for contexts longer than those of pre-training.
-
-    kind: `linear`, `llama3` (Llama 3.1, three frequency bands) or `yarn` (arXiv:2309.00071).
-    factor: new length / original length.
-    """
-
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float = Field(gt=0)
-    original_context: int = Field(gt=0)
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-
-
-class ModelConfig(Section):
-    """Shape of one decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
-
-    family names the Hugging Face architecture that `export --to hf` writes.
-    sliding_window: tokens seen by a query, itself included; applied to the layers in `sliding_layers` (None: all).
-    """
-
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
-    vocab_size: int = Field(default=49152, gt=0)
-    hidden_size: int = Field(default=576, gt=0)
-    intermediate_size: int = Field(default=1536, gt=0)
-    layers: int = Field(default=30, gt=0)
-    heads: int = Field(default=9, gt=0)
-    kv_heads: int = Field(default=3, gt=0)
-    head_dim: int | None = Field(default=None, gt=0)
-    context: int = Field(default=8192, gt=0)
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    rope_scaling: RopeScaling | None = None
-    norm_eps: float = Field(default=1e-5, gt=0)
-    tied_embeddings: bool = True
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = Field(default=None, gt=0)
-    sliding_layers: tuple[int, ...] | None = None
-    attention_softcap: float | None = Field(default=None, gt=0)
-    logit_softcap: float | None = Field(default=None, gt=0)
-    initializer_range: float = Field(default=0.02, gt=0)
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-
-    @property
-    def d_head(self) -> int:
-        """Channels per head."""
-        return self.head_dim or self.hidden_size // self.heads
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> ModelConfig:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
-        if self.head_dim is None and self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of heads={self.heads}; set head_dim")
-        if self.d_head % 2:
-            raise ValueError(f"head_dim={self.d_head} is odd; rotary positions need an even one")
-        return self
-
-    def window_of(self, layer: int) -> int | None:
-        """Sliding window of a layer in tokens, or None for full causal attention."""
-        if self.sliding_window is None or (self.sliding_layers is not None and layer not in self.sliding_layers):
-            return None
-        return self.sliding_window
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part: embedding, attention, mlp, norms, head, total."""
-        h, d = self.hidden_size, self.d_head
-        q, kv = self.heads * d, self.kv_heads * d
-        attention = h * (q + 2 * kv) + q * h
-        attention += (q + 2 * kv) * self.qkv_bias + h * self.output_bias
-        norms = 2 * h + 2 * d * self.qk_norm
-        parts = {
-            "embedding": self.vocab_size * h,
-            "attention": self.layers * attention,
-            "mlp": self.layers * 3 * h * self.intermediate_size,
-            "norms": self.layers * norms + h,
-            "head": 0 if self.tied_embeddings else self.vocab_size * h,
-        }
-        return parts | {"total": sum(parts.values())}
-
-    def flops_per_token(self, length: float) -> float:
-        """Training FLOPs per token, forward and backward, at a mean causal context of `length` tokens.
-
-        6 x matrix parameters (head included, embedding look-up not) + 6 x layers x heads x head_dim x length:
-        causal attention costs half of the full square. No recomputation is counted.
-        """
-        counts = self.parameter_counts()
-        matrices = counts["attention"] + counts["mlp"] + self.vocab_size * self.hidden_size
-        return 6.0 * matrices + 6.0 * self.layers * self.heads * self.d_head * length
 
 
 class ModelSection(ModelConfig):
@@ -287,14 +191,6 @@ class ParallelSection(Section):
         if (offload == "nvme") != (self.nvme_path is not None):
             raise ValueError("offload=nvme and nvme_path (a folder on a local disk) belong together")
         return self
-
-
-class KernelSection(Section):
-    """Which implementation of each hot operation; `auto` picks by device and shape."""
-
-    attention: Literal["auto", "hopper", "triton", "flash", "sdpa", "flex", "torch", "reference"] = "auto"
-    cross_entropy: Literal["auto", "triton", "torch", "reference"] = "auto"
-    elementwise: Literal["auto", "triton", "reference"] = "auto"
 
 
 class CheckpointSection(Section):

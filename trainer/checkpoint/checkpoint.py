@@ -34,7 +34,7 @@ from chatmill.config import validate
 from chatmill.files import sync
 from chatmill.run_files import MANIFEST, list_checkpoints, step_of
 
-from ..config import ModelConfig
+from ..model_config import ModelConfig
 from .files import (
     CheckpointError,
     Share,

@@ -29,8 +29,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import ModelConfig
 from ..distributed.world import World
+from ..model_config import ModelConfig
 from .checkpoint import config_bytes, publish
 from .files import CheckpointError, Share, merge_parts, write_shares
 

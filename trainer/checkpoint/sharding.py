@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from chatmill.config import ConfigError
@@ -87,6 +87,27 @@ def read_like(source: TensorSource, name: str, parameter: Tensor) -> Tensor:
     made = torch.empty_like(parameter.detach(), dtype=source.read(name, start, min(stop, start + 1)).dtype)
     copy_from(source, name, made)
     return made
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A full tensor in the device, dtype and sharding of a parameter (which may be a DTensor)."""
+    tensor = tensor.to(parameter.device, parameter.dtype)
+    return distribute_rows(tensor, parameter)
+
+
+def distribute_rows(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A full tensor sharded as the parameter is; its own dtype, and its own columns."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh = parameter.device_mesh
+    shared = distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+    if shared.device == parameter.device:
+        return shared
+    # offloaded: the shard lives on the CPU, the mesh on the GPU
+    local = shared.to_local().to(parameter.device)
+    return DTensor.from_local(
+        local, mesh, parameter.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    ).to(parameter.device)
 
 
 def states_by_parameter(source: TensorSource) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from chatmill.config import ConfigError, validate
 
-from ..config import ModelConfig, RopeScaling
+from ..model_config import ModelConfig, RopeScaling
 
 
 @dataclass(frozen=True)

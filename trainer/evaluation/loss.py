@@ -19,8 +19,6 @@ from chatmill.config import ConfigError
 from ...data.packing.options import Annotate
 from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
-from ...data.tokenizer.tokenizer import ChatTokenizer
-from ..checkpoint.checkpoint import Checkpoint
 from ..config import Recipe
 from ..distributed.world import World
 from ..model.decoder import LossOutput
@@ -114,15 +112,3 @@ def evaluate(
         raise ConfigError("the validation split holds no supervised token; nothing can be measured")
     unit = "pairs" if preference else "loss_tokens"
     return _figures(totals[0] / totals[2], totals[1] / totals[2], int(totals[2]), unit)
-
-
-def check_tokenizer(checkpoint: Checkpoint, dataset: TokenDataset) -> None:
-    """Refuse data made with another tokenizer or chat template than the checkpoint brings. Raises ConfigError."""
-    if "tokenizer.json" not in checkpoint.files():
-        return
-    theirs = ChatTokenizer.load(checkpoint.path).fingerprint
-    if ChatTokenizer.load(dataset.path / "tokenizer").fingerprint != theirs:
-        raise ConfigError(
-            f"{dataset.path} was tokenised with another tokenizer or chat template than {checkpoint.path} brings.\n"
-            "Build the data set with that checkpoint's tokenizer: data recipe field tokenizer.path."
-        )

@@ -34,9 +34,10 @@ from ..checkpoint.checkpoint import (
 from ..checkpoint.files import Share
 from ..checkpoint.random_state import random_state, restore_random_state
 from ..checkpoint.saver import CheckpointSaver, SaveResult, Snapshot
-from ..config import ModelConfig, Recipe
+from ..config import Recipe
 from ..distributed.world import World
 from ..engine.engine import Engine
+from ..model_config import ModelConfig
 from ..run.folder import RunFolder
 from ..run.state import TrainState
 

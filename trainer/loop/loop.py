@@ -27,11 +27,12 @@ from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ..config import ModelConfig, Recipe
+from ..config import Recipe
 from ..distributed.world import World, end_world, start_world
 from ..engine.engine import Engine
 from ..evaluation.loss import validation_sets
 from ..model.decoder import Decoder
+from ..model_config import ModelConfig
 from ..optim.schedule import learning_rate
 from ..run.folder import RunFolder, describe_environment
 from ..run.guard import Finding, Guard

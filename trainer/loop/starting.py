@@ -8,10 +8,11 @@ from chatmill.config import ConfigError
 
 from ...data.packing.mixture import Mixture
 from ...data.shards.dataset import TokenDataset
+from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint
-from ..config import ModelConfig, Recipe
+from ..config import Recipe
 from ..distributed.world import World
-from ..evaluation.loss import check_tokenizer
+from ..model_config import ModelConfig
 from ..run.progress import StepDisplay
 
 
@@ -39,6 +40,18 @@ def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset)
             f"data.sequence_length={recipe.data.sequence_length} exceeds the model's context of {config.context}."
         )
     return config
+
+
+def check_tokenizer(checkpoint: Checkpoint, dataset: TokenDataset) -> None:
+    """Refuse data made with another tokenizer or chat template than the checkpoint brings. Raises ConfigError."""
+    if "tokenizer.json" not in checkpoint.files():
+        return
+    theirs = ChatTokenizer.load(checkpoint.path).fingerprint
+    if ChatTokenizer.load(dataset.path / "tokenizer").fingerprint != theirs:
+        raise ConfigError(
+            f"{dataset.path} was tokenised with another tokenizer or chat template than {checkpoint.path} brings.\n"
+            "Build the data set with that checkpoint's tokenizer: data recipe field tokenizer.path."
+        )
 
 
 def check_same_data(mixture: Mixture, world: World) -> None:

@@ -10,9 +10,10 @@ from chatmill.config import ConfigError
 
 from ...data.packing.mixture import Mixture
 from ...data.stream import PackedBatch, PackedStream
-from ..config import ModelConfig, Recipe
+from ..config import Recipe
 from ..distributed.world import World
 from ..model.attention_plans import plan_maker
+from ..model_config import ModelConfig
 from .budget import stream_options
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...kernels.attention.device_plan import DevicePlan, plan_attention
-from ..config import ModelConfig
+from ..model_config import ModelConfig
 
 
 class AttentionPlans(dict[int | None, DevicePlan]):

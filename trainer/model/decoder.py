@@ -31,7 +31,7 @@ from ...kernels.cross_entropy.interface import Impl, linear_cross_entropy
 from ...kernels.layer.rms_norm import rms_norm
 from ...kernels.layer.rope import rope, rope_one
 from ...kernels.layer.swiglu import swiglu
-from ..config import KernelSection, ModelConfig
+from ..model_config import KernelSection, ModelConfig
 from .kv_cache import KVCache
 from .rotary import inverse_frequencies, rotary_tables
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ...kernels.attention.decode import decode_attention
 from ...kernels.dispatch import why_no_triton
-from ..config import ModelConfig
+from ..model_config import ModelConfig
 
 
 class KVCache:

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, RopeScaling
+from ..model_config import ModelConfig, RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:

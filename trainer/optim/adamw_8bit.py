@@ -22,7 +22,7 @@ from torchao.optim import AdamW8bit as _TorchAOAdamW8bit
 from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from .optimizer import distribute_rows, shard_like
+from ..checkpoint.sharding import distribute_rows, shard_like
 
 BLOCKS = (256, 128, 64, 32)
 SMALLEST = 4096  # elements; smaller parameters keep fp32 moments, as in torchao and bitsandbytes

@@ -17,15 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from chatmill.config import ConfigError
 
 from ..checkpoint.sharding import TensorSource, read_like
 from ..config import GroupRule, OptimizerSection
-from .schedule import learning_rate
-
-__all__ = ["build_optimizer", "learning_rate", "parameter_groups", "restore_state", "saved_state", "set_rate"]
 
 
 def has_decay(name: str, parameter: Tensor, config: OptimizerSection) -> bool:
@@ -164,27 +160,6 @@ def is_stepped_by_muon(optimizer: torch.optim.Optimizer, parameter: Tensor) -> b
 def expected_keys(muon: bool) -> tuple[str, ...]:
     """Names of the state tensors of one parameter."""
     return ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq", "step")
-
-
-def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor in the device, dtype and sharding of a parameter (which may be a DTensor)."""
-    tensor = tensor.to(parameter.device, parameter.dtype)
-    return distribute_rows(tensor, parameter)
-
-
-def distribute_rows(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor sharded as the parameter is; its own dtype, and its own columns."""
-    if not isinstance(parameter, DTensor):
-        return tensor
-    mesh = parameter.device_mesh
-    shared = distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
-    if shared.device == parameter.device:
-        return shared
-    # offloaded: the shard lives on the CPU, the mesh on the GPU
-    local = shared.to_local().to(parameter.device)
-    return DTensor.from_local(
-        local, mesh, parameter.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    ).to(parameter.device)
 
 
 def _placed(source: TensorSource, name: str, parameter: Tensor) -> Tensor:

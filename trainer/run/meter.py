@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ...data.stream import PackedBatch
-from ..config import ModelConfig
 from ..distributed.world import World
+from ..model_config import ModelConfig
 from ..plan.hardware import known_gpu
 from .profiling import StepProfiler
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from chatmill.config import ConfigError
 from chatmill.trainer.checkpoint.checkpoint import Checkpoint, CheckpointWriter
-from chatmill.trainer.config import ModelConfig, RopeScaling
 from chatmill.trainer.convert.hf import export_hf, import_hf, parameter_shapes
 from chatmill.trainer.convert.hf_config import read_hf_config, write_hf_config
 from chatmill.trainer.model.decoder import Decoder
+from chatmill.trainer.model_config import ModelConfig, RopeScaling
 
 TINY: dict[str, Any] = {
     "vocab_size": 61,

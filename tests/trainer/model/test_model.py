@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chatmill.trainer.config import ModelConfig, RopeScaling
 from chatmill.trainer.model.decoder import Decoder, KVCache, LossOutput
+from chatmill.trainer.model_config import ModelConfig, RopeScaling
 
 SHAPE = {
     "vocab_size": 97,
