@@ -34,6 +34,7 @@ from chatmill.files import replace_text
 from ...trainer.checkpoint import saver as checkpoint_saver
 from ...trainer.config import load_recipe
 from ...trainer.engine.engine import Engine, StepSums
+from ...trainer.engine.torch_engine import TorchEngine
 from ...trainer.engine.zero import ZeroEngine
 from ...trainer.loop import validation
 from ...trainer.loop.checkpoints import RunCheckpoints
@@ -71,7 +72,7 @@ def install(fault: Fault) -> None:
     done = [0]  # optimizer steps
     full_since, limits = [math.inf], resource.getrlimit(resource.RLIMIT_FSIZE)
     real_evaluate, real_write = validation.evaluate, checkpoint_saver.write_shares
-    real_steps = {kind: kind.forward_backward for kind in (Engine, ZeroEngine)}
+    real_steps: dict[Any, Any] = {kind: kind.forward_backward for kind in (TorchEngine, ZeroEngine)}
     real_restore = RunCheckpoints.restore
 
     def restore(checkpoints: RunCheckpoints, *arguments: Any) -> TrainState:

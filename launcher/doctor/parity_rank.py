@@ -28,8 +28,8 @@ from ...data.shards.memory import MemoryDataset
 from ...data.stream import IGNORE, ROW_MULTIPLE, PackedBatch, PackedStream
 from ...trainer.config import KernelSection, ModelConfig, Recipe
 from ...trainer.distributed.world import World
+from ...trainer.engine.choose import build_engine
 from ...trainer.engine.engine import Engine
-from ...trainer.loop.loop import build_engine
 from ...trainer.model.decoder import Decoder
 from .parity_case import INTERPRETED_STEPS, PACK_TOKENS, PACKS, STEPS, VOCABULARY, Case
 

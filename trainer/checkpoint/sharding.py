@@ -1,6 +1,6 @@
 """Which part of each tensor a rank holds, and reading that part back: the bridge between engines and checkpoints.
 
-    for share in shares_of(engine.shards(), rank, world_size): ...            # no communication, no gathering
+    for share in shares_of(named_tensors, rank, world_size): ...            # no communication, no gathering
     copy_from(checkpoint, "embed.weight", parameter)                          # reads this rank's rows, nothing else
 
 A sharded tensor (DTensor, split along dim 0) gives its own rows. A tensor that every rank holds whole is divided among the

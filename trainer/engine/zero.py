@@ -11,14 +11,13 @@ Source: Rajbhandari et al., "ZeRO", arXiv:1910.02054. Install: pip install 'chat
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chatmill.config import ConfigError
 
@@ -27,94 +26,54 @@ from ..checkpoint.files import Share
 from ..checkpoint.sharding import TensorSource, shares_of, states_by_parameter
 from ..config import Recipe
 from ..distributed.world import World
-from ..model.decoder import Decoder
-from ..optim.ema import GROUP, PREFIX, WeightAverage
+from ..model.decoder import Decoder, LossOutput
+from ..optim.ema import GROUP, PREFIX, WeightAverage, swapped
 from ..optim.optimizer import build_optimizer, expected_keys, set_rate, wrong_state
 from ..optim.zero_muon import SlicedMatrix, ZeroMuon, slices_of
-from .engine import Engine, StepSums, check_average
+from .deepspeed_setup import check_nvme, import_deepspeed, swapping_as_computed, zero_config
+from .engine import Objective, StepSums, check_average, proof, run_model, sum_micro_batches
 
 _NOTHING = torch.empty(0)
 
 
-LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
-
-
-def zero_config(recipe: Recipe, stage: int, elements: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a recipe and a model of so many elements.
-
-    DeepSpeed allocates the whole bucket in which it collects gradients, 2 GB of fp32 by default, however small the model is.
-    (Its bucket for gathering weights is only a limit.)
-    """
-    bf16 = recipe.train.precision == "bf16"
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch,
-        "gradient_accumulation_steps": recipe.train.accumulation,
-        "zero_optimization": {
-            "stage": stage,
-            "stage3_gather_16bit_weights_on_model_save": False,
-            "reduce_bucket_size": min(elements, LARGEST_BUCKET),
-        },
-        "zero_allow_untested_optimizer": True,  # torch's own AdamW, or Muon, as in every other engine
-        "communication_data_type": "fp32",
-        "steps_per_print": 1 << 30,
-        "bf16": {"enabled": bf16},
-    }
-    if bf16:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if recipe.optimizer.clip_norm is not None:
-        config["gradient_clipping"] = recipe.optimizer.clip_norm
-    parallel = recipe.parallel
-    if parallel.offload != "none":
-        place: dict[str, Any] = {"device": parallel.offload, "pin_memory": torch.cuda.is_available()}
-        if parallel.nvme_path is not None:
-            place["nvme_path"] = parallel.nvme_path
-        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW steps on the CPU; DeepSpeed's own compiles C++
-        config["zero_optimization"]["offload_optimizer"] = place
-        if stage == 3:
-            config["zero_optimization"]["offload_param"] = dict(place)
-    return config
-
-
-class ZeroEngine(Engine):
-    """A model in a DeepSpeedEngine; torch's AdamW, or Muon beside it, steps on the local shards."""
+class ZeroEngine:
+    """A model in a DeepSpeedEngine; torch's AdamW, or Muon beside it, steps on the local shards. See the protocol Engine."""
 
     def __init__(self, recipe: Recipe, model: Decoder, world: World) -> None:
         self.recipe, self.world, self.decoder = recipe, world, model
-        self.objective = None
+        self.objective: Callable[[PackedBatch], Objective] | None = None
         self.stage = int(recipe.parallel.strategy.removeprefix("zero"))
-        deepspeed = _import_deepspeed()
+        self.gathers = self.stage == 3
+        self._library = import_deepspeed()
         if recipe.parallel.offload == "nvme":
             check_nvme(Path(recipe.parallel.nvme_path or ""))
         model.to(world.device)
         if recipe.train.compile:
             model.compile_layers(recipe.train.compile_backend)
-        optimizer = build_optimizer(model, recipe.optimizer, recipe.train.precision, flat=True)
-        self.names = [name for name, _ in model.named_parameters()]
-        self._groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self._muon_groups = {i for i, group in enumerate(optimizer.param_groups) if group["muon"]}
+        self.optimizer = build_optimizer(model, recipe.optimizer, recipe.train.precision, flat=True)
+        self._named = list(model.named_parameters())
+        groups = self.optimizer.param_groups
+        self._groups = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        self._muon_groups = {i for i, group in enumerate(groups) if group["muon"]}
         config = zero_config(recipe, self.stage, sum(p.numel() for p in model.parameters()))
-        with _swapping_as_computed(deepspeed, recipe):
-            engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        self.model: nn.Module = engine
-        self.deepspeed = engine
-        self.zero = engine.optimizer
-        self.optimizer = optimizer
-        if isinstance(optimizer, ZeroMuon):
-            optimizer.place(self._matrices(), world.device)
+        with swapping_as_computed(self._library, recipe):
+            self.model, *_ = self._library.initialize(model=model, optimizer=self.optimizer, config=config)
+        self.zero = self.model.optimizer
+        if isinstance(self.optimizer, ZeroMuon):
+            self.optimizer.place(self._matrices(), world.device)
         decay = recipe.train.ema
         self.average = WeightAverage(self._flat_partitions(), decay) if decay is not None else None
 
     def describe(self) -> dict[str, Any]:
-        """The proof of the start; refuses an engine that is not the stage that was asked for."""
-        found = self.deepspeed.zero_optimization_stage()
+        found = self.model.zero_optimization_stage()
         if found != self.stage:
             raise ConfigError(f"DeepSpeed runs ZeRO stage {found}, the recipe asks for stage {self.stage}")
         parameters = list(self.decoder.parameters())
         sharded = sum(hasattr(p, "ds_id") for p in parameters)
         if sharded != (len(parameters) if self.stage == 3 else 0):
             raise ConfigError(f"ZeRO stage {self.stage}: {sharded} of {len(parameters)} parameters are sharded")
-        compute, accumulate = self.deepspeed.get_data_types()
-        reduce = self.deepspeed.communication_data_type
+        compute, accumulate = self.model.get_data_types()
+        reduce = self.model.communication_data_type
         expected = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
         if (compute, accumulate, reduce) != (expected, torch.float32, torch.float32):
             raise ConfigError(
@@ -125,35 +84,32 @@ class ZeroEngine(Engine):
         if on_disk - {expected}:
             raise ConfigError(f"DeepSpeed keeps weights on the disk as {on_disk}; expected {expected}")
         parts = ("optimizer", "optimizer and gradients", "optimizer, gradients and parameters")[self.stage - 1]
-        return self.facts(
-            engine=f"{type(self.deepspeed).__name__}/{type(self.zero).__name__}",
+        return proof(
+            self,
+            self._flat_partitions(),
+            engine=f"{type(self.model).__name__}/{type(self.zero).__name__}",
             sharded_parameters=f"{sharded} of {len(parameters)}",
             sharding=f"{parts}: {self.world.world_size} shard(s)",
             optimizer=f"{type(self.optimizer).__name__} (fp32 state, ZeRO-{self.stage})",
         )
 
-    def masters(self) -> list[Tensor]:
-        """This rank's flat partitions of the fp32 weights."""
-        return self._flat_partitions()
-
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """DeepSpeed holds the bf16 copy of the weights itself."""
         return contextlib.nullcontext()
 
+    def forward(self, batch: PackedBatch) -> LossOutput:
+        return run_model(self, batch)
+
     def forward_backward(self, batches: Sequence[PackedBatch]) -> StepSums:
-        """Gradients of one step; DeepSpeed reduces on the last micro-batch. The last `step` call updates."""
-        self.model.train()
-        scale = self.world.world_size / max(1, batches[0].step_examples)
-        sums: StepSums | None = None
-        for i, batch in enumerate(batches):
-            output = self.forward(batch)
-            self.deepspeed.backward(output.loss_sum * scale, scale_wrt_gas=False)
-            loss, correct = output.loss_sum.detach(), output.correct.detach()
-            sums = StepSums(loss, correct) if sums is None else StepSums(sums.loss_sum + loss, sums.correct + correct)
-            if i + 1 < len(batches):
-                self.deepspeed.step()  # counts the micro-batch; nothing is updated before the last one
-        assert sums is not None
-        return sums
+        """DeepSpeed reduces on the last micro-batch; the `step` after it updates."""
+        return sum_micro_batches(self, batches, self._micro_batch)
+
+    def _micro_batch(self, batch: PackedBatch, scale: float, last: bool) -> LossOutput:
+        output = self.forward(batch)
+        self.model.backward(output.loss_sum * scale, scale_wrt_gas=False)
+        if not last:
+            self.model.step()  # counts the micro-batch; nothing is updated before the last one
+        return output
 
     def clip(self) -> None:
         """Nothing here: DeepSpeed clips in its step."""
@@ -161,52 +117,45 @@ class ZeroEngine(Engine):
     def step(self, lr: float) -> float:
         """Clip, update, zero (all inside DeepSpeed); returns the gradient norm before clipping."""
         set_rate(self.optimizer, lr)
-        self.deepspeed.step()
+        self.model.step()
         if self.average is not None and not self.zero.overflow:
             self.average.update()
-        return float(self.deepspeed.get_global_grad_norm())
+        return float(self.model.get_global_grad_norm())
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        return swapped(self._exchange)
 
     def _exchange(self) -> None:
         """Swap the masters with their average, then round the low-precision copies from them as DeepSpeed does."""
         assert self.average is not None
         self.average.exchange()
-        self._refresh()
+        for _, parameter in self._named:
+            value = self._library.utils.safe_get_full_fp32_param(parameter)
+            self._set_copy(parameter, value.detach().reshape(_shape(parameter)))
 
-    def _refresh(self) -> None:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        for parameter in self.decoder.parameters():
-            self._set_copy(parameter, safe_get_full_fp32_param(parameter).detach().reshape(_shape(parameter)))
-
-    def _set_copy(self, parameter: nn.Parameter, value: Tensor | None) -> None:
+    def _set_copy(self, parameter: Tensor, value: Tensor | None) -> None:
         """Set the weights that the forward pass uses; the masters stay. In stage 3 only rank 0's value counts."""
-        import deepspeed
-
-        gather = deepspeed.zero.GatheredParameters(parameter, modifier_rank=0) if self.stage == 3 else contextlib.nullcontext()
-        with gather:
+        zero = self._library.zero
+        with zero.GatheredParameters(parameter, modifier_rank=0) if self.stage == 3 else contextlib.nullcontext():
             if value is not None:
                 parameter.data.copy_(value)
 
     def shares(self) -> Iterator[Share]:
         """This rank's elements of the fp32 weights and of the optimizer's state, as ZeRO cut them; no communication."""
-        named = list(zip(self.names, self.decoder.parameters(), strict=True))
-        for name, parameter in named:
+        for name, parameter in self._named:
             yield from self._share("model", name, parameter, None)
-        if self._has_state():
-            yield from self._state_shares(named)
+        if any(self.optimizer.state.get(flat) for flat in self._flat_partitions()):
+            yield from self._state_shares()
         if self.average is not None:
-            self.average.exchange()  # into the masters' places, because only DeepSpeed knows how it cuts them
-            try:
-                for name, parameter in named:
+            with swapped(self.average.exchange):  # into the masters' places, because only DeepSpeed knows how it cuts them
+                for name, parameter in self._named:
                     for share in self._share(GROUP, PREFIX + name, parameter, None):
                         yield replace(share, tensor=share.tensor.clone())
-            finally:
-                self.average.exchange()
 
-    def _state_shares(self, named: list[tuple[str, nn.Parameter]]) -> Iterator[Share]:
+    def _state_shares(self) -> Iterator[Share]:
         self._link_states()
         whole: list[tuple[str, str, Tensor]] = []
-        for name, parameter in named:
+        for name, parameter in self._named:
             for key, value in self.optimizer.state[self._flat_of(parameter)].items():
                 if isinstance(value, Tensor) and value.ndim:
                     yield from self._share("optimizer", f"{name}.{key}", parameter, key)
@@ -228,42 +177,40 @@ class ZeroEngine(Engine):
             if mapping is None:
                 return None
             return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        values = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
+        utils = self._library.utils
+        values = (
+            utils.safe_get_local_fp32_param(parameter) if key is None else utils.safe_get_local_optimizer_state(parameter, key)
+        )
         start = self.world.rank * values.numel()
         length = max(0, min(values.numel(), _shape(parameter).numel() - start))
         return (start, values.detach().flatten()[:length]) if length else None
 
     def load_model(self, source: TensorSource) -> None:
         """Set the fp32 master weights exactly, and the low-precision copies from them; the average starts from them."""
-        for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
+        for name, parameter in self._named:
             if source.shape(name) != tuple(_shape(parameter)):
                 raise ConfigError(f"checkpoint: {name} has shape {source.shape(name)}, expected {tuple(_shape(parameter))}")
             self._read_piece(source, name, parameter, None)
-            if self.stage < 3 or self.world.is_main:  # stage 3: the others get their part from rank 0
-                self._set_copy(parameter, source.tensor(name))
-            else:
-                self._set_copy(parameter, None)
+            reads = self.stage < 3 or self.world.is_main  # stage 3: the others get their part from rank 0
+            self._set_copy(parameter, source.tensor(name) if reads else None)
         if self.average is not None:
             self.average.reset()
 
     def load_average(self, source: TensorSource) -> None:
         """Set the averaged weights: through the masters' places, because only DeepSpeed knows how it cuts them."""
         assert self.average is not None
-        check_average(source, self.names)
-        self.average.exchange()
-        for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
-            self._read_piece(source, PREFIX + name, parameter, None)
-        self.average.exchange()
+        check_average(source, [name for name, _ in self._named])
+        with swapped(self.average.exchange):
+            for name, parameter in self._named:
+                self._read_piece(source, PREFIX + name, parameter, None)
 
     def load_optimizer(self, source: TensorSource) -> None:
         """Restore the optimizer's state, whoever wrote it; each rank reads its own elements. Raises ConfigError."""
         stored = states_by_parameter(source)
-        if sorted(stored) != sorted(self.names):
+        if sorted(stored) != sorted(name for name, _ in self._named):
             raise ConfigError("the checkpoint does not hold the optimizer state of this model: it cannot continue a run")
         known: set[Tensor] = set()
-        for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
+        for name, parameter in self._named:
             wanted = expected_keys(self._groups[id(parameter)] in self._muon_groups)
             if set(stored[name]) != set(wanted):
                 raise wrong_state(self.optimizer, name, stored[name], wanted)
@@ -273,7 +220,7 @@ class ZeroEngine(Engine):
                 counts = {key: source.tensor(f"{name}.{key}") for key in wanted if not len(source.shape(f"{name}.{key}"))}
                 self._make_state(flat, counts, [key for key in wanted if key not in counts])
         self._link_states()
-        for name, parameter in zip(self.names, self.decoder.parameters(), strict=True):
+        for name, parameter in self._named:
             for key in stored[name]:
                 if len(source.shape(f"{name}.{key}")):
                     self._read_piece(source, f"{name}.{key}", parameter, key)
@@ -281,18 +228,16 @@ class ZeroEngine(Engine):
     def _make_state(self, flat: Tensor, counts: dict[str, Tensor], moments: list[str]) -> None:
         """Give a flat partition its state: these counts, and moments to be read into, on the disk where they live there."""
         group = next(i for i, held in enumerate(self._flat_partitions()) if held is flat)
-        swapped = self.stage == 3 and self.zero._swappable_optimizer_subgroup(group)
-        if swapped:
+        on_disk = self.stage == 3 and self.zero._swappable_optimizer_subgroup(group)
+        if on_disk:
             self.zero._optimizer_states_and_gradient_swap_in(group)
-        if not (swapped and self.optimizer.state[flat]):  # what is swapped already is known to the swapper by its tensors
+        if not (on_disk and self.optimizer.state[flat]):  # what is swapped already is known to the swapper by its tensors
             self.optimizer.state[flat] = {key: torch.zeros_like(flat) for key in moments}
         self.optimizer.state[flat] |= {key: value.to(flat.device).clone() for key, value in counts.items()}
-        if swapped:
+        if on_disk:
             self.zero._optimizer_states_and_gradient_swap_out(group)
 
     def _read_piece(self, source: TensorSource, name: str, parameter: Tensor, key: str | None) -> None:
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
         if self.stage < 3:
             found = self._local_piece(parameter, key)
             if found is not None:
@@ -305,9 +250,9 @@ class ZeroEngine(Engine):
         length = min(held, total - start)
         values[:length] = source.read(name, start, start + length)
         if key is None:
-            safe_set_local_fp32_param(parameter, values)
+            self._library.utils.safe_set_local_fp32_param(parameter, values)
         else:
-            safe_set_local_optimizer_state(parameter, values, key)
+            self._library.utils.safe_set_local_optimizer_state(parameter, values, key)
 
     def discard(self) -> None:
         """Throw the gradients of this step away: DeepSpeed does so itself on an overflow, so it is told that there was one."""
@@ -321,7 +266,7 @@ class ZeroEngine(Engine):
             self.zero.check_grad_overflow = True
         setattr(self.zero, hook, overflow)
         try:
-            self.deepspeed.step()
+            self.model.step()
         finally:
             delattr(self.zero, hook)
 
@@ -342,7 +287,7 @@ class ZeroEngine(Engine):
 
     def _matrices(self) -> dict[int, list[SlicedMatrix]]:
         """The matrices of each of Muon's flat partitions: every rank tells which elements it holds. Collective."""
-        chosen = [p for p in self.decoder.parameters() if self._groups[id(p)] in self._muon_groups]
+        chosen = [p for _, p in self._named if self._groups[id(p)] in self._muon_groups]
         pieces = [self._local_piece(parameter, None) for parameter in chosen]
         runs = self.world.gather([(start, values.numel()) for start, values in (piece or (0, _NOTHING) for piece in pieces)])
         found: dict[int, list[SlicedMatrix]] = {}
@@ -358,62 +303,8 @@ class ZeroEngine(Engine):
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
-    def _states(self) -> list[dict[str, Tensor]]:
-        return [self.optimizer.state[flat] for flat in self._flat_partitions() if flat in self.optimizer.state]
-
-    def _has_state(self) -> bool:
-        return any(self._states())
-
-
-@contextlib.contextmanager
-def _swapping_as_computed(deepspeed: Any, recipe: Recipe) -> Iterator[None]:
-    """Keep fp32 weights on the disk as fp32 where the processor has no fp16, a CPU among them.
-
-    DeepSpeed 0.19.8 (runtime/zero/partition_parameters.py:409) reads `dtype or fp16 if fp16_supported else bf16` and
-    rounds them to bf16 there, whatever dtype was given: losses were off by 2e-5 before the first update.
-    """
-    accelerator = deepspeed.accelerator.get_accelerator()
-    if recipe.parallel.offload != "nvme" or recipe.train.precision == "bf16" or accelerator.is_fp16_supported():
-        yield
-        return
-    accelerator.is_fp16_supported = lambda: True
-    try:
-        yield
-    finally:
-        del accelerator.is_fp16_supported
-
-
-def check_nvme(folder: Path) -> None:
-    """Refuse NVMe offload where DeepSpeed cannot do it: it needs libaio and a folder to write to. Raises ConfigError."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ConfigError(
-            "parallel.offload=nvme needs DeepSpeed's async_io, which needs libaio with its headers and a C++ compiler.\n"
-            "Install it (Debian: libaio-dev), or use parallel.offload=cpu."
-        )
-    if not folder.is_dir():
-        raise ConfigError(f"parallel.nvme_path={folder} is not a folder on this machine: make it on a local disk of every node")
-
 
 def _shape(parameter: Tensor) -> torch.Size:
     """Full shape of a parameter, also where ZeRO-3 keeps a shard only."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
-
-
-def _import_deepspeed() -> Any:
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ConfigError(
-            "parallel.strategy=zero* needs DeepSpeed, which is not installed.\n"
-            "Install it with: DS_BUILD_OPS=0 pip install --no-build-isolation 'chatmill[gpu]', or use parallel.strategy=fsdp2."
-        ) from error
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 calls deprecated, which fills a log with one warning per call
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    if not torch.cuda.is_available():
-        from deepspeed.ops import __compatible_ops__
-
-        __compatible_ops__["deepspeed_shm_comm"] = False  # would compile C++ for a minute at the first start on a CPU
-    return deepspeed

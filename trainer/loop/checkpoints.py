@@ -1,6 +1,6 @@
 """The checkpoints of one run: the newest good one found, restored, and new ones saved, kept or dropped.
 
-checkpoints = RunCheckpoints(folder, recipe, config, tokenizer, world)
+checkpoints = RunCheckpoints(run)
 found = checkpoints.newest()                        # verified by all ranks together; damaged ones are named and set aside
 state = checkpoints.restore(found, engine, stream)
 checkpoints.save(engine, stream, state)             # returns when the copy is made; a thread writes
@@ -10,7 +10,6 @@ problem = checkpoints.wait()
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,6 @@ from chatmill.config import ConfigError, dump_yaml
 from chatmill.run_files import list_checkpoints, step_of
 
 from ...data.stream import PackedStream
-from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import (
     BEST,
     Checkpoint,
@@ -37,26 +35,17 @@ from ..checkpoint.saver import CheckpointSaver, SaveResult, Snapshot
 from ..config import Recipe
 from ..distributed.world import World
 from ..engine.engine import Engine
-from ..model_config import ModelConfig
-from ..run.folder import RunFolder
 from ..run.state import TrainState
+from .context import RunContext
 
 
 class RunCheckpoints:
-    """Finds, restores, saves and prunes. `say` is where messages for people go. As a context manager it lets a save end."""
+    """Finds, restores, saves and prunes. As a context manager it lets a save end."""
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        recipe: Recipe,
-        config: ModelConfig,
-        tokenizer: ChatTokenizer,
-        world: World,
-    ) -> None:
-        self.folder, self.recipe, self.config, self.tokenizer, self.world = folder, recipe, config, tokenizer, world
-        self.say: Callable[[str], None] = print if world.is_main else _quiet
+    def __init__(self, run: RunContext) -> None:
+        self.run, self.folder, self.world = run, run.folder, run.world
         self.saved_step = -1
-        self._saver = CheckpointSaver(world, self._done, asynchronous=recipe.checkpoint.asynchronous)
+        self._saver = CheckpointSaver(run.world, self._done, asynchronous=run.recipe.checkpoint.asynchronous)
 
     # ---------------------------------------------------------------- finding and restoring
 
@@ -85,7 +74,7 @@ class RunCheckpoints:
             set_aside_after(self.folder.path, step_of(good))
             self.folder.event("damaged_checkpoint", problems=problems, using=good.name)
         for problem in problems:
-            self.say(f"warning: {problem}\nwarning: using the older {good} instead")
+            self.run.display.say(f"warning: {problem}\nwarning: using the older {good} instead")
         self.world.barrier()
 
     def restore(self, checkpoint: Checkpoint, engine: Engine, stream: PackedStream) -> TrainState:
@@ -108,7 +97,8 @@ class RunCheckpoints:
     def save(self, engine: Engine, stream: PackedStream, state: TrainState, best: bool = False) -> None:
         """Begin to save the state after `state.step` steps; every rank must call it. best: its validation is the best so
         far."""
-        note = {"step": state.step, "metric": self.recipe.checkpoint.best, "value": state.best_value} if best else None
+        recipe = self.run.recipe
+        note = {"step": state.step, "metric": recipe.checkpoint.best, "value": state.best_value} if best else None
         if self.saved_step == state.step and not self.wait():
             if note and self.world.is_main:
                 self._note_best(note)
@@ -116,18 +106,18 @@ class RunCheckpoints:
         meta: dict[str, Any] = {
             "step": state.step,
             "tokens": state.tokens,
-            "run": self.recipe.run.name,
-            "data": self.recipe.data.path,
+            "run": recipe.run.name,
+            "data": recipe.data.path,
             "data_fingerprint": stream.dataset.fingerprint,
-            "strategy": self.recipe.parallel.strategy,
+            "strategy": recipe.parallel.strategy,
             "world_size": self.world.world_size,
             "lineage": state.lineage,
             "best": note,
         }
         files = {
             "state.json": state.as_json(stream.state_dict()),
-            "recipe.yaml": dump_yaml(self.recipe).encode(),
-            **self.tokenizer.files(),
+            "recipe.yaml": dump_yaml(recipe).encode(),
+            **self.run.tokenizer.files(),
         }
         rank = self.world.rank
         generators = (
@@ -135,7 +125,7 @@ class RunCheckpoints:
             for kind, tensor in random_state(self.world.device).items()
         )
         folder = self.folder.path / "checkpoints" / f"step-{state.step:08d}"
-        self._saver.save(folder, chain(engine.shares(), generators), Snapshot(self.config, meta, files))
+        self._saver.save(folder, chain(engine.shares(), generators), Snapshot(self.run.config, meta, files))
         self.saved_step = state.step
 
     def save_last(self, engine: Engine, stream: PackedStream, state: TrainState, best: bool = False) -> None:
@@ -159,14 +149,14 @@ class RunCheckpoints:
         if result.problem:
             problem = f"checkpoint of step {step} could not be written: {result.problem}"
             self.folder.event("checkpoint_failed", step=step, reason=problem)
-            self.say(f"{problem}\ntraining goes on; the checkpoints before it are whole.")
+            self.run.display.say(f"{problem}\ntraining goes on; the checkpoints before it are whole.")
             return
         if result.meta["best"]:
             self._note_best(result.meta["best"])
         self.folder.event("checkpoint", step=step, seconds=round(result.seconds, 3), stall_s=round(result.stall_s, 4))
         best = self.folder.path / "checkpoints" / BEST
         protect = {json.loads(best.read_text(encoding="utf-8"))["checkpoint"]} if best.is_file() else set()
-        keep = self.recipe.checkpoint
+        keep = self.run.recipe.checkpoint
         prune(self.folder.path, keep.keep, frozenset(protect), keep.keep_every_steps)
 
     def _note_best(self, note: dict[str, Any]) -> None:
@@ -196,10 +186,6 @@ def _step_of_best(run_dir: Path) -> int:
         return step_of(best_of(run_dir))
     except CheckpointError:
         return -1
-
-
-def _quiet(text: str) -> None:
-    """Ranks other than 0 say nothing."""
 
 
 def _random_tensors(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:

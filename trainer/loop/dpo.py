@@ -34,12 +34,11 @@ from ...data.stream import PackedBatch, PackedStream
 from ..checkpoint.checkpoint import Checkpoint
 from ..config import PreferenceSection, Recipe
 from ..distributed.world import World
-from ..engine.engine import Engine
+from ..engine.engine import Engine, Objective
 from ..model.decoder import LossOutput
+from .context import RunContext
 
 REFERENCE = "reference.npz"
-# what Decoder.forward hands its token losses Float["T"] to
-Objective = Callable[[Tensor], LossOutput]
 
 
 def log_probabilities(token_losses: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> Tensor:
@@ -154,34 +153,28 @@ def reference_pass(recipe: Recipe, source: Mixture | TokenDataset, world: World)
     )
 
 
-def pair_objective(
-    recipe: Recipe,
-    engine: Engine,
-    base: Checkpoint | None,
-    resume: Checkpoint | None,
-    passes: Iterable[PackedStream],
-    run: Path,
-    world: World,
-    say: Callable[[str], None],
-) -> PairObjective:
-    """The objective of a run; the reference is read from the run folder, or taken from `base` now and kept there."""
-    path = run / REFERENCE
+def pair_objective(run: RunContext, engine: Engine, resume: Checkpoint | None) -> PairObjective:
+    """The objective of a run; the reference is read from the run folder, or taken from run.base now and kept there."""
+    recipe, world, path = run.recipe, run.world, run.folder.path / REFERENCE
     if world.any(world.is_main and path.is_file()):
         return PairObjective(load_reference(path), recipe.preference)
-    assert base is not None  # the recipe was checked
-    say("taking the log-probabilities of all pairs under the starting checkpoint, once")
-    if resume is not None:
-        engine.load_model(base)
+    assert run.base is not None  # the recipe was checked
+    run.display.say("taking the log-probabilities of all pairs under the starting checkpoint, once")
+    sources: list[Mixture | TokenDataset] = [run.mixture, *run.splits.values()]
     scores: list[Tensor] = []
-    engine.objective = ScoreObjective(scores)
-    engine.model.eval()
-    reference = take_reference(engine.forward, scores, passes, world)
-    if resume is not None:
-        engine.load_model(resume)
-        if engine.average is not None:
-            engine.load_average(resume)  # load_model starts it anew
-    if world.is_main:
-        save_reference(reference, path)
+    with run.watchdog.paused():
+        if resume is not None:
+            engine.load_model(run.base)
+        engine.objective = ScoreObjective(scores)
+        engine.model.eval()
+        passes = (reference_pass(recipe, source, world) for source in sources)
+        reference = take_reference(engine.forward, scores, passes, world)
+        if resume is not None:
+            engine.load_model(resume)
+            if engine.average is not None:
+                engine.load_average(resume)  # load_model starts it anew
+        if world.is_main:
+            save_reference(reference, path)
     return PairObjective(reference, recipe.preference)
 
 

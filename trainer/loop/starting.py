@@ -6,6 +6,7 @@ from typing import Any
 
 from chatmill.config import ConfigError
 
+from ...data.check.verify import quarantine_lines
 from ...data.packing.mixture import Mixture
 from ...data.shards.dataset import TokenDataset
 from ...data.tokenizer.tokenizer import ChatTokenizer
@@ -13,7 +14,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..config import Recipe
 from ..distributed.world import World
 from ..model_config import ModelConfig
-from ..run.progress import StepDisplay
+from ..run.folder import RunFolder, describe_environment
+from ..run.state import TrainState
+from .context import RunContext
 
 
 def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset) -> ModelConfig:
@@ -64,19 +67,40 @@ def check_same_data(mixture: Mixture, world: World) -> None:
         )
 
 
-def say_proof(display: StepDisplay, proof: dict[str, Any], config: ModelConfig, recipe: Recipe) -> None:
-    """Print what is really running."""
-    display.say(
-        f"{config.parameter_counts()['total']:,} parameters  {config.layers} layers x {config.hidden_size}  "
+def claim(folder: RunFolder, world: World) -> None:
+    """Make this training the only one that writes into the folder. Raises ConfigError where another one does."""
+    if world.any(world.is_main and not folder.claim()):
+        raise ConfigError(
+            f"{folder.path}: another training is running in it; two would mix their checkpoints.\n"
+            f"Wait for it, stop it with `chatmill cancel {folder.path}`, or begin another run: run.name=NEW."
+        )
+
+
+def announce(run: RunContext, state: TrainState, proof: dict[str, Any], resume: Checkpoint | None) -> None:
+    """Write down and print what is really running. proof: Engine.describe; resume: the checkpoint that is continued."""
+    recipe, config, folder, say = run.recipe, run.config, run.folder, run.display.say
+    counts = config.parameter_counts()
+    if run.world.is_main:
+        folder.create(recipe, proof | {"parameters": counts, **describe_environment()})
+        folder.forget_after(state.step)
+        folder.event("resume" if resume else "start", step=state.step, **proof)
+        for name, data in [*run.mixture.sources.items(), *run.splits.items()]:
+            for held in quarantine_lines({f"{name}/{data.split}": data.held} if isinstance(data, TokenDataset) else {}):
+                folder.event("quarantine", step=state.step, block=held)
+                say(held)
+    say(
+        f"{counts['total']:,} parameters  {config.layers} layers x {config.hidden_size}  "
         f"vocabulary {config.vocab_size:,}  pack {recipe.data.sequence_length} tokens"
     )
-    display.say(
+    say(
         f"world size {proof['world_size']}  backend {proof['backend']}  device {proof['device']}  threads {proof['threads']}  "
         f"strategy {proof['strategy']} ({proof['engine']}, sharded {proof['sharded_parameters']})"
     )
-    display.say(
+    say(
         f"parameters {proof['parameter_dtype']}  compute {proof['compute_dtype']}  gradients {proof['gradient_dtype']}  "
         f"reduce {proof['reduce_dtype']}  loss {proof['loss_dtype']}  optimizer {proof['optimizer']}"
     )
     extras = [f"{name} {proof[name]}" for name in ("offload", "activation_checkpointing", "compile", "ema")]
-    display.say(f"sharding {proof['sharding']}  " + "  ".join(extras))
+    say(f"sharding {proof['sharding']}  " + "  ".join(extras))
+    if resume is not None:
+        say(f"continuing {folder.path} from step {state.step} ({resume.path.name})")

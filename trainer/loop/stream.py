@@ -8,24 +8,20 @@ from typing import Any
 
 from chatmill.config import ConfigError
 
-from ...data.packing.mixture import Mixture
 from ...data.stream import PackedBatch, PackedStream
-from ..config import Recipe
-from ..distributed.world import World
 from ..model.attention_plans import plan_maker
-from ..model_config import ModelConfig
 from .budget import stream_options
+from .context import RunContext
 
 
-def training_stream(
-    recipe: Recipe, config: ModelConfig, mixture: Mixture, exclude: Mapping[int, frozenset[str]], world: World
-) -> PackedStream:
+def training_stream(run: RunContext, exclude: Mapping[int, frozenset[str]]) -> PackedStream:
     """The shuffled stream of this rank; on a GPU with the attention kernel's tile plans, made beside the batches."""
+    recipe, world = run.recipe, run.world
     return PackedStream(
-        mixture,
+        run.mixture,
         stream_options(recipe, exclude, world.world_size),
         rank=world.rank,
-        annotate=plan_maker(config, recipe.kernels.attention, recipe.train.precision, world.device),
+        annotate=plan_maker(run.config, recipe.kernels.attention, recipe.train.precision, world.device),
         pin=world.device.type == "cuda",
     )
 

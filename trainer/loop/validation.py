@@ -1,46 +1,38 @@
 """Validation inside a training run: measure, log, answer the prompts, and say whether it is the best so far.
 
-validation = Validation(recipe, validation_sets(recipe), engine, checkpoints, display, watchdog, stop)
+validation = Validation(run, engine)
 is_best = validation.run(state)                     # on all ranks; a signal cuts it short
 
-Sums are taken over all ranks, each dialogue once, so that the world size changes no figure (evaluation.py).
+Sums are taken over all ranks, each dialogue once, so that the world size changes no figure (evaluation/loss.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 
-from ...data.shards.dataset import TokenDataset
-from ..config import Recipe
+import torch
+
+from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..engine.engine import Engine
 from ..evaluation.loss import evaluate, in_words, pooled, validation_batches
+from ..generation.replies import reply_to
+from ..generation.sampling import Sampling
 from ..model.attention_plans import plan_maker
-from ..run.progress import StepDisplay
 from ..run.state import TrainState
-from ..run.stopping import StopSignal
-from ..run.watchdog import Watchdog
-from .checkpoints import RunCheckpoints
+from .context import RunContext
+
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.15)  # small models repeat themselves when greedy
 
 
 class Validation:
-    """Runs the validations of one training run. splits: validation split per data set."""
+    """Runs the validations of one training run."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        splits: Mapping[str, TokenDataset],
-        engine: Engine,
-        checkpoints: RunCheckpoints,
-        display: StepDisplay,
-        watchdog: Watchdog,
-        stop: StopSignal,
-    ) -> None:
-        self.recipe, self.splits, self.engine, self.display = recipe, splits, engine, display
-        self.folder, self.world, self.tokenizer = checkpoints.folder, checkpoints.world, checkpoints.tokenizer
-        self.watchdog, self.stop = watchdog, stop
-        train, kernel = recipe.train, recipe.kernels.attention
-        self.annotate = plan_maker(engine.decoder.config, kernel, train.precision, self.world.device)
+    def __init__(self, context: RunContext, engine: Engine) -> None:
+        self.context, self.engine = context, engine
+        self.recipe, self.world, self.display = context.recipe, context.world, context.display
+        attention, precision = self.recipe.kernels.attention, self.recipe.train.precision
+        self._annotate = plan_maker(context.config, attention, precision, self.world.device)
 
     def run(self, state: TrainState) -> bool:
         """Measure, log and answer the prompts; True when it is the best validation so far and checkpoints follow it."""
@@ -52,7 +44,7 @@ class Validation:
         result = pooled(list(results.values()))
         if self.world.is_main:
             each = {"eval_by_data": results} if len(results) > 1 else {}
-            self.folder.metric(step=state.step, eval=result, **each, seconds=round(time.monotonic() - began, 3))
+            self.context.folder.metric(step=state.step, eval=result, **each, seconds=round(time.monotonic() - began, 3))
         self.display.say(f"validation at step {state.step}: {in_words(result)}")
         if self.recipe.evaluation.ema:
             self._measure_average(state.step)
@@ -64,20 +56,20 @@ class Validation:
         """Figures of each validation set with the weights as they are, or None where a signal cut it short."""
 
         def asked() -> bool:
-            self.watchdog.beat("validation", step)
-            return self.stop.asked
+            self.context.watchdog.beat("validation", step)
+            return self.context.stop.asked
 
         evaluation = self.recipe.evaluation
         self.engine.model.eval()
         results: dict[str, dict[str, float]] = {}
-        for name, split in self.splits.items():
+        for name, split in self.context.splits.items():
             batches = validation_batches(
                 split,
                 sequence_length=self.recipe.data.sequence_length,
                 micro_batch=evaluation.micro_batch or self.recipe.train.micro_batch,
                 world=self.world,
                 max_dialogues=evaluation.max_dialogues,
-                annotate=self.annotate,
+                annotate=self._annotate,
             )
             figures = evaluate(self.engine.forward, batches, self.world, asked, self.recipe.objective == "dpo")
             if figures is None:
@@ -92,12 +84,32 @@ class Validation:
             return
         result = pooled(list(results.values()))
         if self.world.is_main:
-            self.folder.metric(step=step, eval_ema=result)
+            self.context.folder.metric(step=step, eval_ema=result)
         self.display.say(f"averaged weights at step {step}: {in_words(result)}")
 
     def _answer_prompts(self, step: int) -> None:
         evaluation = self.recipe.evaluation
-        for prompt, reply in self.engine.replies(self.tokenizer, evaluation.prompts, evaluation.max_new_tokens):
+        prompts, longest = evaluation.prompts, evaluation.max_new_tokens
+        for prompt, reply in answers(self.engine, self.context.tokenizer, prompts, longest):
             if self.world.is_main:
-                self.folder.sample(step=step, prompt=prompt, reply=reply)
+                self.context.folder.sample(step=step, prompt=prompt, reply=reply)
             self.display.say(f"  > {prompt}\n  < {reply}")
+
+
+def answers(engine: Engine, tokenizer: ChatTokenizer, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[str, str]]:
+    """(prompt, reply) of single questions, sampled with a fixed seed: on rank 0, or on all ranks where weights are gathered."""
+    if not (engine.world.is_main or engine.gathers):
+        return
+    engine.decoder.eval()
+    for prompt in prompts:
+        # not compiled: every length of a prompt and of its cache would be another shape
+        with engine.autocast(), torch.compiler.set_stance("force_eager"):
+            reply = reply_to(
+                engine.decoder,
+                tokenizer,
+                [{"role": "user", "content": prompt}],
+                max_new_tokens=max_new_tokens,
+                sampling=SAMPLING,
+                seed=engine.recipe.train.seed,
+            )
+        yield prompt, reply.text

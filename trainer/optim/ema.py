@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -55,6 +55,16 @@ class WeightAverage:
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
+
+
+@contextlib.contextmanager
+def swapped(exchange: Callable[[], None]) -> Iterator[None]:
+    """Within this context the weights and their average have changed places; both come back exactly."""
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
 
 
 def export_average(source: Checkpoint, out: str | Path) -> Path:

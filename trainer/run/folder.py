@@ -52,10 +52,10 @@ FREE_DATA = ("mix", "curriculum", "exclude", "damaged_blocks")
 class RunFolder:
     """Appends to the run's files; every line is flushed, so that a killed run loses none. A full disk stops no run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_metric: Callable[[Mapping[str, Any]], None] = lambda line: None) -> None:
         self.path = path
         self._files = WaitingFiles(path)
-        self.on_metric: Callable[[Mapping[str, Any]], None] | None = None
+        self._on_metric = on_metric
         self._lock: TextIO | None = None
 
     def create(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
@@ -137,10 +137,9 @@ class RunFolder:
         return moved and any((self.path / "checkpoints").glob("step-*"))
 
     def metric(self, **values: Any) -> None:
-        """One line of metrics.jsonl; also to the trackers."""
+        """One line of metrics.jsonl, and a call of on_metric (the trackers)."""
         self._append("metrics.jsonl", values)
-        if self.on_metric is not None:
-            self.on_metric(values)
+        self._on_metric(values)
 
     def event(self, kind: str, /, **values: Any) -> None:
         """One line of events.jsonl."""
@@ -157,7 +156,7 @@ class RunFolder:
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         self._files.append(name, json.dumps(values) + "\n")
 
-    def is_finished(self, step: int) -> bool:
+    def has_finished(self, step: int) -> bool:
         """Whether the run has ended at this step, its last validation and checkpoint included."""
         return any(e.get("event") == "finished" and e.get("step") == step for e in read_jsonl(self.path / "events.jsonl"))
 

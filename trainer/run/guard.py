@@ -33,7 +33,7 @@ REASON = "guard:"
 
 
 @dataclass(frozen=True)
-class Finding:
+class BadStep:
     """A step that cannot be right. kind: nan or spike; value: the loss or gradient norm; z: how far out it is."""
 
     kind: Literal["nan", "spike"]
@@ -49,7 +49,7 @@ class Guard:
     def __init__(self, section: GuardSection, folder: RunFolder, world: World) -> None:
         self.section, self.folder, self.world = section, folder, world
 
-    def judge_loss(self, loss: float, state: TrainState) -> Finding | None:
+    def judge_loss(self, loss: float, state: TrainState) -> BadStep | None:
         """Before the update: loss of the step in nats per token, over all ranks."""
         if not math.isfinite(loss):
             return self._nan(loss, "the loss")
@@ -59,42 +59,44 @@ class Guard:
         if z is None or z <= self.section.spike_z:
             return None
         why = f"the loss of {loss:.4f} is {z:.1f} robust deviations above the last {len(state.losses)} steps"
-        return Finding("spike", self.section.on_spike, loss, z, why)
+        return BadStep("spike", self.section.on_spike, loss, z, why)
 
-    def judge_gradient(self, norm: float) -> Finding | None:
+    def judge_gradient(self, norm: float) -> BadStep | None:
         """After the update, which the engine leaves out where the norm is not finite."""
         return None if math.isfinite(norm) else self._nan(norm, "the gradient norm")
 
     def decide(
-        self, finding: Finding | None, loss: float, state: TrainState, micro: Sequence[PackedBatch], say: Callable[[str], None]
-    ) -> Literal["go on", "rollback"]:
-        """Book the step that state.step now counts. Raises ConfigError where the run must stop; every rank must call it."""
-        if finding is None or finding.action == "warn":
+        self, bad: BadStep | None, loss: float, state: TrainState, micro: Sequence[PackedBatch], say: Callable[[str], None]
+    ) -> bool:
+        """Book the step that state.step now counts; True where the run is to be rolled back. Every rank must call it.
+
+        Raises ConfigError where the run must stop.
+        """
+        if bad is None or bad.action == "warn":
             state.skipped_in_row = 0
             state.losses = [*state.losses, loss][-self.section.window :]
-            if finding is not None:
-                self._event("loss_spike", finding, state, micro)
-                say(f"warning: step {state.step}: {finding.why}")
-            return "go on"
+            if bad is not None:
+                self._event("loss_spike", bad, state, micro)
+                say(f"warning: step {state.step}: {bad.why}")
+            return False
         state.skipped_in_row += 1
-        self._event("skipped_step", finding, state, micro)
-        say(f"step {state.step} is left out: {finding.why}")
-        roll_back = finding.action == "rollback"
-        if finding.action == "stop":
-            self._stop(finding, state, f"guard.on_{finding.kind}=stop")
+        self._event("skipped_step", bad, state, micro)
+        say(f"step {state.step} is left out: {bad.why}")
+        roll_back = bad.action == "rollback"
+        if bad.action == "stop":
+            self._stop(bad, state, f"guard.on_{bad.kind}=stop")
         if state.skipped_in_row > max(self.section.max_skips, roll_back):
-            self._stop(finding, state, f"{self.section.max_skips} updates in a row were left out before (guard.max_skips)")
+            self._stop(bad, state, f"{self.section.max_skips} updates in a row were left out before (guard.max_skips)")
         if roll_back and self.rollbacks() >= self.section.max_rollbacks:
-            self._stop(finding, state, f"the run was rolled back {self.section.max_rollbacks} times (guard.max_rollbacks)")
-        return "rollback" if roll_back else "go on"
+            self._stop(bad, state, f"the run was rolled back {self.section.max_rollbacks} times (guard.max_rollbacks)")
+        return roll_back
 
-    def exclude(self, finding: Finding | None, state: TrainState, micro: Sequence[PackedBatch], step: int) -> frozenset[str]:
+    def exclude(self, bad: BadStep, state: TrainState, micro: Sequence[PackedBatch], step: int) -> frozenset[str]:
         """Leave the dialogues of the batch out once `step` steps are done, in this attempt and all later ones."""
-        assert finding is not None
         uids = frozenset(self._uids(micro))
         if self.world.is_main:
-            record_exclusion(self.folder.path, step, uids, f"{REASON} {finding.kind} at step {state.step}: {finding.why}")
-            self.folder.event("rollback", step=state.step, to_step=step, kind=finding.kind, excluded=len(uids))
+            record_exclusion(self.folder.path, step, uids, f"{REASON} {bad.kind} at step {state.step}: {bad.why}")
+            self.folder.event("rollback", step=state.step, to_step=step, kind=bad.kind, excluded=len(uids))
         self.world.barrier()
         return uids
 
@@ -103,27 +105,27 @@ class Guard:
         lines = read_jsonl(self.folder.path / RECORD) if self.world.is_main else ()
         return self.world.gather(sum(str(line.get("reason", "")).startswith(REASON) for line in lines))[0]
 
-    def _event(self, event: str, finding: Finding, state: TrainState, micro: Sequence[PackedBatch]) -> None:
+    def _event(self, event: str, bad: BadStep, state: TrainState, micro: Sequence[PackedBatch]) -> None:
         uids = self._uids(micro)
         if self.world.is_main:
-            z = None if finding.z is None else round(finding.z, 2)
-            self.folder.event(event, step=state.step, kind=finding.kind, value=str(finding.value), z=z, uids=uids)
+            z = None if bad.z is None else round(bad.z, 2)
+            self.folder.event(event, step=state.step, kind=bad.kind, value=str(bad.value), z=z, uids=uids)
 
     def _uids(self, micro: Sequence[PackedBatch]) -> list[str]:
         """Dialogues of the whole global batch, over all ranks."""
         return sorted({uid for part in self.world.gather([u for batch in micro for u in batch.uids]) for uid in part})
 
-    def _stop(self, finding: Finding, state: TrainState, rule: str) -> None:
+    def _stop(self, bad: BadStep, state: TrainState, rule: str) -> None:
         if self.world.is_main:
-            self.folder.event("stopped", step=state.step, kind=finding.kind, reason=f"{finding.why}; {rule}")
+            self.folder.event("stopped", step=state.step, kind=bad.kind, reason=f"{bad.why}; {rule}")
         raise ConfigError(
-            f"stopped at step {state.step}: {finding.why}; {rule}.\n"
+            f"stopped at step {state.step}: {bad.why}; {rule}.\n"
             "The dialogues of the batch are in events.jsonl (`chatmill data at RUN STEP` shows them); the newest checkpoint\n"
             "is from before. Lower optimizer.lr, exclude the dialogues (data.exclude), or change guard.* to go on."
         )
 
-    def _nan(self, value: float, what: str) -> Finding:
-        return Finding("nan", self.section.on_nan, value, None, f"{what} is {value}")
+    def _nan(self, value: float, what: str) -> BadStep:
+        return BadStep("nan", self.section.on_nan, value, None, f"{what} is {value}")
 
 
 def robust_z(value: float, history: Sequence[float], least: int) -> float | None:

@@ -33,10 +33,9 @@ def peak_flops(device: torch.device) -> float | None:
 class StepMeter:
     """Tokens per second since the last line; time waited for data; memory."""
 
-    def __init__(self, config: ModelConfig, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: ModelConfig, world: World, profiler: StepProfiler | None = None) -> None:
+        self.config, self.world, self.profiler = config, world, profiler
         self._peak = peak_flops(world.device)
-        self.profiler: StepProfiler | None = None
         self.restart()
 
     def restart(self) -> None:

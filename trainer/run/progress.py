@@ -16,9 +16,9 @@ from .full_disk import is_full
 class StepDisplay:
     """Context manager; `show` per logged step, `say` for messages. Silent where quiet (ranks other than 0)."""
 
-    def __init__(self, steps: int, start: int, quiet: bool) -> None:
+    def __init__(self, steps: int, quiet: bool) -> None:
         self.steps, self.quiet = steps, quiet
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
         self._first: tuple[int, float] | None = None  # the first step shown and when: it may have compiled and warmed up
         self._bar: Progress | None = None
         if not quiet and self.console.is_terminal:
@@ -30,7 +30,13 @@ class StepDisplay:
                 TimeElapsedColumn(),
                 console=self.console,
             )
-            self._task = self._bar.add_task("", total=steps, completed=start)
+            self._task = self._bar.add_task("", total=steps)
+
+    def starting_at(self, step: int) -> Self:
+        """The display of a run of which so many steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        return self
 
     def show(self, step: int, loss: float, lr: float, grad_norm: float, tokens_per_s: float) -> None:
         """step: steps done so far."""

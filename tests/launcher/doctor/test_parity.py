@@ -29,7 +29,7 @@ from chatmill.launcher.doctor.parity import (
 from chatmill.launcher.doctor.parity_case import Case
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.distributed.world import World
-from chatmill.trainer.engine.engine import Engine
+from chatmill.trainer.engine.torch_engine import TorchEngine
 
 ROOT = Path(__file__).resolve().parents[3]
 GROUPS = {(engine, size) for engine in ENGINES for size in (WORLD_SIZES if engine != "single" else (1,))}
@@ -115,13 +115,13 @@ def test_padding_and_recomputation_change_nothing(accumulation: int, reference: 
 def test_a_mean_over_micro_batches_instead_of_over_tokens_is_caught(reference: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The classic error of gradient accumulation: each micro-batch divides by its own count."""
 
-    def wrong(self: Engine, batches):
+    def wrong(self: TorchEngine, batches):
         micro = [dataclasses.replace(b, step_loss_tokens=b.loss_tokens * len(batches)) for b in batches]
         sums = [original(self, [batch]) for batch in micro]
         return dataclasses.replace(sums[0], loss_sum=sum(s.loss_sum for s in sums))
 
-    original = Engine.forward_backward
-    monkeypatch.setattr(Engine, "forward_backward", wrong)
+    original = TorchEngine.forward_backward
+    monkeypatch.setattr(TorchEngine, "forward_backward", wrong)
     row = compare(Case("single", 1, 4), reference)
     assert "gradient differs" in row.problem
     assert is_failure(row)

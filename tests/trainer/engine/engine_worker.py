@@ -27,8 +27,9 @@ from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.distributed.world import World
+from chatmill.trainer.engine.choose import build_engine
 from chatmill.trainer.engine.engine import Engine
-from chatmill.trainer.loop.loop import build_engine
+from chatmill.trainer.engine.torch_engine import TorchEngine
 from chatmill.trainer.model.decoder import Decoder, LossOutput
 
 SHAPE = {
@@ -250,7 +251,7 @@ def reshard_and_offload_equal_one_process(world: World, data: str) -> None:
 def zero_offload_equals_one_process(world: World, data: str) -> None:
     for strategy in ("zero1", "zero2", "zero3"):
         engine = agree_with_single(world, data, strategy, parallel={"offload": "cpu"})
-        assert engine.deepspeed.zero_cpu_offload()
+        assert engine.model.zero_cpu_offload()
 
 
 @check
@@ -458,7 +459,7 @@ def triton_kernels_work_on_gathered_weights(world: World, data: str) -> None:
     packs = [steps[0] for steps in steps_of(recipe_for(data, "single"), world, 1)]
     truth = Decoder(recipe_for(data, "single", model=small).model.shape())
     truth.init_weights(0)
-    losses = Engine(recipe_for(data, "single", model=small), truth, alone()).forward(packs[0]).loss_sum
+    losses = TorchEngine(recipe_for(data, "single", model=small), truth, alone()).forward(packs[0]).loss_sum
     total = world.sum([float(losses)])[0]
     for strategy in ["fsdp2", *(["zero3"] if importlib.util.find_spec("deepspeed") else [])]:
         recipe = recipe_for(data, strategy, model=small, kernels=kernels, train={"accumulation": 1})

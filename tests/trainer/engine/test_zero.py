@@ -31,7 +31,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_offload_to_nvme_is_configured_for_deepspeed_and_refused_without_its_folder(tmp_path: Path) -> None:
-    from chatmill.trainer.engine.zero import check_nvme, zero_config
+    from chatmill.trainer.engine.deepspeed_setup import check_nvme, zero_config
 
     parallel = {"strategy": "zero3", "offload": "nvme", "nvme_path": str(tmp_path)}
     recipe = Recipe.model_validate({"parallel": parallel, "train": {"accumulation": 8}})
@@ -60,7 +60,7 @@ def test_offload_to_nvme_is_configured_for_deepspeed_and_refused_without_its_fol
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_bucket_of_gradients_is_no_larger_than_the_model_or_deepspeed_s_own(stage: int) -> None:
-    from chatmill.trainer.engine.zero import zero_config
+    from chatmill.trainer.engine.deepspeed_setup import zero_config
 
     recipe = Recipe.model_validate({"parallel": {"strategy": f"zero{stage}"}})
     sizes = {

@@ -19,7 +19,7 @@ from chatmill.run_files import read_jsonl
 from chatmill.trainer.checkpoint import saver as checkpoint_saver
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.distributed.world import World
-from chatmill.trainer.engine.engine import Engine
+from chatmill.trainer.engine.torch_engine import TorchEngine
 from chatmill.trainer.engine.zero import ZeroEngine
 from chatmill.trainer.loop import validation
 from chatmill.trainer.loop.checkpoints import RunCheckpoints
@@ -66,10 +66,10 @@ def test_a_killed_run_goes_on_with_another_engine_and_world_size_as_if_nothing_h
     assert [(e["strategy"], e["world_size"], e["step"]) for e in resumed] == [("fsdp2", 4, began[0]), ("single", 1, began[1])]
 
 
-@pytest.mark.parametrize("kind", [Engine, ZeroEngine])
-def test_a_fault_happens_under_every_engine(kind: type[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [TorchEngine, ZeroEngine])
+def test_a_fault_happens_under_every_engine(kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in [
-        (Engine, "forward_backward"),
+        (TorchEngine, "forward_backward"),
         (ZeroEngine, "forward_backward"),
         (RunCheckpoints, "restore"),
         (validation, "evaluate"),

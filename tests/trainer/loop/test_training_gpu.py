@@ -23,7 +23,7 @@ from chatmill.kernels.cross_entropy import interface as linear_cross_entropy
 from chatmill.trainer.checkpoint.random_state import random_state, restore_random_state
 from chatmill.trainer.config import ModelConfig, Recipe
 from chatmill.trainer.distributed.world import World
-from chatmill.trainer.engine.engine import Engine
+from chatmill.trainer.engine.torch_engine import TorchEngine
 from chatmill.trainer.generation.generation import Generation
 from chatmill.trainer.model.attention_plans import AttentionPlans
 from chatmill.trainer.model.decoder import Decoder
@@ -69,14 +69,14 @@ def no_wait(device: torch.device) -> Iterator[None]:
     assert waits.found == []
 
 
-def engine_on(device: torch.device, precision: str, **model: Any) -> Engine:
+def engine_on(device: torch.device, precision: str, **model: Any) -> TorchEngine:
     recipe = Recipe.model_validate(
         {"model": SHAPE | model, "data": {"sequence_length": 256}, "train": {"precision": precision}}
     )
     config = ModelConfig.model_validate(SHAPE | model)
     decoder = Decoder(config, recipe.kernels)
     decoder.init_weights(0)
-    return Engine(recipe, decoder, World(0, 1, 0, 1, device, "none"))
+    return TorchEngine(recipe, decoder, World(0, 1, 0, 1, device, "none"))
 
 
 def batches(device: torch.device, count: int) -> list[PackedBatch]:

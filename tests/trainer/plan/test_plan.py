@@ -17,7 +17,7 @@ from chatmill.data.stream import PackedBatch
 from chatmill.launcher.__main__ import main
 from chatmill.trainer.config import ModelConfig, Recipe, load_recipe
 from chatmill.trainer.distributed.world import World
-from chatmill.trainer.loop.loop import build_engine
+from chatmill.trainer.engine.choose import build_engine
 from chatmill.trainer.model.decoder import Decoder
 from chatmill.trainer.plan.hardware import GIB, find_gpu, known_gpu
 from chatmill.trainer.plan.memory_trace import estimate_step, trace_step
@@ -127,7 +127,7 @@ def test_a_whole_step_needs_what_the_plan_says(
     engine: str, world: World, accumulation: int, packs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "chatmill.trainer.engine.engine.settle_buckets", lambda *given: None
+        "chatmill.trainer.engine.torch_engine.settle_buckets", lambda *given: None
     )  # before the hook below could be set
     given = recipe(engine, micro_batch=packs, accumulation=accumulation)
     predicted = Estimator(given, SHAPE, device="cpu").memory(engine, world.world_size)

@@ -15,7 +15,8 @@ from chatmill.data.packing.sources import recorded_exclusions
 from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer.checkpoint.checkpoint import open_checkpoint
 from chatmill.trainer.config import GuardSection, load_recipe
-from chatmill.trainer.engine.engine import Engine, StepSums
+from chatmill.trainer.engine.engine import StepSums
+from chatmill.trainer.engine.torch_engine import TorchEngine
 from chatmill.trainer.loop.loop import train
 from chatmill.trainer.run.guard import robust_z
 
@@ -33,9 +34,9 @@ class Injector:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, spoil: dict[int, float], gradient_only: bool = False) -> None:
         self.seen: list[set[str]] = []
-        real = Engine.forward_backward
+        real = TorchEngine.forward_backward
 
-        def forward_backward(engine: Engine, batches: Any) -> StepSums:
+        def forward_backward(engine: TorchEngine, batches: Any) -> StepSums:
             sums = real(engine, batches)
             self.seen.append({uid for batch in batches for uid in batch.uids})
             factor = spoil.get(len(self.seen), 1.0)
@@ -45,7 +46,7 @@ class Injector:
                 parameter.grad *= factor
             return StepSums(sums.loss_sum * (1.0 if gradient_only else factor), sums.correct)
 
-        monkeypatch.setattr(Engine, "forward_backward", forward_backward)
+        monkeypatch.setattr(TorchEngine, "forward_backward", forward_backward)
 
 
 def test_the_z_score_is_numpys_and_is_not_moved_by_one_outlier() -> None:

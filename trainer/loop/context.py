@@ -1,0 +1,39 @@
+"""What a run works with: complete before the model is built, and never changed. Loop, validations and checkpoints share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...data.packing.mixture import Mixture
+from ...data.shards.dataset import TokenDataset
+from ...data.tokenizer.tokenizer import ChatTokenizer
+from ..checkpoint.checkpoint import Checkpoint
+from ..config import Recipe
+from ..distributed.world import World
+from ..model_config import ModelConfig
+from ..run.folder import RunFolder
+from ..run.progress import StepDisplay
+from ..run.stopping import StopSignal
+from ..run.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """recipe: with its budgets counted in steps. base: the checkpoint that training starts from.
+
+    splits: the validation split of each data set. exclude: dialogues left out, by the step from which on, when the run starts.
+    """
+
+    recipe: Recipe
+    config: ModelConfig
+    base: Checkpoint | None
+    tokenizer: ChatTokenizer
+    mixture: Mixture
+    splits: Mapping[str, TokenDataset]
+    exclude: Mapping[int, frozenset[str]]
+    world: World
+    folder: RunFolder
+    display: StepDisplay
+    watchdog: Watchdog
+    stop: StopSignal
