@@ -48,18 +48,6 @@ from .files import (
     write_manifest,
 )
 
-__all__ = [
-    "MANIFEST",
-    "Checkpoint",
-    "CheckpointError",
-    "CheckpointWriter",
-    "open_checkpoint",
-    "prune",
-    "publish",
-    "set_aside_after",
-    "verify_files",
-]
-
 BEST = "best.json"
 
 

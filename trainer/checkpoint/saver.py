@@ -1,10 +1,9 @@
 """Sharded, asynchronous checkpoints of a training run: training stops for the copy to host memory only.
 
     saver = CheckpointSaver(world, on_done)
-    saver.save(folder, engine.shares(), Snapshot(config, meta, files))     # collective; waits for the save before it
+    saver.save(folder, engine.shares(), meta, files)     # collective; waits for the save before it
     ...training goes on...
-    problem = saver.wait()                                                 # "" or why the newest save failed; same on every
-    rank
+    problem = saver.wait()                               # "" or why the newest save failed; the same on every rank
 
 Every rank writes the parts of the tensors that it holds into files of its own, in a thread. No rank ever holds more of the
 model than it trains. When all have written and synced, rank 0 writes the manifest and renames the folder: it is there whole or
@@ -20,7 +19,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +30,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..distributed.world import World
-from ..model_config import ModelConfig
-from .checkpoint import config_bytes, publish
+from .checkpoint import publish
 from .files import CheckpointError, Share, merge_parts, write_shares
 
 SHARD_BYTES = 1 << 30  # safetensors copies a file's tensors once more while it writes
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """What is saved beside the tensors (rank 0 writes it). meta goes into the manifest, files are small ones by name."""
-
-    config: ModelConfig
-    meta: Mapping[str, Any]
-    files: Mapping[str, bytes]
-
-
-@dataclass(frozen=True)
 class SaveResult:
     """How a save ended. stall_s: training stood still; seconds: until it was published; problem: "" or why it was not."""
 
-    folder: Path
-    meta: Mapping[str, Any] = field(repr=False)
+    meta: Mapping[str, Any]
     stall_s: float
     seconds: float
     problem: str
@@ -76,16 +65,20 @@ class CheckpointSaver:
         self._problem = ""
         self._error: BaseException | None = None
 
-    def save(self, folder: Path, shares: Iterable[Share], snapshot: Snapshot) -> None:
-        """Copy this rank's shares and begin to write them; every rank must call it. Waits for the save before it."""
+    def save(self, folder: Path, shares: Iterable[Share], meta: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Copy this rank's shares and begin to write them; every rank must call it. Waits for the save before it.
+
+        meta: goes into the manifest. files: small ones by name (config.json ...), which rank 0 writes.
+        """
         self.wait()
         began = time.monotonic()
         held = [replace(share, tensor=self._copy(share)) for share in shares]
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         stall_s = time.monotonic() - began
+        write = partial(self._write, folder, held, meta, files)
         self._thread = threading.Thread(
-            target=self._run, args=(folder, held, snapshot, began, stall_s), name="checkpoint-writer", daemon=True
+            target=self._run, args=(write, meta, began, stall_s), name="checkpoint-writer", daemon=True
         )
         self._thread.start()
         if not self._asynchronous:
@@ -114,15 +107,15 @@ class CheckpointSaver:
             buffer = self._buffers[key] = host_buffer(share.tensor)
         return buffer.copy_(share.tensor, non_blocking=True)
 
-    def _run(self, folder: Path, shares: list[Share], snapshot: Snapshot, began: float, stall_s: float) -> None:
+    def _run(self, write: Callable[[], str], meta: Mapping[str, Any], began: float, stall_s: float) -> None:
         try:
-            self._problem = self._write(folder, shares, snapshot)
+            self._problem = write()
             if self.world.is_main:
-                self._on_done(SaveResult(folder, snapshot.meta, stall_s, time.monotonic() - began, self._problem))
+                self._on_done(SaveResult(meta, stall_s, time.monotonic() - began, self._problem))
         except BaseException as error:  # handed to the training thread, which raises it in wait()
             self._error = error
 
-    def _write(self, folder: Path, shares: list[Share], snapshot: Snapshot) -> str:
+    def _write(self, folder: Path, shares: list[Share], meta: Mapping[str, Any], files: Mapping[str, bytes]) -> str:
         temporary = folder.with_name(f".{folder.name}.writing-shared")
         if self.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it saved this step
@@ -138,9 +131,9 @@ class CheckpointSaver:
         if self.world.is_main:
             try:
                 if not problem:
-                    for name, data in ({"config.json": config_bytes(snapshot.config)} | dict(snapshot.files)).items():
+                    for name, data in files.items():
                         (temporary / name).write_bytes(data)
-                    publish(temporary, folder, snapshot.meta, merge_parts(p for _, p in parts))
+                    publish(temporary, folder, meta, merge_parts(p for _, p in parts))
             except (OSError, CheckpointError) as error:
                 problem = str(error)
             shutil.rmtree(temporary, ignore_errors=True)

@@ -57,10 +57,15 @@ def share_of(group: str, name: str, tensor: Tensor, rank: int, world_size: int, 
     else:
         if zlib.crc32(name.encode()) % world_size != rank:
             return None
-        first_row, local = 0, tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        first_row, local = 0, local_of(tensor)
     if local.numel() == 0 and tensor.numel():
         return None
     return Share(group, name, shape, first_row * prod(shape[1:]), local)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, whole or a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_range(tensor: Tensor) -> tuple[int, int]:
@@ -76,7 +81,7 @@ def copy_from(source: TensorSource, name: str, target: Tensor) -> None:
     """Fill target (whole or a DTensor) with the stored tensor; a rank reads its own rows only. Raises ConfigError."""
     _check_shape(source, name, target)
     start, stop = local_range(target)
-    local = target.to_local() if isinstance(target, DTensor) else target
+    local = local_of(target)
     with torch.no_grad():
         local.copy_(source.read(name, start, stop).reshape(local.shape))
 

@@ -1,4 +1,4 @@
-"""What `accelerate launch` was told, held against the recipe: a disagreement is an error, never a silent choice.
+"""What `accelerate launch` was told, compared with the recipe: a disagreement is an error, never a silent choice.
 
 accelerate hands its flags and its config file to the workers in environment variables. Most of them have a value even when
 nobody asked: such a default is compared only where the flag or the file names it, or where it is not accelerate's own default.
@@ -8,9 +8,9 @@ Source: accelerate.utils.launch of accelerate 1.15.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -18,105 +18,56 @@ from chatmill.config import ConfigError
 
 from ..config import Recipe
 
-
-@dataclass(frozen=True)
-class Setting:
-    """One of accelerate's settings and the recipe field that says the same.
-
-    names: flag and config-file key. default: what accelerate hands over unasked (None: nothing).
-    """
-
-    variable: str
-    names: tuple[str, ...]
-    default: str | None
-    field: str
-    wanted: Callable[[Recipe], str]
-
-
-def _flag(value: object) -> str:
-    return str(bool(value)).lower()
-
-
-ALWAYS = (
-    Setting("ACCELERATE_MIXED_PRECISION", ("mixed_precision",), "no", "train.precision (fp32 is no)", lambda r: _precision(r)),
-    Setting(
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-        ("gradient_accumulation_steps",),
-        None,
-        "train.accumulation",
-        lambda r: str(r.train.accumulation),
-    ),
-    Setting(
-        "ACCELERATE_DYNAMO_BACKEND",
-        ("dynamo_backend",),
-        "no",
-        "train.compile and train.compile_backend",
-        lambda r: r.train.compile_backend if r.train.compile else "no",
-    ),
-)
-FSDP = (
-    Setting("FSDP_VERSION", ("fsdp_version",), None, "parallel.strategy (fsdp2 is version)", lambda r: "2"),
-    Setting(
-        "FSDP_RESHARD_AFTER_FORWARD",
-        ("fsdp_reshard_after_forward",),
-        "true",
-        "parallel.reshard_after_forward",
-        lambda r: _flag(r.parallel.reshard_after_forward),
-    ),
-    Setting(
-        "FSDP_OFFLOAD_PARAMS",
-        ("fsdp_offload_params",),
-        "false",
-        "parallel.offload",
-        lambda r: _flag(r.parallel.offload == "cpu"),
-    ),
-    Setting(
-        "FSDP_ACTIVATION_CHECKPOINTING",
-        ("fsdp_activation_checkpointing",),
-        "false",
-        "train.activation_checkpointing",
-        lambda r: _flag(r.train.activation_checkpointing),
-    ),
-)
-DEEPSPEED = (
-    Setting(
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE",
-        ("zero_stage",),
-        None,
-        "parallel.strategy",
-        lambda r: r.parallel.strategy.removeprefix("zero"),
-    ),
-    Setting(
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
-        ("offload_optimizer_device",),
-        None,
-        "parallel.offload",
-        lambda r: r.parallel.offload,
-    ),
-    Setting(
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
-        ("offload_param_device",),
-        None,
-        "parallel.offload",
-        lambda r: r.parallel.offload if r.parallel.strategy == "zero3" else "none",
-    ),
-    Setting(
-        "ACCELERATE_GRADIENT_CLIPPING",
-        ("gradient_clipping",),
-        None,
-        "optimizer.clip_norm",
-        lambda r: "none" if r.optimizer.clip_norm is None else str(r.optimizer.clip_norm),
-    ),
-)
-SHARDED = {
-    "ACCELERATE_USE_FSDP": ("FSDP", ("fsdp2",), FSDP),
-    "ACCELERATE_USE_DEEPSPEED": ("DEEPSPEED", ("zero1", "zero2", "zero3"), DEEPSPEED),
-}
+SHARDED = {"ACCELERATE_USE_FSDP": ("FSDP", ("fsdp2",)), "ACCELERATE_USE_DEEPSPEED": ("DEEPSPEED", ("zero1", "zero2", "zero3"))}
 UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config (for replicas of shards set parallel.replicas)",
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": "a DeepSpeed config file (the recipe's fields make DeepSpeed's configuration)",
 }
+
+
+class Setting(NamedTuple):
+    """One of accelerate's settings: its flag and config-file key `name`, in the variable prefix + NAME.
+
+    default: what accelerate hands over unasked (None: nothing). wanted: the value that the recipe asks for, by `field`.
+    """
+
+    prefix: str
+    name: str
+    default: str | None
+    wanted: object
+    field: str
+
+
+def settings_of(recipe: Recipe, plugin: str = "") -> list[Setting]:
+    """The settings that accelerate always hands over, or those of a plugin: FSDP or DEEPSPEED."""
+    train, parallel, clip = recipe.train, recipe.parallel, recipe.optimizer.clip_norm
+    offload = f"parallel.offload={parallel.offload}"
+    if plugin == "FSDP":
+        reshard, recompute = parallel.reshard_after_forward, train.activation_checkpointing
+        recomputed = f"train.activation_checkpointing={recompute}"
+        return [
+            Setting("", "fsdp_version", None, 2, f"parallel.strategy={parallel.strategy}"),
+            Setting("", "fsdp_reshard_after_forward", "true", bool(reshard), f"parallel.reshard_after_forward={reshard}"),
+            Setting("", "fsdp_offload_params", "false", parallel.offload == "cpu", offload),
+            Setting("", "fsdp_activation_checkpointing", "false", bool(recompute), recomputed),
+        ]
+    if plugin == "DEEPSPEED":
+        prefix, weights = "ACCELERATE_DEEPSPEED_", parallel.offload if parallel.strategy == "zero3" else "none"
+        return [
+            Setting(prefix, "zero_stage", None, parallel.strategy[-1], f"parallel.strategy={parallel.strategy}"),
+            Setting(prefix, "offload_optimizer_device", None, parallel.offload, offload),
+            Setting(prefix, "offload_param_device", None, weights, offload),
+            Setting("ACCELERATE_", "gradient_clipping", None, clip, f"optimizer.clip_norm={clip}"),
+        ]
+    precision, backend = "bf16" if train.precision == "bf16" else "no", train.compile_backend if train.compile else "no"
+    compiled = f"train.compile={train.compile} train.compile_backend={train.compile_backend}"
+    accumulation = f"train.accumulation={train.accumulation}"
+    return [
+        Setting("ACCELERATE_", "mixed_precision", "no", precision, f"train.precision={train.precision}"),
+        Setting("ACCELERATE_", "gradient_accumulation_steps", None, train.accumulation, accumulation),
+        Setting("ACCELERATE_", "dynamo_backend", "no", backend, compiled),
+    ]
 
 
 def check_accelerate(recipe: Recipe, environment: Mapping[str, str], given: frozenset[str] = frozenset()) -> None:
@@ -127,59 +78,61 @@ def check_accelerate(recipe: Recipe, environment: Mapping[str, str], given: froz
     for variable, what in UNSUPPORTED.items():
         if environment.get(variable, "false").lower() not in ("", "false", "none"):
             raise ConfigError(
-                f"accelerate was told to use {what}, which this trainer does not: drop it from accelerate's config."
+                f"accelerate was told to use {what}, which this trainer does not support: remove it from accelerate's config."
             )
-    settings = list(ALWAYS)
-    for variable, (what, strategies, more) in SHARDED.items():
+    settings = settings_of(recipe)
+    for variable, (plugin, strategies) in SHARDED.items():
         if environment.get(variable, "false").lower() != "true":
             continue
         if recipe.parallel.strategy not in strategies:
             raise ConfigError(
-                f"accelerate was told to use {what}, the recipe says parallel.strategy={recipe.parallel.strategy}.\n"
-                f"Set parallel.strategy to {' or '.join(strategies)}, or drop it from accelerate's config."
+                f"accelerate was told to use {plugin}, the recipe says parallel.strategy={recipe.parallel.strategy}.\n"
+                f"Set parallel.strategy to {' or '.join(strategies)}, or remove it from accelerate's config."
             )
-        settings += more
+        settings += settings_of(recipe, plugin)
     wrong = []
-    for setting in settings:
-        told = environment.get(setting.variable)
-        if told is None or (told.lower() == setting.default and not given & set(setting.names)):
+    for prefix, name, default, wanted, field in settings:
+        told = environment.get(prefix + name.upper())
+        if told is None or (told.lower() == default and name not in given):
             continue
-        wanted = setting.wanted(recipe)
-        if not _equal(told.lower(), wanted.lower()):
-            wrong.append(f"  {setting.names[0]}: {told.lower()}, the recipe's {setting.field} says {wanted.lower()}")
+        if not _equal(told.lower(), str(wanted).lower()):
+            wrong.append(f"  accelerate: {name}={told.lower()}; recipe: {field}")
     if wrong:
         raise ConfigError("accelerate and the recipe disagree; make them agree:\n" + "\n".join(wrong))
 
 
-def launch_config(command: list[str], default: Path) -> Path:
-    """The config file that an `accelerate launch` command reads; default: the one it takes unasked."""
-    for i, word in enumerate(command):
-        for flag in ("--config_file", "--config-file"):
-            if word == flag and i + 1 < len(command):
-                return Path(command[i + 1])
-            if word.startswith(flag + "="):
-                return Path(word.split("=", 1)[1])
-    return default
+def option_of(command: Sequence[str], name: str) -> str | None:
+    """The value of `--some_name VALUE` or `--some-name=VALUE` in a command; None where it is not there."""
+    flags = (f"--{name}", f"--{name.replace('_', '-')}")
+    for word, after in zip(command, [*command[1:], None], strict=False):
+        flag, equals, value = word.partition("=")
+        if flag in flags and (equals or after is not None):
+            return value if equals else after
+    return None
 
 
-def given_settings(command: list[str], default: Path) -> frozenset[str]:
-    """Names of the settings that an `accelerate launch` command line and its config file give."""
+def given_settings(command: Sequence[str], default: Path) -> frozenset[str]:
+    """Names of the settings that an `accelerate launch` command line and its config file give.
+
+    default: the config file that it reads unasked.
+    """
     if not any("accelerate" in word for word in command[:4]):
         return frozenset()
     names = {word.split("=", 1)[0].removeprefix("--").replace("-", "_") for word in command if word.startswith("--")}
-    try:
-        file = yaml.safe_load(launch_config(command, default).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        file = None
-    if isinstance(file, dict):
-        names |= set(file)
-        for section in ("fsdp_config", "deepspeed_config", "dynamo_config"):
-            names |= set(file.get(section) or {})
+    file = read_config(command, default)
+    names |= set(file)
+    for section in ("fsdp_config", "deepspeed_config", "dynamo_config"):
+        names |= set(file.get(section) or {})
     return frozenset(str(name) for name in names)
 
 
-def _precision(recipe: Recipe) -> str:
-    return "bf16" if recipe.train.precision == "bf16" else "no"
+def read_config(command: Sequence[str], default: Path) -> dict[str, Any]:
+    """The config file that an `accelerate launch` command reads; empty where there is none that can be read."""
+    try:
+        file = yaml.safe_load(Path(option_of(command, "config_file") or default).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return file if isinstance(file, dict) else {}
 
 
 def _equal(a: str, b: str) -> bool:

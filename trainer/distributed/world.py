@@ -3,7 +3,7 @@
 Works under torchrun, `accelerate launch` and plain python. Three silent downgrades are known and each is caught here:
 - `accelerate launch --num_processes N` without a GPU starts ONE process. It is turned into a torchrun of N.
 - several independent runs of world size 1 writing the same folder (a launcher's variables were lost): refused.
-- accelerate told (by flag or config file) what the recipe does not say: refused (accelerate_settings.py).
+- accelerate told (by flag or config file) what the recipe does not say: refused (accelerate.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from chatmill.config import ConfigError
 
 from ..config import Recipe
-from .accelerate import check_accelerate, given_settings, launch_config
+from .accelerate import check_accelerate, given_settings, option_of, read_config
 
 
 @dataclass(frozen=True)
@@ -76,16 +75,10 @@ def requested_processes(environment: Mapping[str, str], parent_command: list[str
     """
     if "RANK" in environment or "ACCELERATE_MIXED_PRECISION" not in environment or "MASTER_ADDR" not in environment:
         return None
-    for i, word in enumerate(parent_command):
-        for flag in ("--num_processes", "--num-processes"):
-            if word == flag and i + 1 < len(parent_command):
-                return int(parent_command[i + 1])
-            if word.startswith(flag + "="):
-                return int(word.split("=", 1)[1])
-    config = launch_config(parent_command, default_config)
+    asked = option_of(parent_command, "num_processes")
     try:
-        return int(yaml.safe_load(config.read_text(encoding="utf-8"))["num_processes"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return int(asked or read_config(parent_command, default_config)["num_processes"])
+    except (ValueError, KeyError, TypeError):
         raise ConfigError(
             "accelerate started one process although more were asked for, and how many cannot be told.\n"
             "On a machine without a GPU start with: torchrun --nproc-per-node N -m chatmill.trainer.train RECIPE"
@@ -112,7 +105,7 @@ def relaunch_if_alone(arguments: list[str]) -> None:
 def check_launch(recipe: Recipe, environment: Mapping[str, str], given: frozenset[str] = frozenset()) -> None:
     """Refuse a launch that disagrees with the recipe. Raises ConfigError with the command to use instead.
 
-    given: what accelerate's command line and config file name (accelerate_settings.given_settings).
+    given: what accelerate's command line and config file name (given_settings).
     """
     strategy = recipe.parallel.strategy
     launched = "RANK" in environment

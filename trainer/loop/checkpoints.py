@@ -24,6 +24,7 @@ from ..checkpoint.checkpoint import (
     Checkpoint,
     CheckpointError,
     best_of,
+    config_bytes,
     open_checkpoint,
     prune,
     set_aside_after,
@@ -31,7 +32,7 @@ from ..checkpoint.checkpoint import (
 )
 from ..checkpoint.files import Share
 from ..checkpoint.random_state import random_state, restore_random_state
-from ..checkpoint.saver import CheckpointSaver, SaveResult, Snapshot
+from ..checkpoint.saver import CheckpointSaver, SaveResult
 from ..config import Recipe
 from ..distributed.world import World
 from ..engine.engine import Engine
@@ -115,6 +116,7 @@ class RunCheckpoints:
             "best": note,
         }
         files = {
+            "config.json": config_bytes(self.run.config),
             "state.json": state.as_json(stream.state_dict()),
             "recipe.yaml": dump_yaml(recipe).encode(),
             **self.run.tokenizer.files(),
@@ -125,7 +127,7 @@ class RunCheckpoints:
             for kind, tensor in random_state(self.world.device).items()
         )
         folder = self.folder.path / "checkpoints" / f"step-{state.step:08d}"
-        self._saver.save(folder, chain(engine.shares(), generators), Snapshot(self.run.config, meta, files))
+        self._saver.save(folder, chain(engine.shares(), generators), meta, files)
         self.saved_step = state.step
 
     def save_last(self, engine: Engine, stream: PackedStream, state: TrainState, best: bool = False) -> None:

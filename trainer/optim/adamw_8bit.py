@@ -22,7 +22,7 @@ from torchao.optim import AdamW8bit as _TorchAOAdamW8bit
 from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from ..checkpoint.sharding import distribute_rows, shard_like
+from ..checkpoint.sharding import distribute_rows, local_of, shard_like
 
 BLOCKS = (256, 128, 64, 32)
 SMALLEST = 4096  # elements; smaller parameters keep fp32 moments, as in torchao and bitsandbytes
@@ -53,7 +53,7 @@ class AdamW8bit(_TorchAOAdamW8bit):
                 for parameter in group["params"]:
                     if parameter.grad is None:
                         continue
-                    local = _local(parameter.detach())
+                    local = local_of(parameter.detach())
                     state = self.state[parameter]
                     if not state:
                         state |= {"step": torch.tensor(0.0), **self._zeros(parameter)}
@@ -62,7 +62,7 @@ class AdamW8bit(_TorchAOAdamW8bit):
                         continue
                     self._update(
                         local,
-                        _local(parameter.grad),
+                        local_of(parameter.grad),
                         state["step"],
                         state["exp_avg"],
                         state["exp_avg_sq"],
@@ -76,7 +76,7 @@ class AdamW8bit(_TorchAOAdamW8bit):
                     )
 
     def _zeros(self, parameter: Tensor) -> dict[str, Tensor]:
-        local, block = _local(parameter), block_size(tuple(parameter.shape))
+        local, block = local_of(parameter), block_size(tuple(parameter.shape))
         if block is None or not local.numel():
             return {key: torch.zeros_like(local) for key in MOMENTS}
         return {
@@ -87,7 +87,7 @@ class AdamW8bit(_TorchAOAdamW8bit):
         """State for a checkpoint: NAME_codes Uint8 and NAME_scale Float32 ["rows blocks"], or NAME in fp32; sharded alike."""
         if not state:
             return {}
-        rows = _local(parameter).shape[0]
+        rows = local_of(parameter).shape[0]
         out = {"step": state["step"]}
         block = block_size(tuple(parameter.shape))
         for key in MOMENTS:
@@ -112,18 +112,14 @@ class AdamW8bit(_TorchAOAdamW8bit):
             moment = state[key]
             if not isinstance(moment, OptimState8bit):
                 if moment.numel():
-                    moment.copy_(_local(shard_like(entries[key], parameter)))
+                    moment.copy_(local_of(shard_like(entries[key], parameter)))
             elif key in entries:
-                moment.copy_(_local(shard_like(entries[key], parameter)))
+                moment.copy_(local_of(shard_like(entries[key], parameter)))
             else:
                 device = parameter.device
-                moment.codes.copy_(_local(distribute_rows(entries[f"{key}_codes"].to(device), parameter)))
-                moment.scale.copy_(_local(distribute_rows(entries[f"{key}_scale"].to(device), parameter)).reshape(-1))
+                moment.codes.copy_(local_of(distribute_rows(entries[f"{key}_codes"].to(device), parameter)))
+                moment.scale.copy_(local_of(distribute_rows(entries[f"{key}_scale"].to(device), parameter)).reshape(-1))
         return state
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _as_shard(local: Tensor, parameter: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from chatmill.config import ConfigError
 
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from ..checkpoint.sharding import local_of
 
 GROUP = "ema"
 PREFIX = "ema."
@@ -92,4 +92,4 @@ def averaged(source: Checkpoint, beside: Path) -> Iterator[Checkpoint]:
 
 
 def _locals(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+    return [local_of(tensor.detach()) for tensor in tensors]

@@ -15,13 +15,16 @@ Sources: Jordan et al., kellerjordan.github.io/posts/muon; Liu et al., "Muon is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+
+from ..checkpoint.sharding import local_of
+from ..config import MuonSection
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan et al.: steep at 0, singular values end in about 0.7 .. 1.2
 EPS = 1e-7
@@ -38,18 +41,14 @@ class Muon(torch.optim.Optimizer):
         self,
         groups: list[dict[str, Any]],
         adamw: torch.optim.AdamW | None,
+        section: MuonSection,
         *,
         lr: float,
-        momentum: float,
-        nesterov: bool,
-        iterations: int,
-        scale: str,
         dtype: torch.dtype,
         copies: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
-        self.momentum, self.nesterov, self.iterations = momentum, nesterov, iterations
-        self.spectral, self.dtype, self.copies = scale == "spectral", dtype, copies
+        self.section, self.dtype, self.copies = section, dtype, copies
         self.matrix_groups = list(self.param_groups)
         self.adamw = adamw
         if adamw is not None:
@@ -65,12 +64,16 @@ class Muon(torch.optim.Optimizer):
             updates = self._momentum(parameters)
             for parameter, update in zip(parameters, self._orthogonal(parameters, updates), strict=True):
                 rows, columns = parameter.shape
-                size = math.sqrt(max(1.0, rows / columns)) if self.spectral else 0.2 * math.sqrt(max(rows, columns))
-                local = _local(parameter)
-                local.mul_(1 - group["lr"] * group["weight_decay"])
-                local.add_(update.to(local.device, local.dtype).view_as(local), alpha=-group["lr"] * size)
+                self._apply(local_of(parameter), update, rows, columns, group)
         if self.adamw is not None:
             self.adamw.step()
+
+    def _apply(self, local: Tensor, update: Tensor, rows: int, columns: int, group: Mapping[str, Any]) -> None:
+        """Decay this rank's elements of a rows x columns matrix and take the step O, of which it has the same elements."""
+        spectral = self.section.scale == "spectral"
+        size = math.sqrt(max(1.0, rows / columns)) if spectral else 0.2 * math.sqrt(max(rows, columns))
+        local.mul_(1 - group["lr"] * group["weight_decay"])
+        local.add_(update.to(local.device, local.dtype).view_as(local), alpha=-group["lr"] * size)
 
     def _momentum(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Local shards of U, fp32."""
@@ -80,14 +83,14 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             assert parameter.grad is not None
-            grads.append(_local(parameter.grad))
-            buffers.append(_local(state["momentum_buffer"]))
+            grads.append(local_of(parameter.grad))
+            buffers.append(local_of(state["momentum_buffer"]))
         if not parameters:
             return []
-        torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        if not self.nesterov:
+        torch._foreach_lerp_(buffers, grads, 1 - self.section.momentum)
+        if not self.section.nesterov:
             return buffers
-        return list(torch._foreach_lerp(grads, buffers, self.momentum))
+        return list(torch._foreach_lerp(grads, buffers, self.section.momentum))
 
     def _orthogonal(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
         """NS of each U, as the shards of the parameters: matrices of one shape are worked on together."""
@@ -104,9 +107,10 @@ class Muon(torch.optim.Optimizer):
                 chosen = members[at : at + width]
                 pieces = [updates[i].to(device, self.dtype) for i in chosen]
                 if group is None:
-                    results = list(newton_schulz(torch.stack(pieces), self.iterations))
+                    results = list(newton_schulz(torch.stack(pieces), self.section.iterations))
                 elif sharded:
-                    results = self._by_owner(pieces, shape, group)
+                    held = [rows * shape[1] for rows in shard_rows(shape[0], width)]  # of each rank, for every matrix alike
+                    results = by_owner(pieces, [held] * len(pieces), shape, self.section.iterations, group)
                 else:
                     results = self._by_share(pieces, group)
                 done |= dict(zip(chosen, results, strict=True))
@@ -115,25 +119,37 @@ class Muon(torch.optim.Optimizer):
     def _by_share(self, pieces: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
         """Replicated matrices, at most one per rank: each rank's own is worked on, all are gathered."""
         rank, world = dist.get_rank(group), dist.get_world_size(group)
-        mine = newton_schulz(pieces[rank][None], self.iterations)[0] if rank < len(pieces) else torch.zeros_like(pieces[0])
+        mine = torch.zeros_like(pieces[0])
+        if rank < len(pieces):
+            mine = newton_schulz(pieces[rank][None], self.section.iterations)[0]
         gathered = [torch.empty_like(mine) for _ in range(world)]
         dist.all_gather(gathered, mine, group=group)
         return gathered[: len(pieces)]
 
-    def _by_owner(self, pieces: list[Tensor], shape: tuple[int, ...], group: dist.ProcessGroup) -> list[Tensor]:
-        """Row shards of at most world-size matrices: matrix i goes whole to rank i and comes back in shards."""
-        rank, world = dist.get_rank(group), dist.get_world_size(group)
-        numels = [rows * shape[1] for rows in shard_rows(shape[0], world)]  # of each rank's shard, for every matrix alike
-        assert pieces[0].numel() == numels[rank], (pieces[0].shape, shape, numels)
-        sent = [numels[rank] if i < len(pieces) else 0 for i in range(world)]
-        received = numels if rank < len(pieces) else [0] * world
-        whole = pieces[0].new_empty(sum(received))
-        dist.all_to_all_single(whole, torch.cat([p.reshape(-1) for p in pieces]), received, sent, group=group)
-        if rank < len(pieces):
-            whole = newton_schulz(whole.view(1, *shape), self.iterations).reshape(-1)
-        back = pieces[0].new_empty(sum(sent))
-        dist.all_to_all_single(back, whole, sent, received, group=group)
-        return list(back.split(numels[rank])) if numels[rank] else [back] * len(pieces)
+
+def by_owner(
+    pieces: Sequence[Tensor],
+    lengths: Sequence[Sequence[int]],
+    shape: Sequence[int],
+    iterations: int,
+    group: dist.ProcessGroup | None = None,
+) -> list[Tensor]:
+    """This rank's pieces of NS of at most world-size matrices of one shape: matrix i goes whole to rank i and comes back.
+
+    pieces: this rank's elements of each matrix, flattened in order. lengths: elements of each matrix (rows) on each rank.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    mine = torch.cat([piece.reshape(-1) for piece in pieces])
+    sent = [held[rank] for held in lengths] + [0] * (world - len(lengths))
+    assert mine.numel() == sum(sent), (mine.shape, shape, lengths)
+    received = list(lengths[rank]) if rank < len(lengths) else [0] * world
+    whole = mine.new_empty(sum(received))
+    dist.all_to_all_single(whole, mine, received, sent, group=group)
+    if rank < len(lengths):
+        whole = newton_schulz(whole.view(1, *shape), iterations).reshape(-1)
+    back = torch.empty_like(mine)
+    dist.all_to_all_single(back, whole, sent, received, group=group)
+    return list(back.split(sent[: len(lengths)]))
 
 
 def newton_schulz(matrices: Tensor, iterations: int) -> Tensor:
@@ -163,7 +179,3 @@ def _sharing(parameter: Tensor, copies: dist.ProcessGroup | None) -> tuple[dist.
                 return parameter.device_mesh.get_group(dimension), True
         return None, False
     return copies, False
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -98,15 +98,11 @@ def build_optimizer(
     from .muon import Muon
     from .zero_muon import ZeroMuon
 
-    muon = config.muon
     return (ZeroMuon if flat else Muon)(
         matrices,
         adamw,
+        config.muon,
         lr=config.lr,
-        momentum=muon.momentum,
-        nesterov=muon.nesterov,
-        iterations=muon.iterations,
-        scale=muon.scale,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         copies=copies,
     )

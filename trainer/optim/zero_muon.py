@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .muon import Muon, newton_schulz
+from .muon import Muon, by_owner, newton_schulz
 
 
 @dataclass(frozen=True)
@@ -80,29 +80,18 @@ class ZeroMuon(Muon):
         for matrix in self._matrices[id(flat)]:
             alike.setdefault(matrix.shape, []).append(matrix)
         for (rows, columns), matrices in alike.items():
-            size = math.sqrt(max(1.0, rows / columns)) if self.spectral else 0.2 * math.sqrt(max(rows, columns))
             world = len(matrices[0].lengths)
             rank = dist.get_rank() if world > 1 else 0
             for at in range(0, len(matrices), world):
                 chosen = matrices[at : at + world]
                 runs = [slice(m.offset, m.offset + m.lengths[rank]) for m in chosen]
-                for run, piece in zip(runs, self._orthogonal_runs([update[run] for run in runs], chosen, rank), strict=True):
-                    local = flat[run]
-                    local.mul_(1 - group["lr"] * group["weight_decay"])
-                    local.add_(piece.to(local.device, local.dtype), alpha=-group["lr"] * size)
+                for run, piece in zip(runs, self._orthogonal_runs([update[run] for run in runs], chosen), strict=True):
+                    self._apply(flat[run], piece, rows, columns, group)
 
-    def _orthogonal_runs(self, pieces: Sequence[Tensor], matrices: Sequence[SlicedMatrix], rank: int) -> list[Tensor]:
-        """This rank's runs of NS of at most world-size matrices of one shape: matrix i goes whole to rank i and comes back."""
-        world, shape = len(matrices[0].lengths), matrices[0].shape
-        mine = torch.cat([piece.to(self._device, self.dtype) for piece in pieces])
-        if world == 1:
-            return [newton_schulz(mine.view(1, *shape), self.iterations).flatten()]
-        sent = [matrix.lengths[rank] for matrix in matrices] + [0] * (world - len(matrices))
-        received = list(matrices[rank].lengths) if rank < len(matrices) else [0] * world
-        whole = mine.new_empty(sum(received))
-        dist.all_to_all_single(whole, mine, received, sent)
-        if rank < len(matrices):
-            whole = newton_schulz(whole.view(1, *shape), self.iterations).flatten()
-        back = torch.empty_like(mine)
-        dist.all_to_all_single(back, whole, sent, received)
-        return list(back.split(sent[: len(matrices)]))
+    def _orthogonal_runs(self, pieces: Sequence[Tensor], matrices: Sequence[SlicedMatrix]) -> list[Tensor]:
+        """This rank's runs of NS of at most world-size matrices of one shape."""
+        shape, iterations = matrices[0].shape, self.section.iterations
+        moved = [piece.to(self._device, self.dtype) for piece in pieces]
+        if len(matrices[0].lengths) == 1:
+            return [newton_schulz(moved[0].view(1, *shape), iterations).flatten()]
+        return by_owner(moved, [matrix.lengths for matrix in matrices], shape, iterations)

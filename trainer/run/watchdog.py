@@ -71,10 +71,10 @@ class Watchdog:
         self._section, self._step = section, step
         self._moved = time.monotonic()
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         """Watch the calling thread from now on."""
         if self.timeout_s <= 0:
-            return
+            return self
         self._main, self._moved = threading.get_ident(), time.monotonic()
         if self.world.world_size > 1:
             default: Any = dist.distributed_c10d._get_default_store()
@@ -82,19 +82,12 @@ class Watchdog:
             self._store.set_timeout(timedelta(seconds=max(5.0, self.interval_s)))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
-
-    def stop(self) -> None:
-        """No longer watch."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10.0)
-
-    def __enter__(self) -> Self:
-        self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10.0)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

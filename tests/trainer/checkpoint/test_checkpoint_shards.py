@@ -16,10 +16,17 @@ from safetensors.torch import save_file
 
 from chatmill.run_files import list_checkpoints
 from chatmill.trainer.checkpoint import saver as checkpoint_saver
-from chatmill.trainer.checkpoint.checkpoint import CheckpointError, open_checkpoint, prune, publish, set_aside_after
+from chatmill.trainer.checkpoint.checkpoint import (
+    CheckpointError,
+    config_bytes,
+    open_checkpoint,
+    prune,
+    publish,
+    set_aside_after,
+)
 from chatmill.trainer.checkpoint.files import Share, hash_file, merge_parts, write_shares
 from chatmill.trainer.checkpoint.random_state import random_state, restore_random_state
-from chatmill.trainer.checkpoint.saver import CheckpointSaver, SaveResult, Snapshot, host_buffer
+from chatmill.trainer.checkpoint.saver import CheckpointSaver, SaveResult, host_buffer
 from chatmill.trainer.checkpoint.sharding import share_of, shares_of
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.distributed.world import World
@@ -163,8 +170,8 @@ def test_a_checkpoint_of_the_first_format_still_loads(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the writer thread
 
 
-def snapshot(step: int) -> Snapshot:
-    return Snapshot(CONFIG, {"step": step, "best": None}, {"state.json": b"{}"})
+def snapshot(step: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+    return {"step": step, "best": None}, {"config.json": config_bytes(CONFIG), "state.json": b"{}"}
 
 
 def test_training_may_change_the_weights_while_the_copy_is_written(tmp_path: Path, monkeypatch) -> None:
@@ -178,14 +185,14 @@ def test_training_may_change_the_weights_while_the_copy_is_written(tmp_path: Pat
     done: list[SaveResult] = []
     saver = CheckpointSaver(ALONE, done.append)
     weight = torch.ones(4, 4)
-    saver.save(tmp_path / "step-00000001", [Share("model", "w", (4, 4), 0, weight)], snapshot(1))
+    saver.save(tmp_path / "step-00000001", [Share("model", "w", (4, 4), 0, weight)], *snapshot(1))
     weight.zero_()
     assert not (tmp_path / "step-00000001").exists(), "nothing is published before the files are whole"
     go_on.set()
     assert saver.wait() == ""
     assert torch.equal(open_checkpoint(tmp_path / "step-00000001").tensor("w"), torch.ones(4, 4))
-    saver.save(tmp_path / "step-00000002", [Share("model", "w", (4, 4), 0, weight)], snapshot(2))
-    saver.save(tmp_path / "step-00000003", [Share("model", "w", (4, 4), 0, weight + 3)], snapshot(3))
+    saver.save(tmp_path / "step-00000002", [Share("model", "w", (4, 4), 0, weight)], *snapshot(2))
+    saver.save(tmp_path / "step-00000003", [Share("model", "w", (4, 4), 0, weight + 3)], *snapshot(3))
     assert open_checkpoint(tmp_path / "step-00000002").meta["step"] == 2, "the next save waits for the one before it"
     assert saver.wait() == ""
     assert [result.folder.name for result in done] == ["step-00000001", "step-00000002", "step-00000003"]
@@ -196,7 +203,7 @@ def test_a_disk_that_refuses_costs_one_checkpoint_and_leaves_nothing_behind(tmp_
     done: list[SaveResult] = []
     saver = CheckpointSaver(ALONE, done.append)
     share = [Share("model", "w", (4,), 0, torch.ones(4))]
-    saver.save(tmp_path / "step-00000001", share, snapshot(1))
+    saver.save(tmp_path / "step-00000001", share, *snapshot(1))
     assert saver.wait() == ""
     real = checkpoint_saver.write_shares
 
@@ -205,12 +212,12 @@ def test_a_disk_that_refuses_costs_one_checkpoint_and_leaves_nothing_behind(tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_saver, "write_shares", full)
-    saver.save(tmp_path / "step-00000002", share, snapshot(2))
+    saver.save(tmp_path / "step-00000002", share, *snapshot(2))
     assert "No space left" in saver.wait()
     assert "rank 0" in done[-1].problem
     assert files_of(tmp_path) == ["step-00000001"]
     monkeypatch.setattr(checkpoint_saver, "write_shares", real)
-    saver.save(tmp_path / "step-00000003", share, snapshot(3))
+    saver.save(tmp_path / "step-00000003", share, *snapshot(3))
     assert saver.wait() == ""
 
 
@@ -219,7 +226,7 @@ def test_an_error_of_the_writer_thread_reaches_the_training_thread(tmp_path: Pat
         raise RuntimeError("a bug in the thread")
 
     saver = CheckpointSaver(ALONE, broken)
-    saver.save(tmp_path / "step-00000001", [Share("model", "w", (4,), 0, torch.ones(4))], snapshot(1))
+    saver.save(tmp_path / "step-00000001", [Share("model", "w", (4,), 0, torch.ones(4))], *snapshot(1))
     with pytest.raises(RuntimeError, match="a bug in the thread"):
         saver.wait()
 

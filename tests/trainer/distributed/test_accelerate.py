@@ -49,7 +49,7 @@ def test_accelerates_fsdp_config_file_trains_as_one_process_and_a_disagreement_i
     assert losses(tmp_path / "runs" / "shared") == pytest.approx(losses(tmp_path / "runs" / "reference"), rel=5e-3)
     done = run_line(start, recipe, "run.name=other", "parallel.offload=cpu")
     assert done.returncode != 0
-    assert "fsdp_offload_params: false, the recipe's parallel.offload says true" in done.stderr
+    assert "fsdp_offload_params=false; recipe: parallel.offload=cpu" in done.stderr
     assert not (tmp_path / "runs" / "other").exists()
 
 

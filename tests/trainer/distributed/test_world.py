@@ -31,7 +31,7 @@ def test_a_plain_start_and_matching_launches_are_accepted() -> None:
         ("ddp", {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "told to use FSDP"),
         ("fsdp2", {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}, "told to use DEEPSPEED"),
         ("single", {"SLURM_STEP_NUM_TASKS": "4"}, "know nothing of each other"),
-        ("single", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision: fp16, the recipe's train.precision .* says no"),
+        ("single", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision=fp16; recipe: train.precision=fp32"),
         ("single", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
     ],
 )
@@ -80,11 +80,11 @@ def test_what_accelerate_says_unasked_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"FSDP_VERSION": "1"}, "fsdp_version: 1"),
-        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "reshard_after_forward says true"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true, the recipe's parallel.offload says false"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.activation_checkpointing says false"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: inductor"),
+        ({"FSDP_VERSION": "1"}, "fsdp_version=1; recipe: parallel.strategy=fsdp2"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "recipe: parallel.reshard_after_forward=True"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params=true; recipe: parallel.offload=none"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "recipe: train.activation_checkpointing=False"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend=inductor; recipe: train.compile=False"),
     ],
 )
 def test_an_fsdp_setting_that_the_recipe_does_not_share_is_refused(change: dict[str, str], message: str) -> None:
@@ -95,10 +95,10 @@ def test_an_fsdp_setting_that_the_recipe_does_not_share_is_refused(change: dict[
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage: 3, the recipe's parallel.strategy says 2"),
-        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device: cpu"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, "gradient_accumulation_steps: 8, .* says 1"),
-        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, r"gradient_clipping: 0.5, .* says 1\.0"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage=3; recipe: parallel.strategy=zero2"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device=cpu"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, "gradient_accumulation_steps=8; recipe: train.accumulation=1"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, r"gradient_clipping=0.5; recipe: optimizer.clip_norm=1\.0"),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero.json"}, "DeepSpeed config file"),
     ],
 )
@@ -120,8 +120,8 @@ def test_accelerates_config_file_counts_word_for_word(tmp_path: Path) -> None:
     check_launch(bf16, FSDP)
     with pytest.raises(ConfigError) as error:
         check_launch(bf16, FSDP, given)
-    assert "mixed_precision: no, the recipe's train.precision (fp32 is no) says bf16" in str(error.value)
-    assert "fsdp_offload_params: false, the recipe's parallel.offload says true" in str(error.value)
+    assert "mixed_precision=no; recipe: train.precision=bf16" in str(error.value)
+    assert "fsdp_offload_params=false; recipe: parallel.offload=cpu" in str(error.value)
 
 
 @pytest.mark.parametrize(
