@@ -77,6 +77,28 @@ def test_dependencies_point_one_way(part: str) -> None:
     assert not wrong
 
 
+# From the ground up: a room (a folder of a part, or a file beside them) imports only rooms that stand before it.
+ROOMS = {
+    "data": "conversation ledger recipe shards remote raw cleaning preference tokenizer importers samples report packing "
+    "stream check pipeline bench",
+    "kernels": "interpreter dispatch layer cross_entropy attention rms_norm rope swiglu linear_cross_entropy gates bench",
+    "trainer": "model_config config distributed model generation checkpoint optim engine evaluation plan run loop convert "
+    "chat report train",
+    "launcher": "supervise jobs runs sweep doctor commands demo __main__",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_rooms_import_only_rooms_below_them(part: str) -> None:
+    floor = {name: number for number, name in enumerate(ROOMS[part].split())}
+    wrong = []
+    for path in modules(part):
+        room = path.relative_to(ROOT / part).with_suffix("").parts[0]
+        ours = [(line, name) for line, name in imports(path) if name.startswith(f"chatmill.{part}.")]
+        wrong += [f"{path}:{line} imports {name}" for line, name in ours if floor[name.split(".")[2]] > floor[room]]
+    assert not wrong
+
+
 def imported_by(code: str) -> set[str]:
     script = f"import sys\n{code}\nprint(' '.join(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
