@@ -1,4 +1,4 @@
-"""Recipes: every knob of a training run, validated before anything is loaded.
+"""Recipes: every setting of a training run, validated before anything is loaded.
 
 A recipe is a YAML file (or the name of a shipped one) plus dotted overrides:
 
@@ -49,9 +49,9 @@ class DataSection(SourcesSection):
     """The token shards to train on: path, or mix, curriculum and exclude (data/packing/config.py, docs/stream.md).
 
     path: a data-set folder made by `chatmill data build` (it holds train/ and validation/).
-    sequence_length: tokens per pack. overlong: dialogues longer than that are cut at a whole turn, split into pieces that
-    share `overlap` tokens of context, or dropped.
-    max_dialogues: use only the first so many dialogues of the training order's population (None: all).
+    sequence_length: tokens per pack. overlong: longer dialogues are cut at a whole turn, split into pieces that share
+    `overlap` tokens of context, or dropped.
+    max_dialogues: use only the first N dialogues (null: all).
     """
 
     sequence_length: int = Field(default=1024, gt=1)
@@ -61,7 +61,7 @@ class DataSection(SourcesSection):
 
 
 class GroupRule(Section):
-    """What a group of parameters has instead of the common values: factors on optimizer.lr and optimizer.weight_decay."""
+    """Factors on optimizer.lr and optimizer.weight_decay for a group of parameters."""
 
     lr: float = Field(default=1.0, ge=0)
     weight_decay: float = Field(default=1.0, ge=0)
@@ -83,8 +83,9 @@ class MuonSection(Section):
 class OptimizerSection(Section):
     """AdamW, Muon (with AdamW beside it), or AdamW with 8-bit moments. Weight decay is decoupled.
 
-    decay_embeddings, decay_norms: also decay embeddings; norms and biases. groups: factors by parameter-name pattern
-    (`layers.0.*`, `*.attention.*`); the first pattern that fits counts. clip_norm: largest gradient norm (null: no clipping).
+    decay_embeddings: also decay embeddings; decay_norms: also norms and biases. groups: factors by parameter-name pattern
+    (`layers.0.*`, `*.attention.*`); the first pattern that matches counts. clip_norm: largest gradient norm (null: no
+    clipping).
     """
 
     name: Literal["adamw", "muon", "adamw8bit"] = "adamw"
@@ -103,7 +104,7 @@ class ScheduleSection(Section):
     """Learning rate over the run: linear warm-up, then the named decay down to min_ratio x lr.
 
     unit: `steps` (warmup_steps, train.steps) or `tokens` (warmup_tokens, total_tokens; padding does not count).
-    total_tokens: over which the rate falls; null: those of the run, which train.tokens or train.epochs ends.
+    total_tokens: the number over which the rate falls; null: the budget of the run (train.tokens or train.epochs).
     wsd: warm-up, stable, then a linear decay over the last decay_fraction. inverse_sqrt: lr sqrt(warm-up / position).
     """
 
@@ -137,14 +138,14 @@ class PreferenceSection(Section):
 class TrainSection(Section):
     """The loop. One step = world size x accumulation x micro_batch packs of data.sequence_length tokens.
 
-    epochs, tokens: instead of steps, how often each data set is used, or how many tokens (padding not counted) in all; the
-    steps are then counted from the order before the first one. Where several are given the first to be reached counts.
+    epochs, tokens: a budget instead of steps: how often each data set is used, or how many tokens in all (padding not
+    counted). The number of steps is worked out before the first one. Of several budgets the first one reached ends the run.
     activation_checkpointing: recompute each layer in the backward pass: true or `full` keeps its input only, `selective`
-    keeps the attention's result too. activation_checkpointing_layers: only so many of the layers, the first ones (null: all).
+    keeps the attention's result too. activation_checkpointing_layers: only the first N layers (null: all).
     compile: torch.compile each layer (compile_backend: `inductor` needs a C++ compiler).
     ema: decay per step of an fp32 average of the weights, kept in checkpoints (null: none; 0.999 is usual).
-    hang_timeout_s: a run in which nothing moves for so long ends, and the rank that hangs is named (0: never).
-    cpu_threads: threads of each process on a CPU (None: all cores, divided among the machine's processes).
+    hang_timeout_s: a run in which nothing moves for this long is ended, and the rank that hangs is named (0: never).
+    cpu_threads: threads of each process on a CPU (null: all cores, divided among the machine's processes).
     """
 
     steps: int = Field(default=100, gt=0)
@@ -164,11 +165,11 @@ class TrainSection(Section):
 
 
 class ParallelSection(Section):
-    """Engine. `single` refuses to run as one of several processes; the others refuse to run silently alone.
+    """The engine. `single` refuses to run as one of several processes; the others refuse to run alone.
 
     replicas: fsdp2 only: copies of the model, each sharded over world size / replicas processes (HSDP, one copy per node).
     reshard_after_forward: fsdp2 only: free the gathered weights between forward and backward (false: more memory, fewer
-    gathers; a number: keep them sharded over so many processes).
+    gathers; a number: keep them sharded over that many processes).
     offload: where shards wait: `cpu` (fsdp2: parameters, gradients and optimizer; zero1, zero2: optimizer; zero3: both) or
     `nvme` (zero3), in the folder nvme_path of every node.
     """
@@ -194,10 +195,10 @@ class ParallelSection(Section):
 
 
 class CheckpointSection(Section):
-    """Checkpoints under the run folder. keep: newest so many are kept (the best and the last always are).
+    """Checkpoints in the run folder. keep: how many of the newest are kept (the best and the last always are).
 
-    keep_every_steps: those of its multiples are kept for ever (None: none are). best: keep the checkpoint of the best
-    validation too; a validation that beats all before it is then followed by a save. asynchronous: write in a thread while
+    keep_every_steps: checkpoints at its multiples are kept for good (null: none). best: also keep the checkpoint of the best
+    validation; a validation that beats all earlier ones is then followed by a save. asynchronous: write in a thread while
     training goes on.
     """
 
@@ -209,12 +210,12 @@ class CheckpointSection(Section):
 
 
 class GuardSection(Section):
-    """What happens at a step that cannot be right (trainer/run/guard.py); every rank decides alike.
+    """What to do about a bad step (trainer/run/guard.py); every rank decides alike.
 
     on_nan: the loss or the gradient is NaN or infinite. on_spike: the loss is more than spike_z robust deviations above the
-    last `window` steps. `skip` leaves the update out (so many in a row, max_skips, then the run stops); `rollback` goes back
-    to the newest checkpoint and leaves the dialogues of the batch out from there on (max_rollbacks times); `warn` only says so.
-    min_history: steps before spikes are looked for.
+    last `window` steps. `skip` leaves the update out (after max_skips in a row the run stops); `rollback` goes back to the
+    newest checkpoint and leaves out the dialogues of the batch from there on (max_rollbacks times); `warn` only reports it.
+    min_history: steps before the search for spikes begins.
     """
 
     on_nan: Literal["skip", "rollback", "stop"] = "skip"
@@ -227,11 +228,11 @@ class GuardSection(Section):
 
 
 class EvaluationSection(Section):
-    """Validation inside training, every so many steps (0: never) and at both ends.
+    """Validation during training: every `every_steps` steps (0: never) and at both ends.
 
     data: names of data.mix, or data-set folders, whose validation splits are measured (empty: those of all training data sets).
-    With several the figures are those of all their tokens together, and each one's own stand beside them.
-    patience: end the run after so many validations in a row without a better checkpoint.best (or loss).
+    With several, the figures are those of all tokens together, with each data set's own beside them.
+    patience: end the run after this many validations in a row without a better checkpoint.best (or loss).
     prompts: answered at each validation (sampled, with a fixed seed); the replies go to samples.jsonl and the report.
     ema: measure the averaged weights (train.ema) too; their figures are `eval_ema` in metrics.jsonl.
     """
@@ -249,7 +250,7 @@ class EvaluationSection(Section):
 
 
 class LoggingSection(Section):
-    """One console and metrics line every so many steps (docs/metrics.md).
+    """One console and metrics line every `every_steps` steps (docs/metrics.md).
 
     trackers: beside metrics.jsonl: tensorboard, wandb, trackio, mlflow ... (null: tensorboard if it is installed).
     profile_steps: the first and the last step to profile into RUN/profile (null: none).
@@ -301,7 +302,7 @@ class Recipe(Section):
 
     @property
     def schedule_tokens(self) -> int | None:
-        """Tokens over which the learning rate falls with schedule.unit=tokens; None by steps, or before epochs are counted."""
+        """Tokens over which the learning rate falls; None with schedule.unit=steps, or before epochs are counted."""
         return (self.schedule.total_tokens or self.train.tokens) if self.schedule.unit == "tokens" else None
 
     @model_validator(mode="after")
@@ -323,8 +324,8 @@ class Recipe(Section):
         zero = self.parallel.strategy.startswith("zero")
         if zero and self.optimizer.name == "adamw8bit":
             raise ValueError(
-                "optimizer.name=adamw8bit keeps one scale per block of a row, and ZeRO cuts weights in the middle of blocks: "
-                "use parallel.strategy=fsdp2, or optimizer.name=adamw (ZeRO shares its moments out among the processes anyway)"
+                "optimizer.name=adamw8bit keeps one scale per block of a row, but ZeRO cuts weights in the middle of blocks: "
+                "use parallel.strategy=fsdp2, or optimizer.name=adamw (ZeRO divides its moments among the processes anyway)"
             )
         if self.optimizer.name == "muon" and self.parallel.offload == "nvme":
             raise ValueError(

@@ -1,6 +1,6 @@
-"""Shape of a decoder, its rotary positions and its kernels: what the model and its checkpoints know of a recipe.
+"""Shape and kernels of a decoder: the part of a recipe that the model and its checkpoints need.
 
-Imports neither torch nor numpy, as config.py.
+Imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class ModelConfig(Section):
     def flops_per_token(self, length: float) -> float:
         """Training FLOPs per token, forward and backward, at a mean causal context of `length` tokens.
 
-        6 x matrix parameters (head included, embedding look-up not) + 6 x layers x heads x head_dim x length:
-        causal attention costs half of the full square. No recomputation is counted.
+        6 x matrix parameters (with the head, without the embedding look-up) + 6 x layers x heads x head_dim x length:
+        causal attention costs half of the full square. Recomputation is not counted.
         """
         counts = self.parameter_counts()
         matrices = counts["attention"] + counts["mlp"] + self.vocab_size * self.hidden_size

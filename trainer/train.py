@@ -24,7 +24,7 @@ from chatmill.trainer.loop.loop import train
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train; returns 0, or 2 for a recipe, data or launch that cannot work (the message says why)."""
+    """Train; returns 0, or 2 where recipe, data or launch cannot work (the message says why)."""
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _save_on_interrupt() -> Iterator[None]:
-    """The first Ctrl-C is a SIGTERM to the run, which saves at the next step boundary; the second ends it at once."""
+    """The first Ctrl-C becomes a SIGTERM to the run, which saves at the next step boundary; the second ends it at once."""
     ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a caller's, or ignored by a shell
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # set by a caller, or ignored by a shell
         yield
         return
 
@@ -52,7 +52,11 @@ def _save_on_interrupt() -> Iterator[None]:
         if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.SIG_IGN):  # no step has begun: nothing to save
             raise KeyboardInterrupt
         if os.environ.get("RANK", "0") == "0":
-            print("\nCtrl-C: saving after this step; once more ends at once, without a checkpoint", file=sys.stderr, flush=True)
+            print(
+                "\nCtrl-C: saving after this step; press again to stop at once, without a checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
         os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGINT, stop)

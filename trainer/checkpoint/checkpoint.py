@@ -1,17 +1,16 @@
 """Checkpoints without pickle: safetensors, JSON and a manifest that is written last.
 
-    with CheckpointWriter(folder, config) as writer:      # streams: one shard of tensors is held at a time
+    with CheckpointWriter(folder, config) as writer:      # holds one shard of tensors at a time
         writer.add("embed.weight", tensor)
     checkpoint = open_checkpoint("runs/demo")             # newest good checkpoint of a run, or a folder itself
     checkpoint.load_into(model)
-    checkpoint.read("embed.weight", 0, 4096)              # some elements of the flattened tensor, no more is read
+    checkpoint.read("embed.weight", 0, 4096)              # some elements of the flattened tensor; only those are read
 
 A folder holds config.json (ModelConfig), model-*.safetensors, the tokenizer's files, and for a training checkpoint
 optimizer-*.safetensors, state.json and rng-*.safetensors. manifest.json lists every file with its size and xxh3 hash and says
-which part of a tensor lies where (checkpoint_files.py); a folder without a manifest is not a checkpoint. Writing goes to a
-hidden sibling, is synced to disk and published by one rename, so a reader sees a whole checkpoint or none. Hashes are there
-because a flipped bit loads silently from safetensors and torch alike. In a training run every rank writes its share
-(checkpoint_saver.py).
+which part of a tensor lies where (files.py); a folder without a manifest is not a checkpoint. A checkpoint is written into a
+hidden sibling folder, synced to disk and published by one rename, so a reader sees a whole one or none. Hashes are there
+because a flipped bit loads silently from safetensors and torch alike. In a training run every rank writes its share (saver.py).
 """
 
 from __future__ import annotations
@@ -52,10 +51,10 @@ BEST = "best.json"
 
 
 class CheckpointWriter:
-    """Writes one checkpoint folder from one process; publishes it on a clean exit, leaves nothing on an error.
+    """Writes a checkpoint folder from one process: publishes it on a clean exit, leaves nothing behind on an error.
 
     meta: JSON values kept in the manifest (step, lineage ...).
-    shard_bytes: tensors are flushed to a file when so many bytes have gathered.
+    shard_bytes: tensors are written to a file once this many bytes have gathered.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class CheckpointWriter:
         self._names: set[str] = set()
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / MANIFEST).is_file():
             raise CheckpointError(
-                f"{self.folder} holds other things than a checkpoint: it is not replaced. Choose another folder."
+                f"{self.folder} holds something other than a checkpoint and is not replaced. Choose another folder."
             )
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
@@ -103,9 +102,9 @@ def config_bytes(config: ModelConfig) -> bytes:
 
 
 def publish(temporary: Path, folder: Path, meta: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write the manifest of a finished temporary folder and make it `folder` by one rename; what was there before goes.
+    """Write the manifest of a finished temporary folder and rename it to `folder`; what was there before is deleted.
 
-    facts: {"files", "tensors"} of the tensor files, which are synced; the small files beside them are hashed and synced here.
+    facts: {"files", "tensors"} of the tensor files, which are synced already; the small files are hashed and synced here.
     """
     files = dict(facts["files"])
     for path in sorted(temporary.iterdir()):
@@ -122,7 +121,7 @@ def publish(temporary: Path, folder: Path, meta: Mapping[str, Any], facts: Mappi
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder. Tensors are read on demand, memory-mapped; `close` lets go of the files."""
+    """An opened checkpoint folder. Tensors are read on demand, memory-mapped; `close` releases the files."""
 
     path: Path
     config: ModelConfig
@@ -174,7 +173,7 @@ class Checkpoint:
         return {name: self.path / name for name in self.manifest["files"] if not name.endswith(".safetensors")}
 
     def close(self) -> None:
-        """Let go of the memory-mapped files."""
+        """Release the memory-mapped files."""
         self._open.clear()
 
     def _entry(self, name: str) -> TensorEntry:
@@ -198,7 +197,8 @@ class Checkpoint:
         missing, extra = sorted(set(targets) - set(held)), sorted(set(held) - set(targets))
         if missing or extra:
             raise CheckpointError(
-                f"{self.path}: its tensors do not fit the model.\n  missing: {_few(missing)}\n  not in the model: {_few(extra)}"
+                f"{self.path}: its tensors do not match the model.\n"
+                f"  missing: {_few(missing)}\n  not in the model: {_few(extra)}"
             )
         with torch.no_grad():
             for name, tensor in self.tensors():
@@ -213,7 +213,7 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
     """Open a checkpoint folder, or the newest good checkpoint of a run folder.
 
     verify: read every file and compare its hash (about 5 GB/s); sizes and presence are always checked.
-    In a run folder a damaged checkpoint is passed over, with a warning on stderr; raises CheckpointError when none is good.
+    In a run folder a damaged checkpoint is skipped with a warning on stderr. Raises CheckpointError when none is good.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
@@ -222,7 +222,8 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
     if not folders:
         known = "no such folder" if not path.exists() else "it has no manifest.json and no checkpoints/step-*"
         raise CheckpointError(
-            f"{path} is not a checkpoint: {known}.\nGive a checkpoint folder, a run folder, or make one with `chatmill import`."
+            f"{path} is not a checkpoint: {known}.\n"
+            "Give a checkpoint folder or a run folder, or make one with `chatmill import`."
         )
     problems = []
     for folder in reversed(folders):
@@ -238,13 +239,13 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
 
 
 def best_of(run_dir: Path) -> Path:
-    """Folder of the run's best checkpoint. Raises CheckpointError where the run keeps none."""
+    """Folder of the run's best checkpoint. Raises CheckpointError where there is none."""
     try:
         name = json.loads((run_dir / "checkpoints" / BEST).read_text(encoding="utf-8"))["checkpoint"]
     except (OSError, ValueError, KeyError):
         raise CheckpointError(
             f"{run_dir} names no best checkpoint (checkpoints/{BEST}).\n"
-            "Train with checkpoint.best=loss (or accuracy) and evaluation.every_steps, or leave --best out."
+            "Train with checkpoint.best=loss (or accuracy) and evaluation.every_steps, or leave out --best."
         ) from None
     return run_dir / "checkpoints" / str(name)
 
@@ -252,7 +253,7 @@ def best_of(run_dir: Path) -> Path:
 def prune(run_dir: str | Path, keep: int, protect: frozenset[str] = frozenset(), every_steps: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints; names in `protect` and multiples of every_steps stay.
 
-    Leftovers of killed writers, and damaged checkpoints that a resumed run set aside, go too.
+    Leftovers of killed writers, and damaged checkpoints that a resumed run set aside, are deleted too.
     """
     for folder in list_checkpoints(run_dir)[:-keep]:
         if folder.name not in protect and not (every_steps and step_of(folder) % every_steps == 0):
@@ -265,9 +266,9 @@ def prune(run_dir: str | Path, keep: int, protect: frozenset[str] = frozenset(),
 
 
 def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
-    """Hide checkpoints later than `step`, which a run that continues from `step` found damaged or will compute anew.
+    """Hide checkpoints later than `step`: a run that continues from `step` found them damaged or will compute them again.
 
-    Left in place they would count as the newest ones and the next `prune` would delete the good one before them.
+    Otherwise they would count as the newest, and the next `prune` would delete the good one before them.
     """
     hidden = []
     for folder in list_checkpoints(run_dir):
@@ -280,9 +281,9 @@ def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
 
 
 def verify_files(path: str | Path, part: tuple[int, int] = (0, 1)) -> list[str]:
-    """Problems of a checkpoint folder, one line each; empty when every file is whole.
+    """Problems of a checkpoint folder, one line each; empty when every file is intact.
 
-    part: (rank, world size) reads every world size-th file only, so that ranks share the reading.
+    part: (rank, world size); each rank reads only its share of the files.
     """
     path = Path(path)
     try:

@@ -1,6 +1,6 @@
-"""`chatmill checkpoint ls RUN | verify PATH | diff A B`: what checkpoints there are, whether they are whole, how two differ.
+"""`chatmill checkpoint ls RUN | verify PATH | diff A B`: which checkpoints there are, whether they are intact, how two differ.
 
-Exit codes: 0 fine, or no difference; 1 something is damaged, or they differ; 2 not a checkpoint.
+Exit codes: 0 intact, or no difference; 1 damaged, or different; 2 not a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .files import read_manifest
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How far two tensors of a name are apart. largest: max |a - b|; relative: that over max |b|; note: why they have none."""
+    """How far apart two tensors are. largest: max |a - b|; relative: the same / max |b|; note: why neither is known."""
 
     name: str
     largest: float = 0.0
@@ -38,7 +38,7 @@ class TensorDifference:
 
 
 def ls(run_dir: str) -> int:
-    """One line per checkpoint of a run, oldest first; sizes are checked, contents are not (that is `verify`)."""
+    """One line per checkpoint of a run, oldest first; sizes are checked, contents are not (`verify` does that)."""
     folders = _folders(run_dir)
     try:
         best = best_of(Path(run_dir)).name
@@ -63,7 +63,7 @@ def ls(run_dir: str) -> int:
 
 
 def verify(path: str) -> int:
-    """Read every file of a checkpoint, or of all checkpoints of a run, and name what is torn, flipped or missing."""
+    """Read every file of a checkpoint, or of all checkpoints of a run, and report what is damaged or missing."""
     problems = []
     folders = _folders(path)
     for folder in folders:
@@ -74,12 +74,12 @@ def verify(path: str) -> int:
     for problem in problems:
         print(problem)
     if problems:
-        print(f"{len(problems)} damaged file(s) in {len(folders)} checkpoint(s)")
+        print(f"damaged files: {len(problems)}; checkpoints checked: {len(folders)}")
     return 1 if problems else 0
 
 
 def diff(first: str, second: str, limit: int = 20) -> int:
-    """Differences of two checkpoints: tensors (largest absolute and relative), config, and where they come from."""
+    """How two checkpoints differ: tensors (largest absolute and relative difference), config, and lineage."""
     a, b = open_checkpoint(first), open_checkpoint(second)
     print(f"a: {a.path}\nb: {b.path}")
     settings = [
@@ -105,7 +105,7 @@ def diff(first: str, second: str, limit: int = 20) -> int:
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> Iterable[TensorDifference]:
-    """Every tensor of two checkpoints, one pair in memory at a time. elements: how many are not equal."""
+    """Every tensor of two checkpoints, one pair in memory at a time. elements: how many are unequal."""
     for name in sorted(set(a.index) | set(b.index)):
         if name not in a.index or name not in b.index:
             yield TensorDifference(name, note=f"only in {'a' if name in a.index else 'b'}")
@@ -134,7 +134,7 @@ def _state(checkpoint: Checkpoint) -> dict[str, Any]:
     file = checkpoint.files().get("state.json")
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file else {}
     values.pop("lineage", None)  # shown as meta
-    values.pop("losses", None)  # the guard's window: as long as it is dull
+    values.pop("losses", None)  # the guard's window: long, and of no interest here
     stream = values.pop("stream", {})
     return values | {f"stream.{key}": value for key, value in stream.items()}
 

@@ -1,11 +1,11 @@
-"""The files of a checkpoint folder: tensors in safetensors, a manifest with a hash of everything, itself included.
+"""The files of a checkpoint folder: tensors in safetensors, and a manifest with a hash of everything, itself included.
 
     {"checksum": xxh3 of this file with the checksum's 32 digits as zeros, "format": 2, "meta": {...},
      "files": {"model-rank0000-001.safetensors": {"bytes": ..., "xxh3": ...}, ...},
      "tensors": {"embed.weight": {"group": "model", "dtype": "float32", "shape": [49152, 576],
                                   "pieces": [["model-rank0000-001.safetensors", 0, 14155776], ...]}}}
 
-A tensor lies in one or more pieces: elements [start, stop) of the flattened tensor, stored under the tensor's name in the named
+A tensor is stored in one or more pieces: elements [start, stop) of the flattened tensor, under the tensor's name in the named
 file, as whole rows where the cut falls between rows. Format 1 (one file per tensor, no checksum) is still read.
 """
 
@@ -34,7 +34,7 @@ _CHECKSUM_AT = len(b'{"checksum": "')
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that is missing, torn or damaged; the message names the file."""
+    """A checkpoint that is missing, incomplete or damaged; the message names the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor lies. pieces: (file, first element, one past the last), in order and without a gap."""
+    """Where a tensor is stored. pieces: (file, first element, one past the last), in order and without a gap."""
 
     group: str
     dtype: str
@@ -66,7 +66,7 @@ class TensorEntry:
 def write_shares(folder: Path, shares: Iterable[Share], prefix: str, shard_bytes: int) -> dict[str, Any]:
     """Write shares to folder/GROUP-prefix-001.safetensors ...; returns their part of a manifest ({"files", "tensors"}).
 
-    A file is closed when it holds shard_bytes. Every file is synced to disk. Raises OSError or SafetensorError.
+    A new file begins after shard_bytes. Every file is synced to disk. Raises OSError or SafetensorError.
     """
     writer = ShareWriter(folder, prefix, shard_bytes)
     for share in shares:
@@ -84,14 +84,14 @@ class ShareWriter:
         self._facts: dict[str, Any] = {"files": {}, "tensors": {}}
 
     def add(self, share: Share) -> None:
-        """Take a share (its tensor on the CPU and contiguous); writes a file when enough has gathered."""
+        """Take a share (its tensor on the CPU and contiguous); writes a file once enough has gathered."""
         pending = self._pending.setdefault(share.group, [])
         pending.append(share)
         if sum(s.tensor.nbytes for s in pending) >= self.shard_bytes:
             self._flush(share.group)
 
     def finish(self) -> dict[str, Any]:
-        """Write what is left."""
+        """Write the rest; returns the part of the manifest."""
         for group in list(self._pending):
             self._flush(group)
         return self._facts
@@ -116,7 +116,7 @@ class ShareWriter:
 
 
 def merge_parts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The ranks' parts of a manifest as one. Raises CheckpointError when a tensor is not covered exactly once."""
+    """The ranks' parts of a manifest, merged. Raises CheckpointError when a tensor is not covered exactly once."""
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for part in parts:
@@ -152,7 +152,7 @@ def write_manifest(folder: Path, meta: Mapping[str, Any], facts: Mapping[str, An
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, its own checksum tested. Raises CheckpointError."""
+    """The manifest of a checkpoint folder; checks its checksum. Raises CheckpointError."""
     try:
         data = (path / MANIFEST).read_bytes()
         manifest: dict[str, Any] = json.loads(data)
@@ -169,7 +169,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def tensor_index(path: Path, manifest: Mapping[str, Any]) -> dict[str, TensorEntry]:
-    """Where each tensor of a checkpoint lies; format 1 is looked up in the headers of its files."""
+    """Where each tensor of a checkpoint is stored; for format 1 read from the headers of its files."""
     if manifest["format"] == FORMAT:
         return {
             name: TensorEntry(
@@ -197,7 +197,7 @@ def tensor_index(path: Path, manifest: Mapping[str, Any]) -> dict[str, TensorEnt
 
 
 def file_problem(path: Path, facts: Mapping[str, Any], contents: bool = True) -> str:
-    """What is wrong with a file, or "" where it is as written. contents: hash it, else only look at its size."""
+    """What is wrong with a file, or "". contents: check its hash too, not only its size."""
     if not path.is_file():
         return f"{path}: missing"
     if path.stat().st_size != facts["bytes"]:

@@ -1,15 +1,14 @@
-"""Sharded, asynchronous checkpoints of a training run: training stops for the copy to host memory only.
+"""Sharded, asynchronous checkpoints of a training run: training stops only for the copy to host memory.
 
     saver = CheckpointSaver(world, on_done)
-    saver.save(folder, engine.shares(), meta, files)     # collective; waits for the save before it
+    saver.save(folder, engine.shares(), meta, files)     # collective; waits for the previous save
     ...training goes on...
     problem = saver.wait()                               # "" or why the newest save failed; the same on every rank
 
-Every rank writes the parts of the tensors that it holds into files of its own, in a thread. No rank ever holds more of the
-model than it trains. When all have written and synced, rank 0 writes the manifest and renames the folder: it is there whole or
-not at all. The threads talk over a process group of their own, so they never meet the collectives of the training. All ranks
-must see the same file system. A full disk costs this checkpoint only: it is reported, training goes on, the one before it is
-untouched.
+Every rank writes the parts of the tensors that it holds into its own files, in a thread. No rank ever holds more of the model
+than it trains. When all have written and synced, rank 0 writes the manifest and renames the folder: it is complete or absent.
+The threads talk over their own process group, so they never mix with the collectives of training. All ranks must see the same
+file system. A full disk costs this checkpoint only: it is reported, training goes on, and the one before it is untouched.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ SHARD_BYTES = 1 << 30  # safetensors copies a file's tensors once more while it 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save ended. stall_s: training stood still; seconds: until it was published; problem: "" or why it was not."""
+    """How a save ended. stall_s: training stood still; seconds: until it was published; problem: "" or why it failed."""
 
     meta: Mapping[str, Any]
     stall_s: float
@@ -66,7 +65,7 @@ class CheckpointSaver:
         self._error: BaseException | None = None
 
     def save(self, folder: Path, shares: Iterable[Share], meta: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        """Copy this rank's shares and begin to write them; every rank must call it. Waits for the save before it.
+        """Copy this rank's shares and begin to write them; every rank must call it. Waits for the previous save.
 
         meta: goes into the manifest. files: small ones by name (config.json ...), which rank 0 writes.
         """
@@ -85,7 +84,7 @@ class CheckpointSaver:
             self.wait()
 
     def wait(self) -> str:
-        """Until the newest save has ended: why it failed, or "". The same on every rank. Raises what its thread raised."""
+        """Wait for the newest save; returns why it failed, or "". The same on every rank. Raises what its thread raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -95,12 +94,12 @@ class CheckpointSaver:
         return self._problem
 
     def give_up(self, timeout_s: float = 30.0) -> None:
-        """On the way out after an error: let a save that can still end do so, for so long."""
+        """On exit: give a save in progress this long to finish."""
         if self._thread is not None:
             self._thread.join(timeout_s)
 
     def _copy(self, share: Share) -> Tensor:
-        """The share's values in a host buffer that is used again at the next save."""
+        """The share's values in a host buffer that the next save reuses."""
         key = f"{share.group} {share.name}"
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != share.tensor.shape or buffer.dtype != share.tensor.dtype:
@@ -149,10 +148,10 @@ class CheckpointSaver:
 
 
 def host_buffer(tensor: Tensor) -> Tensor:
-    """Host memory of a tensor's shape: page-locked for one on a GPU, as long as the machine gives such memory.
+    """Host memory of a tensor's shape; page-locked for a tensor on a GPU, where the machine gives such memory.
 
-    Torch rounds page-locked memory up to powers of two, and containers may limit it: ordinary
-    memory then does, at half the speed.
+    Torch rounds page-locked memory up to powers of two, and containers may limit it: ordinary memory then serves, at half the
+    speed.
     """
     if tensor.device.type == "cuda":
         with contextlib.suppress(RuntimeError):

@@ -1,10 +1,11 @@
-"""Which part of each tensor a rank holds, and reading that part back: the bridge between engines and checkpoints.
+"""Which part of each tensor a rank holds, and how it is read back: the bridge between engines and checkpoints.
 
     for share in shares_of(named_tensors, rank, world_size): ...            # no communication, no gathering
     copy_from(checkpoint, "embed.weight", parameter)                          # reads this rank's rows, nothing else
 
-A sharded tensor (DTensor, split along dim 0) gives its own rows. A tensor that every rank holds whole is divided among the
-ranks when it is large and given to one of them when it is small, so that all disks and network cards write at once.
+Of a sharded tensor (DTensor, split along dim 0) a rank gives its own rows. A tensor that every rank holds whole is divided
+among the ranks when it is large, and written by one of them when it is small, so that all disks and network cards write at
+once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class TensorSource(Protocol):
 
 
 def shares_of(named: Iterable[tuple[str, str, Tensor]], rank: int, world_size: int) -> Iterator[Share]:
-    """This rank's shares of (group, name, tensor)s; over all ranks every element is given exactly once."""
+    """This rank's shares of (group, name, tensor)s; over all ranks every element comes exactly once."""
     for group, name, tensor in named:
         share = share_of(group, name, tensor.detach(), rank, world_size)
         if share is not None:
@@ -44,7 +45,7 @@ def shares_of(named: Iterable[tuple[str, str, Tensor]], rank: int, world_size: i
 
 
 def share_of(group: str, name: str, tensor: Tensor, rank: int, world_size: int, split_bytes: int = SPLIT_BYTES) -> Share | None:
-    """This rank's share of one tensor, or None where other ranks hold it."""
+    """This rank's share of one tensor, or None where other ranks write it."""
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor) and tensor.ndim:
         local, first_row, copy, copies = _local_part(tensor)
@@ -95,13 +96,13 @@ def read_like(source: TensorSource, name: str, parameter: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor in the device, dtype and sharding of a parameter (which may be a DTensor)."""
+    """A full tensor with the device, dtype and sharding of a parameter."""
     tensor = tensor.to(parameter.device, parameter.dtype)
     return distribute_rows(tensor, parameter)
 
 
 def distribute_rows(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor sharded as the parameter is; its own dtype, and its own columns."""
+    """A full tensor, sharded by rows as the parameter is; dtype and columns stay its own."""
     if not isinstance(parameter, DTensor):
         return tensor
     mesh = parameter.device_mesh

@@ -1,9 +1,9 @@
-"""Who is training: process group, device and the proof that they are what the recipe asked for.
+"""Who is training: the process group, the device, and checks that they are what the recipe asks for.
 
-Works under torchrun, `accelerate launch` and plain python. Three silent downgrades are known and each is caught here:
-- `accelerate launch --num_processes N` without a GPU starts ONE process. It is turned into a torchrun of N.
-- several independent runs of world size 1 writing the same folder (a launcher's variables were lost): refused.
-- accelerate told (by flag or config file) what the recipe does not say: refused (accelerate.py).
+Works under torchrun, `accelerate launch` and plain python. Three silent failures are known and each is caught here:
+- `accelerate launch --num_processes N` without a GPU starts ONE process: it is replaced by a torchrun of N.
+- several independent runs of world size 1 write the same folder (a launcher's variables were lost): refused.
+- accelerate was told (by flag or config file) something that the recipe does not say: refused (accelerate.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes files and talks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
@@ -51,7 +51,7 @@ class World:
         return list(tensor.tolist())
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in the order of the ranks, on every rank (for small things, outside the step)."""
+        """The value of every rank, in rank order, on every rank (for small values, outside the step)."""
         if self.world_size == 1:
             return [value]
         out: list[Any] = [None] * self.world_size
@@ -69,9 +69,9 @@ class World:
 
 
 def requested_processes(environment: Mapping[str, str], parent_command: list[str], default_config: Path) -> int | None:
-    """How many processes accelerate's one-process launcher was asked for, or None when it was not used or asked for one.
+    """How many processes accelerate's one-process launcher was asked for; None where it was not used, or asked for one.
 
-    That launcher sets MASTER_ADDR only when more than one process was wanted, and no RANK.
+    That launcher sets MASTER_ADDR only when more than one process was requested, and never RANK.
     """
     if "RANK" in environment or "ACCELERATE_MIXED_PRECISION" not in environment or "MASTER_ADDR" not in environment:
         return None
@@ -80,13 +80,13 @@ def requested_processes(environment: Mapping[str, str], parent_command: list[str
         return int(asked or read_config(parent_command, default_config)["num_processes"])
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            "accelerate started one process although more were asked for, and how many cannot be told.\n"
+            "accelerate started one process although more were requested, and their number cannot be told.\n"
             "On a machine without a GPU start with: torchrun --nproc-per-node N -m chatmill.trainer.train RECIPE"
         ) from None
 
 
 def relaunch_if_alone(arguments: list[str]) -> None:
-    """Replace this process by a torchrun of as many processes as `accelerate launch` was asked for, if it started only one."""
+    """If `accelerate launch` started one process of several, replace this process by a torchrun of that many."""
     if "RANK" in os.environ:
         return
     wanted = requested_processes(os.environ, _parent_command(), _default_config())
@@ -130,7 +130,7 @@ def check_launch(recipe: Recipe, environment: Mapping[str, str], given: frozense
 
 
 def start_world(recipe: Recipe, timeout_s: float = 1800.0) -> World:
-    """Join the process group, choose the device and prove that every rank runs the same recipe in one world."""
+    """Join the process group, choose the device and check that all ranks run the same recipe in one world."""
     check_launch(recipe, os.environ, given_settings(_parent_command(), _default_config()))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -159,10 +159,10 @@ def start_world(recipe: Recipe, timeout_s: float = 1800.0) -> World:
 
 
 def gloo_interface(environment: Mapping[str, str], present: Sequence[str]) -> str | None:
-    """Network interface for gloo, which carries the flags of every step, where only NCCL was told one; None: leave it alone.
+    """Network interface for gloo, which carries the flags of every step, where only NCCL was given one; None: leave it unset.
 
-    NCCL takes beginnings of names, `=name` for the whole name, several between commas, and `^` for those to avoid; gloo takes
-    whole names alone. Without one it takes the address of the host's name, which on many machines is a loopback.
+    NCCL takes prefixes of names, `=name` for a whole name, several separated by commas, and `^` for those to avoid. Gloo takes
+    whole names only. Without one it uses the address of the host's name, which on many machines is a loopback.
     """
     asked = environment.get("NCCL_SOCKET_IFNAME", "")
     if "GLOO_SOCKET_IFNAME" in environment or not asked or asked.startswith("^"):
@@ -179,7 +179,9 @@ def _prove(recipe: Recipe, rank: int, world_size: int) -> None:
         raise ConfigError(f"expected {world_size} distinct processes, found {sorted({fact[:2] for fact in facts})}")
     strangers = [i for i, fact in enumerate(facts) if fact[2] != facts[0][2]]
     if strangers:
-        raise ConfigError(f"ranks {strangers} were started with another recipe than rank 0: check the arguments on every node")
+        raise ConfigError(
+            f"ranks {strangers} were started with a different recipe than rank 0: check the arguments on every node"
+        )
 
 
 def end_world() -> None:
@@ -189,7 +191,7 @@ def end_world() -> None:
 
 
 def _default_config() -> Path:
-    """Where accelerate keeps the answers of `accelerate config`."""
+    """Where `accelerate config` stores its answers."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     return home / "accelerate" / "default_config.yaml"
 

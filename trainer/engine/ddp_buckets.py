@@ -1,10 +1,10 @@
-"""DDP's buckets in their final order before the first step, so that a resumed run rounds as the uninterrupted one does.
+"""Put DDP's buckets into their final order before the first step, so that a resumed run rounds as an uninterrupted one.
 
 DDP reduces the first backward pass in one bucket in the order of registration, and every later one in buckets of 1 and 25 MB in
-the order in which gradients became ready. Where more than two ranks are summed, a value's place in its bucket decides in which
-order the ranks are added: the first step after a resume would differ in the last bit, and the run from there on.
-One backward pass over a few tokens before the first step lets DDP see that order; its gradients are thrown away. With
-train.compile it is left out: a resumed run on more than two ranks then goes on to rounding.
+the order in which gradients became ready. With more than two ranks, a value's place in its bucket decides in which order the
+ranks are added: the first step after a resume would differ in the last bit, and so would the rest of the run.
+One backward pass over a few tokens before the first step shows DDP that order; its gradients are thrown away. It is left out
+with train.compile: on more than two ranks a resumed run then equals the uninterrupted one only up to rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TOKENS, ROWS = 16, 128
 
 
 def settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
-    """Run one small forward and backward pass; call it where gradients are computed in (under the same autocast)."""
+    """Run one small forward and backward pass. Call it under the autocast that training uses."""
     ramp = torch.arange(TOKENS, dtype=torch.int32, device=device)
     rows = torch.full((ROWS,), -1, dtype=torch.int32, device=device)
     rows[:TOKENS] = ramp

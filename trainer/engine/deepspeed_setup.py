@@ -18,10 +18,10 @@ LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
 
 def zero_config(recipe: Recipe, stage: int, elements: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a recipe and a model of so many elements.
+    """DeepSpeed's configuration for a recipe and a model with this many elements.
 
     DeepSpeed allocates the whole bucket in which it collects gradients, 2 GB of fp32 by default, however small the model is.
-    (Its bucket for gathering weights is only a limit.)
+    (Its bucket for gathering weights is only an upper limit.)
     """
     bf16 = recipe.train.precision == "bf16"
     config: dict[str, Any] = {
@@ -32,7 +32,7 @@ def zero_config(recipe: Recipe, stage: int, elements: int) -> dict[str, Any]:
             "stage3_gather_16bit_weights_on_model_save": False,
             "reduce_bucket_size": min(elements, LARGEST_BUCKET),
         },
-        "zero_allow_untested_optimizer": True,  # torch's own AdamW, or Muon, as in every other engine
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW, or Muon, as in the other engine
         "communication_data_type": "fp32",
         "steps_per_print": 1 << 30,
         "bf16": {"enabled": bf16},
@@ -73,10 +73,10 @@ def import_deepspeed() -> Any:
 
 @contextlib.contextmanager
 def swapping_as_computed(deepspeed: Any, recipe: Recipe) -> Iterator[None]:
-    """Keep fp32 weights on the disk as fp32 where the processor has no fp16, a CPU among them.
+    """Keep fp32 weights on disk as fp32 where the device has no fp16, such as a CPU.
 
     DeepSpeed 0.19.8 (runtime/zero/partition_parameters.py:409) reads `dtype or fp16 if fp16_supported else bf16` and
-    rounds them to bf16 there, whatever dtype was given: losses were off by 2e-5 before the first update.
+    then rounds them to bf16, whatever dtype was given: losses were off by 2e-5 before the first update.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     if recipe.parallel.offload != "nvme" or recipe.train.precision == "bf16" or accelerator.is_fp16_supported():
@@ -90,7 +90,7 @@ def swapping_as_computed(deepspeed: Any, recipe: Recipe) -> Iterator[None]:
 
 
 def check_nvme(folder: Path) -> None:
-    """Refuse NVMe offload where DeepSpeed cannot do it: it needs libaio and a folder to write to. Raises ConfigError."""
+    """Refuse NVMe offload without libaio or a folder to write to. Raises ConfigError."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -99,4 +99,6 @@ def check_nvme(folder: Path) -> None:
             "Install it (Debian: libaio-dev), or use parallel.offload=cpu."
         )
     if not folder.is_dir():
-        raise ConfigError(f"parallel.nvme_path={folder} is not a folder on this machine: make it on a local disk of every node")
+        raise ConfigError(
+            f"parallel.nvme_path={folder} is not a folder on this machine: create it on a local disk of every node"
+        )

@@ -69,7 +69,7 @@ class Engine(Protocol):
         """Gradients of one optimizer step over this rank's micro-batches."""
 
     def clip(self) -> None:
-        """Start to measure and clip the gradients, without waiting: who then waits for the loss has waited for both."""
+        """Start to measure and clip the gradients without waiting for the device: waiting for the loss later covers both."""
 
     def step(self, lr: float) -> float:
         """Clip (unless `clip` was called), update, zero; returns the gradient norm before clipping.
@@ -130,12 +130,14 @@ def sum_micro_batches(
 
 
 def proof(engine: Engine, masters: Iterable[Tensor], /, **facts: Any) -> dict[str, Any]:
-    """What every engine says alike in `describe`, with its own facts. masters: the weights that the optimizer updates (local
+    """What `describe` says for every engine, with its own facts. masters: the weights that the optimizer updates (local
     shards under ZeRO). Raises ConfigError where they are not fp32."""
     recipe, device = engine.recipe, engine.world.device
     dtypes = {weight.dtype for weight in masters}
     if dtypes != {torch.float32}:
-        raise ConfigError(f"master weights must be float32, found {sorted(map(str, dtypes))}: the engine downgraded them")
+        raise ConfigError(
+            f"master weights must be float32, found {sorted(map(str, dtypes))}: the engine lowered their precision"
+        )
     return {
         "strategy": recipe.parallel.strategy,
         "world_size": engine.world.world_size,

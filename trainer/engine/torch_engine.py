@@ -45,7 +45,7 @@ class TorchEngine:
 
     def __init__(self, recipe: Recipe, model: Decoder, world: World) -> None:
         self.recipe, self.world, self.decoder = recipe, world, model
-        if recipe.parallel.strategy != "fsdp2":  # fully_shard moves and cuts layer by layer: a whole model need not fit
+        if recipe.parallel.strategy != "fsdp2":  # fully_shard moves and shards layer by layer: the whole model need not fit
             model.to(world.device)
         if recipe.train.compile:
             model.compile_layers(recipe.train.compile_backend)
@@ -66,7 +66,7 @@ class TorchEngine:
         if parallel.strategy == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             replicas = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-            if not self.recipe.train.compile:  # it would compile every layer once more, for another length
+            if not self.recipe.train.compile:  # it would compile every layer again, for another length
                 with self.autocast():
                     settle_buckets(replicas, world.device)
             return replicas
@@ -94,7 +94,7 @@ class TorchEngine:
         homes = {p.device.type for p in parameters}
         home = "cpu" if recipe.parallel.offload == "cpu" else self.world.device.type
         if homes != {home} or len(layouts) > 1:
-            raise ConfigError(f"parameters lie on {sorted(homes)} in layouts {sorted(layouts)}; expected {home} and one layout")
+            raise ConfigError(f"parameters are on {sorted(homes)} in layouts {sorted(layouts)}; expected {home} and one layout")
         copies = self.world.world_size if strategy == "ddp" else recipe.parallel.replicas
         shards = self.world.world_size // copies if strategy == "fsdp2" else 1
         state = "8-bit" if recipe.optimizer.name == "adamw8bit" else "fp32"
@@ -156,7 +156,7 @@ class TorchEngine:
         return value
 
     def _check_gradients(self) -> None:
-        """Before the first update: every weight has an fp32 gradient that lies as the weight does. Raises ConfigError."""
+        """Before the first update: every weight has an fp32 gradient, sharded as the weight is. Raises ConfigError."""
         if self._gradients_seen:
             return
         for name, parameter in self.decoder.named_parameters():
@@ -175,8 +175,10 @@ class TorchEngine:
         self.average.exchange()
 
     def _reshard(self) -> None:
-        """Drop gathered weights. FSDP2 keeps the root's after a forward without backward (a validation): the module then has
-        other Parameter objects than the optimizer, and they would outlive a change of the shards."""
+        """Drop gathered weights. FSDP2 keeps the root's after a forward pass without backward (a validation).
+
+        The module then has other Parameter objects than the optimizer, and they would not follow a change of the shards.
+        """
         for module in self.decoder.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -185,7 +187,7 @@ class TorchEngine:
         return shares_of(self._held(), self.world.rank, self.world.world_size)
 
     def _held(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(group, name, tensor) of all that a checkpoint keeps, as it lies here: a DTensor where it is sharded."""
+        """(group, name, tensor) of all that a checkpoint keeps; DTensors where it is sharded."""
         self._reshard()
         named = list(self.decoder.named_parameters())
         for name, parameter in named:

@@ -1,9 +1,9 @@
-"""DeepSpeed ZeRO stages 1, 2 and 3 behind the same interface as the other engines.
+"""The engine for DeepSpeed ZeRO stages 1, 2 and 3.
 
     stage 1 shards the optimizer's state over ranks, stage 2 the gradients too, stage 3 the parameters too
 
-DeepSpeed's own checkpoint format is tied to the world size that wrote it. Here the full fp32 weights and Adam moments are
-gathered one tensor at a time, so that a checkpoint is the same as every other engine's and loads into any of them.
+DeepSpeed's own checkpoint format is tied to the world size that wrote it. Here each rank gives its elements of the fp32 weights
+and of the optimizer's state, so that a checkpoint is the same as every other engine's and loads into any of them.
 Muon works on whole matrices, which travel to an owner and back (zero_muon.py).
 Source: Rajbhandari et al., "ZeRO", arXiv:1910.02054. Install: pip install 'chatmill[gpu]'.
 """
@@ -37,7 +37,7 @@ _NOTHING = torch.empty(0)
 
 
 class ZeroEngine:
-    """A model in a DeepSpeedEngine; torch's AdamW, or Muon beside it, steps on the local shards. See the protocol Engine."""
+    """A model in a DeepSpeedEngine; torch's AdamW (and Muon) step on the local shards. See the protocol Engine."""
 
     def __init__(self, recipe: Recipe, model: Decoder, world: World) -> None:
         self.recipe, self.world, self.decoder = recipe, world, model
@@ -82,7 +82,7 @@ class ZeroEngine:
             )
         on_disk = {swapper.dtype for p in parameters if (swapper := getattr(p, "nvme_swapper", None)) is not None}
         if on_disk - {expected}:
-            raise ConfigError(f"DeepSpeed keeps weights on the disk as {on_disk}; expected {expected}")
+            raise ConfigError(f"DeepSpeed keeps weights on disk as {on_disk}; expected {expected}")
         parts = ("optimizer", "optimizer and gradients", "optimizer, gradients and parameters")[self.stage - 1]
         return proof(
             self,
@@ -112,7 +112,7 @@ class ZeroEngine:
         return output
 
     def clip(self) -> None:
-        """Nothing here: DeepSpeed clips in its step."""
+        """Nothing to do: DeepSpeed clips in its step."""
 
     def step(self, lr: float) -> float:
         """Clip, update, zero (all inside DeepSpeed); returns the gradient norm before clipping."""
@@ -134,7 +134,7 @@ class ZeroEngine:
             self._set_copy(parameter, value.detach().reshape(_shape(parameter)))
 
     def _set_copy(self, parameter: Tensor, value: Tensor | None) -> None:
-        """Set the weights that the forward pass uses; the masters stay. In stage 3 only rank 0's value counts."""
+        """Set the weights that the forward pass uses, not the masters. In stage 3 only rank 0's value counts."""
         zero = self._library.zero
         with zero.GatheredParameters(parameter, modifier_rank=0) if self.stage == 3 else contextlib.nullcontext():
             if value is not None:
@@ -147,7 +147,7 @@ class ZeroEngine:
         if any(self.optimizer.state.get(flat) for flat in self._flat_partitions()):
             yield from self._state_shares()
         if self.average is not None:
-            with swapped(self.average.exchange):  # into the masters' places, because only DeepSpeed knows how it cuts them
+            with swapped(self.average.exchange):  # into the place of the masters: only DeepSpeed knows how it cuts them
                 for name, parameter in self._named:
                     for share in self._share(GROUP, PREFIX + name, parameter, None):
                         yield replace(share, tensor=share.tensor.clone())
@@ -197,7 +197,7 @@ class ZeroEngine:
             self.average.reset()
 
     def load_average(self, source: TensorSource) -> None:
-        """Set the averaged weights: through the masters' places, because only DeepSpeed knows how it cuts them."""
+        """The average is read in the place of the masters, because only DeepSpeed knows how it cuts them."""
         assert self.average is not None
         check_average(source, [name for name, _ in self._named])
         with swapped(self.average.exchange):
@@ -205,7 +205,7 @@ class ZeroEngine:
                 self._read_piece(source, PREFIX + name, parameter, None)
 
     def load_optimizer(self, source: TensorSource) -> None:
-        """Restore the optimizer's state, whoever wrote it; each rank reads its own elements. Raises ConfigError."""
+        """State is made for every flat partition first, then each rank reads its own elements into it."""
         stored = states_by_parameter(source)
         if sorted(stored) != sorted(name for name, _ in self._named):
             raise ConfigError("the checkpoint does not hold the optimizer state of this model: it cannot continue a run")
@@ -226,12 +226,12 @@ class ZeroEngine:
                     self._read_piece(source, f"{name}.{key}", parameter, key)
 
     def _make_state(self, flat: Tensor, counts: dict[str, Tensor], moments: list[str]) -> None:
-        """Give a flat partition its state: these counts, and moments to be read into, on the disk where they live there."""
+        """Give a flat partition its state: these counts, and empty moments to read into, on disk where they are offloaded."""
         group = next(i for i, held in enumerate(self._flat_partitions()) if held is flat)
         on_disk = self.stage == 3 and self.zero._swappable_optimizer_subgroup(group)
         if on_disk:
             self.zero._optimizer_states_and_gradient_swap_in(group)
-        if not (on_disk and self.optimizer.state[flat]):  # what is swapped already is known to the swapper by its tensors
+        if not (on_disk and self.optimizer.state[flat]):  # the swapper knows what is swapped already by its tensors
             self.optimizer.state[flat] = {key: torch.zeros_like(flat) for key in moments}
         self.optimizer.state[flat] |= {key: value.to(flat.device).clone() for key, value in counts.items()}
         if on_disk:
@@ -255,7 +255,7 @@ class ZeroEngine:
             self._library.utils.safe_set_local_optimizer_state(parameter, values, key)
 
     def discard(self) -> None:
-        """Throw the gradients of this step away: DeepSpeed does so itself on an overflow, so it is told that there was one."""
+        """DeepSpeed throws gradients away on an overflow, so it is told that there was one."""
         hook = "check_overflow" if self.stage < 3 else "_overflow_check_and_loss_scale_update"
 
         def overflow(*args: Any, **options: Any) -> bool:
@@ -286,7 +286,7 @@ class ZeroEngine:
         return self._flat_partitions()[self._place_of(parameter)[0]]
 
     def _matrices(self) -> dict[int, list[SlicedMatrix]]:
-        """The matrices of each of Muon's flat partitions: every rank tells which elements it holds. Collective."""
+        """The matrices of each of Muon's flat partitions: the ranks tell each other which elements they hold. Collective."""
         chosen = [p for _, p in self._named if self._groups[id(p)] in self._muon_groups]
         pieces = [self._local_piece(parameter, None) for parameter in chosen]
         runs = self.world.gather([(start, values.numel()) for start, values in (piece or (0, _NOTHING) for piece in pieces)])
@@ -298,7 +298,7 @@ class ZeroEngine:
         return found
 
     def _link_states(self) -> None:
-        """Let DeepSpeed find each parameter's moments: it links once, and AdamW makes them later than that."""
+        """Let DeepSpeed find each parameter's moments: it links them once, before AdamW has made them."""
         if self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()

@@ -54,7 +54,7 @@ class CacheRows:
         self._caches = caches
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
-        """Row by row; see `chatmill.trainer.model.decoder.Memory`."""
+        """Row by row; see `chatmill.trainer.model.decoder.TokenMemory`."""
         out = torch.empty_like(q)
         for i, cache in enumerate(self._caches):
             row = slice(i, i + 1)

@@ -37,7 +37,7 @@ class SharedPrefix:
         self._key_positions = torch.cat((torch.arange(cache.length, device=device), self.positions))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
-        """See `chatmill.trainer.model.decoder.Memory`."""
+        """See `chatmill.trainer.model.decoder.TokenMemory`."""
         P = self.cache.length
         keys = torch.cat((self.cache.k[layer, :, :P].to(k.dtype), k.transpose(0, 1)), 1)  # (Hk, P+C, D)
         values = torch.cat((self.cache.v[layer, :, :P].to(v.dtype), v.transpose(0, 1)), 1)

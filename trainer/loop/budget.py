@@ -1,9 +1,9 @@
-"""Epoch and token budgets as a number of steps, which the learning-rate schedule and every display need beforehand.
+"""Epoch and token budgets as a number of steps, which the learning-rate schedule and every display need in advance.
 
     recipe = in_steps(recipe, mixture, exclude, world_size, folder)
 
-The order of the whole run is planned without reading a token: about a microsecond per dialogue and epoch. A run that is
-continued keeps the number it began with, in its config.yaml, so that its learning rates stay the same.
+The order of the whole run is planned without reading a token, in about a microsecond per dialogue and epoch. A continued run
+keeps the number it began with, from its config.yaml, so that its learning rates stay the same.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def stream_options(recipe: Recipe, exclude: Mapping[int, Collection[str]], world
 
 
 def in_steps(recipe: Recipe, mixture: Mixture, exclude: Mapping[int, Collection[str]], world_size: int, folder: Path) -> Recipe:
-    """The recipe with train.steps as its budgets make it, as it is where it has none.
+    """The recipe with train.steps set from its budgets; unchanged where it has none.
 
-    With epochs, schedule.total_tokens too where the rate falls by tokens and the recipe leaves open over how many.
+    With epochs and a rate that falls by tokens, schedule.total_tokens is set too, unless the recipe gives it.
     """
     train, schedule = recipe.train, recipe.schedule
     if train.epochs is None and train.tokens is None:
@@ -55,9 +55,7 @@ def in_steps(recipe: Recipe, mixture: Mixture, exclude: Mapping[int, Collection[
         found = len(counts), sum(counts)
     steps, tokens = found
     if not steps:
-        raise ConfigError(
-            "train.epochs: nothing is left of the data sets to make a step of: see data.exclude and data.overlong."
-        )
+        raise ConfigError("train.epochs: the data sets leave nothing to train on: see data.exclude and data.overlong.")
     changed: dict[str, Section] = {"train": train.model_copy(update={"steps": steps})}
     if train.epochs is not None and schedule.unit == "tokens" and schedule.total_tokens is None:
         if schedule.warmup_tokens >= tokens:
@@ -70,7 +68,7 @@ def in_steps(recipe: Recipe, mixture: Mixture, exclude: Mapping[int, Collection[
 
 
 def _begun_with(folder: Path, recipe: Recipe) -> tuple[int, int] | None:
-    """(steps, schedule.total_tokens) that the run in `folder` counted for the same budgets, if it has begun."""
+    """(steps, schedule.total_tokens) that the run in `folder` began with, where it has the same budgets."""
     file = folder / "config.yaml"
     if not file.is_file():
         return None

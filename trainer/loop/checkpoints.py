@@ -1,9 +1,9 @@
-"""The checkpoints of one run: the newest good one found, restored, and new ones saved, kept or dropped.
+"""The checkpoints of one run: find and restore the newest good one; save new ones and delete old ones.
 
 checkpoints = RunCheckpoints(run)
-found = checkpoints.newest()                        # verified by all ranks together; damaged ones are named and set aside
+found = checkpoints.newest()                        # all ranks verify it together; damaged ones are reported and set aside
 state = checkpoints.restore(found, engine, stream)
-checkpoints.save(engine, stream, state)             # returns when the copy is made; a thread writes
+checkpoints.save(engine, stream, state)             # returns once the copy is made; a thread writes it
 problem = checkpoints.wait()
 """
 
@@ -41,7 +41,7 @@ from .context import RunContext
 
 
 class RunCheckpoints:
-    """Finds, restores, saves and prunes. As a context manager it lets a save end."""
+    """Finds, restores, saves and prunes. On exit it waits for a save in progress."""
 
     def __init__(self, run: RunContext) -> None:
         self.run, self.folder, self.world = run, run.folder, run.world
@@ -51,9 +51,9 @@ class RunCheckpoints:
     # ---------------------------------------------------------------- finding and restoring
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None before the first; every rank must call it.
+        """The newest intact checkpoint, or None before the first; every rank must call it.
 
-        Ranks share the reading: each hashes every world size-th file. Raises CheckpointError when there are some, none good.
+        The ranks share the reading: each hashes a part of the files. Raises CheckpointError when none of them is good.
         """
         names: list[str] = self.world.gather([path.name for path in list_checkpoints(self.folder.path)])[0]
         problems: list[str] = []
@@ -90,14 +90,13 @@ class RunCheckpoints:
         checkpoint.close()
         self.saved_step = state.step
         if self.world.is_main and state.best_step <= state.step < _step_of_best(self.folder.path):
-            (self.folder.path / "checkpoints" / BEST).unlink()  # of steps that are now computed anew
+            (self.folder.path / "checkpoints" / BEST).unlink()  # of steps that are now computed again
         return state
 
     # ---------------------------------------------------------------- saving
 
     def save(self, engine: Engine, stream: PackedStream, state: TrainState, best: bool = False) -> None:
-        """Begin to save the state after `state.step` steps; every rank must call it. best: its validation is the best so
-        far."""
+        """Begin to save the state after `state.step` steps; every rank must call it. best: the best validation so far."""
         recipe = self.run.recipe
         note = {"step": state.step, "metric": recipe.checkpoint.best, "value": state.best_value} if best else None
         if self.saved_step == state.step and not self.wait():
@@ -131,18 +130,18 @@ class RunCheckpoints:
         self.saved_step = state.step
 
     def save_last(self, engine: Engine, stream: PackedStream, state: TrainState, best: bool = False) -> None:
-        """The save that the run ends with; returns when it is published. Raises ConfigError when it cannot be written."""
+        """The final save of the run; returns when it is published. Raises ConfigError when it cannot be written."""
         if self.wait():
             self.saved_step = -1  # the newest save failed: try again
         self.save(engine, stream, state, best)
         if self.wait():
             raise ConfigError(
                 f"{self.folder.path}: the last checkpoint (step {state.step}) could not be written; "
-                "free some disk and run again."
+                "free some disk space and run again."
             )
 
     def wait(self) -> str:
-        """Until the newest save has ended; "" or why it failed. The same on every rank."""
+        """Wait for the newest save; returns "" or why it failed. The same on every rank."""
         return self._saver.wait()
 
     def _done(self, result: SaveResult) -> None:
@@ -151,7 +150,7 @@ class RunCheckpoints:
         if result.problem:
             problem = f"checkpoint of step {step} could not be written: {result.problem}"
             self.folder.event("checkpoint_failed", step=step, reason=problem)
-            self.run.display.say(f"{problem}\ntraining goes on; the checkpoints before it are whole.")
+            self.run.display.say(f"{problem}\ntraining goes on; the earlier checkpoints are intact.")
             return
         if result.meta["best"]:
             self._note_best(result.meta["best"])
@@ -162,7 +161,7 @@ class RunCheckpoints:
         prune(self.folder.path, keep.keep, frozenset(protect), keep.keep_every_steps)
 
     def _note_best(self, note: dict[str, Any]) -> None:
-        """Name the checkpoint on which the best validation so far was measured."""
+        """Note which checkpoint has the best validation so far."""
         self.folder.write(f"checkpoints/{BEST}", {"checkpoint": f"step-{note['step']:08d}", **note})
 
     def __enter__(self) -> Self:
@@ -173,7 +172,7 @@ class RunCheckpoints:
 
 
 def origin(checkpoint: Checkpoint, recipe: Recipe, world: World) -> dict[str, Any]:
-    """One line of lineage: which checkpoint was continued (or started from), and by what."""
+    """One line of lineage: which checkpoint was continued or started from, and by which engine."""
     return {
         "checkpoint": str(checkpoint.path),
         "checksum": checkpoint.manifest.get("checksum"),
@@ -191,7 +190,7 @@ def _step_of_best(run_dir: Path) -> int:
 
 
 def _random_tensors(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
-    """The generators' states of a rank; where more ranks continue than saved, those of rank modulo the old number."""
+    """The generator states of a rank; where more ranks continue than saved, those of rank modulo the old number."""
     names = checkpoint.names("rng")
     if names == ["rng.cpu"]:  # before format 2
         return {"cpu": checkpoint.tensor("rng.cpu")}

@@ -6,9 +6,9 @@
 
 Shapes: T tokens, S segments, P pairs of a batch. The log-probabilities are sums over each segment of the fused linear
 cross-entropy's token losses, so no logits exist here either. The reference is the checkpoint that training starts from: its
-log-probabilities are taken once, before the first step, and kept in the run folder, so no second model stays in memory, with
-any engine, and a resumed run has the same ones.
-Source: Rafailov et al. 2023 (arXiv:2305.18290); length-normalised: Meng et al. 2024 (arXiv:2405.14734), kept relative to the
+log-probabilities are computed once, before the first step, and kept in the run folder: with every engine no second model stays
+in memory, and a resumed run has the same ones.
+Source: Rafailov et al. 2023 (arXiv:2305.18290); length normalisation: Meng et al. 2024 (arXiv:2405.14734), but relative to the
 reference; label smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
 """
 
@@ -68,20 +68,20 @@ class Reference:
     values: NDArray[np.float64]
 
     def of(self, uids: Iterable[str]) -> Tensor:
-        """Float64["P 2"] on the CPU. Raises ConfigError for a pair that was not there when they were taken."""
+        """Float64["P 2"] on the CPU. Raises ConfigError for a pair that the reference pass did not see."""
         try:
             chosen = [self.rows[uid] for uid in uids]
         except KeyError as error:
             raise ConfigError(
                 f"preference: no reference log-probability of pair {error.args[0]}: the data set is not the one the run began "
-                f"with.\nUse another run.name, or remove {REFERENCE} from the run folder to have them taken again."
+                f"with.\nUse another run.name, or remove {REFERENCE} from the run folder to compute them again."
             ) from None
         return torch.from_numpy(self.values[chosen]).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
 class PairObjective:
-    """Makes the objective of a batch (already on its device) out of the reference."""
+    """Makes the objective of a batch (already on its device) from the reference."""
 
     reference: Reference
     options: PreferenceSection
@@ -98,7 +98,7 @@ class PairObjective:
 
 @dataclass(frozen=True)
 class ScoreObjective:
-    """Instead of a loss, the log-probabilities themselves; `scores` collects them, Float["P 2"] per batch."""
+    """Collects the log-probabilities in `scores`, Float["P 2"] per batch, instead of computing a loss."""
 
     scores: list[Tensor]
 
@@ -114,7 +114,7 @@ class ScoreObjective:
 
 
 def checked_pairs(batch: PackedBatch) -> Tensor:
-    """batch.pairs of a data set of preference pairs."""
+    """batch.pairs, which every batch of a preference data set has."""
     assert batch.pairs is not None  # check_objective
     return batch.pairs
 
@@ -126,10 +126,11 @@ def pair_lengths(batch: PackedBatch) -> Tensor:
 
 
 def check_objective(recipe: Recipe, stream: PackedStream) -> None:
-    """Refuse ordinary dialogues for dpo, and pairs for sft, which would teach the rejected replies. Raises ConfigError."""
+    """Refuse ordinary dialogues for dpo, and pairs for sft, which would train on the rejected replies. Raises ConfigError."""
     if stream.preference and recipe.objective != "dpo":
         raise ConfigError(
-            f"{recipe.data.path} holds preference pairs: objective={recipe.objective} would teach the rejected replies too.\n"
+            f"{recipe.data.path} holds preference pairs: "
+            f"objective={recipe.objective} would train on the rejected replies too.\n"
             "Set objective=dpo, or build the data set with pair.mode=dialogues, which keeps the chosen ones."
         )
     if recipe.objective == "dpo" and not stream.preference:
@@ -140,7 +141,7 @@ def check_objective(recipe: Recipe, stream: PackedStream) -> None:
 
 
 def reference_pass(recipe: Recipe, source: Mixture | TokenDataset, world: World) -> PackedStream:
-    """Every pair of a data set once, this rank's share of them."""
+    """This rank's share of a data set's pairs, each pair once."""
     return PackedStream(
         source,
         sequence_length=recipe.data.sequence_length,
@@ -154,12 +155,12 @@ def reference_pass(recipe: Recipe, source: Mixture | TokenDataset, world: World)
 
 
 def pair_objective(run: RunContext, engine: Engine, resume: Checkpoint | None) -> PairObjective:
-    """The objective of a run; the reference is read from the run folder, or taken from run.base now and kept there."""
+    """The objective of a run. The reference is read from the run folder, or computed from run.base and stored there."""
     recipe, world, path = run.recipe, run.world, run.folder.path / REFERENCE
     if world.any(world.is_main and path.is_file()):
         return PairObjective(load_reference(path), recipe.preference)
     assert run.base is not None  # the recipe was checked
-    run.display.say("taking the log-probabilities of all pairs under the starting checkpoint, once")
+    run.display.say("computing the log-probabilities of all pairs under the starting checkpoint, once")
     sources: list[Mixture | TokenDataset] = [run.mixture, *run.splits.values()]
     scores: list[Tensor] = []
     with run.watchdog.paused():
@@ -172,7 +173,7 @@ def pair_objective(run: RunContext, engine: Engine, resume: Checkpoint | None) -
         if resume is not None:
             engine.load_model(resume)
             if engine.average is not None:
-                engine.load_average(resume)  # load_model starts it anew
+                engine.load_average(resume)  # load_model has reset it
         if world.is_main:
             save_reference(reference, path)
     return PairObjective(reference, recipe.preference)
@@ -182,7 +183,7 @@ def pair_objective(run: RunContext, engine: Engine, resume: Checkpoint | None) -
 def take_reference(
     forward: Callable[[PackedBatch], LossOutput], scores: list[Tensor], streams: Iterable[Iterable[PackedBatch]], world: World
 ) -> Reference:
-    """Run the starting model once over all pairs; every rank takes its share and gets all of them.
+    """Run the starting model once over all pairs; each rank computes its share and gets all of them.
 
     forward: through the wrapped model with ScoreObjective(scores). streams: of training and validation data, one pass each.
     """
@@ -212,6 +213,6 @@ def load_reference(path: Path) -> Reference:
             uids, values = arrays["uids"].tolist(), arrays["values"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{path}: damaged ({error}).\nRemove it: the next start takes the log-probabilities again."
+            f"{path}: damaged ({error}).\nRemove it: the next start computes the log-probabilities again."
         ) from error
     return Reference({uid: row for row, uid in enumerate(uids)}, values)

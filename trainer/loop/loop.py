@@ -4,8 +4,9 @@
     accelerate launch trainer/train.py tiny
     torchrun --nproc-per-node 2 -m chatmill.trainer.train tiny parallel.strategy=ddp
 
-The same command continues a run that was stopped or killed, from its newest whole checkpoint, with the same numbers.
-SIGTERM and SIGUSR1 end it at the next step boundary with a checkpoint and a PREEMPTED mark (exit code 0: a launcher requeues).
+The same command continues a run that was stopped or killed from its newest intact checkpoint, with the same numbers.
+SIGTERM and SIGUSR1 end it at the next step boundary with a checkpoint and a PREEMPTED mark (exit code 0: the launcher
+requeues).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from .validation import Validation
 
 def train(recipe: Recipe) -> int:
     """Run (or continue) the recipe; returns the number of steps done. Raises ConfigError before anything is written."""
-    stop = StopSignal()  # from here on a signal ends the run in order, whatever it is doing
+    stop = StopSignal()  # from here on a signal ends the run cleanly, whatever it is doing
     dataset = TokenDataset.open(recipe.data.path, "train", damaged_blocks=recipe.data.damaged_blocks)
     mixture, splits = open_mixture(recipe.data), validation_sets(recipe)
     tokenizer = ChatTokenizer.load(dataset.path / "tokenizer")
@@ -166,7 +167,7 @@ class Training:
 
 
 def _steps(training: Training, validation: Validation, evaluated: int) -> int:
-    """The loop. evaluated: the step whose validation is done; -1: a run killed in its last validation still owes it."""
+    """The loop. evaluated: the step whose validation is done, or -1: a run killed in its last validation still has to do it."""
     run, engine, checkpoints = training.run, training.engine, training.checkpoints
     recipe, folder, world, display, watchdog = run.recipe, run.folder, run.world, run.display, run.watchdog
     guard = Guard(recipe.guard, folder, world)
@@ -178,7 +179,7 @@ def _steps(training: Training, validation: Validation, evaluated: int) -> int:
         watchdog.beat("data", state.step)
         waited = time.monotonic()
         micro = take(batches, recipe.train.accumulation)
-        if not micro:  # exclusions made since the steps were counted left less to learn from
+        if not micro:  # dialogues excluded since the steps were counted leave fewer steps
             break
         meter.waited(time.monotonic() - waited)
         seen = state.tokens + micro[0].step_tokens
@@ -236,5 +237,5 @@ def _steps(training: Training, validation: Validation, evaluated: int) -> int:
 
 
 def is_stale(state: TrainState, recipe: Recipe) -> bool:
-    """Whether so many validations in a row brought nothing better that the run ends early (evaluation.patience)."""
+    """Whether the run ends early: too many validations in a row without a better one (evaluation.patience)."""
     return recipe.evaluation.patience is not None and state.stale_validations >= recipe.evaluation.patience

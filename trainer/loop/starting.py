@@ -1,4 +1,4 @@
-"""Before the first step: what must fit together is checked, and what is really running is said."""
+"""Before the first step: check that everything fits together, and report what is really running."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset)
 
 
 def check_tokenizer(checkpoint: Checkpoint, dataset: TokenDataset) -> None:
-    """Refuse data made with another tokenizer or chat template than the checkpoint brings. Raises ConfigError."""
+    """Refuse data made with a tokenizer or chat template other than the checkpoint's. Raises ConfigError."""
     if "tokenizer.json" not in checkpoint.files():
         return
     theirs = ChatTokenizer.load(checkpoint.path).fingerprint
     if ChatTokenizer.load(dataset.path / "tokenizer").fingerprint != theirs:
         raise ConfigError(
-            f"{dataset.path} was tokenised with another tokenizer or chat template than {checkpoint.path} brings.\n"
-            "Build the data set with that checkpoint's tokenizer: data recipe field tokenizer.path."
+            f"{dataset.path} was tokenised with another tokenizer or chat template than that of {checkpoint.path}.\n"
+            "Build the data set with the checkpoint's tokenizer: set tokenizer.path in the data recipe."
         )
 
 
 def check_same_data(mixture: Mixture, world: World) -> None:
-    """Refuse to train where a machine's copy of a data set, or its quarantine, is another one. Raises ConfigError."""
+    """Refuse to train where a machine has another copy of a data set, or another quarantine. Raises ConfigError."""
     mark = float(int(mixture.identity[:10], 16))  # 40 bits: sums of it are exact in float64
     if world.sum([mark])[0] != mark * world.world_size:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The batches of one rank: the shuffled stream, with the attention kernel's tile plans on a GPU, and how steps take from it."""
+"""The batches of one rank: the shuffled stream, and how steps take from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def training_stream(run: RunContext, exclude: Mapping[int, frozenset[str]]) -> P
 
 
 def take(batches: Iterator[PackedBatch], count: int) -> list[PackedBatch]:
-    """The next micro-batches of one step; none where an epoch or token budget is used up."""
+    """The micro-batches of the next step; none once an epoch or token budget is used up."""
     micro = list(islice(batches, count))
     if micro and len(micro) != count:
         raise ConfigError("the training stream ended inside a step")
@@ -35,11 +35,11 @@ def take(batches: Iterator[PackedBatch], count: int) -> list[PackedBatch]:
 
 
 def overlong_figures(stream: PackedStream) -> dict[str, Any]:
-    """What became of dialogues longer than a pack, among those planned since this start; nothing where there were none."""
+    """What became of dialogues longer than a pack since this start; empty where there were none."""
     names = ("dialogues", "overlong", "truncated", "split", "dropped", "cut_inside_turn")
     return {"overlong": {name: stream.counts[name] for name in names}} if stream.counts["overlong"] else {}
 
 
 def merged(exclude: Mapping[int, frozenset[str]], step: int, uids: frozenset[str]) -> dict[int, frozenset[str]]:
-    """The exclusions with some more dialogues left out once `step` steps are done."""
+    """The exclusions, with more dialogues left out once `step` steps are done."""
     return {**exclude, step: exclude.get(step, frozenset()) | uids}

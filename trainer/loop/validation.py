@@ -1,9 +1,9 @@
-"""Validation inside a training run: measure, log, answer the prompts, and say whether it is the best so far.
+"""Validation during a training run: measure, log, answer the prompts, and tell whether it is the best so far.
 
 validation = Validation(run, engine)
 is_best = validation.run(state)                     # on all ranks; a signal cuts it short
 
-Sums are taken over all ranks, each dialogue once, so that the world size changes no figure (evaluation/loss.py).
+Each dialogue is counted once over all ranks, so the figures do not depend on the world size (evaluation/loss.py).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Validation:
         return state.step > 0 and state.validated(result, metric or "loss") and metric is not None
 
     def _measure(self, step: int) -> dict[str, dict[str, float]] | None:
-        """Figures of each validation set with the weights as they are, or None where a signal cut it short."""
+        """Figures of each validation set with the current weights, or None where a signal cut it short."""
 
         def asked() -> bool:
             self.context.watchdog.beat("validation", step)

@@ -35,7 +35,7 @@ from ..model_config import KernelSection, ModelConfig
 from .kv_cache import KVCache
 from .rotary import inverse_frequencies, rotary_tables
 
-__all__ = ["Decoder", "KVCache", "LossOutput", "Memory"]
+__all__ = ["Decoder", "KVCache", "LossOutput", "TokenMemory"]
 
 Recompute = Literal["none", "full", "selective"]
 
@@ -48,8 +48,8 @@ class LossOutput(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # Int64[""], targets that are not -100; hides tuple.count
 
 
-class Memory(Protocol):
-    """What tokens without a pack attend to: one cache, a batch of caches, a prefix that several replies share.
+class TokenMemory(Protocol):
+    """What tokens outside a pack attend to: a cache, a batch of caches, or a prefix that several replies share.
 
     attend: q ["T Hq D"], k, v ["T Hk D"] of one layer, rotated already; returns ["T Hq D"].
     """
@@ -62,13 +62,13 @@ class Layout(NamedTuple):
 
     cos: Tensor  # Float32["T D/2"]
     sin: Tensor  # Float32["T D/2"]
-    cu_seqlens: Tensor | None  # Int32["S+1"]; None where a memory takes the place of the pack
+    cu_seqlens: Tensor | None  # Int32["S+1"]; None where a memory replaces the pack
     max_seqlen: int | None
-    plan: Any  # of kernels.attention_plan, or a mapping from window to plan, or None
+    plan: Any  # of kernels/attention, or a mapping from window to plan, or None
 
 
 class Linear(nn.Linear):
-    """A linear layer that is left uninitialised: Decoder.init_weights or a checkpoint fills it."""
+    """A linear layer left uninitialised: Decoder.init_weights or a checkpoint fills it."""
 
     def reset_parameters(self) -> None:
         pass
@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm of every head's channels and the rotary turn after it, in one pass over memory."""
+    """RMSNorm of every head's channels followed by the rotation, in one pass over memory."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
         """x Float["T heads D"], cos and sin Float["T D/2"]."""
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
         self.k_norm = HeadNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
 
-    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, memory: TokenMemory | None = None) -> Tensor:
         T, D = x.shape[0], self.d_head
         q = self.q(x).view(T, -1, D)  # (T, Hq, D)
         k = self.k(x).view(T, -1, D)  # (T, Hk, D)
@@ -191,7 +191,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config, kernels.elementwise)
         self.recompute: Recompute = "none"
 
-    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, memory: TokenMemory | None = None) -> Tensor:
         if self.recompute == "none" or memory is not None or not torch.is_grad_enabled():
             return self._forward(x, layout, memory)
         # inside the block's own forward: engines gather its weights around it, and torch.compile sees the recomputation
@@ -199,7 +199,7 @@ class Block(nn.Module):
         out: Tensor = checkpoint(self._forward, x, layout, use_reentrant=False, preserve_rng_state=False, **contexts)
         return out
 
-    def _forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+    def _forward(self, x: Tensor, layout: Layout, memory: TokenMemory | None = None) -> Tensor:
         mixed = self.attention(self.attention_norm(x), layout, memory)
         normed, x = self.mlp_norm(mixed, residual=x)
         out: Tensor = x + self.mlp(normed)
@@ -227,7 +227,7 @@ class TokenTable(nn.Module):
     ) -> Tensor | LossOutput:
         """x: Int token ids ["T"] with embed=True; else hidden states ["T H"], to logits Float32["T V"] or a loss.
 
-        norm: the final norm, where x has not been through it: the loss applies it to the rows with a target alone.
+        norm: the final norm, where x is not normed yet: the loss applies it only to the rows with a target.
         """
         if embed:
             return F.embedding(x, self.weight)
@@ -258,7 +258,7 @@ class Decoder(nn.Module):
 
     @property
     def recompute(self) -> str:
-        """What is recomputed in the backward pass instead of being kept: none, full, selective, or `full (8 of 32 layers)`."""
+        """What the backward pass recomputes: none, full, selective, or e.g. `full (8 of 32 layers)`."""
         kinds = [cast(Block, block).recompute for block in self.layers]
         some = sum(kind != "none" for kind in kinds)
         return kinds[0] if some in (0, len(kinds)) else f"{kinds[0]} ({some} of {len(kinds)} layers)"
@@ -266,7 +266,7 @@ class Decoder(nn.Module):
     def set_recompute(self, value: bool | Literal["full", "selective"], layers: int | None = None) -> None:
         """True or `full`: recompute each block from its input; `selective`: keep the attention's result as well; False: none.
 
-        layers: only so many blocks, from the first: the memory of the others is what their part of the second pass costs.
+        layers: only the first N blocks; the others spend memory instead of a second pass.
         """
         recompute: Recompute = ("full" if value else "none") if isinstance(value, bool) else value
         for number, block in enumerate(self.layers):
@@ -293,7 +293,7 @@ class Decoder(nn.Module):
 
         tokens, positions: Int["T"]; positions restart at 0 in each document. cu_seqlens: Int32["S+1"].
         targets: Int64["T"], targets[t] is the token after tokens[t], -100 where there is no loss.
-        rows: Int["R"], the t with a target, padded with -1; spares the others the final norm and the vocabulary-wide product.
+        rows: Int["R"], the t with a target, padded with -1; the others skip the final norm and the vocabulary-wide product.
         plan, max_seqlen: made on the host beside the batch, for the attention kernel.
         objective: makes the loss of the tokens' negative log-probabilities Float["T"] (0 without target), instead of their sum.
         """
@@ -324,11 +324,11 @@ class Decoder(nn.Module):
         return logits if all_positions else logits[0]
 
     def hidden_states(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None, *, memory: Memory | None = None
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None, *, memory: TokenMemory | None = None
     ) -> Tensor:
         """Normed states ["T H"] of the last layer; the tokens attend within cu_seqlens, or as the memory says.
 
-        The parts that own parameters are called as in forward; only engines that gather in their root's hooks cannot use it.
+        Modules that own parameters are called as in forward; only engines that gather in hooks of the root cannot use it.
         """
         if (cu_seqlens is None) == (memory is None):
             raise ValueError("hidden_states: give either cu_seqlens, for packed documents, or a memory.")
@@ -342,10 +342,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Random weights: normal with initializer_range, o and down smaller by sqrt(2 layers); norms 1, biases 0.
+        """Random weights: normal with initializer_range (o and down smaller by sqrt(2 layers)); norms 1, biases 0.
 
-        Each tensor is drawn on the CPU from its own stream, named by (seed, parameter name): the weights do not depend on
-        device, dtype of other tensors or order of construction.
+        Each tensor is drawn on the CPU from its own generator, seeded by (seed, parameter name): the weights depend neither on
+        the device, nor on other tensors, nor on the order of construction.
         """
         shrink = (2 * self.config.layers) ** -0.5
         for name, parameter in self.named_parameters():
@@ -367,7 +367,7 @@ class Decoder(nn.Module):
         cos, sin = rotary_tables(positions, frequencies, self._rotary_factor)
         return Layout(cos, sin, cu_seqlens, max_seqlen, plan)
 
-    def _stream(self, tokens: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+    def _stream(self, tokens: Tensor, layout: Layout, memory: TokenMemory | None = None) -> Tensor:
         """The residual stream ["T H"] behind the last layer, before the final norm."""
         x = self.embed(tokens, embed=True)
         kind = x.device.type

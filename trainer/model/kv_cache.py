@@ -46,7 +46,7 @@ class KVCache:
         self.length = length
 
     def reserve(self, tokens: int) -> None:
-        """Refuse, in words, tokens that do not fit. Called before any layer writes."""
+        """Raise ValueError for tokens that do not fit. Called before any layer writes."""
         if self.length + tokens > self.capacity:
             raise ValueError(
                 f"KVCache: {self.length} + {tokens} tokens exceed the capacity of {self.capacity}.\n"
@@ -54,14 +54,14 @@ class KVCache:
             )
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v ["Tq Hk D"] behind the tokens held; returns this layer's k, v ["Hk length+Tq D"] (views)."""
+        """Store k, v ["Tq Hk D"] after the tokens held; returns this layer's k, v ["Hk length+Tq D"] (views)."""
         end = self.length + k.shape[0]
         self.k[layer, :, self.length : end] = k.transpose(0, 1)
         self.v[layer, :, self.length : end] = v.transpose(0, 1)
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
-        """Store k and v, then causal attention of q over everything held; see `chatmill.trainer.model.decoder.Memory`."""
+        """Store k and v, then causal attention of q over everything held; see `chatmill.trainer.model.decoder.TokenMemory`."""
         keys, values = self.write(layer, k, v)
         if self.decode and len(q) == 1 and keys.dtype == q.dtype:
             if self._end_is != keys.shape[1]:
@@ -90,7 +90,7 @@ def cached_attention(
     Hk, Tk, _ = k.shape
     if seen is None and Tq == 1 and window is not None and Tk > window:
         k, v, Tk = k[:, Tk - window :], v[:, Tk - window :], window
-    # the query heads that share a key head become rows of one query block: no copy of the keys per query head
+    # query heads that share a key head become rows of one query block: no copy of the keys per query head
     grouped = q.view(Tq, Hk, Hq // Hk, D).permute(1, 2, 0, 3).reshape(Hk, Hq // Hk * Tq, D)  # (Hk, G*Tq, D)
     if seen is None and Tq > 1:
         seen = _causal_mask(Tq, Tk, window, q.device)

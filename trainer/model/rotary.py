@@ -1,4 +1,4 @@
-"""Rotary positions: the angles of RoPE, and their stretching to longer contexts.
+"""Rotary positions: the angles of RoPE, and how they are stretched for longer contexts.
 
     angle[t, i] = position[t] * f[i],  f[i] = theta^(-2i/D),  i < D/2
     linear:  f / factor

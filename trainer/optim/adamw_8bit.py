@@ -1,12 +1,12 @@
-"""AdamW whose moments take one byte each, through torchao; needs the extra `optim8bit`.
+"""AdamW with moments of one byte each, through torchao; needs the extra `optim8bit`.
 
 A moment is stored as codes (uint8, shaped as the parameter) and one fp32 scale per block of consecutive elements. torchao
-cuts blocks of 256 wherever a SHARD's size allows, so that layout depends on the world size. Here a block divides the rows
-of the parameter: the layout is the same however rows are sharded, and a checkpoint is restored bit for bit at any world size.
+cuts blocks of 256 wherever a SHARD's size allows, so its layout depends on the world size. Here a block divides the rows of the
+parameter: the layout is the same however rows are sharded, and a checkpoint is restored bit for bit at any world size.
 Parameters with fewer than 4096 elements, or rows that no block divides, keep fp32 moments.
 
-torchao compiles its step with inductor, once per shape of a parameter (about ten seconds on a CPU, and a C++ compiler): that
-pays on a GPU only, where one fused kernel reads and writes each byte once. On a CPU the same function runs uncompiled.
+torchao compiles its step with inductor, once per parameter shape (about ten seconds on a CPU, with a C++ compiler). That pays
+only on a GPU, where one fused kernel reads and writes each byte once. On a CPU the same function runs uncompiled.
 Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861; torchao.optim.
 """
 

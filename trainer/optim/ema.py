@@ -1,8 +1,8 @@
-"""Exponential moving average of the weights: often the better model of a run, at the cost of one fp32 copy of its shard.
+"""Exponential moving average of the weights: often the better model, at the cost of one more fp32 copy of the weights.
 
     a <- decay a + (1 - decay) w        after every optimizer step that changed w; a starts as w
 
-The average is fp32, lies where the master weights lie and is sharded as they are. Checkpoints hold it as `ema.NAME`.
+The average is fp32, on the device of the master weights and sharded as they are. Checkpoints hold it as `ema.NAME`.
 
     chatmill export RUN OUT --ema [--to chatmill]     # a Hugging Face folder, or a checkpoint, of the average
 
@@ -29,7 +29,7 @@ PREFIX = "ema."
 
 
 class WeightAverage:
-    """The average of some fp32 tensors (or DTensors), which are read where they lie."""
+    """The average of fp32 tensors (or DTensors), which are read in place."""
 
     def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
         assert all(w.dtype == torch.float32 for w in weights), "the average follows the fp32 master weights"
@@ -39,13 +39,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start again from the weights as they are now."""
+        """Restart from the current weights."""
         for average, weight in zip(_locals(self.tensors), _locals(self._weights), strict=True):
             average.copy_(weight)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights of one more step in."""
+        """Include the weights of one more step."""
         torch._foreach_lerp_(_locals(self.tensors), _locals(self._weights), 1.0 - self.decay)
 
     @torch.no_grad()
@@ -59,7 +59,7 @@ class WeightAverage:
 
 @contextlib.contextmanager
 def swapped(exchange: Callable[[], None]) -> Iterator[None]:
-    """Within this context the weights and their average have changed places; both come back exactly."""
+    """Within this context the weights and their average are exchanged; both come back exactly."""
     exchange()
     try:
         yield
@@ -68,7 +68,7 @@ def swapped(exchange: Callable[[], None]) -> Iterator[None]:
 
 
 def export_average(source: Checkpoint, out: str | Path) -> Path:
-    """Write a checkpoint whose weights are the average that `source` holds. Raises ConfigError where it holds none."""
+    """Write a checkpoint with the averaged weights of `source`. Raises ConfigError where it holds none."""
     names = source.names(GROUP)
     if not names:
         raise ConfigError(f"{source.path} holds no averaged weights: it was trained without train.ema.")

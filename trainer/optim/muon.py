@@ -4,11 +4,12 @@
     O = NS(U), which moves every singular value of U towards 1
     W = W (1 - lr decay) - lr scale O          scale = 0.2 sqrt(max(m, n))  or  sqrt(max(1, m / n))
 
-NS of an m x n matrix needs the whole of it. Where several processes hold it, each of them orthogonalises a share of the
-matrices and no two do the same work:
-- sharded by rows (FSDP2): one all-to-all brings world-size matrices of one shape to one owner each, one takes the results back;
+NS needs the whole matrix (m x n). Where several processes hold it, each of them orthogonalises a share of the matrices and no
+two do the same work:
+- sharded by rows (FSDP2): one all-to-all brings world-size matrices of one shape to one owner each, another returns the
+  results;
 - replicated (DDP): every rank works on its share, an all-gather gives the results to all.
-torch.optim.Muon has the same mathematics for one process, in bf16 and one matrix at a time: the tests hold this to it.
+torch.optim.Muon has the same mathematics for one process, in bf16 and one matrix at a time; the tests compare with it.
 Sources: Jordan et al., kellerjordan.github.io/posts/muon; Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982.
 """
 
@@ -31,7 +32,7 @@ EPS = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over `groups`, stepping together with an AdamW over the rest; one list of groups and one state for both.
+    """Muon over `groups`, together with an AdamW over the rest; both share one list of groups and one state.
 
     dtype: of the Newton-Schulz iterations and of what is sent for them; momentum and weights stay fp32.
     copies: the processes that hold equal copies of the weights (DDP); None where they are sharded or held once.
@@ -52,7 +53,7 @@ class Muon(torch.optim.Optimizer):
         self.matrix_groups = list(self.param_groups)
         self.adamw = adamw
         if adamw is not None:
-            adamw.state = self.state  # the same dict, and the same group dicts below: a rate set here is set there
+            adamw.state = self.state  # the same dict, and below the same group dicts: a rate set here is set there too
             self.param_groups = [*self.matrix_groups, *adamw.param_groups]
 
     @torch.no_grad()
@@ -93,7 +94,7 @@ class Muon(torch.optim.Optimizer):
         return list(torch._foreach_lerp(grads, buffers, self.section.momentum))
 
     def _orthogonal(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
-        """NS of each U, as the shards of the parameters: matrices of one shape are worked on together."""
+        """NS of each U, sharded as the parameters; matrices of one shape are done together."""
         done: dict[int, Tensor] = {}
         alike: dict[tuple[int, ...], list[int]] = {}
         for i, parameter in enumerate(parameters):
@@ -117,7 +118,7 @@ class Muon(torch.optim.Optimizer):
         return [done[i] for i in range(len(parameters))]
 
     def _by_share(self, pieces: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-        """Replicated matrices, at most one per rank: each rank's own is worked on, all are gathered."""
+        """Replicated matrices, at most one per rank: each rank computes its own, and all are gathered."""
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         mine = torch.zeros_like(pieces[0])
         if rank < len(pieces):

@@ -4,7 +4,7 @@
 
 Weight decay falls on matrices only: norms, biases and embeddings (rows are seen at very different rates) have none unless
 the recipe says so. `optimizer.groups` multiplies learning rate and decay by parameter-name pattern. Muon is in muon.py, AdamW
-with 8-bit moments in eight_bit.py.
+with 8-bit moments in adamw_8bit.py.
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
 """
 
@@ -25,7 +25,7 @@ from ..config import GroupRule, OptimizerSection
 
 
 def has_decay(name: str, parameter: Tensor, config: OptimizerSection) -> bool:
-    """Whether a parameter is decayed: matrices of the layers and an untied head, and what the recipe adds."""
+    """Whether a parameter is decayed: matrices of the layers, an untied head, and what the recipe adds."""
     if parameter.ndim < 2:
         return config.decay_norms
     return config.decay_embeddings or not name.startswith("embed.")
@@ -55,7 +55,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
         group["names"].append(name)
     if unused := [pattern for pattern in config.groups if pattern not in used]:
         raise ConfigError(
-            f"optimizer.groups: no parameter is named like {', '.join(map(repr, unused))} (or an earlier pattern took them).\n"
+            f"optimizer.groups: no parameter name matches {', '.join(map(repr, unused))} (or an earlier one does).\n"
             "Names look like embed.weight, layers.0.attention.q.weight, layers.0.mlp.up.weight, norm.weight, head.weight."
         )
     return list(groups.values())
@@ -73,11 +73,11 @@ def build_optimizer(
 
     precision: of Muon's Newton-Schulz iterations, fp32 or bf16; every other state and update is fp32.
     copies: the processes that hold equal copies of the weights (DDP), among which Muon divides its work.
-    flat: ZeRO will put flat partitions in the place of the parameters; Muon must then be told what they hold (zero_muon.py).
+    flat: ZeRO will replace the parameters by flat partitions; Muon must then be told what they hold (zero_muon.py).
     """
     groups = parameter_groups([(n, p) for n, p in model.named_parameters() if p.requires_grad], config)
     for group in groups:
-        del group["names"]  # torch wants names in its own form, or not at all
+        del group["names"]  # torch accepts names in its own form only
         group["lr"] = config.lr * group["lr_ratio"]
     if config.name == "adamw8bit":
         try:
@@ -109,7 +109,7 @@ def build_optimizer(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, its own factor included."""
+    """Set the learning rate of every group, times its own factor."""
     for group in optimizer.param_groups:
         value = lr * group["lr_ratio"]
         if isinstance(group["lr"], Tensor):  # torchao compiles the step once for all rates
@@ -128,7 +128,7 @@ def saved_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
 def restore_state(
     optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, entries: Sequence[str], source: TensorSource
 ) -> None:
-    """Set the state of one parameter from a checkpoint that any engine or world size wrote. entries: keys that it holds."""
+    """Set the state of one parameter from a checkpoint. entries: keys that the checkpoint holds."""
     wanted = expected_keys(is_stepped_by_muon(optimizer, parameter))
     joined: dict[str, Tensor]
     if (join := getattr(optimizer, "join_state", None)) is not None and entries:
@@ -141,7 +141,7 @@ def restore_state(
 
 
 def wrong_state(optimizer: torch.optim.Optimizer, name: str, entries: Sequence[str], wanted: Sequence[str]) -> ConfigError:
-    """The refusal of a checkpoint whose state of one parameter is another optimizer's."""
+    """The error for a checkpoint that another optimizer wrote."""
     return ConfigError(
         f"the checkpoint's optimizer state of {name} is {sorted(entries) or 'missing'}, {type(optimizer).__name__} needs "
         f"{sorted(wanted)}.\nContinue with the optimizer that wrote it."

@@ -1,11 +1,11 @@
-"""Learning-rate schedules: pure functions of the position, so that resuming needs no scheduler state.
+"""Learning-rate schedules: pure functions of the position, so resuming needs no scheduler state.
 
     lr(p) = peak * p / w                             p <= w      (warm-up)
           = peak * ratio((p - w) / (n - w))          p >  w      (decay from 1 to min_ratio)
           = peak * max(min_ratio, sqrt(w / p))       inverse_sqrt
 
-p: position of an optimizer step, w: end of the warm-up, n: end of the run, all in one unit. In steps p is the step's number
-counted from 1, w = warmup_steps + 1 and n = train.steps; in tokens p counts the tokens seen, those of the step included. A
+p: position of an optimizer step, w: end of the warm-up, n: end of the run, all in one unit. In steps, p is the step's number
+counted from 1, w = warmup_steps + 1 and n = train.steps. In tokens, p counts the tokens seen, including those of the step. A
 run whose steps all have the same number of tokens has the same rates either way.
 Sources: cosine arXiv:1608.03983, warm-up and inverse_sqrt arXiv:1706.03762, WSD arXiv:2404.06395.
 """
@@ -22,8 +22,8 @@ def learning_rate(
 ) -> float:
     """Learning rate of optimizer step `step` (0-based) out of `steps`.
 
-    tokens: seen before and in this step, without padding. total_tokens: over which the rate falls (Recipe.schedule_tokens).
-    Both count only with schedule.unit=tokens.
+    tokens: seen before and in this step, without padding. total_tokens: the number over which the rate falls
+    (Recipe.schedule_tokens). Both matter only with schedule.unit=tokens.
     """
     if schedule.unit == "tokens":
         if total_tokens is None:
@@ -44,7 +44,7 @@ def same_rates(before: Recipe, after: Recipe, done: int) -> bool:
 
 
 def rate(position: int, warmup: int, total: int, peak: float, schedule: ScheduleSection) -> float:
-    """Learning rate at a position in (0, total]; warmup and total in the same unit. Past total it stays at its end."""
+    """Learning rate at a position in (0, total]; warmup and total in the same unit. Past total it stays at its last value."""
     low = schedule.min_ratio
     if position < warmup:
         return peak * position / warmup

@@ -2,15 +2,15 @@
 
     flat partition of rank r   [ ... | elements a..b of matrix i | elements of matrix i + 1 | ... | padding ]
 
-ZeRO-1 and 2 put the matrices of a group one after the other and cut the whole into equal partitions, so that a matrix lies on
-one rank or on several that follow each other; ZeRO-3 cuts every matrix into equal parts. Momentum is taken where they lie.
-For Newton-Schulz a matrix travels whole to one owner and back (two all-to-alls per world-size matrices of one shape), and the
-owners take turns: the update is that of one process, no work is done twice, and no rank ever holds more than one whole matrix.
-The embeddings, the head, the norms and the biases are in groups, hence in flat partitions, of their own, which AdamW steps.
+ZeRO-1 and 2 lay the matrices of a group end to end and cut the whole into equal partitions, so that a matrix is on one rank or
+on several consecutive ones; ZeRO-3 cuts every matrix into equal parts. Momentum is computed in place. For Newton-Schulz a
+matrix travels whole to one owner and back (two all-to-alls per world-size matrices of one shape), and the owners take turns:
+the update is that of one process, no work is done twice, and no rank ever holds more than one whole matrix. Embeddings, head,
+norms and biases are in groups, hence in flat partitions, of their own, which AdamW steps.
 
-DeepSpeed's own Muon (runtime/zero/muon of 0.19.8) is not used: it runs before the gradients are clipped and the norm is then
-taken of its update (stage3.py, _apply_muon_to_accumulated_grads), so that clipping is not what it is in the other engines.
-Tests hold this to the Muon of one process (tests/trainer/engine/test_engines.py).
+DeepSpeed's own Muon (runtime/zero/muon of 0.19.8) is not used: it runs before the gradients are clipped, and the norm that
+clips is then that of its update (stage3.py, _apply_muon_to_accumulated_grads), unlike in the other engine.
+The tests compare this with the Muon of one process (tests/trainer/engine/test_engines.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .muon import Muon, by_owner, newton_schulz
 
 @dataclass(frozen=True)
 class SlicedMatrix:
-    """Where the elements of one matrix lie. offset: of this rank's run in its flat partition; lengths: elements per rank."""
+    """Where the elements of a matrix are. offset: of this rank's run in its flat partition; lengths: elements per rank."""
 
     shape: tuple[int, int]
     offset: int
@@ -40,7 +40,7 @@ class SlicedMatrix:
 def slices_of(shape: tuple[int, int], offset: int, runs: Sequence[tuple[int, int]]) -> SlicedMatrix:
     """Check every rank's run (first element, number of elements; 0, 0: none): together they are the matrix, in order.
 
-    Raises RuntimeError otherwise: DeepSpeed would have cut it in a way that the exchange does not know.
+    Raises RuntimeError otherwise: DeepSpeed has cut it in a way that the exchange does not support.
     """
     held = [(start, start + length) for start, length in runs if length]
     whole = held and held[0][0] == 0 and held[-1][1] == math.prod(shape) and all(a[1] == b[0] for a, b in pairwise(held))
@@ -58,7 +58,7 @@ class ZeroMuon(Muon):
         self._device = torch.device("cpu")
 
     def place(self, matrices: Mapping[int, Sequence[SlicedMatrix]], device: torch.device) -> None:
-        """Tell which matrices each flat partition holds, by its `id`, in one order on all ranks; `device` works on them."""
+        """Set which matrices each flat partition (by its `id`) holds, in the same order on all ranks; `device` computes NS."""
         self._matrices, self._device = matrices, device
 
     @torch.no_grad()

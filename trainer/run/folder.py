@@ -1,4 +1,4 @@
-"""The folder of a run: config, environment, metrics, events. Text and JSON lines, one writer (rank 0).
+"""The folder of a run: config, environment, metrics, events. Text and JSON lines; only rank 0 writes.
 
 runs/NAME/{config.yaml, command, environment.json, metrics.jsonl, events.jsonl, samples.jsonl, checkpoints/, logs/}
 """
@@ -30,8 +30,8 @@ from ..config import Recipe
 from ..optim.schedule import same_rates
 from .full_disk import WaitingFiles
 
-# What may differ between the attempts of one run without changing what it computes; train.steps too, where the steps done keep
-# their learning rates.
+# What may differ between the attempts of one run without changing what it computes. train.steps may too, where the steps done
+# keep their learning rates.
 FREE = ("run", "logging", "checkpoint", "evaluation", "parallel", "kernels", "guard")
 FREE_TRAIN = (
     "micro_batch",
@@ -43,14 +43,14 @@ FREE_TRAIN = (
     "cpu_threads",
     "hang_timeout_s",
 )
-CLAIM_WAIT_S = 20.0  # for a training that was told to stop and is saving
-# Weights and exclusions of steps to come may change, and data may have moved; the position in the checkpoint refuses other data
-# and a change of what steps already taken have used.
+CLAIM_WAIT_S = 20.0  # time for a training that was told to stop to save
+# Weights and exclusions of future steps may change, and data may have moved. The position in the checkpoint refuses other data,
+# and a change of what past steps have used.
 FREE_DATA = ("mix", "curriculum", "exclude", "damaged_blocks")
 
 
 class RunFolder:
-    """Appends to the run's files; every line is flushed, so that a killed run loses none. A full disk stops no run."""
+    """Appends to the run's files. Every line is flushed, so a killed run loses none. A full disk does not stop a run."""
 
     def __init__(self, path: Path, on_metric: Callable[[Mapping[str, Any]], None] = lambda line: None) -> None:
         self.path = path
@@ -68,15 +68,15 @@ class RunFolder:
         (self.path / PREEMPTED).unlink(missing_ok=True)
 
     def claim(self) -> bool:
-        """Whether no other training writes here; from then on none can, until release().
+        """Whether no other training writes here; if so, none can until release().
 
-        A record lock: it ends with its process as well, however that ends. Where a file system knows no locks, True.
+        A record lock, which also ends with its process. True where the file system has no locks.
         """
         if self._lock is None:
             try:
                 (self.path / "logs").mkdir(parents=True, exist_ok=True)
                 self._lock = (self.path / "logs" / "training.lock").open("a")
-            except OSError:  # nothing can be written: the first file that the run needs will say so
+            except OSError:  # nothing can be written: the first file that the run needs will report it
                 return True
         until = time.monotonic() + CLAIM_WAIT_S
         while True:
@@ -87,7 +87,7 @@ class RunFolder:
                     return True
                 if time.monotonic() > until:
                     return False
-                time.sleep(0.2)  # the one before may still be saving
+                time.sleep(0.2)  # the other one may still be saving
             else:
                 return True
 
@@ -104,7 +104,7 @@ class RunFolder:
             return
         old, new = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.model_dump(mode="json")
         free_train: tuple[str, ...] = FREE_TRAIN
-        with contextlib.suppress(ConfigError):  # fields that are newer than the run count with their defaults
+        with contextlib.suppress(ConfigError):  # fields newer than the run have their defaults
             begun = validate(Recipe, old, str(file))
             old = begun.model_dump(mode="json")
             done = max(map(step_of, list_checkpoints(self.path)), default=0)
@@ -131,7 +131,7 @@ class RunFolder:
             )
 
     def _data_moved(self, old: Mapping[str, Any], recipe: Recipe) -> bool:
-        """One data set under another name: its old folder is gone, and a checkpoint is there to tell whether it is the same."""
+        """Whether the data set may have moved: its old folder is gone, and a checkpoint will tell whether it is the same."""
         before, now = old.get("data", {}).get("path"), recipe.data.path
         moved = bool(before and now and "://" not in before) and not Path(before).exists()
         return moved and any((self.path / "checkpoints").glob("step-*"))
@@ -157,7 +157,7 @@ class RunFolder:
         self._files.append(name, json.dumps(values) + "\n")
 
     def has_finished(self, step: int) -> bool:
-        """Whether the run has ended at this step, its last validation and checkpoint included."""
+        """Whether the run has ended at this step, after its last validation and checkpoint."""
         return any(e.get("event") == "finished" and e.get("step") == step for e in read_jsonl(self.path / "events.jsonl"))
 
     def forget_after(self, step: int) -> None:

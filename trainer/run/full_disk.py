@@ -1,11 +1,11 @@
-"""Records of a run that wait in memory while the disk is full: a line of metrics.jsonl is no reason to end a run.
+"""Records of a run that wait in memory while the disk is full: a failed line of metrics.jsonl does not end a run.
 
     files = WaitingFiles(folder)
-    files.append("metrics.jsonl", line)     # written now, with all that waited, or later
+    files.append("metrics.jsonl", line)     # written now with everything that waited, or later
     files.replace("checkpoints/best.json", text)
 
-Tried again at every further write. What still waits when the run ends lies behind the newest checkpoint, because a checkpoint
-needs far more room: the same command computes it anew. Any other error of the disk is raised.
+Every further write tries again. What still waits when the run ends is newer than the newest checkpoint, because a checkpoint
+needs far more room: the same command computes it again. Any other disk error is raised.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a limit
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a write failed for want of room only."""
+    """Whether a write failed only for lack of space."""
     return error.errno in _FULL
 
 
 def warn(text: str) -> None:
-    """A line on stderr, which may be a file on the full disk: it then comes with the next line that fits, or is lost."""
+    """A line on stderr. That may be a file on the full disk: the line then comes with the next one that fits, or is lost."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError as error:
@@ -38,7 +38,7 @@ def warn(text: str) -> None:
 
 
 class WaitingFiles:
-    """Small files of one folder with one writing process; the training thread and the checkpoint writer both use it."""
+    """Small files of one folder with one writing process; training and the checkpoint writer use it from two threads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,13 +48,13 @@ class WaitingFiles:
         self._lock = threading.Lock()
 
     def append(self, name: str, line: str) -> None:
-        """Add a line (with its newline) to a file. Raises OSError where the disk is broken, not where it is full."""
+        """Add a line (with its newline) to a file. Raises OSError for other errors than a full disk."""
         with self._lock:
             self._lines.setdefault(name, []).append(line)
             self._write()
 
     def replace(self, name: str, text: str) -> None:
-        """Give a file this text in one step."""
+        """Replace the text of a file in one step."""
         with self._lock:
             self._texts[name] = text
             self._write()

@@ -1,13 +1,13 @@
-"""NaN, inf and loss spikes: one decision for all ranks, made before the weights change.
+"""NaN, inf and loss spikes: one decision for all ranks, before the weights change.
 
     z = (loss - median) / (1.4826 * median of |losses - median|)      over the last `window` good steps
 
-Median and MAD, not mean and deviation: one outlier must not widen the measure it is judged by. The loss judged is the global
-one (summed over ranks), so every rank comes to the same verdict without a further message. A step is judged by its loss before
-the update and by its gradient norm after it; engines skip an update whose norm is not finite by themselves.
+Median and MAD, not mean and deviation: an outlier must not widen the measure that judges it. The loss is the global one (summed
+over ranks), so every rank comes to the same verdict without another message. A step is judged by its loss before the update and
+by its gradient norm after it; engines themselves skip an update whose norm is not finite.
 
-What follows is `guard.*` of the recipe: warn, skip the update, roll back to the newest checkpoint with the dialogues of the
-batch excluded from there on (RUN/excluded.jsonl; the order of all others stays), or stop. Events carry the dialogues' uids.
+`guard.*` of the recipe says what follows: warn, skip the update, roll back to the newest checkpoint and exclude the dialogues
+of the batch from there on (RUN/excluded.jsonl; the order of all others stays), or stop. Events carry the dialogues' uids.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REASON = "guard:"
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step that cannot be right. kind: nan or spike; value: the loss or gradient norm; z: how far out it is."""
+    """A step with NaN, inf or a loss spike. value: the loss or gradient norm; z: how far it is from the median."""
 
     kind: Literal["nan", "spike"]
     action: Action
@@ -44,7 +44,7 @@ class BadStep:
 
 
 class Guard:
-    """Judges each step and writes down what it did; what it measures by lies in TrainState and so in every checkpoint."""
+    """Judges each step and records what it did. What it compares with is in TrainState, hence in every checkpoint."""
 
     def __init__(self, section: GuardSection, folder: RunFolder, world: World) -> None:
         self.section, self.folder, self.world = section, folder, world
@@ -62,13 +62,13 @@ class Guard:
         return BadStep("spike", self.section.on_spike, loss, z, why)
 
     def judge_gradient(self, norm: float) -> BadStep | None:
-        """After the update, which the engine leaves out where the norm is not finite."""
+        """After the update, which the engine skips where the norm is not finite."""
         return None if math.isfinite(norm) else self._nan(norm, "the gradient norm")
 
     def decide(
         self, bad: BadStep | None, loss: float, state: TrainState, micro: Sequence[PackedBatch], say: Callable[[str], None]
     ) -> bool:
-        """Book the step that state.step now counts; True where the run is to be rolled back. Every rank must call it.
+        """Record the step that state.step now counts; True where the run is to be rolled back. Every rank must call it.
 
         Raises ConfigError where the run must stop.
         """
@@ -81,18 +81,18 @@ class Guard:
             return False
         state.skipped_in_row += 1
         self._event("skipped_step", bad, state, micro)
-        say(f"step {state.step} is left out: {bad.why}")
+        say(f"step {state.step} is skipped: {bad.why}")
         roll_back = bad.action == "rollback"
         if bad.action == "stop":
             self._stop(bad, state, f"guard.on_{bad.kind}=stop")
         if state.skipped_in_row > max(self.section.max_skips, roll_back):
-            self._stop(bad, state, f"{self.section.max_skips} updates in a row were left out before (guard.max_skips)")
+            self._stop(bad, state, f"{self.section.max_skips} updates in a row were skipped before it (guard.max_skips)")
         if roll_back and self.rollbacks() >= self.section.max_rollbacks:
-            self._stop(bad, state, f"the run was rolled back {self.section.max_rollbacks} times (guard.max_rollbacks)")
+            self._stop(bad, state, f"the run was already rolled back {self.section.max_rollbacks} times (guard.max_rollbacks)")
         return roll_back
 
     def exclude(self, bad: BadStep, state: TrainState, micro: Sequence[PackedBatch], step: int) -> frozenset[str]:
-        """Leave the dialogues of the batch out once `step` steps are done, in this attempt and all later ones."""
+        """Leave out the dialogues of the batch once `step` steps are done, in this attempt and all later ones."""
         uids = frozenset(self._uids(micro))
         if self.world.is_main:
             record_exclusion(self.folder.path, step, uids, f"{REASON} {bad.kind} at step {state.step}: {bad.why}")
@@ -101,7 +101,7 @@ class Guard:
         return uids
 
     def rollbacks(self) -> int:
-        """How often the run was rolled back, attempts before included."""
+        """How often the run was rolled back, in this attempt and earlier ones."""
         lines = read_jsonl(self.folder.path / RECORD) if self.world.is_main else ()
         return self.world.gather(sum(str(line.get("reason", "")).startswith(REASON) for line in lines))[0]
 
@@ -121,7 +121,7 @@ class Guard:
         raise ConfigError(
             f"stopped at step {state.step}: {bad.why}; {rule}.\n"
             "The dialogues of the batch are in events.jsonl (`chatmill data at RUN STEP` shows them); the newest checkpoint\n"
-            "is from before. Lower optimizer.lr, exclude the dialogues (data.exclude), or change guard.* to go on."
+            "is from before this step. Lower optimizer.lr, exclude the dialogues (data.exclude), or change guard.* to go on."
         )
 
     def _nan(self, value: float, what: str) -> BadStep:
@@ -129,7 +129,7 @@ class Guard:
 
 
 def robust_z(value: float, history: Sequence[float], least: int) -> float | None:
-    """Distance of value above the median in robust deviations; None with fewer than `least` values to measure by.
+    """Distance of value above the median in robust deviations; None with fewer than `least` values.
 
     Where more than half of the values are equal the MAD is 0: one part in a thousand of the median stands in for it.
     """

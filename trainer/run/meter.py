@@ -2,9 +2,9 @@
 
     MFU = training FLOPs per token (6 x matrix parameters + 6 x layers x heads x head_dim x context) x tokens/s / peak
 
-Packed chats attend within their dialogue only: context = sum(length^2) / sum(length) over the segments of this rank's batches.
-No recomputation is counted. Peaks are the dense bf16 figures of the vendors' data sheets. Required FLOPs leave out the head's
-products of tokens without loss, which the fused loss never computes. Every field of a line: docs/metrics.md.
+Packed chats attend within their own dialogue: context = sum(length^2) / sum(length) over the segments of this rank's batches.
+Recomputation is not counted. Peaks are the dense bf16 figures of the vendors' data sheets. Required FLOPs leave out the head's
+products for tokens without loss, which the fused loss never computes. Every field of a line: docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class StepMeter:
-    """Tokens per second since the last line; time waited for data; memory."""
+    """Tokens per second since the last line, time spent waiting for data, memory. profiler: told of every step."""
 
     def __init__(self, config: ModelConfig, world: World, profiler: StepProfiler | None = None) -> None:
         self.config, self.world, self.profiler = config, world, profiler
@@ -39,7 +39,7 @@ class StepMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the time since the last line (an evaluation or a save came between)."""
+        """Forget the interval since the last line (after a validation or a save)."""
         self._since = time.monotonic()
         self._tokens = self._loss_tokens = self._capacity = 0
         self._squares = self._positions = 0.0

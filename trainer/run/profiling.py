@@ -1,8 +1,8 @@
-"""A look at a few steps with torch.profiler, on request: `logging.profile_steps: [10, 12]`.
+"""A profile of a few steps with torch.profiler, on request: `logging.profile_steps: [10, 12]`.
 
 RUN/profile/ then holds trace-rank0.json (open it in https://ui.perfetto.dev or chrome://tracing), operators.txt, the operators
 that took the longest, and on a GPU memory-rank0.pickle, every allocation of those steps (https://pytorch.org/memory_viz).
-Steps outside are not slowed down. Rank 0 alone is profiled.
+Other steps are not slowed down. Only rank 0 is profiled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROWS = 40
 
 
 class StepProfiler:
-    """Told of every finished step. steps: the first and the last one profiled, or None; done: steps before this attempt."""
+    """steps: the first and the last step to profile, or None. done: steps before this attempt."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, world: World, done: int = 0) -> None:
         self.folder, self.world = folder, world

@@ -1,4 +1,4 @@
-"""What a person sees while training: a live bar on a terminal, one line per logged step in a log file."""
+"""What people see during training: a live bar on a terminal, one line per logged step in a log file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StepDisplay:
     def __init__(self, steps: int, quiet: bool) -> None:
         self.steps, self.quiet = steps, quiet
         self.console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
-        self._first: tuple[int, float] | None = None  # the first step shown and when: it may have compiled and warmed up
+        self._first: tuple[int, float] | None = None  # the first step shown, and when: it may include compilation and warm-up
         self._bar: Progress | None = None
         if not quiet and self.console.is_terminal:
             self._bar = Progress(
@@ -33,7 +33,7 @@ class StepDisplay:
             self._task = self._bar.add_task("", total=steps)
 
     def starting_at(self, step: int) -> Self:
-        """The display of a run of which so many steps are done."""
+        """Show a run of which this many steps are done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
         return self

@@ -1,4 +1,4 @@
-"""What a run carries from step to step beside weights, optimizer and random generators; state.json of a checkpoint."""
+"""What a run carries from step to step besides weights, optimizer and random generators: state.json of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 class TrainState:
     """step: optimizer steps done. tokens, loss_tokens: used so far, over all ranks.
 
-    losses, skipped_in_row: what the guard measures by (guard.py). best_value, best_step: the best validation so far;
+    losses, skipped_in_row: what the guard compares with (guard.py). best_value, best_step: the best validation so far;
     stale_validations: how many came after it. lineage: where these weights come from, oldest first.
     """
 
@@ -26,7 +26,7 @@ class TrainState:
     lineage: list[dict[str, Any]] = field(default_factory=list)
 
     def validated(self, figures: dict[str, float], metric: str) -> bool:
-        """Take a validation into account; True when it is the best so far (loss: low is good; accuracy: high)."""
+        """Record a validation; True when it is the best so far (lowest loss, or highest accuracy)."""
         value = figures[metric]
         better = self.best_value is None or (value < self.best_value if metric == "loss" else value > self.best_value)
         if better:

@@ -1,4 +1,4 @@
-"""Stopping in order: SIGTERM and SIGUSR1 are remembered, and the loop ends at the next step boundary with a checkpoint."""
+"""Clean stopping: SIGTERM and SIGUSR1 are remembered, and the loop ends at the next step boundary with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .folder import RunFolder
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGUSR1 came to this process."""
+    """Remembers that this process received SIGTERM or SIGUSR1."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -25,6 +25,6 @@ class StopSignal:
 
 
 def mark_preempted(folder: RunFolder, step: int, name: str) -> None:
-    """Leave the mark by which a launcher knows that the run is to be started again. name: the signal, "" on another rank."""
+    """Leave the mark that tells a launcher to start the run again. name: the signal, "" where another rank received it."""
     (folder.path / PREEMPTED).write_text(f"{name or 'signal on another rank'} at step {step}\n", encoding="utf-8")
     folder.event("preempted", step=step, signal=name)

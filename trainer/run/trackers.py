@@ -3,10 +3,10 @@
     logging.trackers: null                         TensorBoard if it is installed, in RUN/tensorboard
     logging.trackers: [tensorboard, wandb]         any that accelerate knows; `[]` for none
 
-They are accelerate's own tracker classes, also those a user registered with accelerate.tracking.register_tracker_class. Rank 0
-alone talks to them. Every line of metrics.jsonl goes to each, nested figures as `eval/loss`. A tracker that fails is dropped
-with one message: it never stops a run. A resumed run continues the same page: the ids of W&B, trackio and MLflow are kept in
-RUN/trackers.json, their project is `chatmill`; TensorBoard forgets what lies after the step that was resumed.
+They are accelerate's own tracker classes, and those a user registered with accelerate.tracking.register_tracker_class. Only
+rank 0 uses them. Every line of metrics.jsonl goes to each, nested figures as `eval/loss`. A tracker that fails is dropped with
+one message and never stops a run. A resumed run continues the same page: the ids of W&B, trackio and MLflow are kept in
+RUN/trackers.json, their project is `chatmill`; TensorBoard drops what is later than the resumed step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS = ("run", "data", "model", "optimizer", "schedule", "train", "parallel"
 
 
 class Trackers:
-    """Opened at the first line, so that a run that has nothing to do leaves nothing behind."""
+    """Opened at the first line, so a run that has nothing to do leaves nothing behind."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, is_main: bool) -> None:
         self.recipe, self.run_dir = recipe, run_dir
@@ -63,7 +63,7 @@ class Trackers:
 
     def _start(self, name: str, step: int) -> None:
         base = self._classes[name]
-        # on rank 0 by our own rule: accelerate's would set up a process group of its own to find out
+        # we choose rank 0 ourselves: accelerate would set up its own process group to find out
         made: Any = type(base.__name__, (base,), {"main_process_only": False})
         known = self._ids().get(name)
         run = self.recipe.run.name
@@ -83,7 +83,7 @@ class Trackers:
         self._open[name] = tracker
         if name == "mlflow" and known is None:
             self._keep_id(name, tracker.tracker.info.run_id)
-        # TensorBoard's table of settings would open a second run beside this one; MLflow refuses settings that a resume changed
+        # TensorBoard would open a second run for the settings; MLflow refuses settings that a resume changed
         if name != "tensorboard" and not (name == "mlflow" and known is not None):
             dump = self.recipe.model_dump(mode="json")
             tracker.store_init_configuration(flat({section: dump[section] for section in SETTINGS}))
@@ -123,7 +123,7 @@ def tracker_class(name: str) -> Any:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested figures under slash-joined names; numbers, words and truth values only."""
+    """Nested values under slash-joined names; only numbers, strings and booleans."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,14 +1,13 @@
-"""A hung rank is named, with its stack, within train.hang_timeout_s; the group then ends, so that it can be started again.
+"""Names a hung rank, with its stack, within train.hang_timeout_s, and ends the group so that it can be started again.
 
     with Watchdog(world, timeout_s, folder) as watchdog:
         watchdog.beat("backward", step)        # the training thread, at each section of a step
 
-A thread per rank looks at how long ago its training thread last said where it is, and tells the other ranks through the store
-of the process group (a connection of its own). When it stands still for timeout_s, every rank that is alive writes the stacks
-of all its threads to logs/hang-rank-N.txt, and the ranks to blame are worked out: those whose own thread is silent (stopped,
-swapping, a dead machine), else those that are furthest behind, else those that wait for no one. Three times as long is allowed
-until the first step is done: compilation and loading come there. A process that was itself stopped (Ctrl-Z, a laptop's lid)
-starts anew.
+A thread per rank checks when its training thread last reported where it is, and tells the other ranks through the store of the
+process group (over its own connection). When nothing moves for timeout_s, every rank that is alive writes the stacks of all its
+threads to logs/hang-rank-N.txt and works out which ranks are to blame: those whose watchdog is silent (stopped, swapping, a
+dead machine), else those furthest behind, else those that wait for no other. Until the first step is done three times as long
+is allowed, for loading and compilation. For a process that was itself stopped (Ctrl-Z, a closed laptop) the time starts again.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Beat:
 
 
 class Watchdog:
-    """on_hang ends the process (os._exit) unless another is given; timeout_s 0 turns the whole off."""
+    """on_hang: what to do about a hang; by default end the process (os._exit). timeout_s 0 turns the watchdog off."""
 
     def __init__(self, world: World, timeout_s: float, folder: RunFolder, on_hang: Callable[[str], None] | None = None) -> None:
         self.world, self.timeout_s, self.folder = world, timeout_s, folder
@@ -78,7 +77,7 @@ class Watchdog:
         self._main, self._moved = threading.get_ident(), time.monotonic()
         if self.world.world_size > 1:
             default: Any = dist.distributed_c10d._get_default_store()
-            self._store = default.clone()  # waits of the training block its own connection
+            self._store = default.clone()  # the training blocks its own connection while it waits
             self._store.set_timeout(timedelta(seconds=max(5.0, self.interval_s)))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -91,7 +90,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within this context nothing counts as a hang: work of unknown length that is done once."""
+        """Within this context nothing counts as a hang: for work of unknown length that is done once."""
         self._paused = True
         try:
             yield
@@ -100,12 +99,12 @@ class Watchdog:
 
     @property
     def interval_s(self) -> float:
-        """Seconds between two looks."""
+        """Seconds between two checks."""
         return min(10.0, max(0.05, self.timeout_s / 10))
 
     @property
     def limit_s(self) -> float:
-        """How long the training thread may stand still now."""
+        """How long the training thread may stand still at present."""
         return self.timeout_s * (1 if self._first_step_done else 3)
 
     def _watch(self) -> None:
@@ -113,7 +112,7 @@ class Watchdog:
         while not self._stop.wait(self.interval_s):
             now = time.monotonic()
             if now - last > self.interval_s + self.timeout_s / 2:
-                self._moved = now  # this thread stood still too: the whole process was stopped, nothing hangs
+                self._moved = now  # this thread stood still too: the whole process was stopped
             last = now
             self._tell()
             if not self._paused and now - self._moved > self.limit_s:
@@ -127,7 +126,7 @@ class Watchdog:
             try:
                 self._store.set(f"{_KEY}{self.world.rank}", json.dumps(beat.__dict__))
             except (RuntimeError, OSError):
-                return  # the store's process is gone or stopped: the others will be silent to us, which is what we report
+                return  # the store's process is gone or stopped: the other ranks will look silent, and be reported
 
     def _own_beat(self) -> Beat:
         frame = sys._current_frames().get(self._main)
@@ -152,7 +151,10 @@ class Watchdog:
         logs = self.folder.path / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         stacks = logs / f"hang-rank-{self.world.rank}.txt"
-        with contextlib.suppress(OSError), stacks.open("w", encoding="utf-8") as handle:  # a full disk must not keep it here
+        with (
+            contextlib.suppress(OSError),
+            stacks.open("w", encoding="utf-8") as handle,
+        ):  # a full disk must not block the report
             faulthandler.dump_traceback(handle, all_threads=True)
         before = self._beats()
         for _ in range(3):  # long enough for every rank that is alive to speak again

@@ -29,7 +29,7 @@ def test_the_first_interrupt_is_a_request_to_save_and_the_second_an_end(capsys: 
             signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
             signal.raise_signal(signal.SIGINT)
             os.getpid()  # the second signal is handled before this returns
-            assert heard == [signal.SIGTERM] and "once more ends at once" in capsys.readouterr().err
+            assert heard == [signal.SIGTERM] and "press again to stop at once" in capsys.readouterr().err
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

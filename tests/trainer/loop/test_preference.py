@@ -213,7 +213,7 @@ def test_an_evaluation_reads_the_chosen_replies_of_a_set_of_pairs(pair_data: Pat
 def test_pairs_are_refused_for_likelihood_and_dialogues_for_dpo(
     write_dpo, write_recipe, pair_data, tiny_data, tmp_path
 ) -> None:
-    with pytest.raises(ConfigError, match="would teach the rejected replies"):
+    with pytest.raises(ConfigError, match="would train on the rejected replies"):
         train(load_recipe(str(write_recipe("wrong", data={"path": str(pair_data), "overlong": "drop"}))))
     with pytest.raises(ConfigError, match="holds ordinary dialogues"):
         train(load_recipe(str(write_dpo("other", data={"path": str(tiny_data), "sequence_length": 128, "overlong": "drop"}))))

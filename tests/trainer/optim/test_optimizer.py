@@ -115,7 +115,7 @@ def test_a_pattern_multiplies_rate_and_decay_and_the_first_that_fits_counts() ->
 
 
 def test_a_pattern_without_a_parameter_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no parameter is named like 'layers.7.\*'"):
+    with pytest.raises(ConfigError, match=r"no parameter name matches 'layers.7.\*'"):
         build_optimizer(layers(), OptimizerSection(groups={"layers.7.*": {}}))
 
 
