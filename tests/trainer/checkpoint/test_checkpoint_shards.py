@@ -195,7 +195,7 @@ def test_training_may_change_the_weights_while_the_copy_is_written(tmp_path: Pat
     saver.save(tmp_path / "step-00000003", [Share("model", "w", (4, 4), 0, weight + 3)], *snapshot(3))
     assert open_checkpoint(tmp_path / "step-00000002").meta["step"] == 2, "the next save waits for the one before it"
     assert saver.wait() == ""
-    assert [result.folder.name for result in done] == ["step-00000001", "step-00000002", "step-00000003"]
+    assert [result.meta["step"] for result in done] == [1, 2, 3]
     assert torch.equal(open_checkpoint(tmp_path / "step-00000003").tensor("w"), torch.full((4, 4), 3.0))
 
 
