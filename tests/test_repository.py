@@ -79,12 +79,12 @@ def test_dependencies_point_one_way(part: str) -> None:
 
 # From the ground up: a room (a folder of a part, or a file beside them) imports only rooms that stand before it.
 ROOMS = {
-    "data": "conversation ledger recipe shards remote raw cleaning preference tokenizer importers samples report packing "
+    "data": "conversation ledger recipe preference shards remote raw cleaning tokenizer importers samples report packing "
     "stream check pipeline bench",
     "kernels": "interpreter dispatch layer cross_entropy attention rms_norm rope swiglu linear_cross_entropy gates bench",
     "trainer": "model_config config distributed model generation checkpoint optim engine evaluation plan run loop convert "
     "chat report train",
-    "launcher": "supervise jobs runs sweep doctor commands demo __main__",
+    "launcher": "programs supervise jobs runs sweep doctor commands demo __main__",
 }
 
 
