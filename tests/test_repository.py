@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -140,18 +141,27 @@ def test_kernels_import_without_triton() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_all_parts_under_one_name(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)],
-        check=True,
-    )
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"chatmill"}
-    for needed in (
-        "chatmill/data/stream.py",
-        "chatmill/kernels/attention/interface.py",
-        "chatmill/trainer/recipes/tiny.yaml",
-        "chatmill/py.typed",
-    ):
-        assert needed in names
+def test_a_wheel_made_from_the_sdist_holds_all_parts_under_one_name(tmp_path: Path) -> None:
+    program = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    sdist = next(tmp_path.glob("*.tar.gz"))
+    with tarfile.open(sdist) as archive:
+        sources = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "Makefile",
+        "docs/data.md",
+        "slurm/train.sh",
+        "tests/test_repository.py",
+        "tests/launcher/slurm_cluster.py",
+    } <= sources
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist)]
+    subprocess.run(command, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        packed = {name for name in wheel.namelist() if ".dist-info" not in name}
+        assert wheel.read("chatmill/launcher/jobs/train.sh") == (ROOT / "slurm" / "train.sh").read_bytes()
+    kinds = {".py", ".typed", ".yaml", ".json", ".html", ".css", ".js", ".sh"}
+    files = [ROOT / "src/chatmill" / name for name in ("__init__.py", "config.py", "py.typed")]
+    files += [path for part in PARTS for path in (ROOT / "src/chatmill" / part).resolve().rglob("*") if path.suffix in kinds]
+    wanted = {str(path.relative_to(ROOT)).removeprefix("src/chatmill/") for path in files}
+    assert {f"chatmill/{name}" for name in wanted} <= packed
+    assert {name.partition("/")[0] for name in packed} == {"chatmill"}
