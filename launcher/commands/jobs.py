@@ -170,18 +170,15 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from ..doctor.doctor import doctor, parity
-
     if options.parity:
-        return parity(_words(options, "full", "json", "engines", "world_sizes", "kernels", "out"))
+        from ..doctor.parity import parity
+
+        return parity(options)
     if options.faults:
         from ..doctor.faults import main as faults
 
-        return faults(_words(options, "only", "seed", "out"))
+        given = {f"--{name}": getattr(options, name) for name in ("only", "seed", "out")}
+        return faults([word for name, value in given.items() if value for word in (name, value)])
+    from ..doctor.doctor import doctor
+
     return doctor(options.folder, as_json=options.json, quick=options.quick)
-
-
-def _words(options: argparse.Namespace, *names: str) -> list[str]:
-    """The options of these names as they were typed."""
-    given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
-    return [word for name, value in given.items() if value for word in ([name] if value is True else [name, value])]

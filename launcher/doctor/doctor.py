@@ -69,13 +69,6 @@ def doctor(folder: str = ".", *, as_json: bool = False, quick: bool = False) -> 
     return int(any(finding.mark == "bad" for finding in found))
 
 
-def parity(words: Sequence[str]) -> int:
-    """Run the parity table (launcher/doctor/parity.py) in a process of its own: this one never imports torch."""
-    # -c, not -m: the ranks are forked from a server that would run a module's file once more
-    program = "import sys; from chatmill.launcher.doctor.parity import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.run([sys.executable, "-c", program, *words], check=False).returncode
-
-
 def show(finding: Finding) -> str:
     """One finding for people."""
     text = f"{finding.mark:<5}{finding.what:<14}{finding.detail}"

@@ -30,6 +30,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, cast
 
+from chatmill.config import ConfigError
+
 from .parity_case import GRADIENT_TOLERANCE, INTERPRETED_STEPS, LOSS_TOLERANCE, REFERENCE, STEPS, Case
 
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -188,12 +190,6 @@ def is_failure(row: CaseResult) -> bool:
     return bool(row.problem) and not missing(row.case.engine)
 
 
-def as_json(rows: Sequence[CaseResult], seconds: float) -> str:
-    """All rows with the tolerances."""
-    head = {"loss_tolerance": LOSS_TOLERANCE, "gradient_tolerance": GRADIENT_TOLERANCE, "steps": STEPS}
-    return json.dumps(head | {"seconds": round(seconds, 1), "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
-
-
 def usable_kernels() -> tuple[str, ...]:
     """The kernels axis here: compiled on a GPU; on a CPU the torch tier, and Triton's interpreter where triton is."""
     import torch
@@ -203,52 +199,52 @@ def usable_kernels() -> tuple[str, ...]:
     return ("reference", "torch", *(("triton",) if importlib.util.find_spec("triton") is not None else ()))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run, print, write; 1 when a case is too far from the reference or fails."""
-    parser = argparse.ArgumentParser(prog="chatmill doctor --parity", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="the whole product instead of the covering set")
-    parser.add_argument("--engines", default=",".join(ENGINES))
-    parser.add_argument("--world-sizes", default=",".join(map(str, WORLD_SIZES)))
-    parser.add_argument("--kernels", help="default: all that work here")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--out", help="also write the JSON to this file")
-    options = parser.parse_args(arguments)
-    engines = options.engines.split(",")
-    unknown = sorted(set(engines) - set(ENGINES))
-    if unknown:
-        parser.error(f"--engines: {', '.join(unknown)} unknown; choose from {', '.join(ENGINES)}")
+def chosen_cases(options: argparse.Namespace) -> tuple[list[Case], int]:
+    """The cases that the options ask for, and how many the whole product has. Raises ConfigError."""
+    engines = options.engines.split(",") if options.engines else list(ENGINES)
+    if unknown := sorted(set(engines) - set(ENGINES)):
+        raise ConfigError(f"--engines: {', '.join(unknown)} unknown; choose from {', '.join(ENGINES)}")
+    world_sizes = [int(size) for size in options.world_sizes.split(",")] if options.world_sizes else WORLD_SIZES
+    kernels = options.kernels.split(",") if options.kernels else usable_kernels()
+    product = all_cases(engines, world_sizes, kernels)
+    if not product:
+        raise ConfigError("no case left: `single` runs at world size 1 only")
+    cases = product if options.full else covering_set(product)
+    return sorted(cases, key=lambda case: (ENGINES.index(case.engine), case.world_size)), len(product)
+
+
+def parity(options: argparse.Namespace) -> int:
+    """The command: run, print, write; returns 1 when a case is too far from the reference or fails."""
     import torch
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported: in the processes that are forked later
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
-    kernels = options.kernels.split(",") if options.kernels else usable_kernels()
-    product = all_cases(engines, [int(size) for size in options.world_sizes.split(",")], kernels)
-    if not product:
-        parser.error("no case left: `single` runs at world size 1 only")
-    cases = product if options.full else covering_set(product)
-    cases = sorted(cases, key=lambda case: (ENGINES.index(case.engine), case.world_size))
+    cases, product = chosen_cases(options)
     began = time.monotonic()
     if not options.json:
         print(header(), flush=True)
     rows = run_parity(cases, (lambda row: None) if options.json else lambda row: print(line(row), flush=True))
     seconds = time.monotonic() - began
-    failures = [row for row in rows if is_failure(row)]
+    head = {"loss_tolerance": LOSS_TOLERANCE, "gradient_tolerance": GRADIENT_TOLERANCE, "steps": STEPS}
+    found = head | {"seconds": round(seconds, 1), "rows": [dataclasses.asdict(row) for row in rows]}
+    text = json.dumps(found, indent=1)
     if options.out:
-        Path(options.out).write_text(as_json(rows, seconds) + "\n", encoding="utf-8")
-    if options.json:
-        print(as_json(rows, seconds))
-    else:
-        figures = [(row.loss, row.gradient) for row in rows]
-        for row in failures:
-            if row.loss is None:
-                print(f"\n{line(row)}\n{row.problem}")
-        worst = [max((v for v in column if v is not None), default=math.nan) for column in zip(*figures, strict=True)]
-        idle = sum(row.loss is None for row in rows) - sum(row.loss is None for row in failures)
-        left_out = f", {idle} not run (see above)" if idle else ""
-        print(
-            f"\n{len(rows) - idle} of {len(product)} cases in {seconds:.0f} s, {len(failures)} failed{left_out}; "
-            f"largest difference: loss {worst[0]:.1e} (tolerance {LOSS_TOLERANCE:g}), "
-            f"gradient {worst[1]:.1e} (tolerance {GRADIENT_TOLERANCE:g})"
-        )
-    return int(bool(failures))
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    print(text if options.json else summary(rows, product, seconds))
+    return int(any(is_failure(row) for row in rows))
+
+
+def summary(rows: Sequence[CaseResult], product: int, seconds: float) -> str:
+    """What is printed below the table: errors in full, then the largest differences."""
+    failures = [row for row in rows if is_failure(row)]
+    text = "".join(f"\n{line(row)}\n{row.problem}\n" for row in failures if row.loss is None)
+    idle = sum(row.loss is None for row in rows if row not in failures)
+    loss = max((row.loss for row in rows if row.loss is not None), default=math.nan)
+    gradient = max((row.gradient for row in rows if row.gradient is not None), default=math.nan)
+    return text + (
+        f"\n{len(rows) - idle} of {product} cases in {seconds:.0f} s, {len(failures)} failed"
+        f"{f', {idle} not run (see above)' if idle else ''}; "
+        f"largest difference: loss {loss:.1e} (tolerance {LOSS_TOLERANCE:g}), "
+        f"gradient {gradient:.1e} (tolerance {GRADIENT_TOLERANCE:g})"
+    )

@@ -8,7 +8,6 @@ package is copied as it is. A job that waits for days in a queue runs this copy,
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -69,12 +68,6 @@ def _files(root: Path) -> list[str]:
     listed = output_of(["git", "-C", str(root), *shown])
     if listed:
         return sorted({name for name in listed.split("\0") if name})
-    found: list[str] = []
-    for part in PARTS:
-        if (root / part).is_file():
-            found.append(part)
-        for folder, names, files in os.walk(root / part):
-            links = [name for name in names if (Path(folder) / name).is_symlink()]
-            names[:] = [name for name in names if name != "__pycache__" and not name.startswith(".")]
-            found += [str((Path(folder) / name).relative_to(root)) for name in [*files, *links] if not name.endswith(".pyc")]
-    return sorted(found)
+    paths = [path for part in PARTS for path in (root / part, *(root / part).rglob("*")) if path.is_symlink() or path.is_file()]
+    names = [path.relative_to(root) for path in paths if path.suffix != ".pyc"]
+    return sorted(str(name) for name in names if not any(word.startswith(".") for word in name.parts))

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from chatmill.config import ConfigError
@@ -23,7 +22,7 @@ from chatmill.run_files import PREEMPTED, read_jsonl
 
 from ..jobs.torchrun import single_command, torchrun_command
 from ..supervise.slurm_job import SlurmJob
-from ..supervise.supervise import kill_workers
+from ..supervise.supervise import Signals, kill_workers
 from .config import SweepConfig, load_sweep
 from .study import ask, beat, load_optuna, lock, open_study, put_back
 
@@ -31,31 +30,18 @@ GRACE_S = 120.0  # for a trial to save after SIGTERM
 Ending = Literal["complete", "pruned", "failed", "stopped"]
 
 
-class Stop:
-    """Remembers that this worker was asked to stop."""
-
-    def __init__(self) -> None:
-        self.asked = self.terminated = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self.terminated = self.terminated or number != signal.SIGUSR1
-
-
 def work(sweep: SweepConfig) -> int:
     """Take and run trials; returns 0 when none are left."""
     optuna = load_optuna()
     states = optuna.trial.TrialState
-    study, stop = open_study(sweep), Stop()
-    while not stop.asked:
+    study, signals = open_study(sweep), Signals()
+    while not signals.stop:
         trial = ask(study, sweep)
         if trial is None:
             return 0
         run_dir = sweep.folder / "runs" / trial.user_attrs["run"]
         print(f"trial {trial.number}: {describe(trial.params)}", flush=True)
-        ending, value = run_trial(sweep, trial, run_dir, stop)
+        ending, value = run_trial(sweep, trial, run_dir, signals)
         print(f"trial {trial.number}: {ending}" + (f", {sweep.metric} {value:.4f}" if value is not None else ""), flush=True)
         with lock(sweep.folder):
             if ending == "stopped":
@@ -67,7 +53,7 @@ def work(sweep: SweepConfig) -> int:
             if sweep.keep_checkpoints == "best":
                 drop_checkpoints(study, sweep)
     slurm = SlurmJob.current()
-    if slurm is not None and not stop.terminated:
+    if slurm is not None and not signals.terminated:
         slurm.requeue()
     return 0
 
@@ -77,7 +63,7 @@ def describe(values: dict[str, Any]) -> str:
     return " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
 
 
-def run_trial(sweep: SweepConfig, trial: Any, run_dir: Path, stop: Stop) -> tuple[Ending, float | None]:
+def run_trial(sweep: SweepConfig, trial: Any, run_dir: Path, signals: Signals) -> tuple[Ending, float | None]:
     """Train one trial to its end, its pruning or our stop; returns how it ended and its last validation figure."""
     overrides = sweep.trial_overrides(trial.params, run_dir.name)
     try:
@@ -110,7 +96,7 @@ def run_trial(sweep: SweepConfig, trial: Any, run_dir: Path, stop: Stop) -> tupl
                 reported[step] = value
                 trial.report(value, step)
                 pruned = pruned or trial.should_prune()
-        if (pruned or stop.asked) and not asked:
+        if (pruned or signals.stop) and not asked:
             child.send_signal(signal.SIGTERM)
             asked = time.monotonic()
         elif asked and time.monotonic() - asked > GRACE_S:
@@ -122,7 +108,7 @@ def run_trial(sweep: SweepConfig, trial: Any, run_dir: Path, stop: Stop) -> tupl
         return "complete", last
     if pruned:
         return "pruned", last
-    if stop.asked:
+    if signals.stop:
         return "stopped", last
     trial.set_user_attr("error", f"exit code {child.returncode}, see {logs / 'trial.out'}")
     return "failed", last
