@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,20 @@ def test_rooms_import_only_rooms_below_them(part: str) -> None:
         ours = [(line, name) for line, name in imports(path) if name.startswith(f"chatmill.{part}.")]
         wrong += [f"{path}:{line} imports {name}" for line, name in ours if floor[name.split(".")[2]] > floor[room]]
     assert not wrong
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_architecture_lists_every_room_above_those_it_stands_on(part: str) -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text.partition(f"\n| {part} | |\n")[2].partition("\n\n")[0]
+    folders = [room for room in ROOMS[part].split() if (ROOT / part / room).is_dir()]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE) == folders[::-1]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    paths = {dotted(path): path for part in PARTS for path in modules(part)}
+    graph = {name: {found for _, found in imports(path)} & paths.keys() - {name} for name, path in paths.items()}
+    TopologicalSorter(graph).prepare()
 
 
 def imported_by(code: str) -> set[str]:
