@@ -7,8 +7,8 @@ import yaml
 
 from chatmill.config import ConfigError, dump_yaml, validate
 from chatmill.trainer.config import RECIPES, Recipe, load_recipe
-from chatmill.trainer.convert.hf import parameter_shapes
 from chatmill.trainer.convert.hf_config import read_hf_config, write_hf_config
+from chatmill.trainer.convert.names import parameter_shapes
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 PUBLISHED = {"360m": 361_821_120, "1b": 1_235_814_400, "1b-long": 1_235_814_400, "8b": 8_030_261_248}

@@ -2,9 +2,9 @@
 
     export_gguf("runs/NAME", "model.gguf", dtype="q8_0")
 
-The inverse of gguf_import.py: rows of q and k go back to the order of llama.cpp's rotary embedding where the architecture wants
-it (llama); Qwen's stay. Tensors are written one at a time; the file appears whole or not at all. Norms and biases stay fp32.
-What GGUF or llama.cpp cannot say (soft-caps, stretched rotary angles, a tokenizer with another splitting rule) is refused.
+The inverse of gguf_import.py. For the architecture llama, rows of q and k get the order of llama.cpp's rotary embedding;
+Qwen's stay. Tensors are written one at a time; the file appears whole or not at all. Norms and biases stay fp32.
+What this writer cannot express (soft-caps, stretched rotary angles, a tokenizer with another splitting rule) is refused.
 """
 
 from __future__ import annotations
@@ -16,30 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from chatmill.config import ConfigError
 from chatmill.files import sync
 
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..config import ModelConfig
-from .gguf_import import CONTROL, LAYER_TENSORS, NORMAL, TOP_TENSORS, USER_DEFINED
-from .hf import parameter_shapes
+from .gguf_import import CONTROL, NORMAL, USER_DEFINED, reorder_rotary_rows, rotary_heads
+from .names import gguf_name, parameter_shapes
 
 # our name -> name of gguf.GGMLQuantizationType
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 UNUSED = 5
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# what only some families have
-MORE_TENSORS = {
-    "attention.q.bias": "attn_q.bias",
-    "attention.k.bias": "attn_k.bias",
-    "attention.v.bias": "attn_v.bias",
-    "attention.o.bias": "attn_output.bias",
-    "attention.q_norm.weight": "attn_q_norm.weight",
-    "attention.k_norm.weight": "attn_k_norm.weight",
-}
 
 
 def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: str = "bf16", overwrite: bool = False) -> Path:
@@ -56,7 +45,7 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
     if path.is_dir() or (path.exists() and not overwrite):
         raise ConfigError(f"{path} exists already. Choose another file name, or remove it.")
     config = checkpoint.config
-    _check_sayable(config)
+    _check_expressible(config)
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(temporary, ARCHITECTURES[config.family])
@@ -64,15 +53,18 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
         _describe(writer, checkpoint, dtype)
         _tokenizer(writer, checkpoint)
         wanted = getattr(gguf.GGMLQuantizationType, TYPES[dtype])
-        kinds = {name: _kind(gguf, name, shape, wanted) for name, shape in parameter_shapes(config).items()}
-        for name, shape in parameter_shapes(config).items():
+        shapes = parameter_shapes(config)
+        kinds = {name: _kind(gguf, shape, wanted) for name, shape in shapes.items()}
+        for name, shape in shapes.items():
             size = int(np.prod(gguf.quant_shape_to_byte_shape(tuple(shape), kinds[name])))
-            writer.add_tensor_info(_name(name), tuple(shape), np.dtype(np.float32), size, raw_dtype=kinds[name])
+            writer.add_tensor_info(gguf_name(name), tuple(shape), np.dtype(np.float32), size, raw_dtype=kinds[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name in kinds:
-            values = _rows_for(name, checkpoint.tensor(name), config)
+            values = checkpoint.tensor(name).float().numpy()
+            if ARCHITECTURES[config.family] == "llama" and (heads := rotary_heads(name, config)):
+                values = reorder_rotary_rows(values, heads, to_gguf=True)
             writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
         writer.close()
         sync(temporary)
@@ -83,18 +75,11 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
     return path
 
 
-def interleave_rotary_rows(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Inverse of gguf_import.restore_rotary_rows: rows ["heads*D …"] from halves to neighbouring pairs."""
-    rows = weight.shape[0]
-    halves = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
-
-
-def _check_sayable(config: ModelConfig) -> None:
+def _check_expressible(config: ModelConfig) -> None:
     for field in ("rope_scaling", "attention_softcap", "logit_softcap", "sliding_window"):
         if getattr(config, field) is not None:
             raise ConfigError(
-                f"GGUF export: {field} is set, which this writer cannot say.\n"
+                f"GGUF export: {field} is set, which this writer cannot express.\n"
                 "Use `chatmill export --to hf` and llama.cpp's convert_hf_to_gguf.py on that folder."
             )
 
@@ -163,27 +148,10 @@ def _splitting_rule(rule: dict[str, Any] | None) -> str | None:
     return "gpt-2" if kinds == ["ByteLevel"] else None
 
 
-def _name(name: str) -> str:
-    if name in TOP_TENSORS:
-        return TOP_TENSORS[name]
-    _, layer, rest = name.split(".", 2)
-    return f"blk.{layer}.{(LAYER_TENSORS | MORE_TENSORS)[rest]}"
-
-
-def _kind(gguf: Any, name: str, shape: torch.Size, wanted: Any) -> Any:
-    """Type of a tensor in the file: vectors stay exact, and rows that the format cannot cut into blocks become fp16."""
+def _kind(gguf: Any, shape: torch.Size, wanted: Any) -> Any:
+    """Type of a tensor in the file: vectors stay fp32; rows whose length is no multiple of the format's block become fp16."""
     kinds = gguf.GGMLQuantizationType
     if len(shape) == 1:
         return kinds.F32
     block = gguf.GGML_QUANT_SIZES[wanted][0]
     return wanted if shape[-1] % block == 0 else kinds.F16
-
-
-def _rows_for(name: str, tensor: Tensor, config: ModelConfig) -> NDArray[np.float32]:
-    values = tensor.float().numpy()
-    if ARCHITECTURES[config.family] == "llama":
-        if ".attention.q." in name:
-            return interleave_rotary_rows(values, config.heads)
-        if ".attention.k." in name:
-            return interleave_rotary_rows(values, config.kv_heads)
-    return values

