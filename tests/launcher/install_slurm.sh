@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests marked `slurm` need: Debian's or Ubuntu's Slurm, munge and iproute2 (a few MB, as root, no daemon is left running).
-# Where it cannot, it says why and ends 0: those tests are then skipped with the reason.
+# If it cannot, it says why and exits 0; those tests are then skipped with the reason.
 set -euo pipefail
 if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then
   echo "Slurm is installed: $(slurmctld -V)"

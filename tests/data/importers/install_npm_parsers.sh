@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fetch npm's chat parsers, which tests/data/importers/test_npm_parsers.py compares ours with, to .npm-parsers/ (not committed).
-# Where npm or its registry is missing this says so and ends 0: the test then says that it was skipped, and why.
+# Fetch npm's chat parsers, which tests/data/importers/test_npm_parsers.py compares with ours, into .npm-parsers/ (not committed).
+# Without npm or its registry it says so and exits 0; the test is then skipped with the reason.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../../.."
 command -v npm >/dev/null || { echo "npm is not here: the comparison with npm's parsers is left out"; exit 0; }
 mkdir -p .npm-parsers
 if ! timeout 120 npm install --prefix .npm-parsers --no-audit --no-fund --ignore-scripts --loglevel=error \

@@ -25,7 +25,7 @@ from .importer_formats import FORMATS, real_dialogues
 
 HERE = Path(__file__).parent
 FIXTURE = HERE / "npm_fixture"
-MODULES = HERE.parents[1] / ".npm-parsers" / "node_modules"
+MODULES = HERE.parents[2] / ".npm-parsers" / "node_modules"
 EXPORTS = sorted(path for path in FIXTURE.iterdir() if path.name != "counts.json")
 
 
