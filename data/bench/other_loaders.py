@@ -1,7 +1,6 @@
-"""Other loaders over the same dialogues, for the comparison in stream_bench.py: webdataset, mosaicml-streaming, litdata.
+"""Other loaders over the same dialogues, for the comparison in stream.py: webdataset, mosaicml-streaming, litdata.
 
-    python other_loaders.py serve FOLDER NAME ...     # answers `turn NAME` lines with JSON, so that loaders take turns
-    python other_loaders.py write NAME FOLDER         # one loader's format
+    python other_loaders.py serve FOLDER NAME ...     # answers every line, a loader's name, with its turn as JSON
     python other_loaders.py memory NAME FOLDER        # bytes of memory that the opened loader adds
 
 Needs only numpy and the loaders, so that any interpreter can run this file: they rarely agree with each other on versions.
@@ -20,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -128,25 +127,15 @@ def mosaicml_loader(folder: Path, dialogues: Iterable[Arrays]) -> Loader:
         clean_stale_shared_memory()
         return streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=1)
 
-    def count(source: Any) -> Iterable[int]:
-        return (_both(sample["ids"], sample["mask"]) for sample in source)
-
-    def resume(half: int) -> Iterable[int]:
+    def state(half: int) -> Any:
         first = dataset()
         items = iter(first)
-        next(items)  # a data set that has not begun says epoch -1, and its position is passed over
-        state = first.state_dict(half, from_beginning=True)
+        next(items)  # a data set that has not begun says epoch -1, and its position is ignored
+        found = first.state_dict(half, from_beginning=True)
         items.close()
-        del first, items
+        return found
 
-        def again() -> Any:
-            fresh = dataset()
-            fresh.load_state_dict(state)
-            return fresh
-
-        return Resumed(again, count)
-
-    return Loader("mosaicml-streaming", lambda: count(dataset()), resume, folder_bytes(folder))
+    return _stateful("mosaicml-streaming", folder, dataset, state)
 
 
 def litdata_loader(folder: Path, dialogues: Iterable[Arrays]) -> Loader:
@@ -163,22 +152,31 @@ def litdata_loader(folder: Path, dialogues: Iterable[Arrays]) -> Loader:
     def dataset() -> Any:
         return litdata.StreamingDataset(str(folder), shuffle=True)
 
+    def state(half: int) -> Any:
+        first = dataset()
+        next(iter(first))
+        return first.state_dict(half, 0, 1)
+
+    return _stateful("litdata", folder, dataset, state)
+
+
+def _stateful(name: str, folder: Path, dataset: Callable[[], Any], state: Callable[[int], Any]) -> Loader:
+    """A loader with a position. state(half): what is saved after so many items."""
+
     def count(source: Any) -> Iterable[int]:
         return (_both(sample["ids"], sample["mask"]) for sample in source)
 
     def resume(half: int) -> Iterable[int]:
-        first = dataset()
-        next(iter(first))
-        state = first.state_dict(half, 0, 1)
+        saved = state(half)
 
         def again() -> Any:
             fresh = dataset()
-            fresh.load_state_dict(state)
+            fresh.load_state_dict(saved)
             return fresh
 
         return Resumed(again, count)
 
-    return Loader("litdata", lambda: count(dataset()), resume, folder_bytes(folder))
+    return Loader(name, lambda: count(dataset()), resume, folder_bytes(folder))
 
 
 OTHERS: dict[str, Callable[[Path, Iterable[Arrays]], Loader]] = {
@@ -224,7 +222,7 @@ def _resident_bytes() -> int:
 
 
 def serve(folder: Path, names: list[str]) -> None:
-    """Write every format that this interpreter has the package for, then answer `turn NAME` lines until stdin ends."""
+    """Write every format that this interpreter has the package for, then answer lines until stdin ends."""
     say = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the loaders print must not get between the answers
     loaders: dict[str, Loader] = {}
@@ -233,19 +231,21 @@ def serve(folder: Path, names: list[str]) -> None:
             loaders[name] = OTHERS[name](folder / name, read_dialogues(folder))
     print(json.dumps({key: [loader.name, loader.bytes] for key, loader in loaders.items()}), file=say)
     for line in sys.stdin:
-        _, name = line.split()
-        print(json.dumps(take_turn(loaders[name]).__dict__), file=say)
+        print(json.dumps(asdict(take_turn(loaders[line.strip()]))), file=say)
 
 
 def main(words: list[str]) -> int:
     """Command line."""
     if words[0] == "serve":
         serve(Path(words[1]), words[2:])
-    else:
-        name, folder = words[1], Path(words[2])
-        loader = OTHERS[name](folder / name, read_dialogues(folder))
-        if words[0] == "memory":
-            print(memory_growth(loader))
+        return 0
+    name, folder = words[1], Path(words[2])
+    child = os.fork()  # writing leaves memory behind: another process does it
+    if not child:
+        OTHERS[name](folder / name, read_dialogues(folder))
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(memory_growth(OTHERS[name](folder / name, ())))
     return 0
 
 

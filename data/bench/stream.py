@@ -28,7 +28,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,22 +50,6 @@ from .other_loaders import OTHERS, Loader, Resumed, Turn, folder_bytes, memory_g
 
 Dialogue = tuple[str, NDArray[Any], NDArray[np.bool_]]
 AGAINST = tuple(OTHERS)
-
-
-@dataclass(frozen=True)
-class LoaderResult:
-    """One loader. mtokens_per_s: million tokens per second of CPU time of one core. fill: None where nothing is packed.
-
-    memory_mib: per million dialogues, where it was measured.
-    """
-
-    loader: str
-    mtokens_per_s: float
-    fill: float | None
-    first_batch_ms: float
-    resume_ms: float | None
-    bytes_per_token: float
-    memory_mib: float | None = None
 
 
 # ---------------------------------------------------------------- the same dialogues in every format
@@ -120,31 +104,25 @@ def write_dialogues(folder: Path, dialogues: list[Dialogue]) -> None:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A loader in this process or in another one. turn() is one pass over the data.
+    """A loader of this process or of another one. turn() is one pass over the data.
 
-    memory: commands that, with a folder of dialogues as last word, write its format there and at last print its memory_growth.
+    memory: a command that, with a folder of dialogues as its last word, prints memory_growth.
     """
 
     name: str
     turn: Callable[[], Turn]
     bytes: int
     packed_tokens: int | None = None
-    memory: Sequence[Sequence[str]] = ()
+    memory: Sequence[str] = ()
 
 
-def here(loader: Loader, memory: Sequence[Sequence[str]] = ()) -> Entrant:
+def here(loader: Loader, memory: Sequence[str] = ()) -> Entrant:
     """A loader of this process."""
     return Entrant(loader.name, partial(take_turn, loader), loader.bytes, loader.packed_tokens, memory)
 
 
-def memory_commands(python: str, name: str) -> list[Sequence[str]]:
-    """Those of another loader: writing leaves memory behind, so a fresh process measures."""
-    script = str(Path(other_loaders.__file__).resolve())
-    return [(python, script, "write", name), (python, script, "memory", name)]
-
-
-def elsewhere(python: str, folder: Path, names: Sequence[str], stack: ExitStack) -> dict[str, Entrant]:
-    """The loaders, by module, that another interpreter has the packages for; its process ends with the stack."""
+def others(python: str, folder: Path, names: Sequence[str], stack: ExitStack) -> dict[str, Entrant]:
+    """The loaders, by module, that an interpreter has the packages for, in a process that ends with the stack."""
     script = str(Path(other_loaders.__file__).resolve())
     # Not this environment's packages: that interpreter has its own.
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
@@ -166,11 +144,11 @@ def elsewhere(python: str, folder: Path, names: Sequence[str], stack: ExitStack)
     sends, answers = process.stdin, process.stdout
 
     def turn(name: str) -> Turn:
-        print("turn", name, file=sends, flush=True)
+        print(name, file=sends, flush=True)
         return Turn(**_answer(answers, python))
 
     return {
-        name: Entrant(title, partial(turn, name), size, None, memory_commands(python, name))
+        name: Entrant(title, partial(turn, name), size, None, (python, script, "memory", name))
         for name, (title, size) in found.items()
     }
 
@@ -186,28 +164,29 @@ def _answer(lines: IO[str], python: str) -> dict[str, Any]:
     return answer
 
 
-def measure(entrants: Sequence[Entrant], tokens: int, rounds: int) -> list[LoaderResult]:
+def measure(entrants: Sequence[Entrant], tokens: int, rounds: int) -> list[dict[str, Any]]:
     """Every loader `rounds` times, taking turns; medians."""
     turns: dict[str, list[Turn]] = {entrant.name: [] for entrant in entrants}
     for _ in range(rounds):
         for entrant in entrants:
             turn = entrant.turn()
             if turn.tokens != tokens:
-                raise ValueError(f"data.stream_bench: {entrant.name} gave {turn.tokens:,} tokens, expected {tokens:,}")
+                raise ValueError(f"bench data: {entrant.name} gave {turn.tokens:,} tokens, expected {tokens:,}")
             turns[entrant.name].append(turn)
     return [_result(entrant, turns[entrant.name], tokens) for entrant in entrants]
 
 
-def _result(entrant: Entrant, turns: list[Turn], tokens: int) -> LoaderResult:
+def _result(entrant: Entrant, turns: list[Turn], tokens: int) -> dict[str, Any]:
+    """mtokens_per_s: million tokens per second of CPU time of one core. fill: None where nothing is packed."""
     resumed = [turn.resume_s for turn in turns if turn.resume_s is not None]
-    return LoaderResult(
-        entrant.name,
-        tokens / statistics.median(turn.cpu_s for turn in turns) / 1e6,
-        tokens / entrant.packed_tokens if entrant.packed_tokens else None,
-        statistics.median(turn.first_s for turn in turns) * 1e3,
-        statistics.median(resumed) * 1e3 if resumed else None,
-        entrant.bytes / tokens,
-    )
+    return {
+        "loader": entrant.name,
+        "mtokens_per_s": tokens / statistics.median(turn.cpu_s for turn in turns) / 1e6,
+        "fill": tokens / entrant.packed_tokens if entrant.packed_tokens else None,
+        "first_batch_ms": statistics.median(turn.first_s for turn in turns) * 1e3,
+        "resume_ms": statistics.median(resumed) * 1e3 if resumed else None,
+        "bytes_per_token": entrant.bytes / tokens,
+    }
 
 
 def memory_by_loader(entrants: Sequence[Entrant], root: Path, dialogues: int) -> dict[str, float]:
@@ -222,10 +201,8 @@ def memory_by_loader(entrants: Sequence[Entrant], root: Path, dialogues: int) ->
         write_token_shards(folder / "chatmill", items)
         del made, items
         for entrant in entrants:
-            said = ""
-            for command in entrant.memory:
-                said = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=True).stdout
             if entrant.memory:
+                said = subprocess.run([*entrant.memory, str(folder)], capture_output=True, text=True, check=True).stdout
                 grown[entrant.name].append(int(said.split()[-1]))
     return {name: (all_ - quarter) / (dialogues * 3 // 4) * 1e6 / 2**20 for name, (quarter, all_) in grown.items()}
 
@@ -285,14 +262,14 @@ def bench(
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_dialogues(root, items)
         shards = write_token_shards(root / "chatmill", items)
-        ours = [(sys.executable, "-m", "chatmill.data.bench.stream", "--memory-of")]
+        ours = (sys.executable, "-m", "chatmill.data.bench.stream", "--memory-of")
         entrants = [here(chatmill_loader(shards, length), ours if not k else ()) for k, length in enumerate(lengths)]
         local = [name for name in against if importlib.util.find_spec(name) is not None]
-        for name in local:
-            loader = OTHERS[name](root / name, ((ids, mask) for _, ids, mask in items))
-            entrants.append(here(loader, memory_commands(sys.executable, name)))
         rest = [name for name in against if name not in local]
-        found = elsewhere(python, root, rest, stack) if python is not None and rest else {}
+        found: dict[str, Entrant] = {}
+        for interpreter, names in ((sys.executable, local), (python, rest)):
+            if interpreter and names:
+                found |= others(interpreter, root, names, stack)
         entrants += found.values()
         results = measure(entrants, tokens, rounds)
         memory = memory_by_loader(entrants, root, memory_dialogues) if memory_dialogues else {}
@@ -301,7 +278,7 @@ def bench(
         "dialogues": len(items),
         "tokens": tokens,
         "rounds": rounds,
-        "loaders": [asdict(result) | {"memory_mib": memory.get(result.loader)} for result in results],
+        "loaders": [result | {"memory_mib": memory.get(result["loader"])} for result in results],
         "not_importable": [name for name in rest if name not in found],
         "resume_at_scale": {"dialogues": scale, "ms": resume_at_scale(scale)},
         "memory_per_million": memory_per_million(),
