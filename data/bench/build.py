@@ -40,7 +40,7 @@ from ..shards.manifest import read_manifest
 from ..tokenizer.tokenizer import ChatTokenizer
 from .raw_mix import write_mix
 
-# Cleaning and pairing are one pass: the time of both stands at `clean`.
+# Cleaning and pairing are one pass, timed as `clean`.
 TOGETHER = "pair"
 SERIAL = {"dedup", "split", "train tokenizer", "shard"}
 SAMPLE_S = 0.1

@@ -161,7 +161,7 @@ def litdata_loader(folder: Path, dialogues: Iterable[Arrays]) -> Loader:
 
 
 def _stateful(name: str, folder: Path, dataset: Callable[[], Any], state: Callable[[int], Any]) -> Loader:
-    """A loader with a position. state(half): what is saved after so many items."""
+    """A loader with a position. state(half): what is saved after `half` items."""
 
     def count(source: Any) -> Iterable[int]:
         return (_both(sample["ids"], sample["mask"]) for sample in source)

@@ -336,7 +336,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", default=",".join(AGAINST), help=f"loaders to compare with (default {','.join(AGAINST)})")
     parser.add_argument("--python", help="another interpreter, for those loaders that this one cannot import")
-    parser.add_argument("--memory-dialogues", type=int, default=0, help="also measure memory with so many short dialogues")
+    parser.add_argument(
+        "--memory-dialogues",
+        type=int,
+        default=0,
+        help="also measure memory, with this number of short dialogues",
+    )
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)

@@ -79,7 +79,7 @@ def inspect_dataset(
 ) -> dict[str, Any]:
     """Print counts, lengths and fill of every split and a few dialogues of train; returns the figures by split.
 
-    html: also write the data set's page there, made anew (the build leaves one as report.html).
+    html: also write the data set's page there, made from the shards (the build writes one as report.html).
     """
     if not is_url(path):
         return _inspect(str(path), Path(path), open_splits(path), samples, console or Console(), html)

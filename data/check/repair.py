@@ -1,4 +1,4 @@
-"""Damaged token shards made anew from the dialogue shards, and taken only where their sha256 is the manifest's.
+"""Rebuild damaged token shards from the dialogue shards; a result is used only if its sha256 is the manifest's.
 
     chatmill data verify DIR --repair
 
@@ -46,7 +46,7 @@ def repair_dataset(path: str | Path, progress: Callable[[str, int, int], None] |
 
 
 def _lost_dialogues(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """A line per damaged dialogue shard. Texts cannot be had from tokens alone: names, times and lineage are not in them."""
+    """A line per damaged dialogue shard. Tokens alone do not give the texts back: they lack names, times and lineage."""
     place = folder / "dialogues"
     return [
         f"dialogues/{record['name']}: not restored, nothing in this folder holds its texts. Take it from a backup, or build "

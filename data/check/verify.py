@@ -2,9 +2,9 @@
 
     problems = verify_dataset(Path("corpora/chitchat"))     # [] when all is well
 
-Nothing of the manifest is believed but the hashes it names: tars are walked, every token block is decoded, dialogues are
+Only the hashes in the manifest are trusted: tars are walked, every token block is decoded, dialogues are
 encoded again with the tokenizer in the folder and compared token by token, some masks are proven by prefix rendering, the
-certificate is computed anew from the texts in the dialogue shards, and where the recipe took private data out, they are
+certificate is recomputed from the texts in the dialogue shards, and where the recipe took private data out, they are
 searched for it again. Blocks in the quarantine are known to be damaged: they are not reported again.
 """
 
@@ -40,7 +40,7 @@ def verify_dataset(
 ) -> list[str]:
     """Problems found, each a line that names the file; empty when the data set is what its manifest says.
 
-    encoded: at most so many dialogues per split are tokenised again; proven: and so many masks proven by prefix rendering.
+    encoded: largest number of dialogues per split that are tokenised again; proven: of masks proven by prefix rendering.
     """
     if is_url(path):
         with local_copy(str(path)) as copy:

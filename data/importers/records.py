@@ -13,7 +13,7 @@ Record = dict[str, Any]
 
 
 class BadRecordError(ValueError):
-    """A record that is no dialogue: the reason that is counted, and what the example of it shows."""
+    """A record that is not a dialogue. reason: what is counted; detail: what the example in the report shows."""
 
     def __init__(self, reason: str, detail: object) -> None:
         super().__init__(reason, detail)

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
 
-# A window holds about so many dialogues, less where they are long: the tokens of a window stay in memory while it is used.
+# Dialogues per window, about; fewer where they are long, because the tokens of a window stay in memory while it is used.
 WINDOW_DIALOGUES = 16_384
 WINDOW_TOKENS = 1 << 25
-# ... but at least about so many packs: the last pack of a window is on average half empty.
+# Packs per window, at least about: the last one is on average half empty.
 WINDOW_PACKS = 256
 
 

@@ -98,7 +98,7 @@ class Schedule:
         ]
 
     def exclude(self, step: int, uids: Collection[str]) -> None:
-        """Leave dialogues out from a step on. It must not have been taken yet: whoever holds the position checks that."""
+        """Leave dialogues out from a step on. The caller checks that this step is still to come."""
         self._exclude = sorted([*self._exclude, (int(step), frozenset(uids))], key=lambda item: item[0])
         self._uids.clear()
 

@@ -75,7 +75,7 @@ def recorded_exclusions(run: str | Path) -> list[tuple[int, frozenset[str]]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{file}:{number}: not an exclusion ({error}). Expected one JSON object per line: step, uids.\n"
-                "Mend or remove the line: without it the run's order cannot be known."
+                "Correct or remove the line: without it the run's order cannot be known."
             ) from None
     return out
 

@@ -83,8 +83,8 @@ def _run_on_slurm(
     folder: Path, names: Sequence[str], task: Task, executor: ExecutorSection, tick: Callable[[int], None]
 ) -> None:
     if not _PLAIN_PATH.fullmatch(str(folder)):
-        raise ConfigError(f"{folder}: a path in a Slurm script must do without blanks and quotes. Choose another `out`.")
-    # One name per stage and folder: it finds the array again, whoever submitted it.
+        raise ConfigError(f"{folder}: a path in a Slurm script must not contain blanks or quotes. Choose another `out`.")
+    # One name per stage and folder: it finds the array again, no matter which build submitted it.
     name = f"chatmill-{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:10]}"
     try:
         if _in_queue(name):
@@ -97,7 +97,7 @@ def _run_on_slurm(
             _job_array(name, folder, logs, left, task, executor).run()
         _wait(name, folder, names, executor, tick)
     except KeyboardInterrupt:
-        print(f"\n{name} goes on; the same command waits for it. To end it: scancel --name={name}", file=sys.stderr)
+        print(f"\n{name} keeps running; the same command waits for it. To cancel it: scancel --name={name}", file=sys.stderr)
         raise
     left = missing(folder, names)
     if left:

@@ -85,8 +85,8 @@ def _run_here(folder: Path, left: Sequence[str], task: Task, workers: int, total
                         tick(finished, total)
         except BrokenProcessPool as error:
             raise ConfigError(
-                f"{folder.name}: a worker process was killed, most likely for want of memory ({workers} worker(s)).\n"
-                "Start the same command again with fewer workers, for example workers=1: it goes on where it stopped."
+                f"{folder.name}: a worker process was killed, most likely because memory ran out (workers={workers}).\n"
+                "Start the same command again with fewer workers, for example workers=1: it continues where it stopped."
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -28,7 +28,7 @@ BUILD_VERSION = 4
 def raw_files(recipe: DataRecipe) -> tuple[list[tuple[int, RawFile]], list[str]]:
     """(source number, file) of all raw files that are read, and the labels of those of a folder or glob that no format fits.
 
-    A file that a source names itself must be readable; beside others a picture or a README is no mistake.
+    A file that a source names must be readable; in a folder, a picture or a README is not an error.
     """
     found = [(number, file) for number, source in enumerate(recipe.sources) for file in source_files(source)]
     labelled = zip((number for number, _ in found), distinct([file for _, file in found]), strict=True)

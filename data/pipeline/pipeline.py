@@ -3,7 +3,7 @@
     report = build_dataset(load_data_recipe("chitchat"))
 
 Contract: the folder appears whole or not at all; a build from the same inputs and recipe is not repeated; one that was killed
-goes on where it stopped; the bytes of everything but timings.json do not depend on the number of workers or on interruptions.
+continues where it stopped; the bytes of everything but timings.json do not depend on the number of workers or on interruptions.
 Intermediate files live in `.<name>.work-<digest>` beside the data set and go when it is published.
 """
 

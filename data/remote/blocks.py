@@ -115,7 +115,7 @@ class RemoteDataset(TokenDataset):
         attempts: int = 5,
         damaged_blocks: float = 0.0,
     ) -> RemoteDataset:
-        """Open one split below a URL. Raises ConfigError in words, RemoteReadError where the network fails for good."""
+        """Open one split below a URL. Raises ConfigError, or RemoteReadError where every attempt failed."""
         read = range_reader(path)
         store = PieceCache(cache, limit_bytes, attempts=attempts)
         name = f"{path.rstrip('/')}/{MANIFEST}"

@@ -4,7 +4,7 @@
     data = cache.get(key, fetch=lambda: read_range(...), is_whole=lambda data: hash(data) == expected)
 
 One process fetches a piece while the others that want it wait for its file lock. A piece is checked, written under another
-name and renamed; whoever reads it checks it again, so a damaged file is fetched anew rather than used. The least recently
+name and renamed; every reader checks it again, so a damaged file is fetched again rather than used. The least recently
 used pieces go first when the limit is reached; the size is kept in one locked file: the limit holds for all processes together.
 """
 
@@ -83,7 +83,7 @@ class PieceCache:
         return data
 
     def size(self) -> int:
-        """Bytes of all pieces, counted anew."""
+        """Bytes of all pieces, counted from the files."""
         return sum(size for _, size, _ in self._files())
 
     def _read(self, path: Path, is_whole: Callable[[bytes], bool]) -> bytes | None:

@@ -110,7 +110,7 @@ class RemotePath:
         return SimpleNamespace(st_size=int(files.size(path) or 0))
 
     def is_file(self) -> bool:
-        """Does it exist, and is no folder?"""
+        """Does it exist as a file?"""
         files, path = filesystem(self.url)
         return bool(files.isfile(path))
 
@@ -144,7 +144,7 @@ def find_remote(pattern: str) -> list[RemotePath]:
 
 
 def staging_folder(url: str) -> Path:
-    """Where a data set is built before it goes to a URL. Here, not in a temporary folder: an interrupted build goes on."""
+    """Where a data set is built before it goes to a URL. Not in a temporary folder: an interrupted build continues here."""
     return Path("corpora/.remote") / f"{RemotePath(url).name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 
@@ -205,7 +205,7 @@ def publish_remotely(folder: Path, url: str, tick: Callable[[int, int], None] | 
     except (NotImplementedError, OSError) as error:
         raise ConfigError(
             f"{url}: cannot be written ({type(error).__name__}: {error}).\nThe finished data set is in {folder}; "
-            "the same command goes on copying it."
+            "the same command continues the copy."
         ) from error
     log.unlink()
 
@@ -231,7 +231,7 @@ def local_copy(url: str, wanted: Callable[[str], bool] = lambda name: True) -> I
             raise ConfigError(f"data set {url}: {sum(sizes.values()):,} bytes, {free:,} free in {folder.parent}. Set TMPDIR.")
         for name in sizes:
             if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
-                raise ConfigError(f"data set {url}: {name!r} leads outside of its folder")
+                raise ConfigError(f"data set {url}: {name!r} leads outside its folder")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             files.get_file(f"{root}/{name}", str(folder / name))
         yield folder

@@ -51,7 +51,7 @@ def print_funnel(report: dict[str, Any], console: Console | None = None) -> None
     for split, part in report.get("splits", {}).items():
         share = part["loss_tokens"] / max(part["tokens"], 1)
         sizes = f"{part['dialogues']:,} dialogues, {part['tokens']:,} tokens"
-        console.print(f"{split}: {sizes}, {share:.1%} of them with loss, {part['shards']} shard(s)")
+        console.print(f"{split}: {sizes}, {share:.1%} of them with loss, {part['shards']} shard{'s' * (part['shards'] != 1)}")
     print_texts(report, console)
     proof = report.get("certificate")
     if proof:
@@ -65,7 +65,7 @@ def print_files(files: dict[str, Any], console: Console) -> None:
         console.print(f"files: {', '.join(f'{n:,} {_NAMES.get(name, name)}' for name, n in formats.items())}", highlight=False)
     if left_out := files.get("left_out"):
         named = ", ".join(left_out[:FILES_NAMED]) + (", …" if len(left_out) > FILES_NAMED else "")
-        line = f"left out, empty or of no known format: {len(left_out):,} file(s): {escape(named)}"
+        line = f"left out, empty or of no known format: {len(left_out):,} files: {escape(named)}"
         console.print(line, style="yellow", highlight=False)
 
 

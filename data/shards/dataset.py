@@ -38,7 +38,7 @@ class BlockPlace:
 class TokenDataset:
     """Random access to the blocks of one split. Opening reads the manifest and the indices, no tokens.
 
-    Where the bytes come from is `block_bytes` alone: a data set that lies elsewhere replaces it, and `block_name`.
+    Only `block_bytes` reads token shards: a remote data set overrides it, and `block_name`.
     """
 
     def __init__(self, path: Path, split: str, manifest: dict[str, Any], indices: list[ShardIndex]) -> None:
@@ -153,12 +153,12 @@ class TokenDataset:
         """Block b, its xxh3 and its lengths checked."""
         where = self.block_name(b)
         if b in self.quarantined:
-            raise DamagedShardError(f"{where}: in the quarantine of the data set; nobody may read it.")
+            raise DamagedShardError(f"{where}: in the quarantine of the data set; it must not be read.")
         data, place = self.block_bytes(b), self.block_place(b)
         if len(data) != place.size or block_hash(data) != place.xxh3:
             raise DamagedShardError(
                 f"{where}: bytes differ from those written (xxh3).\nRestore it: chatmill data verify {self.path} --repair\n"
-                f"or go on without it: chatmill data verify {self.path} --quarantine SHARE"
+                f"or continue without it: chatmill data verify {self.path} --quarantine SHARE"
             )
         block = decode_block(data, where)
         first, last = int(self.block_starts[b]), int(self.block_starts[b + 1])

@@ -119,7 +119,7 @@ def walk_members(data: bytes | memoryview, where: str) -> Iterator[tuple[str, in
         if not info.isfile():
             raise DamagedShardError(f"{where}: member {info.name!r} at byte {position} is not a plain file")
         if info.name.startswith(("/", "\\")) or ".." in info.name.replace("\\", "/").split("/"):
-            raise DamagedShardError(f"{where}: member {info.name!r} leads outside of its folder")
+            raise DamagedShardError(f"{where}: member {info.name!r} leads outside its folder")
         start = position + 512
         if start + info.size > len(view):
             raise DamagedShardError(

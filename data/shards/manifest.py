@@ -23,13 +23,13 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json of a data-set folder; ConfigError in words where there is none or it is damaged."""
+    """manifest.json of a data-set folder; ConfigError where it is missing or damaged."""
     file = path / MANIFEST
     if not file.is_file():
         what = "has no manifest.json" if path.is_dir() else "does not exist"
         raise ConfigError(
             f"data set {path}: {what}. Build it with: chatmill data build RECIPE\n"
-            "If it lies elsewhere now: data.path=FOLDER for training, --data FOLDER for `chatmill eval`."
+            "If it was moved: data.path=FOLDER for training, --data FOLDER for `chatmill eval`."
         )
     return parse_manifest(file.read_bytes(), str(file))
 
@@ -45,7 +45,7 @@ def parse_manifest(raw: bytes, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: format {found!r}, this version reads {FORMAT_VERSION}. Rebuild the data set.")
     for name in _names(manifest):
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-            raise DamagedShardError(f"{where}: names a file outside of the folder: {name!r}. Rebuild the data set.")
+            raise DamagedShardError(f"{where}: names a file outside the folder: {name!r}. Rebuild the data set.")
     return manifest
 
 

@@ -56,7 +56,7 @@ def find_damage(folder: Path, manifest: Mapping[str, Any], split: str) -> list[H
         if hashlib.sha256(raw).hexdigest() != record["index_sha256"]:
             raise DamagedShardError(
                 f"{split}/{record['index']}: missing or damaged; what the shard held is not known without it.\n"
-                "Make it anew with: chatmill data verify DIR --repair"
+                "Restore it with: chatmill data verify DIR --repair"
             )
         index = ShardIndex.from_bytes(raw, str(index_file))
         descriptor = os.open(file, os.O_RDONLY) if file.is_file() else None
@@ -116,7 +116,7 @@ def read_quarantine(folder: Path, fingerprints: Mapping[str, str]) -> Quarantine
 
 def parse_quarantine(raw: bytes, where: str, fingerprints: Mapping[str, str]) -> Quarantine:
     """Inverse of write_quarantine."""
-    advice = "Make it anew with: chatmill data verify DIR --quarantine SHARE"
+    advice = "Write it again with: chatmill data verify DIR --quarantine SHARE"
     try:
         content = json.loads(raw)
         seal = content.pop("sha256")

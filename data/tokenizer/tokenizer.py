@@ -139,7 +139,7 @@ class ChatTokenizer:
         return text
 
     def _guard(self, added: Mapping[int, AddedToken]) -> None:
-        """Which strings nobody may type: special tokens, and those of the template that the tokenizer does not call special.
+        """Strings that users cannot type: special tokens, and those of the template that the tokenizer does not call special.
 
         Of the template: what stands around a user's turn, and what opens and closes a reply. Others stay typable: `<think>`
         is an added token, too, and part of many replies.

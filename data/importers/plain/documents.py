@@ -21,7 +21,7 @@ _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 
 
 def recognise(head: bytes, name: str) -> bool:
-    """A file that calls itself text and is, or JSON lines with a text field and nothing of a chat."""
+    """A text file by its suffix and content, or JSON lines with a text field and no fields of a chat."""
     if name.lower().endswith(_TEXT_SUFFIXES):
         return b"\0" not in head
     first = first_object(head)

@@ -55,7 +55,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
 
 
 def _speakers(file: RawFile, encoding: str) -> set[str]:
-    """Names that open a line twice or more; all of them where fewer than two do. `Note: …` inside a turn is no speaker."""
+    """Names that open a line twice or more; all of them where fewer than two do. `Note: …` inside a turn is not a speaker."""
     with file.text(encoding) as text:
         counts = Counter(found[1].strip() for found in map(_SAID.match, text) if found)
     often = {name for name, count in counts.items() if count >= 2}

@@ -252,10 +252,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated texts": (lambda f: os.truncate(f / "dialogues/train-00001.tar", 5120), r"train-00001\.tar: the end marker"),
     "renamed": (lambda f: (f / "train/train-00001.tar").rename(f / "train/x.tar"), r"train/train-00001\.tar: missing"),
     "swapped": (swapped, r"train/train-00000\.tar: sha256"),
-    "path traversal": (traverse, r"member '\.\./\.\./\.ssh/authorized_keys' leads outside of its folder"),
+    "path traversal": (traverse, r"member '\.\./\.\./\.ssh/authorized_keys' leads outside its folder"),
     "pickled array": (pickled, r"train/train-00000\.tar, block 0: unreadable block \(Object arrays"),
-    "pipe in the manifest": (rename_in_manifest("pipe:touch /tmp/owned"), r"names a file outside of the folder: 'pipe:touch"),
-    "path in the manifest": (rename_in_manifest("../../x.tar"), r"names a file outside of the folder: '\.\./\.\./x\.tar'"),
+    "pipe in the manifest": (rename_in_manifest("pipe:touch /tmp/owned"), r"names a file outside the folder: 'pipe:touch"),
+    "path in the manifest": (rename_in_manifest("../../x.tar"), r"names a file outside the folder: '\.\./\.\./x\.tar'"),
 }  # fmt: skip
 
 
@@ -271,9 +271,9 @@ def test_a_damaged_or_hostile_file_is_caught(copy: Path, name: str, capsys: pyte
 @pytest.mark.parametrize("name", ["pipe:touch owned", "/etc/passwd", "../train-00000.tar", "s3://x/y.tar", ".hidden.tar", ""])
 def test_no_reader_opens_what_a_manifest_should_not_name(copy: Path, tmp_path: Path, name: str) -> None:
     rename_in_manifest(name)(copy)
-    with pytest.raises(DamagedShardError, match="names a file outside of the folder"):
+    with pytest.raises(DamagedShardError, match="names a file outside the folder"):
         TokenDataset.open(copy, "train")
-    with pytest.raises(DamagedShardError, match="names a file outside of the folder"):
+    with pytest.raises(DamagedShardError, match="names a file outside the folder"):
         RemoteDataset.open(f"file://{copy}", "train", cache=tmp_path / "cache")
 
 

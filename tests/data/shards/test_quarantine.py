@@ -1,4 +1,4 @@
-"""Damaged blocks: made anew from the dialogues, or named and left out alike by every rank, before and after a resume."""
+"""Damaged blocks: restored from the dialogues, or left out by every rank in the same way, before and after a resume."""
 
 from __future__ import annotations
 
