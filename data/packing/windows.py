@@ -65,8 +65,8 @@ class OpenWindow:
         if found is None:
             if block in self._unreadable:
                 raise ConfigError(
-                    f"data.stream: block {block} was put into the quarantine after the run had planned its present window. One of "
-                    "the block's dialogues is longer than a pack, and where it was cut can no longer be known.\n"
+                    f"data.stream: block {block} was put into the quarantine after the run had planned its present window. "
+                    "One of its dialogues is longer than a pack, and where it was cut can no longer be known.\n"
                     "Restore the block (chatmill data verify DIR --repair), or start a new run from the checkpoint."
                 )
             data = self.source.read_block(block)
