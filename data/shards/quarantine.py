@@ -94,7 +94,7 @@ def _reason(descriptor: int | None, start: int, size: int, expected: int, where:
 
 
 def write_quarantine(folder: Path, found: Quarantine, fingerprints: Mapping[str, str]) -> None:
-    """Write the list, or remove the old one where there is nothing to hold. fingerprints: by split (shards.fingerprint)."""
+    """Write the list, or remove the old one where there is nothing to hold. fingerprints: by split (manifest.fingerprint)."""
     path = folder / QUARANTINE
     if not any(found.values()):
         path.unlink(missing_ok=True)
