@@ -172,7 +172,7 @@ def test_what_cannot_be_reached_is_said_in_words(bucket: Any, tmp_path: Path, mo
     with pytest.raises(ConfigError, match="cannot read this kind of URL"):
         find_files("nosuch://a/b")
     raw = write_jsonl(tmp_path / "raw.jsonl", chats(60))
-    with pytest.raises(ConfigError, match=r"cannot be written(.|\n)*the same command goes on"):
+    with pytest.raises(ConfigError, match=r"cannot be written(.|\n)*the same command continues"):
         build_dataset(recipe(raw), "s3://no-such-bucket/set")
     folder = tmp_path / "escape"
     bucket.pipe_file("chat/evil/../../escape", b"x")
