@@ -12,9 +12,7 @@ from collections.abc import Collection, Mapping
 from itertools import islice
 from pathlib import Path
 
-import yaml
-
-from chatmill.config import ConfigError, Section
+from chatmill.config import ConfigError, Section, read_yaml
 
 from ...data.packing.mixture import Mixture
 from ...data.packing.options import StreamOptions
@@ -72,7 +70,7 @@ def _begun_with(folder: Path, recipe: Recipe) -> tuple[int, int] | None:
     file = folder / "config.yaml"
     if not file.is_file():
         return None
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = read_yaml(file)
     old, schedule = config.get("train", {}), config.get("schedule", {})
     before = old.get("epochs"), old.get("tokens"), schedule.get("unit", "steps")
     if before != (recipe.train.epochs, recipe.train.tokens, recipe.schedule.unit):

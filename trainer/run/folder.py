@@ -19,9 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
-from chatmill.config import ConfigError, dump_yaml, validate
+from chatmill.config import ConfigError, dump_yaml, read_yaml, validate
 from chatmill.files import replace_text
 from chatmill.processes import own_process
 from chatmill.run_files import PREEMPTED, list_checkpoints, read_jsonl, step_of
@@ -102,7 +100,7 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.is_file():
             return
-        old, new = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.model_dump(mode="json")
+        old, new = read_yaml(file), recipe.model_dump(mode="json")
         free_train: tuple[str, ...] = FREE_TRAIN
         with contextlib.suppress(ConfigError):  # fields newer than the run have their defaults
             begun = validate(Recipe, old, str(file))
