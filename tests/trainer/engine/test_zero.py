@@ -72,11 +72,13 @@ def test_the_bucket_of_gradients_is_no_larger_than_the_model_or_deepspeed_s_own(
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_trains_as_the_single_process_does(stage: int, write_recipe, tmp_path: Path) -> None:
     train(load_recipe(str(write_recipe("reference"))))
-    recipe = write_recipe("zero", parallel={"strategy": f"zero{stage}"}, train={"accumulation": 2})
+    prompts = {"prompts": ["Where?"], "max_new_tokens": 2}  # stage 3 gathers weights for the reply: every rank must take part
+    recipe = write_recipe("zero", parallel={"strategy": f"zero{stage}"}, train={"accumulation": 2}, evaluation=prompts)
     out = train_in_ranks(recipe, 2)
     run = tmp_path / "runs" / "zero"
     assert f"strategy zero{stage} (DeepSpeedEngine/" in out
     assert f"sharded {20 if stage == 3 else 0} of 20" in out
+    assert [line["step"] for line in read_jsonl(run / "samples.jsonl")] == [8]
     assert losses(run) == pytest.approx(losses(tmp_path / "runs" / "reference"), rel=2e-5)
     expected = open_checkpoint(tmp_path / "runs" / "reference")
     found = open_checkpoint(run)
