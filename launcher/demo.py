@@ -1,4 +1,4 @@
-"""The whole way once, on real chats: `make demo`.
+"""End to end on real chats: `make demo`.
 
     import SmolLM2-135M-Instruct -> build the data set -> measure, fine-tune, measure again -> three replies -> HTML report
 

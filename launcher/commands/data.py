@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from chatmill.formatting import counted
+
 from .arguments import RUN_HELP, add_command, add_group, add_recipe, add_run
 
 STAGES = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")
@@ -87,7 +89,7 @@ def _verify(options: argparse.Namespace) -> int:
     problems = verify_dataset(options.path)
     for line in (*listed_quarantine(options.path), *problems):
         print(line)
-    print(f"{options.path}: {len(problems)} problem(s)" if problems else f"{options.path}: files whole, masks and split proven")
+    print(f"{options.path}: {counted(len(problems), 'problem') if problems else 'files whole, masks and split proven'}")
     return 1 if problems else 0
 
 

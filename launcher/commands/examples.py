@@ -58,7 +58,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "resume": ("chatmill resume runs/tiny --detach",),
     "sweep": (
         "chatmill sweep my-sweep.yaml --dry-run",
-        "chatmill sweep my-sweep.yaml --workers 4   # again: goes on where it was stopped",
+        "chatmill sweep my-sweep.yaml --workers 4   # run again: continues where it was stopped",
         "",
         "my-sweep.yaml (any recipe field can be searched):",
         "  name: tiny-lr",

@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--rank", type=int, help="one rank's own output (default: the launcher's log)")
     command.add_argument("--attempt", type=int, help="which attempt (default: the newest)")
     command.add_argument("--lines", "-n", type=int, default=40, help="number of lines (default 40)")
-    command.add_argument("--follow", "-f", action="store_true", help="go on printing until the run ends")
+    command.add_argument("--follow", "-f", action="store_true", help="keep printing until the run ends")
 
     command = add_command(commands, "cancel", _cancel, "stop a run; it saves first, and resume continues it")
     add_run(command)

@@ -4,8 +4,8 @@
     chatmill doctor --parity [--full]          same losses and gradients from every engine (launcher/doctor/parity.py)
 
 Marks: ok, note (nothing to do), warn (something will be slower or missing), bad (training will fail: exit code 1).
-Every check is a function from facts to findings; heavy imports run in a process of their own, so a broken extension is reported
-and not died of.
+Every check is a function from facts to findings; heavy imports run in a process of their own, so a broken extension is
+reported and does not end the doctor.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def kernel_findings(text: str, how: str, seconds: float, tolerance: float = 2e-2
             worst = float(value)
         except ValueError:
             found.append(
-                Finding("bad", "kernels", f"{name}: {value}", "kernels.* = reference or torch in the recipe goes round it")
+                Finding("bad", "kernels", f"{name}: {value}", "kernels.* = reference or torch in the recipe avoids it")
             )
             continue
         if worst <= tolerance:
@@ -305,9 +305,7 @@ def check_disk(folder: Path, megabytes: int = 256) -> list[Finding]:
     if usage.free < 5e9:
         return [Finding("warn", "disk", detail, "make room: a checkpoint of 1 B parameters with its optimizer takes 12 GB")]
     if rate < SLOW_DISK_MB_PER_S:
-        return [
-            Finding("warn", "disk", detail, "slow: checkpoints will hold training up; use a faster run.dir or save less often")
-        ]
+        return [Finding("warn", "disk", detail, "slow: saving will hold up training; use a faster run.dir or save less often")]
     return [Finding("ok", "disk", detail)]
 
 

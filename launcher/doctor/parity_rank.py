@@ -70,7 +70,7 @@ def run_cases(rank: int, world_size: int, engine: str, group: Path, reference: P
         found["gradient"] = max(float((gradients[n] - g).norm() / g.norm()) for n, g in expected.items())
         replace_text(group / f"{number}.json", json.dumps(found))
     if dist.is_initialized():
-        dist.barrier()  # no rank may go while another still gathers
+        dist.barrier()  # no rank may leave while another still gathers
 
 
 def join(rank: int, world_size: int, engine: str, meeting: Path) -> World:
@@ -166,7 +166,7 @@ def padded(batch: PackedBatch) -> PackedBatch:
     """The same dialogues, each at the start of its own row of PACK_TOKENS, the rest of the row a segment of padding."""
     bounds = batch.cu_seqlens.tolist()
     spans = [(a, b) for a, b in pairwise(bounds) if bool((batch.tokens[a:b] != 0).any())]
-    spans = spans or [(0, PACK_TOKENS)]  # a micro-batch of padding alone still takes part
+    spans = spans or [(0, PACK_TOKENS)]  # a micro-batch of padding alone still counts
     T = len(spans) * PACK_TOKENS
     tokens, positions = torch.zeros(T, dtype=torch.int32), torch.zeros(T, dtype=torch.int32)
     targets = torch.full((T,), IGNORE, dtype=torch.int64)

@@ -70,7 +70,7 @@ class JobSpec(Section):
     processes_per_node: None: one per GPU, or one on a node without GPUs.
     signal_lead_s: seconds before the time limit at which the run is asked to save (Slurm fires up to 60 s earlier).
     max_no_progress: attempts in a row that may fail without a newer checkpoint.
-    chain: so many wall times one after the other (a job array that runs one element at a time).
+    chain: number of consecutive jobs (a job array that runs one element at a time).
     environment: plain values; `secrets`: names that must be set where the job is submitted, whose values are never written.
     setup: shell lines run as they are on the batch node before anything else.
     """

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from chatmill.config import ConfigError, dump_yaml, read_yaml, validate
+from chatmill.formatting import counted
 
 from ..supervise.run_state import needed_lead_s
 from ..supervise.supervise import LOGS
@@ -100,9 +101,10 @@ def describe(prepared: Launch) -> str:
     step_tokens = packs * recipe.data.sequence_length
     lines = [f"note: {note}" for note in prepared.resolved.notes]
     if prepared.on == "slurm" and spec.cpus_per_task is None and "--exclusive" not in spec.options:
-        lines.append("note: no --cpus-per-task: each node's processes share what this cluster gives by default, often one CPU")
+        lines.append("note: no --cpus-per-task: the processes of a node share the cluster's default, often one CPU")
     lines.append(f"run         {prepared.resolved.run_dir}")
-    lines.append(f"processes   {spec.world_size} = {spec.nodes} node(s) x {spec.processes}, {recipe.parallel.strategy}")
+    nodes = f"{counted(spec.nodes, 'node')} x {spec.processes}"
+    lines.append(f"processes   {spec.world_size} = {nodes}, {recipe.parallel.strategy}")
     if shape is None:
         lines.append(f"parameters  unknown: {recipe.model.checkpoint} cannot be read from here")
     else:
@@ -116,7 +118,7 @@ def describe(prepared: Launch) -> str:
     if train.epochs is None and train.tokens is None:
         lines.append(f"steps       {train.steps:,}, {step_tokens * train.steps:,} tokens at most")
     else:
-        budgets = [f"{n:,} {what}" for n, what in ((train.epochs, "epoch(s)"), (train.tokens, "tokens")) if n is not None]
+        budgets = [counted(n, noun) for n, noun in ((train.epochs, "epoch"), (train.tokens, "token")) if n is not None]
         lines.append(f"steps       counted at the start, for {' or '.join(budgets)}")
     return "\n".join(lines)
 
@@ -150,7 +152,7 @@ def check_inputs(prepared: Launch) -> None:
         return  # paths are those inside the image
     for path in recipe.data.paths.values():
         if not (Path(path) / "manifest.json").is_file():
-            raise ConfigError(f"data.path: {path} is no finished data set (no manifest.json); run: chatmill data build")
+            raise ConfigError(f"data.path: {path} is not a finished data set (no manifest.json); run: chatmill data build")
     if model_shape(recipe) is None:
         raise ConfigError(f"model.checkpoint: {recipe.model.checkpoint} holds no config.json")
 

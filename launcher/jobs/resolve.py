@@ -1,4 +1,4 @@
-"""Recipe and overrides as they will run in a world of so many processes.
+"""A recipe and its overrides as they will run with a given number of processes.
 
     python -m chatmill.launcher.jobs.resolve --world-size 4 tiny optimizer.lr=1e-3     # what slurm/train.sh asks
 
@@ -22,7 +22,7 @@ from ...trainer.config import ModelConfig, Recipe, load_recipe
 
 @dataclass(frozen=True)
 class Resolved:
-    """The validated recipe, the arguments that give it, and what was changed (for the user's eyes)."""
+    """The validated recipe, the arguments that produce it, and notes for the user about what was changed."""
 
     recipe: Recipe
     arguments: tuple[str, ...]
@@ -50,7 +50,7 @@ def resolve(name: str, overrides: Sequence[str], world_size: int) -> Resolved:
             )
         words.append("parallel.strategy=ddp")
         recipe = load_recipe(name, words)
-        notes.append(f"the recipe is for one process, {world_size} are started: parallel.strategy=ddp")
+        notes.append(f"the recipe is for one process, but {world_size} are started: parallel.strategy=ddp")
     return Resolved(recipe, (name, *words), tuple(notes))
 
 

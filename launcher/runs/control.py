@@ -56,7 +56,7 @@ def cancel(name: str, *, now: bool) -> int:
 
 
 def resume(name: str, *, detach: bool) -> int:
-    """Start a run again exactly as its newest launch did, code snapshot included; it goes on from its newest checkpoint."""
+    """Start a run again exactly as its newest launch did, from its code snapshot; it continues from its newest checkpoint."""
     run_dir = find_run(name)
     record = last_launch(run_dir)
     if record is None:

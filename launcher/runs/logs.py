@@ -7,6 +7,7 @@ from collections import deque
 from pathlib import Path
 
 from chatmill.config import ConfigError
+from chatmill.formatting import counted
 
 from ..supervise.run_state import attempt_logs
 from .status import ACTIVE, current_state, find_run, launcher_log
@@ -23,17 +24,17 @@ def rank_logs(run_dir: Path, rank: int, attempt: int | None) -> list[Path]:
     ordered = [places[key] for key in sorted(places)]
     if not 0 <= rank < len(ordered):
         where = folders[-1] if folders else run_dir / "logs"
-        raise ConfigError(f"rank {rank}: {where} holds the output of {len(ordered)} rank(s)")
+        raise ConfigError(f"rank {rank}: {where} holds the output of {counted(len(ordered), 'rank')}")
     return [ordered[rank] / "stdout.log", ordered[rank] / "stderr.log"]
 
 
 def logs(name: str, *, rank: int | None, attempt: int | None, lines: int, follow: bool) -> int:
-    """Print the last lines of the launcher's log or of one rank's output, and go on while the run is active."""
+    """Print the last lines of the launcher's log or of one rank's output, and continue while the run is active."""
     run_dir = find_run(name)
     if rank is None and attempt is None:
         log = launcher_log(run_dir)
         if log is None:
-            raise ConfigError(f"{run_dir}: no launcher's log yet; a job writes it when it starts (chatmill status {name})")
+            raise ConfigError(f"{run_dir}: no launcher log yet; a job writes it when it starts (chatmill status {name})")
         files = [log]
     else:
         files = rank_logs(run_dir, rank or 0, attempt)

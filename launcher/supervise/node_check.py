@@ -53,7 +53,7 @@ def _gpus(expected: int) -> list[str]:
     if done.returncode:
         return [f"nvidia-smi failed: {(done.stdout + done.stderr).strip()[-300:]}"]
     rows = [line.split(",") for line in done.stdout.splitlines() if "," in line]
-    found = [f"{len(rows)} GPU(s) answer, {expected} expected"] if len(rows) < expected else []
+    found = [f"{len(rows)} of {expected} GPUs answer"] if len(rows) < expected else []
     bad = [(i.strip(), n.strip()) for i, n in rows if n.strip() not in ("0", "[N/A]")]
     return found + [f"GPU {i}: {n} uncorrected memory errors" for i, n in bad]
 
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             (Path(logs) / f"bad-node-{name}").write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            print(f"node {name}: this could not be written down: {error.strerror}", file=sys.stderr, flush=True)
+            print(f"node {name}: this could not be recorded: {error.strerror}", file=sys.stderr, flush=True)
     return BAD_NODE
 
 

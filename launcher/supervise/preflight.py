@@ -45,8 +45,8 @@ def main(megabytes: int = 64, repeats: int = 5, timeout_s: float = 120.0) -> int
     if rank == 0:
         moved = 2 * (world_size - 1) / world_size * tensor.nbytes  # bytes that each rank of a ring sends
         print(
-            f"preflight: {world_size} ranks on {len(set(hosts))} host(s) {'nccl' if use_cuda else 'gloo'}, "
-            f"all-reduce of {megabytes} MiB right, bus {moved / min(seconds) / 1e9:.2f} GB/s, first took {seconds[0]:.2f} s",
+            f"preflight: {world_size} ranks on {len(set(hosts))} hosts, {'nccl' if use_cuda else 'gloo'}, "
+            f"all-reduce of {megabytes} MiB correct, bus {moved / min(seconds) / 1e9:.2f} GB/s, first took {seconds[0]:.2f} s",
             flush=True,
         )
     dist.destroy_process_group()

@@ -78,9 +78,9 @@ def attempts(run_dir: Path) -> list[Attempt]:
 
 
 def attempt_spans(run_dir: Path, *, active: bool) -> list[tuple[float, float]]:
-    """When each attempt began and ended, those by hand (the run's own start and resume events) too, oldest first.
+    """When each attempt began and ended, oldest first, including those started by hand (the run's start and resume events).
 
-    An attempt whose end nobody noted ended with its last record; the newest one of an active run goes on now.
+    An attempt without a recorded end ended with its last record; the newest one of an active run lasts until now.
     """
     events = list(read_jsonl(run_dir / "events.jsonl"))
     tried = attempts(run_dir)
@@ -99,7 +99,7 @@ def attempt_spans(run_dir: Path, *, active: bool) -> list[tuple[float, float]]:
 
 
 def failures_without_progress(run_dir: Path, job: str) -> int:
-    """How many of this job's latest attempts failed one after the other with no checkpoint newer than before them."""
+    """How many of this job's latest attempts failed in a row without a newer checkpoint."""
     count = 0
     for attempt in reversed([a for a in attempts(run_dir) if a.job == job]):
         if attempt.outcome is None:

@@ -15,7 +15,7 @@ from ..programs import output_of
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """id: what squeue and scontrol take. is_array: one element of a chain of wall times, which is continued by the next one."""
+    """id: what squeue and scontrol take. is_array: one element of a chain of jobs; the next element continues the run."""
 
     id: str
     nodes: list[str]
@@ -41,7 +41,7 @@ class SlurmJob:
         output_of(["scancel", f"--signal={name}", self.id])
 
     def requeue(self, exclude: list[str] | None = None) -> bool:
-        """Put this job back into the queue, without the nodes in `exclude`. False: it is not running any more, or may not."""
+        """Put this job back into the queue, without the nodes in `exclude`. False: it no longer runs, or Slurm refused."""
         shown = output_of(["scontrol", "show", "job", "-o", self.id])
         if shown is None or "JobState=RUNNING" not in shown:
             return False

@@ -10,7 +10,7 @@ One attempt = one start of all processes. What ends it, and what follows:
     terminated  this process itself got SIGTERM (scancel, or Slurm requeueing by itself): stop, Slurm decides.
     failed      anything else: the first cause is printed and all processes are started again, unless the recipe itself was
                 refused or `--max-no-progress` attempts in a row brought no newer checkpoint.
-Only the standard library is used: with containers this runs outside the image. No state is held but in the run folder.
+Only the standard library is used: with containers this runs outside the image. All state is kept in the run folder.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def first_port(job: str, attempt: int) -> int:
 
 
 def free_port(first: int) -> int:
-    """The first port at or after `first` that nobody on this machine listens on."""
+    """The first port at or after `first` on which nothing listens on this machine."""
     for port in range(first, first + 200):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -91,7 +91,7 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
     """Run attempts until the run is done, handed back or given up; returns the exit code.
 
     lead_s: seconds before the time limit at which Slurm signals. Where the run's own figures ask for more, the stop is asked
-    for earlier from here. hang_s: kill an attempt whose records stand still for so long (0: never).
+    for earlier from here. hang_s: kill an attempt that writes no record for this long (0: never).
     """
     signals = Signals()
     (run_dir / CANCEL).unlink(missing_ok=True)
@@ -115,7 +115,7 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
         words = [word.replace(LOGS, str(logs)) for word in command]
         code = run_attempt(words, environment, signals, slurm, run_dir, deadline, hang_s)
         if code and is_finished(run_dir, since):
-            say(f"exit code {code}, but the run had finished before: a signal met processes that were on their way out")
+            say(f"exit code {code}, but the run had already finished: a signal reached processes that were exiting")
             code = 0
         after = newest_step(run_dir)
         preempted = (run_dir / PREEMPTED).is_file()
@@ -148,7 +148,7 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
             return _hand_back(slurm, signals, outcome, (run_dir / CANCEL).is_file())
         bad = [path.name.removeprefix(BAD_NODE_PREFIX) for path in logs.glob(BAD_NODE_PREFIX + "*")]
         if bad and slurm is not None and not slurm.is_array:
-            say(f"{', '.join(bad)} failed the node check: requeued without it")
+            say(f"{', '.join(bad)} failed the node check: requeued without that node")
             return 0 if slurm.requeue(exclude=bad) else 1
         pause = min(30.0, 2.0**stale - 1.0)
         if pause:
@@ -163,7 +163,7 @@ def _early_stop(run_dir: Path, slurm: SlurmJob | None, lead_s: float) -> float |
     left = slurm.seconds_left() if slurm else None
     if needed is None or left is None or needed <= lead_s:
         return None
-    say(f"a save needs {needed:.0f} s by this run's figures, Slurm signals {lead_s:.0f} s before the end: I will ask earlier")
+    say(f"a save needs {needed:.0f} s, but Slurm signals {lead_s:.0f} s before the end: the stop comes earlier")
     return time.monotonic() + max(0.0, left - needed)
 
 
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--max-no-progress", type=int, default=3)
     parser.add_argument("--lead", type=float, default=180.0, help="seconds before the time limit at which Slurm signals")
-    parser.add_argument("--hang", type=float, default=0.0, help="kill an attempt silent for so many seconds (0: never)")
+    parser.add_argument("--hang", type=float, default=0.0, help="kill an attempt after this many silent seconds (0: never)")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command

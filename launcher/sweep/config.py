@@ -12,8 +12,8 @@
       train.micro_batch: {choices: [2, 4, 8]}
     scaling: parameters
 
-Any recipe field can be an axis: learning rate and batch, data.max_dialogues, model.hidden_size ... All trials and what comes of
-them are kept in DIR/NAME; the same command goes on where it was stopped. Imports neither torch nor optuna.
+Any recipe field can be an axis: learning rate and batch, data.max_dialogues, model.hidden_size ... All trials and their
+results are kept in DIR/NAME; the same command continues where it was stopped. Imports neither torch nor optuna.
 """
 
 from __future__ import annotations

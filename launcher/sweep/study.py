@@ -35,7 +35,7 @@ def load_optuna() -> Any:
 
 
 def open_study(sweep: SweepConfig) -> Any:
-    """Create or load the study; a grid's points are put in line once."""
+    """Create or load the study; the points of a grid are queued once."""
     optuna = load_optuna()
     journal: Any = importlib.import_module("optuna.storages.journal")
     sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def lock(folder: Path) -> Iterator[None]:
 def ask(study: Any, sweep: SweepConfig) -> Any | None:
     """The next trial with its values, or None when all have been given out.
 
-    Trials whose worker died are put back first: they keep their run folder, so the trainer continues them.
+    Trials whose worker died are queued again first. They keep their run folder, so the trainer continues them.
     """
     optuna = load_optuna()
     with lock(sweep.folder):
@@ -107,13 +107,13 @@ def _put_back_orphans(study: Any, sweep: SweepConfig) -> None:
 
 
 def beat(run_dir: Path) -> None:
-    """Say that this process works on the trial in run_dir."""
+    """Record that this process works on the trial in run_dir."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / HEARTBEAT).write_text(f"{os.uname().nodename} {os.getpid()}\n", encoding="utf-8")
 
 
 def is_alive(run_dir: Path) -> bool:
-    """Whether a worker said so lately; on its own machine its process is asked for."""
+    """Whether a worker recorded so recently; on the same machine its process is looked up too."""
     file = run_dir / HEARTBEAT
     try:
         host, pid = file.read_text(encoding="utf-8").split()
@@ -126,7 +126,7 @@ def is_alive(run_dir: Path) -> bool:
 
 
 def distribution(axis: Axis) -> Any:
-    """The axis as Optuna has it."""
+    """The axis as an Optuna distribution."""
     optuna = load_optuna()
     if axis.choices:
         return optuna.distributions.CategoricalDistribution(axis.choices)

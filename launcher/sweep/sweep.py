@@ -1,6 +1,6 @@
 """`chatmill sweep`: search over recipe fields, here or as a Slurm array, and say which recipe was best.
 
-chatmill sweep SWEEP.yaml [--workers 4]       processes on this machine; the same command goes on
+chatmill sweep SWEEP.yaml [--workers 4]       processes on this machine; the same command continues
 chatmill sweep SWEEP.yaml --on slurm          one array element per worker (= sbatch --array=1-4 slurm/sweep.sh SWEEP.yaml)
 chatmill sweep SWEEP.yaml --report            table, best.yaml and report.html of what there is
 """

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from chatmill.formatting import counted
+
 
 class ConfigError(ValueError):
     """A recipe, override or input file that cannot be used. The message says what to change."""
@@ -98,8 +100,7 @@ def validate(kind: type[S], raw: Mapping[str, Any], where: str) -> S:
         return kind.model_validate(raw)
     except ValidationError as error:
         lines = [_explain(kind, item) for item in error.errors()]
-        problems = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise ConfigError(f"{where}: {problems}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise ConfigError(f"{where}: {counted(len(lines), 'problem')}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 def dump_yaml(config: Section) -> str:

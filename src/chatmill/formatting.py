@@ -2,6 +2,7 @@
 
     number(1234567)    "1.23 M"
     duration(3725)     "1 h 2 min"
+    counted(3, "node") "3 nodes"
 
 Standard library only.
 """
@@ -27,6 +28,11 @@ def number(value: float | None, digits: int = 3) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}" if size < 100 else f"{value:.1f}" if digits > 3 else f"{value:.0f}"
+
+
+def counted(count: float, noun: str) -> str:
+    """3, "node" -> 3 nodes; 1, "node" -> 1 node."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def duration(seconds: float) -> str:

@@ -39,7 +39,7 @@ def test_a_dry_run_prints_everything_and_writes_nothing(tmp_path: Path, capsys: 
     text = capsys.readouterr().out
     for part in (
         "parameters  7,152",
-        "8 = 2 node(s) x 4, ddp",
+        "8 = 2 nodes x 4, ddp",
         "lr: 0.25",
         "#SBATCH --partition=p1",
         "sbatch --parsable",
@@ -126,7 +126,7 @@ def test_a_launch_runs_its_own_copy_of_the_code_and_is_cancelled_and_resumed_as_
         assert status["state"] == "running" and status["step"] >= 50 and status["eta_s"] > 0 and 0 < status["goodput"] <= 1
         assert "step " in chatmill(tmp_path, "logs", "runs/r").stdout
         assert "step " in chatmill(tmp_path, "logs", "runs/r", "--rank", "0").stdout
-        assert "2 rank(s)" in chatmill(tmp_path, "logs", "runs/r", "--rank", "2").stderr
+        assert "the output of 2 ranks" in chatmill(tmp_path, "logs", "runs/r", "--rank", "2").stderr
         assert "nothing to resume" in chatmill(tmp_path, "resume", "runs/r").stderr
     finally:
         assert "asked to save" in chatmill(tmp_path, "cancel", "runs/r").stdout
