@@ -46,7 +46,8 @@ class PackedBatch:
     else -100. positions Int32["T"]: restart at 0 in every segment. cu_seqlens Int32["S+1"]: 0 .. T; padding, at the end of a
     pack, is a segment of its own. rows Int32["R"]: where targets != -100, then -1 up to a multiple of 128.
     loss_tokens, n_tokens: of this batch, without padding. step_loss_tokens, step_tokens: of the whole step, all ranks and all
-    accumulation. uids: dialogues in order. plan: what `annotate` made of cu_seqlens. position: of the stream, after the batch.
+    accumulation. uids: dialogues in order. tile_maps: what `annotate` made of cu_seqlens. position: of the stream, after
+    the batch.
     pairs Int64["P 2"], of a data set of preference pairs: segments of the chosen and of the rejected dialogue, which are one in
     `uids`; step_pairs: of the whole step.
     """
@@ -62,7 +63,7 @@ class PackedBatch:
     step_loss_tokens: int
     step_tokens: int
     uids: tuple[str, ...]
-    plan: Any = None
+    tile_maps: Any = None
     position: Position | None = None
     pairs: Tensor | None = None
     step_pairs: int = 0
@@ -78,20 +79,20 @@ class PackedBatch:
         return self.step_loss_tokens if self.pairs is None else self.step_pairs
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """The batch with its tensors, and its plan where that can, on `device`."""
-        move = getattr(self.plan, "to", None)
-        plan = move(device, non_blocking=non_blocking) if callable(move) else self.plan
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), plan)
+        """The batch with its tensors, and its tile maps where they can, on `device`."""
+        move = getattr(self.tile_maps, "to", None)
+        tile_maps = move(device, non_blocking=non_blocking) if callable(move) else self.tile_maps
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), tile_maps)
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory, for copies that overlap with computation."""
-        pin = getattr(self.plan, "pin_memory", None)
-        return self._map(lambda tensor: tensor.pin_memory(), pin() if callable(pin) else self.plan)
+        pin = getattr(self.tile_maps, "pin_memory", None)
+        return self._map(lambda tensor: tensor.pin_memory(), pin() if callable(pin) else self.tile_maps)
 
-    def _map(self, change: Callable[[Tensor], Tensor], plan: Any) -> PackedBatch:
+    def _map(self, change: Callable[[Tensor], Tensor], tile_maps: Any) -> PackedBatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return PackedBatch(**values | {"plan": plan})
+        return PackedBatch(**values | {"tile_maps": tile_maps})
 
 
 class PackedStream(IterableDataset[PackedBatch]):
@@ -289,7 +290,7 @@ class PackedStream(IterableDataset[PackedBatch]):
             step_loss_tokens=planned.loss_tokens,
             step_tokens=planned.tokens,
             uids=tuple(uids),
-            plan=options.annotate(cu_seqlens, T) if options.annotate is not None else None,
+            tile_maps=options.annotate(cu_seqlens, T) if options.annotate is not None else None,
             pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2) if self.preference else None,
             step_pairs=sum(pack.count for pack in planned.packs) if self.preference else 0,
             position=planned.end if micro + 1 == options.accumulation else replace(planned.start, micro=micro + 1),

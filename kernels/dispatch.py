@@ -5,7 +5,7 @@
 `impl="auto"` reads the shipped table tuning/dispatch.json from the top: the first rule that fits the device, then the first of
 its choices that the kernel says is usable here (installed, and able to do what is asked). The table is pinned, never measured
 at run time: every rank of a job takes the same decision. A choice is logged once per kernel and reason. Any other `impl` is
-taken as it is, and refused in words where it cannot work.
+used as given; where it cannot work, the error says why.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
-from .interpreter import is_interpreting
+from .interpreter import install, is_interpreting
 
 TABLE = Path(__file__).resolve().parent / "tuning" / "dispatch.json"
 log = logging.getLogger("chatmill.kernels")
+Impl = Literal["auto", "triton", "torch", "reference"]  # of every kernel but attention
 
 
 def _read_table() -> dict[str, list[dict[str, Any]]]:
@@ -70,7 +71,7 @@ def _is_installed(module: str) -> bool:
 
 @contextlib.contextmanager
 def planning_for_gpu() -> Iterator[None]:
-    """While it lasts, Triton is usable everywhere: for tracing shapes with fake tensors, where no kernel ever runs."""
+    """Inside this context Triton counts as usable everywhere: for tracing shapes with fake tensors, where no kernel runs."""
     _planning.append(True)
     try:
         yield
@@ -82,12 +83,12 @@ _planning: list[bool] = []
 
 
 def is_planning() -> bool:
-    """Whether shapes alone are traced, see planning_for_gpu."""
+    """Whether only shapes are traced, see planning_for_gpu."""
     return bool(_planning)
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """Reason why Triton kernels cannot run on tensors of this device; None where they can."""
+    """Why Triton kernels cannot run on tensors of this device; None where they can."""
     if _planning:
         return None
     if not is_installed("triton"):
@@ -108,10 +109,13 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
 
     Triton launches on the current device and its stream, wherever the pointers lie: with a model on cuda:1 and cuda:0 current
     that is an illegal access, or an unordered one over peer access. torch's own operators guard themselves, custom ones do not.
+    Where kernels are interpreted, the interpreter is first taught bf16.
     """
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        if is_interpreting():
+            install()
         device = _first_device(args)
         with torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext():
             return function(*args, **kwargs)

@@ -1,16 +1,16 @@
-"""bf16 made right in Triton's interpreter: how kernels are tested on a machine without a GPU.
+"""Correct bf16 in Triton's interpreter: how kernels are tested on a machine without a GPU.
 
     TRITON_INTERPRET=1 pytest tests/kernels
 
 With TRITON_INTERPRET=1 (set before triton is imported) `@triton.jit` functions run in numpy on CPU tensors. numpy has no bf16,
-so the interpreter keeps the raw uint16 bits, and in every version up to 3.9 it computes on those *bits*: `a + b`, `tl.dot`,
+so the interpreter keeps the raw uint16 bits, and in every version up to 3.9 it computes on those *bits*: `a + b`, `tl.dot` and
 `tl.max` of bf16 values are silently wrong (triton issue 11584), and the cast from fp32 truncates instead of rounding to nearest
 even. `install()` lifts bf16 operands to fp32 around each operation and rounds the result back, as the hardware does.
 
-It also gives the interpreter fp32 `desc.atomic_add` (the TMA unit's reduction); what lies outside of the descriptor is left
-alone, as the hardware does.
+It also gives the interpreter fp32 `desc.atomic_add` (the TMA unit's reduction), which, like the hardware, leaves alone what
+lies outside the descriptor.
 
-Not supported, with or without this: autotune over several configs, inline assembly, bf16 atomics, Gluon. Out-of-bounds loads
+Still not supported: autotune over several configs, inline assembly, bf16 atomics, Gluon. Out-of-bounds loads
 return garbage instead of failing: tests pad their buffers with canaries.
 """
 

@@ -28,7 +28,7 @@ class StreamOptions:
     that many tokens were used. max_dialogues: only the first that many of each data set. exclude: {first step: uids}, not used
     from that step on. global_batch: packs per step (None: world_size x micro_batch x accumulation).
     Division. micro_batch: packs per batch; accumulation: batches per step and rank.
-    Work. annotate(cu_seqlens, T): builds PackedBatch.plan, off the training thread. pin: batches in page-locked memory.
+    Work. annotate(cu_seqlens, T): builds PackedBatch.tile_maps, off the training thread. pin: batches in page-locked memory.
     prefetch: batches that a thread builds ahead.
     """
 

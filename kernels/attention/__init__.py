@@ -1,6 +1,7 @@
 """Attention over packed chats: the public names."""
 
-from .device_plan import DevicePlan, plan_attention
-from .interface import attention, attention_reference
+from .interface import attention, attention_with_lse
+from .reference import attention_reference
+from .tile_map import TileMap, make_tile_map
 
-__all__ = ["DevicePlan", "attention", "attention_reference", "plan_attention"]
+__all__ = ["TileMap", "attention", "attention_reference", "attention_with_lse", "make_tile_map"]

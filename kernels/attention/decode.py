@@ -3,7 +3,7 @@
     out[b] = sum_s softmax_s(cap(scale * q[b] . k[b, s])) v[b, s],   s < lengths[b], s >= lengths[b] - window
 
 Shapes: B conversations, Hq query heads, Hk key/value heads, C cache rows, D and Dv channels; lengths count the new token.
-Method: split-K (Flash-Decoding): the cache is cut into `splits` stretches so that one conversation fills a GPU; the query heads
+Method: split-K (Flash-Decoding): the cache is cut into `splits` stretches so that one conversation fills a GPU. The query heads
 of a key head form one matrix tile, so the cache is read once. A second kernel merges the stretches by their log-sum-exp.
 No gradient: generation only.
 """
@@ -13,8 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import choose, why_no_triton
-from .interface import MAX_HEAD_DIM
+from ..dispatch import choose
+from ..tensors import wide_dtype
+from .interface import why_not_triton
+from .rules import Rules
 
 
 def decode_attention_reference(
@@ -30,7 +32,7 @@ def decode_attention_reference(
     """The whole score matrix in fp32 (fp64 for fp64); also the fast path on a CPU, where the cache is read once either way."""
     B, Hq, D = q.shape
     C, Hk = k_cache.shape[1:3]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(q.dtype)
     grouped = q.to(dtype).view(B, Hk, Hq // Hk, D)
     scores = torch.einsum("bhgd,bchd->bhgc", grouped, k_cache.to(dtype)) * (D**-0.5 if scale is None else scale)
     if softcap is not None:
@@ -69,12 +71,10 @@ def decode_attention(
         )
     if q.shape[1] % k_cache.shape[2] or q.shape[2] != k_cache.shape[3]:
         raise ValueError(f"decode_attention: heads or channels do not agree: q {tuple(q.shape)}, cache {tuple(k_cache.shape)}.")
-    obstacle = why_no_triton(q.device)
-    if obstacle is None and (q.dtype == torch.float64 or max(q.shape[2], v_cache.shape[3]) > MAX_HEAD_DIM):
-        obstacle = f"no kernel for {q.dtype} and head dimensions {q.shape[2]}, {v_cache.shape[3]}"
+    obstacle = why_not_triton(q.device, q.dtype, max(q.shape[2], v_cache.shape[3]))
     if choose("decode_attention", impl, q.device, {"triton": obstacle, "torch": None}) == "torch":
         return decode_attention_reference(q, k_cache, v_cache, lengths, window=window, softcap=softcap, scale=scale)
     from .decode_triton import decode_attention_triton
 
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    return decode_attention_triton(q, k_cache, v_cache, lengths, window or 0, softcap or 0.0, scale, splits)
+    rules = Rules(True, window or 0, softcap or 0.0, q.shape[2] ** -0.5 if scale is None else scale)
+    return decode_attention_triton(q, k_cache, v_cache, lengths, rules, splits)

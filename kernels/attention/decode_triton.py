@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Split-K decoding kernels of attention_decode.py: stretches of the cache, then their merge."""
+"""Split-K decoding kernels of decode.py: stretches of the cache, then their merge."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from .device_plan import padded
-from .triton_tier import LOG2E, NEVER, _capped, _dense_channels
+from ..tensors import with_adjacent_columns
+from .rules import Rules
+from .tiles import padded
+from .triton_parts import NEVER, capped
 
 BLOCK_N = 64
 # programs that fill the largest GPU of today about twice
@@ -54,7 +56,7 @@ def decode_stretch_kernel(
         inside = n + at < high
         rows = (n + at).to(tl.int64)
         k = tl.load(k_base + rows[:, None] * k_row + channel[None, :], mask=inside[:, None] & (channel[None, :] < D), other=0.0)
-        scores = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2, cap2, HAS_CAP)
+        scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2, cap2, HAS_CAP)
         scores = tl.where(inside[None, :], scores, NEVER)
         new_top = tl.maximum(top, tl.max(scores, 1))
         p = tl.math.exp2(scores - new_top[:, None])
@@ -98,11 +100,10 @@ def stages(D: int, DV: int, element_bytes: int) -> int:
 
 @on_its_device
 def decode_attention_triton(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int, softcap: float, scale: float, splits: int | None
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, rules: Rules, splits: int | None
 ) -> Tensor:
     """out (B, Hq, Dv)."""
-    q = _dense_channels(q)
-    k_cache, v_cache = (x if x.stride(3) == 1 else x.contiguous() for x in (k_cache, v_cache))
+    q, k_cache, v_cache = (with_adjacent_columns(x) for x in (q, k_cache, v_cache))
     B, heads, D = q.shape
     C, kv_heads, DV = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
     if splits is None:
@@ -113,9 +114,9 @@ def decode_attention_triton(
     decode_stretch_kernel[(B * kv_heads * splits,)](
         q, k_cache, v_cache, part, top, total, lengths.to(device=q.device, dtype=torch.int32), splits, kv_heads,
         heads // kv_heads,
-        window, scale * LOG2E, max(softcap, 1e-6) * LOG2E, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        rules.window, *rules.base2, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
         D=D, DV=DV, BLOCK_D=padded(D), BLOCK_DV=padded(DV), BLOCK_G=padded(heads // kv_heads), BLOCK_N=BLOCK_N,
-        HAS_WINDOW=window > 0, HAS_CAP=softcap > 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        HAS_WINDOW=rules.window > 0, HAS_CAP=rules.softcap > 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=stages(D, DV, q.element_size()),
     )  # fmt: skip
     decode_merge_kernel[(B * heads,)](

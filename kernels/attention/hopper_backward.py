@@ -3,20 +3,20 @@
     S = scale * q k^T, capped;  P = exp(S - lse);  dP = dout v^T;  dS = P * (dP - delta) * cap'
     dv += P^T dout;   dk += dS^T q;   dq += dS k  (fp32, in memory, by the TMA unit's reduction)
 
-One program takes one key tile of the plan and one key head, and walks the queries that see it, head after head of its group.
-The split kernels of attention_triton.py compute S and dP twice, so that no two programs add to one place: 7 products, bitwise
-equal runs. Here programs add to dq as they get there: the fp32 sums differ in their last bits from run to run.
+One program takes one key tile and one key head, and walks the queries that see it, head after head of its group. The split
+kernels of triton_tier.py compute S and dP twice, so that no two programs add to one place: 7 products, bitwise equal runs.
+Here programs add to dq as they get there: the fp32 sums differ in their last bits from run to run.
 
-What it costs beside the products, with n = T * Hq * D: 4n bytes written to zero the fp32 dq (in the pass that makes delta,
+Its cost apart from the products, with n = T * Hq * D: 4n bytes written to zero the fp32 dq (in the pass that makes delta,
 which reads those rows anyway), 4n bytes added into L2 per key tile that a query sees, 4n read and 2n written by the last pass,
-which scales and rounds dq. With short documents (one or two key tiles per query) that is not small against the products.
+which scales and rounds dq. With short documents (one or two key tiles per query) that is a large share of the time.
 
-TMA tiles are whole blocks of rows, whoever they belong to. So in a step at a document's edge, a window's edge or the diagonal
-P is set to zero outside of what is seen, dS with it, and what is added to rows of others is 0.0; rows past T are cut off by
-the hardware. (A NaN in another document's q, k or dout within such a block does get through: 0 * NaN.) Steps in which every
+TMA tiles are whole blocks of rows, whichever document they belong to. So in a step at a document's edge, a window's edge or
+the diagonal P and dS are set to zero outside what is seen, and 0.0 is added to rows of other documents; rows past T are cut off
+by the hardware. (A NaN in another document's q, k or dout within such a block does get through: 0 * NaN.) Steps in which every
 pair is seen skip the mask by a branch: one loop, since two of them spill 408 bytes at D = 128 instead of 124.
 
-Steps begin at multiples of 4 rows: TMA coordinates are to be multiples of 16 bytes, lse and delta are fp32.
+Steps begin at multiples of 4 rows: TMA coordinates must be multiples of 16 bytes, and lse and delta are fp32.
 Not warp-specialised: with the fifth product in the loop the compiler's partitioning pass fails (3.6.0 and 3.7.1, docs/log.md).
 Interpreted and cross-compiled only; never timed on a GPU. Dispatch does not choose it by itself: set impl="hopper".
 """
@@ -31,8 +31,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import on_its_device
-from .device_plan import DevicePlan
-from .triton_tier import LOG2E, LOG2E_, _cap_slope, _capped, _dense_channels, _strides
+from ..tensors import with_adjacent_columns
+from .rules import Rules
+from .tile_map import TileMap
+from .triton_parts import LOG2E_, cap_slope, capped, strides_of, tile_row
 
 DIMS = (64, 128)
 # rows of a pass over all rows
@@ -90,12 +92,7 @@ def attention_backward_hopper_kernel(
     LSE2, DELTA: of (Hq, T), blocks of (1, BLOCK_M). Scores are transposed: (keys, queries).
     """
     tile, kv_head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    start = tl.load(TILES + tile * 8)
-    end = tl.load(TILES + tile * 8 + 1)
-    low = tl.load(TILES + tile * 8 + 2)
-    high = tl.load(TILES + tile * 8 + 3)
-    lead = tl.load(TILES + tile * 8 + 4)
-    full = tl.load(TILES + tile * 8 + 5)
+    start, end, low, high, lead, full, _ = tile_row(TILES, tile)
     at = tl.arange(0, BLOCK_N)
     inside = start + at < end
     first = tl.load(BOUNDS + 2 * T + start + at, mask=inside, other=0)
@@ -114,14 +111,14 @@ def attention_backward_hopper_kernel(
     for _ in tl.range(0, (high - begin + BLOCK_M - 1) // BLOCK_M * group):
         q = Q.load([m, head * q_head])
         lse2 = LSE2.load([head, m]).reshape([BLOCK_M])
-        scores = _capped(tl.dot(k, q.T) * scale2, cap2, HAS_CAP)
+        scores = capped(tl.dot(k, q.T) * scale2, cap2, HAS_CAP)
         p = tl.math.exp2(scores - lse2[None, :])
         if (m < clear) | (m >= edge):
             p = tl.where(_seen_once((m + tl.arange(0, BLOCK_M))[None, :], first[:, None], count[:, None]), p, 0.0)
         do = DOUT.load([m, head * do_head])
         dv = tl.dot(p.to(do.dtype), do, dv)
         delta = DELTA.load([head, m]).reshape([BLOCK_M])
-        ds = p * (tl.dot(v, do.T) - delta[None, :]) * _cap_slope(scores, cap2, HAS_CAP)
+        ds = p * (tl.dot(v, do.T) - delta[None, :]) * cap_slope(scores, cap2, HAS_CAP)
         ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, dk)
         DQ_SUM.atomic_add([m, head * D], tl.dot(ds.T, k))
@@ -147,10 +144,10 @@ def launch_shape(D: int, block_n: int) -> tuple[int, int]:
 
 @on_its_device
 def attention_backward_hopper(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, plan: DevicePlan,
-    softcap: float, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    tile_map: TileMap, rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, dense. Takes bf16 and fp16, D = Dv = 64 or 128; key tiles of the plan's split dk and dv kernel."""
+    """dq, dk, dv, dense. Takes bf16 and fp16, D = Dv = 64 or 128; key tiles are those of the split dk and dv kernel."""
     T, heads, D = q.shape
     kv_heads = k.shape[1]
     if v.shape[2] != D or D not in DIMS or q.dtype not in (torch.bfloat16, torch.float16):
@@ -159,7 +156,7 @@ def attention_backward_hopper(
             'Take impl="triton", or deterministic=True.'
         )
     q, k, v, dout = (_rows_of_heads(x) for x in (q, k, v, dout))
-    out = _dense_channels(out)
+    out = with_adjacent_columns(out)
     padded_T = -(-T // ALIGNED_ROWS.value) * ALIGNED_ROWS.value
     lse2, delta = (lse.new_empty(heads, padded_T) for _ in range(2))
     dq_sum = q.new_empty(T, heads, D, dtype=torch.float32)
@@ -168,19 +165,19 @@ def attention_backward_hopper(
         return dq, dk, dv
     backward_prepare_kernel[(triton.cdiv(T, ROWS) * heads,)](
         out, dout, lse, lse if dlse is None else dlse.contiguous(), lse2, delta, dq_sum, T, heads, padded_T,
-        *_strides(out, dout), D=D, BLOCK_M=ROWS, HAS_DLSE=dlse is not None, num_warps=4,
+        *strides_of(out, dout), D=D, BLOCK_M=ROWS, HAS_DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
-    block_m, block_n = plan.config.dkdv[:2]
+    block_m, block_n = tile_map.config.dkdv[:2]
     num_warps, num_stages = launch_shape(D, block_n)
-    attention_backward_hopper_kernel[(plan.dkdv.shape[0] * kv_heads,)](
+    attention_backward_hopper_kernel[(tile_map.dkdv.shape[0] * kv_heads,)](
         _columns(q, block_m), _columns(k, block_n), _columns(v, block_n), _columns(dout, block_m), _columns(dq_sum, block_m),
-        _per_row(lse2, T, block_m), _per_row(delta, T, block_m), dk, dv, plan.dkdv, plan.bounds, T, kv_heads,
+        _per_row(lse2, T, block_m), _per_row(delta, T, block_m), dk, dv, tile_map.dkdv, tile_map.bounds, T, kv_heads,
         heads // kv_heads, q.stride(1), k.stride(1), v.stride(1), dout.stride(1),
-        scale, scale * LOG2E, max(softcap, 1e-6) * LOG2E,
-        D=D, BLOCK_M=block_m, BLOCK_N=block_n, HAS_CAP=softcap > 0, num_warps=num_warps, num_stages=num_stages,
+        rules.scale, *rules.base2,
+        D=D, BLOCK_M=block_m, BLOCK_N=block_n, HAS_CAP=rules.softcap > 0, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     finish = (triton.cdiv(dq.numel(), FINISH_BLOCK),)
-    backward_finish_kernel[finish](dq_sum, dq, dq.numel(), scale, BLOCK=FINISH_BLOCK, num_warps=4)
+    backward_finish_kernel[finish](dq_sum, dq, dq.numel(), rules.scale, BLOCK=FINISH_BLOCK, num_warps=4)
     return dq, dk, dv
 
 

@@ -1,14 +1,14 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Forward of packed attention for Hopper, in Gluon: TMA, warp-specialised, persistent, ping-pong; backward of another tier.
+"""Forward of packed attention for Hopper, in Gluon: TMA, warp-specialised, persistent, ping-pong; the backward is another tier.
 
-    plan = plan_attention(cu_seqlens, T, head_dim=128, impl="hopper").to("cuda")
-    out, lse = attention_forward_hopper(q, k, v, plan, softcap=0.0, scale=128**-0.5)
+    tile_map = make_tile_map(cu_seqlens, T, head_dim=128, impl="hopper").to("cuda")
+    out, lse = attention_forward_hopper(q, k, v, tile_map, Rules(causal=True, window=0, softcap=0.0, scale=128**-0.5))
 
-One program per multiprocessor walks the plan's tiles x heads, longest first. One warp loads by TMA, two groups of four warps
-hold 64 query rows each (setmaxnreg gives them the loader's registers). A group issues Q K(i)^T and P(i-1) V(i-1) together,
-hands the tensor cores to the other group and does its softmax meanwhile; rings and phases run on from tile to tile, so that the
-next tile's keys are on their way while this one is stored. Steps in which every pair is seen run without a mask; the few others
-go first. What a row sees is the plan's interval [first, last), so a tile may hold several documents.
+One program per multiprocessor walks the tiles x heads, longest first. One warp loads by TMA, two groups of four warps hold 64
+query rows each (setmaxnreg gives them the loader's registers). A group issues Q K(i)^T and P(i-1) V(i-1) together, hands the
+tensor cores to the other group and does its softmax meanwhile. Rings and phases run on from tile to tile, so that the next
+tile's keys are on their way while this one is stored. Steps in which every pair is seen run without a mask; the few others go
+first. What a row sees is the tile map's interval [first, last), so a tile may hold several documents.
 
 Barriers (shared memory mbarriers; n counts key steps and t tiles of this program, s = n mod STAGES, c = group 0 or 1):
 
@@ -21,8 +21,8 @@ Barriers (shared memory mbarriers; n counts key steps and t tiles of this progra
     v_empty[s]   both groups, after their P V                  loader, before it loads there again  n div STAGES - 1
     turn[c]      the other group, once it has issued its GEMMs group c, before it issues its own    n (c = 1), n - 1 (c = 0)
 
-The loader's order K(0), Q, K(1), V(0), K(2), V(1) .. V(last) is the order in which places fall free. `turn` orders, it guards
-nothing: with it gone the results stay right.
+The loader's order K(0), Q, K(1), V(0), K(2), V(1) .. V(last) is the order in which places become free. `turn` only orders:
+without it the results would still be right.
 
 Limits: bf16 and fp16, D = Dv = 64 or 128, T + 128 < 2**31 rows (TMA coordinates are int32 rows; addresses are 64-bit); values
 must be finite in rows next to a document too, for TMA cannot stop at its end: they are multiplied by a weight of 0.
@@ -52,9 +52,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..dispatch import on_its_device
-from .device_plan import HOPPER_FORWARD, DevicePlan
+from .rules import LOG2E, Rules
+from .tile_map import TileMap
+from .tiles import HOPPER_FORWARD
 
-LOG2E = 1.4426950408889634
 LOG2E_ = gl.constexpr(LOG2E)
 LN2_ = gl.constexpr(0.6931471805599453)
 # finite: a row that has seen nothing yet keeps this top
@@ -65,7 +66,7 @@ L2_BYTES = 32 << 20
 
 @gluon.jit
 def _rounds(items):
-    """Items of this program. Rounds of one item per program run to and fro, so that nobody gets the longest of every round."""
+    """Items of this program. Rounds of one item per program go to and fro, so that none gets the longest of every round."""
     programs = gl.num_programs(0)
     whole = items // programs
     place = gl.program_id(0) + (whole & 1) * (programs - 1 - 2 * gl.program_id(0))
@@ -76,7 +77,7 @@ def _rounds(items):
 def _item(r, TILES, tiles, heads, together):
     """Start, end, low, lead, full and tail of the tile and the head of this program's round r; of the last item past the end.
 
-    Heads come in sections of `together`, in each the tiles in order. Read one tile ahead: nobody waits for these numbers.
+    Heads come in sections of `together`, in each the tiles in order. Read one tile ahead: nothing waits for these numbers.
     """
     programs = gl.num_programs(0)
     place = r * programs + gl.program_id(0) + (r & 1) * (programs - 1 - 2 * gl.program_id(0))
@@ -329,23 +330,19 @@ def why_not_hopper(dtype: torch.dtype, head_dim: int, value_dim: int) -> str | N
     return None
 
 
-def attention_forward_hopper(
-    q: Tensor, k: Tensor, v: Tensor, plan: DevicePlan, softcap: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out (T, Hq, D) in q's dtype and lse (Hq, T) fp32. plan: plan_attention(..., impl="hopper")."""
-    if plan.config.forward != HOPPER_FORWARD[q.shape[2]]:
-        raise ValueError('attention: this plan is not for the Hopper tier: make it with plan_attention(..., impl="hopper").')
-    return launch(q, k, v, plan, softcap, scale, _multiprocessors(q.device))
+def attention_forward_hopper(q: Tensor, k: Tensor, v: Tensor, tile_map: TileMap, rules: Rules) -> tuple[Tensor, Tensor]:
+    """out (T, Hq, D) in q's dtype and lse (Hq, T) fp32. tile_map: make_tile_map(..., impl="hopper")."""
+    if tile_map.config.forward != HOPPER_FORWARD[q.shape[2]]:
+        raise ValueError('attention: this tile map is not for the Hopper tier: make it with make_tile_map(..., impl="hopper").')
+    return launch(q, k, v, tile_map, rules, _multiprocessors(q.device))
 
 
 @on_its_device
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, plan: DevicePlan, softcap: float, scale: float, programs: int
-) -> tuple[Tensor, Tensor]:
-    """The kernel with the plan's own tile sizes, on so many programs."""
+def launch(q: Tensor, k: Tensor, v: Tensor, tile_map: TileMap, rules: Rules, programs: int) -> tuple[Tensor, Tensor]:
+    """The kernel with the tile map's own tile sizes, on that many programs."""
     T, heads, D = q.shape
-    block_m, block_n, num_warps, stages = plan.config.forward
-    tiles, group = plan.forward.shape[0], heads // k.shape[1]
+    block_m, block_n, num_warps, stages = tile_map.config.forward
+    tiles, group = tile_map.forward.shape[0], heads // k.shape[1]
     if max(T + max(block_m, block_n), tiles * heads + programs) >= 1 << 31:
         raise ValueError(
             f"attention: the Hopper tier counts rows and tiles x heads in 32 bits; got T={T}, {tiles} tiles, {heads} heads. "
@@ -355,9 +352,10 @@ def launch(
     if not tiles:
         return out, lse
     attention_forward_hopper_kernel[(min(programs, tiles * heads),)](
-        _descriptor(q, block_m // 2), _descriptor(k, block_n), _descriptor(v, block_n), out, lse, plan.forward, plan.bounds,
-        T, tiles, heads, group, heads_together(T, heads, group, D * q.element_size()), scale * LOG2E,
-        max(softcap, 1e-6) * LOG2E, O_ROW=heads * D, STAGES=stages, HAS_CAP=softcap > 0, num_warps=num_warps,
+        _descriptor(q, block_m // 2), _descriptor(k, block_n), _descriptor(v, block_n), out, lse,
+        tile_map.forward, tile_map.bounds, T, tiles, heads, group,
+        heads_together(T, heads, group, D * q.element_size()), *rules.base2,
+        O_ROW=heads * D, STAGES=stages, HAS_CAP=rules.softcap > 0, num_warps=num_warps,
     )  # fmt: skip
     return out, lse
 

@@ -5,43 +5,32 @@
 
 Shapes: T tokens of all documents in one row, Hq query heads, Hk key/value heads (Hq a multiple of Hk), D and Dv channels.
 `cu_seqlens` holds the document boundaries; nothing attends across one.
-Method: Dao et al., FlashAttention-2, arXiv:2307.08691 and -3, arXiv:2407.08608; tiles planned on the CPU (attention_plan.py).
-Tiers:  triton (attention_triton.py), hopper (attention_hopper.py), flash-attn, SDPA, FlexAttention, torch (attention_torch.py);
-        dispatch.py chooses.
+Method: Dao et al., FlashAttention-2, arXiv:2307.08691 and -3, arXiv:2407.08608; tiles are listed on the CPU (tile_map.py).
+Tiers:  triton (triton_tier.py), hopper (hopper_forward.py), torch (torch_tier.py), flash-attn, SDPA and FlexAttention
+        (libraries.py); dispatch.py chooses.
 Bench:  python -m chatmill.kernels.bench attention
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dispatch import capability, choose, is_planning, why_no_triton
-from . import libraries as library
-from .device_plan import HOPPER_FORWARD, DevicePlan, plan_attention
-from .libraries import why_not
-from .torch_tier import Rules, attention_backward_torch, attention_forward_torch
+from .libraries import LIBRARIES, library_attention, why_not
+from .operators import attention_forward
+from .reference import attention_reference
+from .rules import Rules
+from .tile_map import TileMap
 
 # largest head dimension of the Triton kernels
 MAX_HEAD_DIM = 256
-Implementation = Literal["auto", "hopper", "triton", "flash", "sdpa", "flex", "torch", "reference"]
 
 
-def document_ids(cu_seqlens: Tensor | None, T: int, device: torch.device) -> Tensor:
-    """Int64 (T,) number of the document of each row; rows past the last boundary get -1."""
-    if cu_seqlens is None:
-        return torch.zeros(T, dtype=torch.int64, device=device)
-    rows = torch.arange(T, device=device)
-    ids = torch.searchsorted(cu_seqlens.to(device=device, dtype=torch.int64), rows, right=True) - 1
-    return ids.masked_fill(rows >= cu_seqlens[-1].to(device), -1)
-
-
-def attention_reference(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -51,242 +40,74 @@ def attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+    tile_map: TileMap | None = None,
+    max_seqlen: int | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The slow truth: the whole T x T matrix in fp32, or in fp64 where the inputs are.
+    deterministic: bool | None = None,
+) -> Tensor:
+    """Attention of packed documents: out (T, Hq, Dv). Rows past cu_seqlens[-1] give 0.
 
-    Returns out (T, Hq, Dv) in q's dtype and lse (Hq, T); rows outside every document give 0 and -inf. Autograd goes through.
+    q (T, Hq, D), k (T, Hk, D), v (T, Hk, Dv): any strides. cu_seqlens Int32 (S+1,): document boundaries, None: one document.
+    window: tokens seen by a query, itself included. scale: default D ** -0.5.
+    impl: auto, hopper, triton, flash, sdpa, flex, torch or reference.
+    return_lse: return (out, lse), as attention_with_lse does.
+    sinks (Hq,): one extra logit per head that takes weight and gives no value.
+    tile_map: make_tile_map(...) of these cu_seqlens; max_seqlen: the longest document. Given by the data stream, they spare a
+    wait for the GPU.
+    deterministic: gradients bitwise equal from run to run; None: torch.are_deterministic_algorithms_enabled(). The triton and
+    torch tiers' always are. The Hopper tier also has a backward of five matrix products instead of seven that is not: False
+    allows it.
     """
-    T, Hq, D = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = Hq // k.shape[1]
-    qh, kh, vh = q.to(dtype).transpose(0, 1), *(x.to(dtype).repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
-    scores = qh @ kh.transpose(1, 2) * (D**-0.5 if scale is None else scale)  # (Hq, T, T)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    ids, rows = document_ids(cu_seqlens, T, q.device), torch.arange(T, device=q.device)
-    distance = rows[:, None] - rows[None]
-    seen = (ids[:, None] == ids[None]) & (ids[:, None] >= 0)
-    if causal:
-        seen &= distance >= 0
-    if window is not None:
-        seen &= distance.abs() < window
-    scores = scores.masked_fill(~seen, -math.inf)
-    if sinks is not None:
-        column = sinks.to(dtype)[:, None, None].expand(Hq, T, 1)
-        scores = torch.cat([scores, column.masked_fill((ids < 0)[None, :, None], -math.inf)], 2)
-    lse = torch.logsumexp(scores, 2)
-    inside = (ids >= 0)[None, :, None]
-    weights = torch.where(inside, scores.masked_fill(~inside, 0.0).softmax(2), torch.zeros((), dtype=dtype, device=q.device))
-    out = weights[:, :, :T] @ vh
-    return out.transpose(0, 1).to(q.dtype), lse
-
-
-@torch.library.custom_op("chatmill::attention_forward", mutates_args=())
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: Tensor | None,
-    header: Sequence[int],
-    causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """out (T, Hq, Dv) and lse (Hq, T). window 0 and softcap 0.0 mean none; plan, header: DevicePlan's.
-
-    impl: torch, triton, hopper, or hopper-fused, which differs in the backward alone.
-    """
-    impl = impl.removesuffix("-fused")
-    if impl == "torch":
-        return attention_forward_torch(q, k, v, _bounds(cu_seqlens), Rules(causal, window, softcap, scale))
-    tiles = _plan(q, v, cu_seqlens, plan, header, causal, window, impl)
-    if impl == "hopper":
-        from .hopper_forward import attention_forward_hopper
-
-        return attention_forward_hopper(q, k, v, tiles, softcap, scale)
-    from .triton_tier import attention_forward_triton
-
-    return attention_forward_triton(q, k, v, tiles, softcap, scale)
-
-
-@attention_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: Tensor | None,
-    header: Sequence[int],
-    causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    T, Hq, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(T, Hq, v.shape[2]), q.new_empty(Hq, T, dtype=dtype)
-
-
-@torch.library.custom_op("chatmill::attention_backward", mutates_args=())
-def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    cu_seqlens: Tensor,
-    plan: Tensor | None,
-    header: Sequence[int],
-    causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v."""
-    if impl == "torch":
-        rules = Rules(causal, window, softcap, scale)
-        return attention_backward_torch(q, k, v, out, lse, dout, dlse, _bounds(cu_seqlens), rules)
-    tiles = _plan(q, v, cu_seqlens, plan, header, causal, window, impl.removesuffix("-fused"))
-    if impl == "hopper-fused":
-        from .hopper_backward import attention_backward_hopper
-
-        return attention_backward_hopper(q, k, v, out, lse, dout, dlse, tiles, softcap, scale)
-    from .triton_tier import attention_backward_triton
-
-    return attention_backward_triton(q, k, v, out, lse, dout, dlse, tiles, softcap, scale)
-
-
-@attention_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    cu_seqlens: Tensor,
-    plan: Tensor | None,
-    header: Sequence[int],
-    causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, plan, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, plan)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens, plan = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv = attention_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, plan, *ctx.options)
-    return (dq, dk, dv, *(None,) * (2 + len(ctx.options)))
-
-
-attention_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def _bounds(cu_seqlens: Tensor) -> tuple[int, ...]:
-    return tuple(cu_seqlens.tolist())
-
-
-def _plan(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor, plan: Tensor | None, header: Sequence[int], causal: bool, window: int, impl: str
-) -> DevicePlan:
-    """The caller's plan where it fits the tier, or one made here: reading cu_seqlens then waits for the GPU."""
-    given = None if plan is None else DevicePlan(plan, tuple(header))
-    if given is not None and (impl != "hopper" or given.config.forward == HOPPER_FORWARD[q.shape[2]]):
-        return given
-    made = _made_plan(_bounds(cu_seqlens), q.shape[0], max(q.shape[2], v.shape[2]), q.dtype, window, causal, q.device, impl)
-    if made.data.is_cuda:
-        _hold(made.data)
-    return made
-
-
-def _hold(tiles: Tensor) -> None:
-    """The cache of plans may let go of one while a captured graph will still read it, or kernels of another stream do."""
-    if torch.cuda.is_current_stream_capturing():
-        _captured[tiles.data_ptr()] = tiles
+    rules = Rules(causal, window or 0, softcap or 0.0, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    _check(q, k, v, cu_seqlens, window, softcap, rules.scale)
+    # a condition, not its value: with a number of documents that varies, Dynamo has a symbol here, and _decide wants constants
+    packed = True if cu_seqlens is not None and cu_seqlens.numel() > 2 else False  # noqa: SIM210
+    needs_lse = return_lse or sinks is not None
+    dtype = str(q.dtype).removeprefix("torch.")
+    impl = _decide(impl, str(q.device), dtype, q.shape[2], v.shape[2], rules.softcap > 0, needs_lse, packed)
+    if impl in LIBRARIES:  # none of them gives the log-sum-exp
+        return library_attention(impl, q, k, v, cu_seqlens, max_seqlen, rules)
+    if impl == "reference":
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "sinks": sinks}
+        out, lse = attention_reference(q, k, v, causal=causal, window=window, softcap=softcap, scale=scale, **options)
     else:
-        tiles.record_stream(torch.cuda.current_stream(tiles.device))
+        out, lse = _attention(q, k, v, cu_seqlens, tile_map, rules, impl, deterministic)
+        if sinks is not None:
+            # softmax with one more column of value 0: out shrinks by exp(lse) / (exp(lse) + exp(sink))
+            sink = sinks.to(lse.dtype)[:, None]
+            inside = lse != -math.inf
+            out = out * torch.where(inside, torch.sigmoid(lse - sink), 0.0).t()[..., None].to(out.dtype)
+            lse = torch.where(inside, torch.logaddexp(lse, sink), lse)
+    return (out, lse) if return_lse else out  # type: ignore[return-value]  # typed: attention_with_lse
 
 
-_captured: dict[int, Tensor] = {}
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """out (T, Hq, Dv) of attention and lse (Hq, T), -inf in rows past cu_seqlens[-1]. options: those of attention."""
+    out, lse = attention(q, k, v, return_lse=True, **options)
+    return out, lse
 
 
-@functools.lru_cache(maxsize=32)
-def _made_plan(
-    bounds: tuple[int, ...],
-    T: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    window: int,
-    causal: bool,
-    device: torch.device,
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    tile_map: TileMap | None,
+    rules: Rules,
     impl: str,
-) -> DevicePlan:
-    plan = plan_attention(
-        bounds, T, head_dim=head_dim, dtype=dtype, window=window or None, causal=causal, device=device, impl=impl
-    )
-    return plan.to(device)
-
-
-@torch.compiler.assume_constant_result
-def _decide(
-    impl: str,
-    device: str,
-    dtype: str,
-    head_dim: int,
-    value_dim: int,
-    window: int,
-    softcap: float,
-    needs_lse: bool,
-    packed: bool,
-    causal: bool,
-) -> str:
-    """Implementation by dispatch's table; plain arguments, so that torch.compile takes the answer as a constant."""
-    where, kind = torch.device(device), getattr(torch, dtype)
-    triton = why_no_triton(where)
-    if triton is None and max(head_dim, value_dim) > MAX_HEAD_DIM:
-        triton = f"head dimensions up to {MAX_HEAD_DIM}, not {max(head_dim, value_dim)}"
-    if triton is None and kind == torch.float64:
-        triton = "no float64"
-    call = {"device": where, "dtype": kind, "head_dim": head_dim, "value_dim": value_dim}
-    call |= {"window": window, "softcap": softcap, "needs_lse": needs_lse, "packed": packed}
-    obstacles = {name: why_not(name, **call) for name in ("flash", "sdpa", "flex")}
-    obstacles |= {
-        "triton": triton,
-        "hopper": triton or _why_no_hopper(where, kind, head_dim, value_dim),
-        "torch": None,
-        "reference": None,
-    }
-    return choose("attention", impl, where, obstacles, packed=packed)
-
-
-def _why_no_hopper(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
-    if device.type != "cuda" and not is_planning():
-        return "the Hopper tier runs on a Hopper GPU alone: Triton's interpreter knows no Gluon"
-    if device.type == "cuda" and not 90 <= capability(device) < 100:
-        return f"the Hopper tier needs compute capability 90, this GPU has {capability(device)}"
-    from .hopper_forward import why_not_hopper
-
-    return why_not_hopper(dtype, head_dim, value_dim)
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of the torch, triton or hopper tier."""
+    if tile_map is not None:
+        _check_tile_map(tile_map, q, rules)
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32)
+    tiles, header = (None, ()) if tile_map is None or impl == "torch" else (tile_map.data, tile_map.header)
+    if impl == "hopper" and _may_fuse(q.shape[2], rules.softcap, deterministic):
+        impl = "hopper-fused"
+    return attention_forward(q, k, v, cu_seqlens, tiles, header, *rules, impl)
 
 
 def _check(
@@ -316,147 +137,50 @@ def _check(
         raise ValueError(f"attention: scale={scale}; it must be positive.")
 
 
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens: Tensor | None = ...,
-    causal: bool = ...,
-    window: int | None = ...,
-    softcap: float | None = ...,
-    scale: float | None = ...,
-    impl: str = ...,
-    return_lse: Literal[False] = ...,
-    plan: DevicePlan | Mapping[int | None, DevicePlan] | None = ...,
-    max_seqlen: int | None = ...,
-    sinks: Tensor | None = ...,
-    deterministic: bool | None = ...,
-) -> Tensor: ...
-
-
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens: Tensor | None = ...,
-    causal: bool = ...,
-    window: int | None = ...,
-    softcap: float | None = ...,
-    scale: float | None = ...,
-    impl: str = ...,
-    return_lse: Literal[True],
-    plan: DevicePlan | Mapping[int | None, DevicePlan] | None = ...,
-    max_seqlen: int | None = ...,
-    sinks: Tensor | None = ...,
-    deterministic: bool | None = ...,
-) -> tuple[Tensor, Tensor]: ...
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    impl: str = "auto",
-    return_lse: bool = False,
-    plan: DevicePlan | Mapping[int | None, DevicePlan] | None = None,
-    max_seqlen: int | None = None,
-    sinks: Tensor | None = None,
-    deterministic: bool | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of packed documents.
-
-    q (T, Hq, D), k (T, Hk, D), v (T, Hk, Dv): any strides. cu_seqlens Int32 (S+1,): document boundaries, None: one document.
-    window: tokens seen by a query, itself included. scale: default D ** -0.5.
-    sinks (Hq,): one extra logit per head that takes weight and gives no value.
-    plan: attention_config.plan_attention(...) of these cu_seqlens, or one such per window; max_seqlen: the longest document.
-    Given by the data stream, they spare a wait for the GPU.
-    deterministic: gradients bitwise equal from run to run; None: torch.are_deterministic_algorithms_enabled(). The triton and
-    torch tiers' always are; the Hopper tier has a backward of five matrix products for seven that is not: False allows it.
-    Returns out (T, Hq, Dv), and with return_lse also lse (Hq, T). Rows past cu_seqlens[-1] give 0 and -inf.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    _check(q, k, v, cu_seqlens, window, softcap, scale)
-    # a condition, not its value: with a number of documents that varies, Dynamo has a symbol here, and _decide wants constants
-    packed = True if cu_seqlens is not None and cu_seqlens.numel() > 2 else False  # noqa: SIM210
-    engine = _decide(
-        impl,
-        str(q.device),
-        str(q.dtype).removeprefix("torch."),
-        q.shape[2],
-        v.shape[2],
-        window or 0,
-        softcap or 0.0,
-        return_lse or sinks is not None,
-        packed,
-        causal,
-    )
-    if engine == "reference":
-        out, lse = attention_reference(
-            q, k, v, cu_seqlens=cu_seqlens, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks
-        )
-        return (out, lse) if return_lse else out
-    if engine in ("flash", "sdpa", "flex"):
-        return _library(engine, q, k, v, cu_seqlens, max_seqlen, causal, window or 0, softcap or 0.0, scale)
-    if isinstance(plan, Mapping):
-        plan = plan.get(window)
-    if plan is not None:
-        _check_plan(plan, q, causal, window)
-    if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32)
-    tiles, header = (None, ()) if plan is None or engine == "torch" else (plan.data, plan.header)
-    if engine == "hopper" and _may_fuse(q.shape[2], softcap, deterministic):
-        engine = "hopper-fused"
-    out, lse = attention_forward(q, k, v, cu_seqlens, tiles, header, causal, window or 0, softcap or 0.0, scale, engine)
-    if sinks is not None:
-        # softmax with one more column of value 0: out shrinks by exp(lse) / (exp(lse) + exp(sink))
-        sink = sinks.to(lse.dtype)[:, None]
-        inside = lse != -math.inf
-        out = out * torch.where(inside, torch.sigmoid(lse - sink), 0.0).t()[..., None].to(out.dtype)
-        lse = torch.where(inside, torch.logaddexp(lse, sink), lse)
-    return (out, lse) if return_lse else out
-
-
-def _may_fuse(head_dim: int, softcap: float | None, deterministic: bool | None) -> bool:
+def _may_fuse(head_dim: int, softcap: float, deterministic: bool | None) -> bool:
     """Whether the Hopper tier takes its fused backward; a soft-cap at 128 channels does not fit into its registers."""
     asked = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
-    return not asked and (softcap is None or head_dim <= 64)
+    return not asked and (not softcap or head_dim <= 64)
 
 
-def _check_plan(plan: DevicePlan, q: Tensor, causal: bool, window: int | None) -> None:
-    if (plan.tokens, plan.causal, plan.window) != (q.shape[0], causal, window or 0):
+def _check_tile_map(tile_map: TileMap, q: Tensor, rules: Rules) -> None:
+    made_for = (tile_map.tokens, tile_map.causal, tile_map.window or None)
+    called_with = (q.shape[0], rules.causal, rules.window or None)
+    if made_for != called_with:
+        names = "T={}, causal={}, window={}"
         raise ValueError(
-            f"attention: the plan was made for T={plan.tokens}, causal={plan.causal}, window={plan.window or None}; this call "
-            f"has T={q.shape[0]}, causal={causal}, window={window}. Make it with plan_attention(...) for this call."
+            f"attention: the tile map was made for {names.format(*made_for)}; this call has {names.format(*called_with)}. "
+            "Make it with make_tile_map(...) for this call."
         )
 
 
-def _library(
-    engine: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-) -> Tensor:
-    T = q.shape[0]
-    if engine == "flex":
-        return library.flex_attention(q, k, v, document_ids(cu_seqlens, T, q.device), causal, window, softcap, scale)
-    longest = T if max_seqlen is None else max_seqlen
-    if engine == "sdpa":
-        return library.sdpa_attention(q, k, v, cu_seqlens, longest, causal, window, scale)
-    bounds = torch.tensor([0, T], dtype=torch.int32, device=q.device) if cu_seqlens is None else cu_seqlens
-    return library.flash_attention(q, k, v, bounds, longest, causal, window, softcap, scale)
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot do a call; None where they can. head_dim: the larger of key and value channels."""
+    if reason := why_no_triton(device):
+        return reason
+    if head_dim > MAX_HEAD_DIM:
+        return f"head dimensions up to {MAX_HEAD_DIM}, not {head_dim}"
+    return "no float64" if dtype == torch.float64 else None
+
+
+@torch.compiler.assume_constant_result
+def _decide(
+    impl: str, device: str, dtype: str, head_dim: int, value_dim: int, has_softcap: bool, needs_lse: bool, packed: bool
+) -> str:
+    """Implementation by dispatch's table; plain arguments, so that torch.compile takes the answer as a constant."""
+    where, kind = torch.device(device), getattr(torch, dtype)
+    triton = why_not_triton(where, kind, max(head_dim, value_dim))
+    obstacles = {name: why_not(name, where, kind, head_dim, value_dim, has_softcap, needs_lse) for name in LIBRARIES}
+    hopper = triton or _why_no_hopper(where, kind, head_dim, value_dim)
+    obstacles |= {"triton": triton, "hopper": hopper, "torch": None, "reference": None}
+    return choose("attention", impl, where, obstacles, packed=packed)
+
+
+def _why_no_hopper(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    if device.type != "cuda" and not is_planning():
+        return "the Hopper tier runs only on a Hopper GPU: Triton's interpreter has no Gluon"
+    if device.type == "cuda" and not 90 <= capability(device) < 100:
+        return f"the Hopper tier needs compute capability 90, this GPU has {capability(device)}"
+    from .hopper_forward import why_not_hopper
+
+    return why_not_hopper(dtype, head_dim, value_dim)

@@ -1,7 +1,7 @@
-"""Attention of other people's kernels behind our signature: flash-attn 2/3/4, SDPA, FlexAttention.
+"""Attention by other libraries, behind our signature: flash-attn 2/3/4, SDPA, FlexAttention.
 
-Each function takes packed q (T, Hq, D), k (T, Hk, D), v (T, Hk, Dv) and returns out (T, Hq, Dv). What one cannot do is told by
-`why_not`, in words, before it is called; libraries are imported when they are used.
+Each function takes packed q (T, Hq, D), k (T, Hk, D), v (T, Hk, Dv) and returns out (T, Hq, Dv). `why_not` says in words what
+a library cannot do, before it is called. Libraries are imported when they are used.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import capability, is_installed
+from .reference import document_ids
+from .rules import Rules
+
+LIBRARIES = ("flash", "sdpa", "flex")
 
 # newest first: flash-attn 4 (CuTe), 3 (Hopper), 2
 FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
@@ -30,16 +34,7 @@ def flash_module() -> str | None:
 
 
 def why_not(
-    library: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    value_dim: int,
-    window: int,
-    softcap: float,
-    needs_lse: bool,
-    packed: bool,
+    library: str, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, has_softcap: bool, needs_lse: bool
 ) -> str | None:
     """Why `flash`, `sdpa` or `flex` cannot do this call; None where it can."""
     half = dtype in (torch.float16, torch.bfloat16)
@@ -56,32 +51,36 @@ def why_not(
     if needs_lse:
         return f"{library} returns no log-sum-exp"
     if library == "sdpa":
-        return "SDPA has no soft-cap" if softcap else None
+        return "SDPA has no soft-cap" if has_softcap else None
     if device.type not in ("cpu", "cuda"):
         return f"FlexAttention does not run on {device.type}"
     return "FlexAttention has no backward on CPU" if device.type == "cpu" else None
 
 
-def flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
+def library_attention(
+    library: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, rules: Rules
 ) -> Tensor:
+    """Attention by one of LIBRARIES. cu_seqlens None: one document."""
+    T = q.shape[0]
+    if library == "flex":
+        return flex_attention(q, k, v, document_ids(cu_seqlens, T, q.device), rules)
+    longest = T if max_seqlen is None else max_seqlen
+    if library == "sdpa":
+        return sdpa_attention(q, k, v, cu_seqlens, longest, rules)
+    bounds = torch.tensor([0, T], dtype=torch.int32, device=q.device) if cu_seqlens is None else cu_seqlens
+    return flash_attention(q, k, v, bounds, longest, rules)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, rules: Rules) -> Tensor:
     """flash-attn's varlen function, whichever version is installed."""
     name = flash_module()
     assert name is not None
     function = importlib.import_module(name).flash_attn_varlen_func
-    options: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
-    if window:
-        options["window_size"] = (window - 1, 0 if causal else window - 1)
-    if softcap:
-        options["softcap"] = softcap
+    options: dict[str, Any] = {"softmax_scale": rules.scale, "causal": rules.causal}
+    if rules.window:
+        options["window_size"] = (rules.window - 1, 0 if rules.causal else rules.window - 1)
+    if rules.softcap:
+        options["softcap"] = rules.softcap
     bounds = cu_seqlens.to(device=q.device, dtype=torch.int32)
     out = function(
         q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, **options
@@ -99,37 +98,40 @@ def _varlen_function() -> tuple[Callable[..., Any], frozenset[str]] | None:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, causal: bool, window: int, scale: float
-) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, rules: Rules) -> Tensor:
     """PyTorch's attention: one call for one document, its varlen form for several on a GPU, else a call per document."""
     if cu_seqlens is None:
-        return _sdpa_document(q, k, v, causal, window, scale)
+        return _sdpa_document(q, k, v, rules)
     packed = (
         _varlen_function() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] == v.shape[2] else None
     )
     if packed is not None and {"scale", "window_size", "enable_gqa"} <= packed[1]:
         bounds = cu_seqlens.to(device=q.device, dtype=torch.int32)
-        sides = (window - 1 if window else -1, 0 if causal else (window - 1 if window else -1))
-        return packed[0](
-            q, k, v, bounds, bounds, max_seqlen, max_seqlen, scale=scale, window_size=sides, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        side = rules.window - 1 if rules.window else -1
+        options = {"scale": rules.scale, "window_size": (side, 0 if rules.causal else side)}
+        return packed[0](q, k, v, bounds, bounds, max_seqlen, max_seqlen, enable_gqa=q.shape[1] != k.shape[1], **options)
     bounds_list = cu_seqlens.tolist()
-    parts = [_sdpa_document(q[a:b], k[a:b], v[a:b], causal, window, scale) for a, b in pairwise(bounds_list) if b > a]
+    parts = [_sdpa_document(q[a:b], k[a:b], v[a:b], rules) for a, b in pairwise(bounds_list) if b > a]
     if bounds_list[-1] < q.shape[0]:
         parts.append(q.new_zeros(q.shape[0] - bounds_list[-1], q.shape[1], v.shape[2]))
     return torch.cat(parts)
 
 
-def _sdpa_document(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float) -> Tensor:
+def _sdpa_document(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
     qh, kh, vh = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     mask = None
-    if window and window < q.shape[0]:
+    if rules.window and rules.window < q.shape[0]:
         rows = torch.arange(q.shape[0], device=q.device)
         distance = rows[:, None] - rows[None]
-        mask = (distance < window) & (distance >= (0 if causal else 1 - window))
+        mask = (distance < rules.window) & (distance >= (0 if rules.causal else 1 - rules.window))
     out = F.scaled_dot_product_attention(
-        qh, kh, vh, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        qh,
+        kh,
+        vh,
+        attn_mask=mask,
+        is_causal=rules.causal and mask is None,
+        scale=rules.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[0].transpose(0, 1)
 
@@ -141,11 +143,11 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, causal: bool, window: int, softcap: float, scale: float
-) -> Tensor:
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, rules: Rules) -> Tensor:
     """FlexAttention with a block mask from document numbers (T,), built for this call."""
     from torch.nn.attention.flex_attention import create_block_mask
+
+    causal, window, softcap, scale = rules
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         pair = documents[i] == documents[j]

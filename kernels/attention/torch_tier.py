@@ -20,6 +20,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..tensors import wide_dtype
+from .rules import Rules
+
 # queries of a long document handled at once: 256 x 2048 fp32 scores of 9 heads are 19 MB
 QUERY_BLOCK = 256
 # documents up to this length are padded together when the longest is at most 1.25 times the shortest
@@ -80,39 +83,6 @@ def _group(documents: Sequence[tuple[int, int]], device: torch.device) -> Group:
     return Group(starts[:, None] + offsets, lengths, len(documents), longest)
 
 
-@dataclass(frozen=True)
-class Rules:
-    """Who sees whom and how scores are shaped. window and softcap: 0 means none."""
-
-    causal: bool
-    window: int
-    softcap: float
-    scale: float
-
-    def key_range(self, first: int, last: int, length: int) -> tuple[int, int]:
-        """Keys that queries first..last-1 of a document may see."""
-        low = max(0, first - self.window + 1) if self.window else 0
-        high = last if self.causal else (min(length, last - 1 + self.window) if self.window else length)
-        return low, high
-
-    def hidden(self, first: int, last: int, low: int, high: int, lengths: Tensor | None, device: torch.device) -> Tensor | None:
-        """Bool (B or 1, last - first, high - low), True where a key is not seen; None where all are seen."""
-        rows = torch.arange(first, last, device=device)[:, None]
-        columns = torch.arange(low, high, device=device)[None]
-        mask = columns > rows if self.causal else None
-        if self.window and (last - 1 - low >= self.window or (not self.causal and high - 1 - first >= self.window)):
-            far = (rows - columns).abs() >= self.window
-            mask = far if mask is None else mask | far
-        if lengths is not None and not self.causal:
-            padded = columns >= lengths[:, None, None]
-            return padded if mask is None else mask[None] | padded
-        return None if mask is None else mask[None]
-
-    def shape_scores(self, scores: Tensor) -> Tensor:
-        """In place: soft-cap."""
-        return scores if not self.softcap else scores.div_(self.softcap).tanh_().mul_(self.softcap)
-
-
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
     for first in range(0, length, QUERY_BLOCK):
         yield first, min(length, first + QUERY_BLOCK)
@@ -130,10 +100,6 @@ def _rows_first(x: Tensor, batch: int) -> Tensor:
     return x.view(batch, N // batch, G, L, D).permute(0, 3, 1, 2, 4).reshape(batch, L, (N // batch) * G, D)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * a @ b for (N, P, K) @ (N, K, R), one pass."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
@@ -142,7 +108,7 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def _masked_scores(q: Tensor, k: Tensor, rules: Rules, mask: Tensor | None) -> Tensor:
     """(N, G, Lq, D), (N, Lk, D) to capped scores (N, G, Lq, Lk), -inf where hidden."""
     N, G, Lq, D = q.shape
-    scores = rules.shape_scores(_scaled_product(q.reshape(N, G * Lq, D), k.transpose(1, 2), rules.scale)).view(N, G, Lq, -1)
+    scores = rules.cap_(_scaled_product(q.reshape(N, G * Lq, D), k.transpose(1, 2), rules.scale)).view(N, G, Lq, -1)
     if mask is not None:
         repeat = N // mask.shape[0]
         mask = mask if mask.shape[0] == 1 else mask.repeat_interleave(repeat, 0)
@@ -176,7 +142,7 @@ def _is_plain(q: Tensor, v: Tensor, group: Group, rules: Rules) -> bool:
 def attention_forward_torch(q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...], rules: Rules) -> tuple[Tensor, Tensor]:
     """q (T, Hq, D), k (T, Hk, D), v (T, Hk, Dv) to out (T, Hq, Dv) and lse (Hq, T); rows in no document get 0 and -inf."""
     T, Hq, _ = q.shape
-    Hk, dtype = k.shape[1], _compute_dtype(q)
+    Hk, dtype = k.shape[1], wide_dtype(q.dtype)
     out, lse = q.new_zeros(T, Hq, v.shape[2]), torch.full((T, Hq), float("-inf"), dtype=dtype, device=q.device)
     for group in document_groups(bounds, q.device):
         if _is_plain(q, v, group, rules):
@@ -217,7 +183,7 @@ def attention_backward_torch(
     rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; shapes as in the forward, dlse (Hq, T) or None."""
-    Hk, dtype = k.shape[1], _compute_dtype(q)
+    Hk, dtype = k.shape[1], wide_dtype(q.dtype)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1)  # (T, Hq)
     if dlse is not None:

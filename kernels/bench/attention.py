@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attention.device_plan import TABLE, KernelConfig, TileConfig, plan_attention, tuning_rows
 from ..attention.interface import attention
+from ..attention.tile_map import make_tile_map
+from ..attention.tiles import TABLE, KernelConfig, TileConfig, tuning_rows
 from ..dispatch import capability
 from .harness import BenchCase, Phases, median_ms
 from .hopper_check import why_unfit
@@ -68,9 +69,9 @@ def _ours(impl: str, bounds: NDArray[np.int64], heads: int, kv_heads: int, D: in
         T = int(bounds[-1])
         leaves = _inputs(T, heads, kv_heads, D, device)
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device) if len(bounds) > 2 else None
-        plan = plan_attention(bounds, T, head_dim=D, device=device, impl=tier).to(device)
+        tile_map = make_tile_map(bounds, T, head_dim=D, device=device, impl=tier).to(device)
         longest = int(np.diff(bounds).max())
-        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "impl": tier, "plan": plan, "max_seqlen": longest}
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "impl": tier, "tile_map": tile_map, "max_seqlen": longest}
         options["deterministic"] = not fused
         return _phases(lambda: attention(*leaves, **options), leaves)
 
@@ -169,9 +170,9 @@ def _time_config(config: KernelConfig, bounds: NDArray[np.int64], D: int, device
     T, heads = int(bounds[-1]), 2048 // D
     leaves = _inputs(T, heads, max(1, heads // 4), D, device)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
-    plan = plan_attention(bounds, T, head_dim=D, config=config).to(device)
+    tile_map = make_tile_map(bounds, T, head_dim=D, config=config).to(device)
     try:
-        phases = _phases(lambda: attention(*leaves, cu_seqlens=cu_seqlens, plan=plan, impl="triton"), leaves)
+        phases = _phases(lambda: attention(*leaves, cu_seqlens=cu_seqlens, tile_map=tile_map, impl="triton"), leaves)
         return median_ms(phases["forward" if kernel == "forward" else "backward"], 20, 60)
     except Exception as error:  # too much shared memory, or a compiler failure: not a candidate here
         print(f"D{D} {kernel} {getattr(config, kernel)}: {type(error).__name__}")

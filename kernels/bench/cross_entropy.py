@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cross_entropy import tiles as linear_cross_entropy_tiles
-from ..cross_entropy.interface import Impl, linear_cross_entropy
+from ..cross_entropy.interface import linear_cross_entropy
 from ..cross_entropy.logits import cross_entropy
-from ..dispatch import capability
+from ..dispatch import Impl, capability
 from .harness import BenchCase, Phases, median_ms
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets, rows -> mean

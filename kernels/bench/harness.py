@@ -1,4 +1,4 @@
-"""Benchmarks of the kernels, and what stands in for them where there is no GPU.
+"""Benchmarks of the kernels; without a GPU they compile what ships instead.
 
     python -m chatmill.kernels.bench all                   every kernel (the default)
     python -m chatmill.kernels.bench attention             one
@@ -126,7 +126,7 @@ def run_case(case: BenchCase, device: torch.device, rates: Mapping[str, float]) 
                         peak_bytes=peak,
                     )
                 )
-        except Exception as error:  # a missing library or a full memory is a row of the table, not the end of it
+        except Exception as error:  # a missing library or full memory is a row of the table, not the end of it
             results.append(BenchResult(case.kernel, case.name, name, "-", reason=f"{type(error).__name__}: {str(error)[:160]}"))
     return results
 
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write results and machine here, after every case")
     parser.add_argument("--plot", type=Path, help="write an SVG here")
     parser.add_argument("--tune", action="store_true", help="refit the tile table on this GPU")
-    parser.add_argument("--budget-s", type=float, help="begin nothing new after so many seconds (default of --tune: 540)")
+    parser.add_argument("--budget-s", type=float, help="seconds after which nothing new is started (default of --tune: 540)")
     parser.add_argument("--compile-only", action="store_true", help="compile for GPUs that are not here; time nothing")
     parser.add_argument("--arch", type=int, action="append", help="compute capabilities of --compile-only (80, 90, 100)")
     args = parser.parse_args(argv)

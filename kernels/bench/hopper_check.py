@@ -1,8 +1,8 @@
-"""Is the Hopper tier right on this GPU, and does it end? Each check in its own process: a deadlock costs seconds.
+"""Checks that the Hopper tier is right on this GPU and does not hang. Each runs in its own process: a deadlock costs seconds.
 
     python -m chatmill.kernels.bench.hopper_check [NAME ...] [--timeout-s 120]
 
-A kernel whose barriers go wrong does not fail, it waits for ever and takes the process with it. The benchmark and the GPU tests
+A kernel with a barrier error does not fail: it waits for ever and takes the process with it. The benchmark and the GPU tests
 therefore ask `why_unfit()` or `guarded(name)` first. Without a Hopper GPU the command says so and ends 0.
 """
 
@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.device_plan import plan_attention
-from ..attention.interface import attention, attention_backward, attention_reference
+from ..attention.interface import attention, attention_with_lse
+from ..attention.operators import attention_backward
+from ..attention.reference import attention_reference
+from ..attention.tile_map import make_tile_map
 from ..dispatch import capability
 
 # norm of the error over the norm of the result, forward, for inputs of each type
@@ -49,7 +51,7 @@ def compare(
 ) -> float:
     """Relative error of the output; AssertionError where it or the log-sum-exp is wrong."""
     qkv, cu_seqlens = _inputs(T, heads, kv_heads, D, dtype), torch.tensor(bounds, dtype=torch.int32, device="cuda")
-    out, lse = attention(*qkv, cu_seqlens=cu_seqlens, impl="hopper", return_lse=True, **rules)
+    out, lse = attention_with_lse(*qkv, cu_seqlens=cu_seqlens, impl="hopper", **rules)
     expected, expected_lse = attention_reference(*(x.double() for x in qkv), cu_seqlens=cu_seqlens, **rules)
     error = float((out.double() - expected).norm() / expected.norm())
     assert error < TOLERANCE[dtype], f"error {error:.2e}, at most {TOLERANCE[dtype]:.0e}"
@@ -126,8 +128,8 @@ def speed() -> dict[str, float]:
         for S in (4096, 8192, 16384):
             heads = 2048 // D
             q, k, v = _inputs(S, heads, heads, D, torch.bfloat16)
-            plan = plan_attention([0, S], S, head_dim=D, device=q.device, impl="hopper").to(q.device)
-            run = functools.partial(attention, q, k, v, plan=plan, impl="hopper")
+            tile_map = make_tile_map([0, S], S, head_dim=D, device=q.device, impl="hopper").to(q.device)
+            run = functools.partial(attention, q, k, v, tile_map=tile_map, impl="hopper")
             found[f"D{D} S{S} TFLOP/s"] = 2.0 * S * (S + 1) * heads * D / median_ms(run, 20, 60) / 1e9
     return found
 

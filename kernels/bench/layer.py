@@ -19,78 +19,48 @@ from ..layer.rope import rope, rope_reference
 from ..layer.swiglu import swiglu
 from .harness import BenchCase, Phases
 
-Run = Callable[..., Tensor | tuple[Tensor, ...]]
+Operation = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def bench_cases() -> Iterator[BenchCase]:
     """8192 and 16384 tokens at the widths of models from 135M to 8B, bf16."""
+    others: dict[str, Operation] = {"liger": _liger_norm, "quack": _quack_norm}
     for T, H in ((16384, 576), (16384, 2048), (8192, 4096)):
-        x = T * H * 2
-        yield BenchCase(
-            "rms_norm",
-            f"T{T} H{H} bf16",
-            _contenders(
-                {
-                    "triton": lambda x, w: rms_norm(x, w, impl="triton"),
-                    "torch": _norm,
-                    "torch.compile": torch.compile(_norm, dynamic=False),
-                    "liger": _liger_norm,
-                    "quack": _quack_norm,
-                },
-                [(T, H), (H,)],
-            ),
-            bytes={"forward": 2 * x, "backward": 3 * x},
-        )
-        yield BenchCase(
-            "rms_norm",
-            f"T{T} H{H} residual bf16",
-            _contenders(
-                {
-                    "triton": lambda x, r, w: rms_norm(x, w, residual=r, impl="triton"),
-                    "torch": _norm_of_sum,
-                    "torch.compile": torch.compile(_norm_of_sum, dynamic=False),
-                },
-                [(T, H), (T, H), (H,)],
-            ),
-            bytes={"forward": 4 * x, "backward": 4 * x},
-        )
+        x, name = T * H * 2, f"T{T} H{H}"
+        yield _case("rms_norm", name, lambda x, w: rms_norm(x, w, impl="triton"), _norm, [(T, H), (H,)], 2 * x, 3 * x, others)
+        ours, both = _norm_of_sum_by_triton, [(T, H), (T, H), (H,)]
+        yield _case("rms_norm", f"{name} residual", ours, _norm_of_sum, both, 4 * x, 4 * x)
     for T, width in ((16384, 1536), (16384, 8192), (8192, 14336)):
-        y = T * width * 2
-        yield BenchCase(
-            "swiglu",
-            f"T{T} F{width} bf16",
-            _contenders(
-                {
-                    "triton": lambda g, u: swiglu(g, u, impl="triton"),
-                    "torch": _gated,
-                    "torch.compile": torch.compile(_gated, dynamic=False),
-                    "liger": _liger_swiglu,
-                },
-                [(T, width), (T, width)],
-            ),
-            bytes={"forward": 3 * y, "backward": 5 * y},
-        )
+        y, name, others = T * width * 2, f"T{T} F{width}", {"liger": _liger_swiglu}
+        shapes = [(T, width), (T, width)]
+        yield _case("swiglu", name, lambda g, u: swiglu(g, u, impl="triton"), _gated, shapes, 3 * y, 5 * y, others)
     for T, heads, kv_heads, D in ((16384, 32, 8, 64), (8192, 32, 8, 128)):
         moved = T * (heads + kv_heads) * D * 2 * 2
         for norm in (False, True):
-            shapes = [(T, heads, D), (T, kv_heads, D), *([(D,), (D,)] if norm else [])]
-            yield BenchCase(
-                "rope",
-                f"T{T} H{heads}/{kv_heads} D{D}{' QK-norm' if norm else ''} bf16",
-                _contenders(
-                    {
-                        "triton": _turn("triton"),
-                        "torch": _turn("reference"),
-                        "torch.compile": torch.compile(_turn("reference"), dynamic=False),
-                    },
-                    shapes,
-                ),
-                bytes={"forward": moved, "backward": moved * 3 // 2 if norm else moved},
-            )
+            turned = [(T, heads, D), (T, kv_heads, D), *([(D,), (D,)] if norm else [])]
+            name, backward = f"T{T} H{heads}/{kv_heads} D{D}{' QK-norm' if norm else ''}", moved * 3 // 2 if norm else moved
+            yield _case("rope", name, _turn("triton"), _turn("reference"), turned, moved, backward)
 
 
-def _contenders(runs: Mapping[str, Run], shapes: Sequence[tuple[int, ...]]) -> dict[str, Callable[[torch.device], Phases]]:
-    def prepare_with(run: Run) -> Callable[[torch.device], Phases]:
+def _case(
+    kernel: str,
+    name: str,
+    ours: Operation,
+    plain: Operation,
+    shapes: Sequence[tuple[int, ...]],
+    forward: int,
+    backward: int,
+    others: Mapping[str, Operation] | None = None,
+) -> BenchCase:
+    """Ours against plain torch, the same compiled, and others. forward, backward: bytes that must be moved."""
+    runs = {"triton": ours, "torch": plain, "torch.compile": torch.compile(plain, dynamic=False), **(others or {})}
+    return BenchCase(kernel, f"{name} bf16", _contenders(runs, shapes), bytes={"forward": forward, "backward": backward})
+
+
+def _contenders(
+    runs: Mapping[str, Operation], shapes: Sequence[tuple[int, ...]]
+) -> dict[str, Callable[[torch.device], Phases]]:
+    def prepare_with(run: Operation) -> Callable[[torch.device], Phases]:
         def prepare(device: torch.device) -> Phases:
             leaves = [torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
             made = run(*leaves)
@@ -119,7 +89,11 @@ def _norm_of_sum(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return F.rms_norm(h, w.shape, w, 1e-6), h
 
 
-def _turn(impl: str) -> Run:
+def _norm_of_sum_by_triton(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return rms_norm(x, w, residual=r, impl="triton")
+
+
+def _turn(impl: str) -> Operation:
     tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def run(q: Tensor, k: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""A head whose vocabulary is split over the ranks of a group (tensor parallelism), and what those ranks must tell each other.
+"""What all implementations of the loss share: its options, a row's results, and a head that is split over ranks.
+
+A head whose vocabulary is split over the ranks of a group (tensor parallelism):
 
     rank r holds weight[first_r : first_r + V_r];   hidden, targets and all options are the same on every rank
 
@@ -10,11 +12,75 @@ columns; d_hidden is summed over the group once, d_weight stays where its shard 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class LossMetrics:
+    """By-products of the loss, detached; no second pass over the logits was made for them.
+
+    lse: log-sum-exp of the logits per token, Float["N"], 0 where ignored. correct: tokens whose target has the strictly
+    largest logit (a tie is no hit), int64 scalar. count: tokens with loss, int64 scalar.
+    token_losses: unreduced loss before token_weights, Float["N"], 0 where ignored.
+    """
+
+    lse: Tensor | None
+    correct: Tensor
+    count: Tensor
+    token_losses: Tensor | None = None
+
+
+class LossOptions(NamedTuple):
+    """What shapes the loss of a row. Plain numbers, so that a torch operator takes them flat: `operator(..., *options)`.
+
+    softcap: 0 means none.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+
+
+def check_options(
+    name: str,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    label_smoothing: float,
+    softcap: float | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> None:
+    """Raises ValueError for options that no loss can have."""
+    if token_weights is not None and token_weights.shape != targets.shape:
+        raise ValueError(f"{name}: expected token_weights of shape {tuple(targets.shape)}; got {tuple(token_weights.shape)}.")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name}: reduction={reduction!r}; expected 'mean', 'sum' or 'none'.")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"{name}: normalizer divides a mean; got it with reduction={reduction!r}. Drop one of the two.")
+    if not 0.0 <= label_smoothing < 1.0 or (softcap is not None and softcap <= 0):
+        raise ValueError(f"{name}: label_smoothing={label_smoothing} must be in [0, 1), softcap={softcap} positive or None.")
+
+
+def row_coefficients(
+    valid: Tensor, weights: Tensor | None, reduction: str, normalizer: float | Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What each row's loss is multiplied by (R,), 0 where ignored, and the number of rows with loss."""
+    coefficients = valid.to(dtype) if weights is None else torch.where(valid, weights.detach().to(dtype), 0.0)
+    count = valid.sum()
+    if reduction == "mean":
+        coefficients = coefficients / (count.clamp(min=1) if normalizer is None else normalizer)
+    return coefficients, count
+
+
+def weighted(losses: Tensor, coefficients: Tensor) -> Tensor:
+    """losses x coefficients; not only the product, because an ignored row may hold inf or nan, and 0 * inf is nan."""
+    return torch.where(coefficients != 0, losses * coefficients, 0.0)
 
 
 @dataclass(frozen=True)
@@ -43,7 +109,7 @@ class Statistics:
     own: Tensor
 
 
-class Rows(NamedTuple):
+class RowResults(NamedTuple):
     """What is known of each row once its statistics are together, (R,) each; the same on every rank of a sharded head.
 
     softmax = exp(z - top) / sum_exp: more exact than exp(z - lse) where all logits share a large offset.
@@ -56,9 +122,7 @@ class Rows(NamedTuple):
     sum_exp: Tensor
 
 
-def finish_rows(
-    stats: Statistics, vocabulary: int, label_smoothing: float, z_loss: float, shard: VocabularyShard | None = None
-) -> Rows:
+def finish_rows(stats: Statistics, vocabulary: int, options: LossOptions, shard: VocabularyShard | None = None) -> RowResults:
     """The rows' results from their tiles' statistics."""
     rival, own = stats.tile_max.amax(1), stats.own
     if shard is not None:
@@ -75,16 +139,16 @@ def finish_rows(
     top = torch.maximum(shift, own)
     sum_exp = others * torch.exp(shift - top) + torch.exp(own - top)
     mean = None if total is None else total / vocabulary
-    return Rows(top + sum_exp.log(), row_losses(top, sum_exp, own, mean, label_smoothing, z_loss), own > rival, top, sum_exp)
+    return RowResults(top + sum_exp.log(), row_losses(top, sum_exp, own, mean, options), own > rival, top, sum_exp)
 
 
-def row_losses(top: Tensor, sum_exp: Tensor, own: Tensor, mean: Tensor | None, label_smoothing: float, z_loss: float) -> Tensor:
+def row_losses(top: Tensor, sum_exp: Tensor, own: Tensor, mean: Tensor | None, options: LossOptions) -> Tensor:
     """Loss per row; differences of logits are taken before the small logarithm is added."""
     log_sum = sum_exp.log()
-    losses = (1 - label_smoothing) * (log_sum + (top - own))
+    losses = (1 - options.label_smoothing) * (log_sum + (top - own))
     if mean is not None:
-        losses += label_smoothing * (log_sum + (top - mean))
-    return losses + z_loss * (top + log_sum).square() if z_loss else losses
+        losses += options.label_smoothing * (log_sum + (top - mean))
+    return losses + options.z_loss * (top + log_sum).square() if options.z_loss else losses
 
 
 def sum_over(shard: VocabularyShard, values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Tiles and chunk sizes of the linear cross-entropy's Triton engine: one shipped table, nothing measured at run time.
+"""Tiles and chunk sizes of the linear cross-entropy in Triton: one shipped table, nothing measured at run time.
 
     row_for(90, 2)   ->  tiles of both products and the bytes that one chunk of logits may take, for bf16 on Hopper
 
@@ -9,8 +9,8 @@ linear_cross_entropy --tune` refits it on a GPU (tune, below). Extra memory of a
 
 which is 1.26 GB at R=16384 rows (test_linear_cross_entropy_memory.py). A smaller chunk costs time: each chunk
 reads and writes all of d_weight's sums, 8 bytes per element, against 2 x rows FLOPs. On an H200 (750 TFLOP/s, 4.3 TB/s) the
-two take equally long at 700 rows; at 2304 rows the traffic is 10 % of the three products, at 4096 rows 6 % (arithmetic, not
-timed), as far as it is not hidden behind them.
+two take equally long at 700 rows; at 2304 rows the traffic is 10 % of the three products, at 4096 rows 6 % (by arithmetic,
+not timed), unless it is hidden behind them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..dispatch import capability
 
 TABLE = Path(__file__).resolve().parents[1] / "tuning" / "linear_cross_entropy.json"
 CHUNK_ROWS = 8192  # more make no product faster
-BUDGETS = (150_000_000, 300_000_000, 450_000_000, 600_000_000)  # --tune never asks for more memory than is promised
+BUDGETS = (150_000_000, 300_000_000, 450_000_000, 600_000_000)  # --tune never takes more memory than is promised
 CANDIDATES = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (256, 128, 64, 8, 3))
 
 
@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class TuningRow:
     """One line of the table: for these architectures and bytes per element (4: everything wider than 16 bits).
 
     logits_bytes: budget of one chunk's logits. timed: date and GPU of the measurement behind it, or None.
@@ -58,10 +58,10 @@ class Row:
     timed: str | None
 
 
-def _read() -> list[Row]:
+def _read() -> list[TuningRow]:
     rows = json.loads(TABLE.read_text(encoding="utf-8"))
     tiles = ({"arch": tuple(r["arch"]), "project": Tile(*r["project"]), "accumulate": Tile(*r["accumulate"])} for r in rows)
-    return [Row(**(row | made)) for row, made in zip(rows, tiles, strict=True)]
+    return [TuningRow(**(row | made)) for row, made in zip(rows, tiles, strict=True)]
 
 
 ROWS = _read()  # at import: Dynamo cannot trace reading a file
@@ -70,7 +70,7 @@ UNALIGNED = (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))
 INTERPRETED = (Tile(32, 64, 32, 4, 1), Tile(32, 64, 32, 4, 1))
 
 
-def row_for(arch: int, element_bytes: int) -> Row:
+def row_for(arch: int, element_bytes: int) -> TuningRow:
     """The table's line for a compute capability (Hopper's where there is no GPU)."""
     arch, kind = min(max(arch or 90, 80), 129), 2 if element_bytes == 2 else 4
     return next(row for row in ROWS if row.arch[0] <= arch <= row.arch[1] and row.bytes == kind)
@@ -129,7 +129,7 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def tune(measure: Callable[[], float], arch: int, budget_s: float, gpu: str, table: Path = TABLE) -> Row:
+def tune(measure: Callable[[], float], arch: int, budget_s: float, gpu: str, table: Path = TABLE) -> TuningRow:
     """Refit the 16-bit row of `arch`: tiles of one product, then of the other, then the chunk; the table is written after each.
 
     measure: milliseconds of a step with gradients; infinite where a build fails. Of chunks within 1 % of the fastest the
@@ -152,7 +152,7 @@ def tune(measure: Callable[[], float], arch: int, budget_s: float, gpu: str, tab
     for product in ("project", "accumulate"):
         for candidate in CANDIDATES:
             if time.monotonic() - started > budget_s:
-                print(f"stopped after {budget_s:.0f} s; what was found is written")
+                print(f"stopped after {budget_s:.0f} s; what was found so far is written")
                 return ROWS[at]
             if (took := trial(**{product: Tile(*candidate)})) < best * 0.99:
                 best = took

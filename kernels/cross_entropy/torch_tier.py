@@ -1,7 +1,7 @@
-"""Chunked linear cross-entropy in plain torch: the engine for CPUs and for machines without Triton.
+"""Chunked linear cross-entropy in plain torch, for CPUs and for machines without Triton.
 
 One reused buffer of CHUNK_BYTES holds a chunk's logits, becomes its softmax, then its gradient. Contract and maths in
-linear_cross_entropy.py; here every row is computed and ignored ones have coefficient 0.
+interface.py; here every row is computed and ignored ones have coefficient 0.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rows import Statistics, VocabularyShard, finish_rows, row_losses, sum_over
+from ..tensors import wide_dtype
+from .rows import LossOptions, Statistics, VocabularyShard, finish_rows, row_losses, sum_over
 
 # 256 rows of a 49k vocabulary: on a CPU a softmax into a fresh buffer of that size costs ten times one in place
 CHUNK_BYTES = 48 << 20
@@ -22,19 +23,17 @@ def run_torch(
     weight: Tensor,
     labels: Tensor,
     coefficients: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_x: bool,
-    need_weight: bool,
+    options: LossOptions,
+    needs: tuple[bool, bool],
     shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(losses (R,), lse (R,), hits (R,), d_x, d_weight) of x (R, H), weight (V, H), labels int64 (R,) in [0, V).
 
-    coefficients (R,) scale each row's gradient; a gradient not asked for comes back empty.
+    coefficients (R,) scale each row's gradient. needs: whether d_x, d_weight are wanted; otherwise they come back empty.
     """
+    need_x, need_weight = needs
     n_rows, vocabulary = x.shape[0], weight.shape[0]
-    sums = torch.float64 if x.dtype is torch.float64 else torch.float32
+    sums = wide_dtype(x.dtype)
     losses = x.new_empty(n_rows, dtype=sums)
     lse = torch.empty_like(losses)
     hits = x.new_empty(n_rows, dtype=torch.bool)
@@ -51,7 +50,7 @@ def run_torch(
         else:
             z.copy_(x[part] @ projection.T)
         scale = coefficients[part] if coefficients is not None and (need_x or need_weight) else None
-        losses[part], lse[part], hits[part] = consume_logits(z, labels[part], scale, label_smoothing, z_loss, softcap, shard)
+        losses[part], lse[part], hits[part] = consume_logits(z, labels[part], scale, options, shard)
         if scale is None:
             continue
         gradient = z.to(x.dtype)
@@ -66,18 +65,13 @@ def run_torch(
 
 
 def consume_logits(
-    z: Tensor,
-    labels: Tensor,
-    coefficients: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    shard: VocabularyShard | None = None,
+    z: Tensor, labels: Tensor, coefficients: Tensor | None, options: LossOptions, shard: VocabularyShard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, lse, hits), each (C,), of raw logits z (C, V), which are overwritten.
 
     With coefficients (C,) z becomes the gradient of sum(coefficients x losses) with respect to the raw logits.
     """
+    label_smoothing, z_loss, softcap = options
     if softcap:
         z.div_(softcap).tanh_().mul_(softcap)
     slope = 1 - (z / softcap).square_() if softcap and coefficients is not None else None
@@ -93,7 +87,7 @@ def consume_logits(
         rivals = torch.exp(z - shift).sum(1, keepdim=True)
         z.scatter_(1, label, picked[:, None])
         stats = Statistics(rival[:, None], rivals, total, own)
-        lse, losses, hits, top, sum_exp = finish_rows(stats, shard.vocabulary, label_smoothing, z_loss, shard)
+        lse, losses, hits, top, sum_exp = finish_rows(stats, shard.vocabulary, options, shard)
         z.sub_(top[:, None]).exp_().div_(sum_exp[:, None])
     else:
         z.scatter_(1, label, picked[:, None])
@@ -103,7 +97,7 @@ def consume_logits(
         sum_exp = 1 / z.amax(1)  # the largest probability is 1 / sum exp(z - top): no second exponential
         lse = top + sum_exp.log()
         mean = None if total is None else total.squeeze(1) / z.shape[1]
-        losses = row_losses(top, sum_exp, own, mean, label_smoothing, z_loss)
+        losses = row_losses(top, sum_exp, own, mean, options)
     if coefficients is not None:
         scale = coefficients[:, None]
         z.mul_(scale * (1 + 2 * z_loss * lse[:, None]))

@@ -1,4 +1,4 @@
-"""Triton engine of the linear cross-entropy: contract and maths in linear_cross_entropy.py.
+"""The linear cross-entropy in Triton: contract and maths in interface.py.
 
 For each chunk of rows
   1. project_kernel: one GEMM tile of the logits; the epilogue takes, from the fp32 accumulator, each row's largest rival
@@ -6,10 +6,10 @@ For each chunk of rows
      Only then are the logits rounded and stored; the loss-only path stores none.
   2. finish_rows: the tiles' statistics to lse, loss and hit, on R-sized vectors in torch.
   3. gradient_kernel: the logits become their own gradient in place; the one-hot is subtracted in fp32 before rounding.
-  4. d_x by cuBLAS; d_weight summed in fp32 and rounded once (linear_cross_entropy_weight.py). Every output element has one
+  4. d_x by cuBLAS; d_weight summed in fp32 and rounded once (weight_gradient.py). Every output element has one
      writer: no atomics, so results are bitwise repeatable.
 Extra memory: one chunk of logits and, where a bf16 weight's rows need more than one chunk, the lower halves of d_weight's
-fp32 sums. Tiles and chunk come from a fixed table per architecture (linear_cross_entropy_tiles.py): no autotuning at run time.
+fp32 sums. Tiles and chunk come from a fixed table per architecture (tiles.py): no autotuning at run time.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/cross_entropy/test_linear_cross_entropy_triton.py
         python -m chatmill.kernels.gates.cross_compile chatmill.kernels.gates.cross_entropy
@@ -25,12 +25,20 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import capability, on_its_device
-from ..interpreter import install, is_interpreting
+from ..tensors import wide_dtype
 from . import tiles as shapes
-from .rows import Rows, Statistics, VocabularyShard, finish_rows, sum_over
+from .rows import LossOptions, RowResults, Statistics, VocabularyShard, finish_rows, sum_over
 from .weight_gradient import WeightGradient
 
 GRADIENT_BLOCK = 4096
+
+
+@triton.jit
+def _capped(z, SOFTCAP: tl.constexpr):
+    """z after the soft-cap; tanh by what every backend has."""
+    if SOFTCAP > 0:
+        z = SOFTCAP * (2.0 * tl.sigmoid(z * (2.0 / SOFTCAP)) - 1.0)
+    return z
 
 
 @triton.jit
@@ -89,8 +97,7 @@ def project_kernel(
     if STORE:
         at = rows.to(tl.int64)[:, None] * logits_stride + columns[None, :]
         tl.store(LOGITS + at, acc.to(LOGITS.dtype.element_ty), mask=real_row[:, None] & (columns < n_stored)[None, :])
-    if SOFTCAP > 0:
-        acc = SOFTCAP * (2.0 * tl.sigmoid(acc * (2.0 / SOFTCAP)) - 1.0)  # tanh by what every backend has
+    acc = _capped(acc, SOFTCAP)
     label = tl.load(LABELS + rows, mask=real_row, other=-1).to(tl.int32)
     is_own = columns[None, :] == label[:, None]
     stat = tile.to(tl.int64) * n_rows + rows  # tiles outermost: the rows of a tile fill whole sectors
@@ -120,15 +127,14 @@ def statistics_kernel(
     NEEDS_TOTAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """project_kernel's statistics for logits that are there already; one program: BLOCK columns of one row."""
+    """project_kernel's statistics of given logits; one program: BLOCK columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocabulary
     WIDE: tl.constexpr = OWN.dtype.element_ty
     z = tl.load(LOGITS + row * logits_stride + columns, mask=inside, other=0.0).to(WIDE)
-    if SOFTCAP > 0:
-        z = SOFTCAP * (2.0 * tl.sigmoid(z * (2.0 / SOFTCAP)) - 1.0)
+    z = _capped(z, SOFTCAP)
     label = tl.load(LABELS + row).to(tl.int32)
     stat = tile.to(tl.int64) * tl.num_programs(0) + row
     if NEEDS_TOTAL:
@@ -165,8 +171,7 @@ def gradient_kernel(
     inside = columns < n_columns
     WIDE: tl.constexpr = OWN.dtype.element_ty
     z = tl.load(LOGITS + row * logits_stride + columns, mask=inside, other=0.0).to(WIDE)
-    if SOFTCAP > 0:
-        z = SOFTCAP * (2.0 * tl.sigmoid(z * (2.0 / SOFTCAP)) - 1.0)
+    z = _capped(z, SOFTCAP)
     label = tl.load(LABELS + row).to(tl.int32)
     is_own = columns == label
     # the target's logit before it was rounded for storage: probability - 1 is the largest entry of the row
@@ -188,22 +193,17 @@ def run_triton(
     weight: Tensor,
     labels: Tensor,
     coefficients: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_x: bool,
-    need_weight: bool,
+    options: LossOptions,
+    needs: tuple[bool, bool],
     shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(losses (R,), lse (R,), hits (R,), d_x, d_weight): the Triton counterpart of run_torch."""
-    if is_interpreting():
-        install()
+    need_x, need_weight = needs
     x, labels = x.contiguous(), labels.contiguous()
     n_rows, vocabulary = x.shape[0], weight.shape[0]
     total = shard.vocabulary if shard else vocabulary
     projection = weight.to(x.dtype).contiguous()
-    sums = torch.float64 if x.dtype is torch.float64 else torch.float32
-    losses = x.new_empty(n_rows, dtype=sums)
+    losses = x.new_empty(n_rows, dtype=wide_dtype(x.dtype))
     lse, hits = torch.empty_like(losses), x.new_empty(n_rows, dtype=torch.bool)
     gradients = coefficients is not None and (need_x or need_weight)
     d_x = torch.empty_like(x) if need_x else x.new_empty(0)
@@ -215,14 +215,14 @@ def run_triton(
     for start in range(0, n_rows, size):
         part = slice(start, min(start + size, n_rows))
         logits = None if buffer is None else buffer[: part.stop - start]
-        stats = project(x[part], projection, labels[part], logits, softcap, label_smoothing > 0)
-        rows = finish_rows(stats, total, label_smoothing, z_loss, shard)
+        stats = project(x[part], projection, labels[part], logits, options)
+        rows = finish_rows(stats, total, options, shard)
         lse[part], losses[part], hits[part] = rows[:3]
         if logits is None or coefficients is None:
             continue
         gradient = logits[:, :vocabulary]
         # the padding with the rest: rows of whole vectors, whatever the vocabulary; no product reads it
-        to_gradient(logits, total, labels[part], stats.own, rows, coefficients[part], label_smoothing, z_loss, softcap)
+        to_gradient(logits, total, labels[part], stats.own, rows, coefficients[part], options)
         if need_x:
             torch.mm(gradient, projection, out=d_x[part])
         if d_weight is not None:
@@ -235,27 +235,20 @@ def run_triton(
 
 
 @on_its_device
-def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, softcap: float, needs_total: bool) -> Statistics:
+def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, options: LossOptions) -> Statistics:
     """Launch project_kernel; logits (R, >= V), or None, is written raw (before the soft-cap), no promise beyond V."""
     n_rows, width = x.shape
     vocabulary = weight.shape[0]
     tile = shapes.tiles(x, weight)[0]
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     n_tiles = triton.cdiv(vocabulary, tile.columns)
-    tile_max = x.new_empty((n_tiles, n_rows), dtype=wide).T
-    tile_sum = torch.empty_like(tile_max)
-    total = torch.empty_like(tile_max) if needs_total else None
-    own = x.new_full((n_rows,), float("-inf"), dtype=wide)
+    stats = _new_statistics(x, n_tiles, n_rows, options)
     described = shapes.has_descriptors(x, weight)
     project_kernel[(triton.cdiv(n_rows, tile.rows) * n_tiles,)](
         TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]) if described else x,
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if described else weight,
         labels,
         x if logits is None else logits,
-        tile_max,
-        tile_sum,
-        tile_max if total is None else total,
-        own,
+        *_arguments(stats),
         n_rows,
         vocabulary,
         width,
@@ -263,8 +256,8 @@ def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, so
         weight.stride(0),
         0 if logits is None else logits.stride(0),
         0 if logits is None else logits.shape[1],
-        SOFTCAP=softcap,
-        NEEDS_TOTAL=needs_total,
+        SOFTCAP=options.softcap,
+        NEEDS_TOTAL=stats.total is not None,
         STORE=logits is not None,
         DESCRIPTORS=described,
         PRECISION=shapes.precision(x.dtype),
@@ -274,34 +267,40 @@ def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, so
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return Statistics(tile_max, tile_sum, total, own)
+    return stats
 
 
 @on_its_device
-def statistics(logits: Tensor, labels: Tensor, softcap: float, needs_total: bool) -> Statistics:
+def statistics(logits: Tensor, labels: Tensor, options: LossOptions) -> Statistics:
     """Launch statistics_kernel on raw logits (R, V) with adjacent columns."""
     n_rows, vocabulary = logits.shape
-    wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(vocabulary))
-    tile_max = logits.new_empty((triton.cdiv(vocabulary, block), n_rows), dtype=wide).T
-    tile_sum = torch.empty_like(tile_max)
-    total = torch.empty_like(tile_max) if needs_total else None
-    own = logits.new_full((n_rows,), float("-inf"), dtype=wide)
-    statistics_kernel[tile_max.shape](
+    stats = _new_statistics(logits, triton.cdiv(vocabulary, block), n_rows, options)
+    statistics_kernel[stats.tile_max.shape](
         logits,
         labels,
-        tile_max,
-        tile_sum,
-        tile_max if total is None else total,
-        own,
+        *_arguments(stats),
         vocabulary,
         logits.stride(0),
-        SOFTCAP=softcap,
-        NEEDS_TOTAL=needs_total,
+        SOFTCAP=options.softcap,
+        NEEDS_TOTAL=stats.total is not None,
         BLOCK=block,
         num_warps=8 if block >= 2048 else 4,
     )
-    return Statistics(tile_max, tile_sum, total, own)
+    return stats
+
+
+def _new_statistics(like: Tensor, n_tiles: int, n_rows: int, options: LossOptions) -> Statistics:
+    """For a kernel to fill; tiles lie outermost."""
+    tile_max = like.new_empty((n_tiles, n_rows), dtype=wide_dtype(like.dtype)).T
+    total = torch.empty_like(tile_max) if options.label_smoothing > 0 else None
+    own = like.new_full((n_rows,), float("-inf"), dtype=tile_max.dtype)
+    return Statistics(tile_max, torch.empty_like(tile_max), total, own)
+
+
+def _arguments(stats: Statistics) -> tuple[Tensor, ...]:
+    """TILE_MAX, TILE_SUM, TILE_TOTAL and OWN of a kernel, which leaves TILE_TOTAL alone where it is not wanted."""
+    return stats.tile_max, stats.tile_sum, stats.tile_max if stats.total is None else stats.total, stats.own
 
 
 @on_its_device
@@ -310,17 +309,16 @@ def to_gradient(
     vocabulary: int,
     labels: Tensor,
     own: Tensor,
-    rows: Rows,
+    rows: RowResults,
     coefficients: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    options: LossOptions,
     out: Tensor | None = None,
 ) -> None:
     """Launch gradient_kernel: out (in place without one) becomes d(sum of coefficient x loss) / d(logits (R, V)).
 
     vocabulary: of the whole head; logits may be one shard's columns of it, and padding, which then holds anything.
     """
+    label_smoothing, z_loss, softcap = options
     columns = logits.shape[1]
     out = logits if out is None else out
     p_scale = coefficients * (1 + 2 * z_loss * rows.lse) / rows.sum_exp

@@ -3,7 +3,7 @@
     fp32 sum = upper 16 bits, which lie where the bf16 result will lie, and lower 16 bits in a buffer of their own
 
 A bf16 number is the upper half of an fp32 one. So a bf16 weight's sums need 2 bytes per element besides the result instead
-of 4 (525 MB instead of 1.05 GB at V=128256, H=2048), exactly: halves are joined, added to in fp32 and parted again. The first
+of 4 (525 MB instead of 1.05 GB at V=128256, H=2048), exactly: halves are joined, added to in fp32 and split again. The first
 chunk reads no sum and the last one writes the rounded result, so there is no pass that clears or casts. Traffic per element:
 4 bytes for the first chunk, 8 for each one between, 6 for the last. Other dtypes: fp32 sums (fp64 for fp64), which are the
 result itself where weight has that dtype, and are cast at the end for fp16.
@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import on_its_device
+from ..tensors import wide_dtype
 from . import tiles as shapes
 
 
@@ -113,7 +114,7 @@ class WeightGradient:
     def __init__(self, weight: Tensor, x: Tensor, n_chunks: int) -> None:
         self.dtype, self.shape, self.device = weight.dtype, weight.shape, weight.device
         self.n_chunks, self.seen = n_chunks, 0
-        self.sums = torch.float64 if x.dtype is torch.float64 else torch.float32
+        self.sums = wide_dtype(x.dtype)
         self.is_split = self.dtype is torch.bfloat16 and self.sums is torch.float32
         self.total: Tensor | None = None
         self.low: Tensor | None = None

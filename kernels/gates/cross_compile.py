@@ -1,6 +1,6 @@
 """Compile a `@triton.jit` function for a GPU that is not here, and read what came out.
 
-    report = compile_for(kernel, {"X": "*bf16", "N": "i32"}, {"BLOCK": 128}, arch=90, num_warps=8, num_stages=3)
+    report = compile_build(build_case("scale", kernel, {"BLOCK": 128}, arch=90, num_warps=8, num_stages=3))
     report.registers, report.spill_bytes, report.shared_bytes, report.sass["HGMMA"], report.serialized_wgmma
 
 Needs triton, not a GPU: ptxas, cuobjdump and nvdisasm come inside triton's wheel. Must run in a process WITHOUT
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ OPCODES = (
 
 
 @dataclass(frozen=True)
-class Case:
+class BuildCase:
     """One configuration that ships: what to compile and what must hold.
 
     types: triton type per argument that is no constexpr ("*bf16", "fp32", "i32", "i64").
@@ -70,7 +70,48 @@ class Case:
     forbidden: tuple[str, ...] = ()
     clean_loops: bool = False
     overlapped: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+# arguments that are no constexpr, by name: pointers that are not of the element type, numbers that are no i32
+TYPES = {
+    **dict.fromkeys(
+        ("LSE", "DLSE", "LSE2", "DELTA", "DQ_SUM", "PART", "TOP", "TOTAL", "COS", "SIN", "SCALE", "PARTIAL"), "*fp32"
+    ),
+    **dict.fromkeys(("TILE_MAX", "TILE_SUM", "TILE_TOTAL", "OWN", "P_SCALE", "HIT_SCALE", "FLOOR"), "*fp32"),
+    **dict.fromkeys(("TILES", "BOUNDS", "LENGTHS"), "*i32"),
+    **dict.fromkeys(("eps", "scale", "scale2", "cap2"), "fp32"),
+    "LABELS": "*i64",
+    "T": "i32",
+}
+ALIGNED = ("_stride", "_batch", "_row", "_head")
+# 16 bytes at a time both ways: a mask or stride that the compiler cannot see through costs up to eight times the accesses
+WHOLE_VECTORS: dict[str, Any] = {
+    "tensor_cores": False,
+    "instructions": ("LDG.E.128", "STG.E.128"),
+    "forbidden": ("LDG.E.U16", "STG.E.U16"),
+}
+
+
+def build_case(
+    name: str,
+    kernel: Any,
+    constants: Mapping[str, Any],
+    *,
+    element: str = "bf16",
+    types: Mapping[str, str] | None = None,
+    aligned: tuple[str, ...] | None = None,
+    **gates: Any,
+) -> BuildCase:
+    """A case whose types follow from its arguments' names: TYPES, else a pointer to `element` in capitals, else i32.
+
+    types: what differs from that. aligned: by default the width, and names that end as ALIGNED says.
+    """
+    known = TYPES | dict(types or {})
+    names = [n for n in kernel.arg_names if n not in constants]
+    kinds = {n: known.get(n, f"*{element}" if n.isupper() else "i32") for n in names}
+    if aligned is None:
+        aligned = tuple(n for n in names if n == "width" or n.endswith(ALIGNED))
+    return BuildCase(name, kernel, kinds, constants, aligned=aligned, **gates)
 
 
 @dataclass(frozen=True)
@@ -108,19 +149,8 @@ def _run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def compile_for(
-    kernel: Any,
-    types: Mapping[str, str],
-    constants: Mapping[str, Any],
-    *,
-    arch: int = 90,
-    num_warps: int = 4,
-    num_stages: int = 2,
-    aligned: Sequence[str] = (),
-    name: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> CompileReport:
-    """Compile for compute capability `arch` (80, 90, 100 ...) and read the binary.
+def compile_build(case: BuildCase) -> CompileReport:
+    """Compile for the case's compute capability (80, 90, 100 ...) and read the binary.
 
     Pointers are taken as 16-byte aligned, as torch allocates them. Raises what triton raises where it cannot compile.
     """
@@ -129,26 +159,23 @@ def compile_for(
     import triton
     from triton.backends.compiler import GPUTarget
 
-    names = list(kernel.arg_names)
-    given = set(types) | set(constants)
+    kernel, names = case.kernel, list(case.kernel.arg_names)
+    given = set(case.types) | set(case.constants)
     if given != set(names):
         missing, foreign = sorted(set(names) - given), sorted(given - set(names))
         raise ValueError(f"{kernel.__name__}: arguments without type or value: {missing}; not its arguments: {foreign}.")
-    signature = {n: types.get(n, "constexpr") for n in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n in aligned}
+    signature = {n: case.types.get(n, "constexpr") for n in names}
+    divisible = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in case.aligned]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
     if getattr(kernel, "is_gluon", bool)():
         from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     else:
         from triton.compiler import ASTSource
-    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(case.constants), attrs=attributes)
     started = time.perf_counter()
-    built = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, **(options or {})},
-    )
-    seconds = time.perf_counter() - started
-    return read_binary(built, name or kernel.__name__, arch, seconds)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    built = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    return read_binary(built, case.name, case.arch, time.perf_counter() - started)
 
 
 def read_binary(built: Any, name: str, arch: int, seconds: float) -> CompileReport:
@@ -198,21 +225,7 @@ def overlapped_exponentials(sass: str) -> int:
     return min((len(re.findall(r"MUFU\.EX2", re.split(r"WARPGROUP\.DEPBAR", part)[0])) for part in parts), default=0)
 
 
-def compile_case(case: Case) -> CompileReport:
-    return compile_for(
-        case.kernel,
-        case.types,
-        case.constants,
-        arch=case.arch,
-        num_warps=case.num_warps,
-        num_stages=case.num_stages,
-        aligned=case.aligned,
-        name=case.name,
-        options=case.options,
-    )
-
-
-def violations(case: Case, report: CompileReport) -> list[str]:
+def violations(case: BuildCase, report: CompileReport) -> list[str]:
     """Gates that this build fails, in words; empty where it may ship."""
     out = []
     if report.spill_bytes > case.spill_bytes:
@@ -242,7 +255,7 @@ def violations(case: Case, report: CompileReport) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile the `shipped_cases()` of a kernel module; exit 1 where a gate fails."""
     parser = argparse.ArgumentParser(prog="python -m chatmill.kernels.gates.cross_compile", description=__doc__.splitlines()[0])
-    parser.add_argument("module", help="module with shipped_cases() -> list[Case]")
+    parser.add_argument("module", help="module with shipped_cases() -> list[BuildCase]")
     parser.add_argument("--arch", type=int, action="append", help="only these compute capabilities")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--json", action="store_true")
@@ -254,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         report = None
         try:
-            report = compile_case(case)
+            report = compile_build(case)
         except Exception as error:  # the compiler raises anything; one broken case must not hide the others
             row = {"name": case.name, "arch": case.arch, "violations": [f"{type(error).__name__}: {str(error)[:500]}"]}
         else:

@@ -9,16 +9,16 @@ Source: Zhang & Sennrich, arXiv:1910.07467.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from ..dispatch import choose, why_no_triton
+from ..dispatch import Impl, choose, why_no_triton
+from ..tensors import wide_dtype
 
 # the Triton kernels hold whole rows in registers
 MAX_WIDTH = 32768
-Impl = Literal["auto", "triton", "torch", "reference"]
 
 
 @overload
@@ -52,7 +52,7 @@ def rms_norm(
 
 def rms_norm_reference(h: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """The formula of the header in plain torch operations with autograd's gradients."""
-    wide = h.to(_wide(h.dtype))
+    wide = h.to(wide_dtype(h.dtype))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(h.dtype)
 
 
@@ -61,7 +61,7 @@ class _TorchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
-        wide = h.to(_wide(h.dtype))
+        wide = h.to(wide_dtype(h.dtype))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(h, weight, scale)
         return (wide * scale * weight.to(wide.dtype)).to(h.dtype)
@@ -90,7 +90,7 @@ def _norm_op(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> 
 @_norm_op.register_fake
 def _(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape)
-    return y, x.new_empty(0) if residual is None else torch.empty_like(y), x.new_empty(x.shape[0], dtype=_wide(x.dtype))
+    return y, x.new_empty(0) if residual is None else torch.empty_like(y), x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype))
 
 
 @torch.library.custom_op("chatmill::rms_norm_backward", mutates_args=())
@@ -128,10 +128,6 @@ def _norm_backward(ctx, dy: Tensor | None, dh: Tensor | None, _: Tensor | None) 
 
 
 _norm_op.register_autograd(_norm_backward, setup_context=_norm_setup)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Triton engine of RMSNorm: contract and maths in rms_norm.py.
+"""RMSNorm in Triton: contract and maths in rms_norm.py.
 
 Forward reads x (and the residual) once and writes y (and h). Backward reads h, dy and the residual stream's gradient once;
 each of a fixed number of programs sums its rows' share of d_weight in registers and writes one partial row, which torch
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..interpreter import install, is_interpreting
+from ..tensors import wide_dtype, with_adjacent_columns
 
 # elements of one tile: with 8192, backward at 4 warps spilled (kernels/gates/layer.py)
 TILE = 4096
@@ -114,11 +114,12 @@ def rms_norm_backward_kernel(
 @on_its_device
 def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, scale) for x (N, H); h is empty without a residual."""
-    x, residual, weight = _rows(x), None if residual is None else _rows(residual), weight.contiguous()
+    x, weight = with_adjacent_columns(x), weight.contiguous()
+    residual = None if residual is None else with_adjacent_columns(residual)
     n_rows, width = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x.new_empty(0) if residual is None else torch.empty_like(y)
-    scale = x.new_empty(n_rows, dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    scale = x.new_empty(n_rows, dtype=wide_dtype(x.dtype))
     rows, block, warps = _tile(width)
     if n_rows:
         rms_norm_forward_kernel[(triton.cdiv(n_rows, rows),)](
@@ -146,7 +147,8 @@ def backward(
     h: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, dh: Tensor | None, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """(d_x, d_weight); one that is not needed comes back empty."""
-    h, dy, dh, weight = _rows(h), _rows(dy), None if dh is None else _rows(dh), weight.contiguous()
+    h, dy, weight = with_adjacent_columns(h), with_adjacent_columns(dy), weight.contiguous()
+    dh = None if dh is None else with_adjacent_columns(dh)
     n_rows, width = h.shape
     rows, block, warps = _tile(width)
     n_blocks = triton.cdiv(n_rows, rows)
@@ -176,13 +178,6 @@ def backward(
         num_warps=warps,
     )
     return d_x, partial.sum(0).to(weight.dtype) if need_weight else weight.new_empty(0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x (N, H) with adjacent columns; the row stride is free."""
-    if is_interpreting():
-        install()
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tile(width: int) -> tuple[int, int, int]:

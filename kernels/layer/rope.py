@@ -12,15 +12,12 @@ Source: Su et al., arXiv:2104.09864; QK-norm: Dehghani et al., arXiv:2302.05442.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from ..dispatch import choose, why_no_triton
+from ..dispatch import Impl, choose, why_no_triton
+from ..tensors import wide_dtype
 from .rms_norm import rms_norm
-
-Impl = Literal["auto", "triton", "torch", "reference"]
 
 
 def rope(
@@ -79,7 +76,7 @@ class _TorchTurn(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     c, s = cos.to(wide)[:, None], sin.to(wide)[:, None]  # (T, 1, D/2)
     a, b = x.to(wide).chunk(2, dim=-1)
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
@@ -95,7 +92,7 @@ def _rope_op(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: fl
 
 @_rope_op.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     return x.new_empty(x.shape), x.new_empty(0 if weight is None else x.shape[:2], dtype=wide)
 
 

@@ -1,4 +1,4 @@
-"""Triton engine of the rotary positions, with QK-norm fused in where asked: contract and maths in rope.py.
+"""Rotary positions in Triton, with QK-norm fused in where asked: contract and maths in rope.py.
 
 A program holds ROWS positions of one head group: cos and sin are read once per group, every head's channels are read and
 written once, and the next head is on its way while one is computed.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..interpreter import install, is_interpreting
+from ..tensors import wide_dtype, with_adjacent_columns
 
 # (positions x channels of a half) of one program: 16 x 64 at D=128, over 4 heads
 TILE = 1024
@@ -171,12 +171,12 @@ def turn(
     x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, backward: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(y (T, heads, D), scale (T, heads) or empty) of x (T, heads, D); cos, sin (T, >= D/2)."""
-    x, cos, sin = _prepare(x), _prepare(cos), _prepare(sin)
+    x, cos, sin = with_adjacent_columns(x), with_adjacent_columns(cos), with_adjacent_columns(sin)
     if cos.stride(0) != sin.stride(0):
         cos, sin = cos.contiguous(), sin.contiguous()
     n_positions, n_heads, width = x.shape
     y = x.new_empty(x.shape)
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     scale = x.new_empty(0 if weight is None else (n_positions, n_heads), dtype=wide)
     block = triton.next_power_of_2(width // 2)
     rows, heads = max(1, TILE // block), _group(n_heads)
@@ -208,7 +208,7 @@ def turn(
 @on_its_device
 def norm_backward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """(d_x, d_weight) of norm-then-turn."""
-    x, dy, cos, sin = _prepare(x), _prepare(dy), _prepare(cos), _prepare(sin)
+    x, dy, cos, sin = (with_adjacent_columns(t) for t in (x, dy, cos, sin))
     if cos.stride(0) != sin.stride(0):
         cos, sin = cos.contiguous(), sin.contiguous()
     n_positions, n_heads, width = x.shape
@@ -249,10 +249,3 @@ def norm_backward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Te
 def _group(n_heads: int) -> int:
     """Heads of one program, which share the angles it read: up to HEADS, without a remainder where that can be."""
     return next((group for group in range(HEADS, 1, -1) if n_heads % group == 0), min(HEADS, n_heads))
-
-
-def _prepare(x: Tensor) -> Tensor:
-    """x with adjacent channels; position and head strides are free."""
-    if is_interpreting():
-        install()
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -9,15 +9,12 @@ Source: Shazeer, arXiv:2002.05202.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import choose, why_no_triton
-
-Impl = Literal["auto", "triton", "torch", "reference"]
+from ..dispatch import Impl, choose, why_no_triton
+from ..tensors import wide_dtype
 
 
 def swiglu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -38,7 +35,7 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """The formula of the header in plain torch operations with autograd's gradients."""
-    g = gate.to(_wide(gate.dtype))
+    g = gate.to(wide_dtype(gate.dtype))
     return (g * torch.sigmoid(g) * up.to(g.dtype)).to(gate.dtype)
 
 
@@ -46,13 +43,13 @@ class _TorchSwiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up)
-        wide = _wide(gate.dtype)
+        wide = wide_dtype(gate.dtype)
         return F.silu(gate.to(wide)).mul_(up).to(gate.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
-        wide = _wide(gate.dtype)
+        wide = wide_dtype(gate.dtype)
         g, dy = gate.to(wide), grad.to(wide)
         d_gate = torch.ops.aten.silu_backward(dy * up, g).to(gate.dtype)
         return d_gate, F.silu(g).mul_(dy).to(up.dtype)
@@ -91,7 +88,3 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-unty
 
 
 _swiglu_op.register_autograd(_backward, setup_context=_setup)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32

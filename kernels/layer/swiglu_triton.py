@@ -1,4 +1,4 @@
-"""Triton engine of SwiGLU: contract and maths in swiglu.py. Backward makes the sigmoid again: nothing but the inputs is saved.
+"""SwiGLU in Triton: contract and maths in swiglu.py. Backward makes the sigmoid again: nothing but the inputs is saved.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/layer/test_swiglu.py
         python -m chatmill.kernels.gates.cross_compile chatmill.kernels.gates.layer
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..interpreter import install, is_interpreting
+from ..tensors import with_adjacent_columns
 
 # elements of one program
 TILE = 2048
@@ -69,7 +69,7 @@ def swiglu_backward_kernel(
 @on_its_device
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up for (N, F)."""
-    gate, up = _prepare(gate), _prepare(up)
+    gate, up = with_adjacent_columns(gate), with_adjacent_columns(up)
     y = gate.new_empty(gate.shape)
     rows, block = tile(gate.shape[1])
     if y.numel():
@@ -90,7 +90,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 @on_its_device
 def backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """(d_gate, d_up) for (N, F)."""
-    gate, up, dy = _prepare(gate), _prepare(up), _prepare(dy)
+    gate, up, dy = with_adjacent_columns(gate), with_adjacent_columns(up), with_adjacent_columns(dy)
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     rows, block = tile(gate.shape[1])
     if gate.numel():
@@ -109,13 +109,6 @@ def backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
             BLOCK=block,
         )
     return d_gate, d_up
-
-
-def _prepare(x: Tensor) -> Tensor:
-    """x with adjacent columns; the row stride is free (halves of one fused projection are read in place)."""
-    if is_interpreting():
-        install()
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def tile(width: int) -> tuple[int, int]:

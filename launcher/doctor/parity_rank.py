@@ -189,7 +189,7 @@ def padded(batch: PackedBatch) -> PackedBatch:
         cu_seqlens=torch.tensor(edges, dtype=torch.int32),
         rows=rows,
         max_seqlen=max(b - a for a, b in pairwise(edges)),
-        plan=None,
+        tile_maps=None,
     )
 
 

@@ -108,7 +108,7 @@ def run_model(engine: Engine, batch: PackedBatch) -> LossOutput:
             batch.cu_seqlens,
             targets=batch.targets,
             rows=batch.rows,
-            plan=batch.plan,
+            tile_maps=batch.tile_maps,
             max_seqlen=batch.max_seqlen,
             **({} if engine.objective is None else {"objective": engine.objective(batch)}),
         )
@@ -166,6 +166,6 @@ def check_average(source: TensorSource, names: Iterable[str]) -> None:
 
 def _mark_varying(batch: PackedBatch) -> None:
     """Tell torch.compile that the number of documents and of attention tiles differs between batches: fewer compilations."""
-    plans = batch.plan.values() if isinstance(batch.plan, Mapping) else ()
-    for tensor in (batch.cu_seqlens, *(plan.data for plan in plans)):
+    maps = batch.tile_maps.values() if isinstance(batch.tile_maps, Mapping) else ()
+    for tensor in (batch.cu_seqlens, *(tile_map.data for tile_map in maps)):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)

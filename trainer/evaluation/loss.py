@@ -33,7 +33,7 @@ def validation_batches(
     max_dialogues: int | None = None,
     annotate: Annotate | None = None,
 ) -> PackedStream:
-    """All validation dialogues (or the first max_dialogues) once, in a fixed order. annotate: fills batch.plan."""
+    """All validation dialogues (or the first max_dialogues) once, in a fixed order. annotate: fills batch.tile_maps."""
     return PackedStream(
         dataset,
         sequence_length=sequence_length,

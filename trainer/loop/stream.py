@@ -9,19 +9,19 @@ from typing import Any
 from chatmill.config import ConfigError
 
 from ...data.stream import PackedBatch, PackedStream
-from ..model.attention_plans import plan_maker
+from ..model.tile_maps import tile_map_maker
 from .budget import stream_options
 from .context import RunContext
 
 
 def training_stream(run: RunContext, exclude: Mapping[int, frozenset[str]]) -> PackedStream:
-    """The shuffled stream of this rank; on a GPU with the attention kernel's tile plans, made beside the batches."""
+    """The shuffled stream of this rank; on a GPU with the attention kernel's tile maps, made beside the batches."""
     recipe, world = run.recipe, run.world
     return PackedStream(
         run.mixture,
         stream_options(recipe, exclude, world.world_size),
         rank=world.rank,
-        annotate=plan_maker(run.config, recipe.kernels.attention, recipe.train.precision, world.device),
+        annotate=tile_map_maker(run.config, recipe.kernels.attention, recipe.train.precision, world.device),
         pin=world.device.type == "cuda",
     )
 

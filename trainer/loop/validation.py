@@ -18,7 +18,7 @@ from ..engine.engine import Engine
 from ..evaluation.loss import evaluate, in_words, pooled, validation_batches
 from ..generation.replies import reply_to
 from ..generation.sampling import Sampling
-from ..model.attention_plans import plan_maker
+from ..model.tile_maps import tile_map_maker
 from ..run.state import TrainState
 from .context import RunContext
 
@@ -32,7 +32,7 @@ class Validation:
         self.context, self.engine = context, engine
         self.recipe, self.world, self.display = context.recipe, context.world, context.display
         attention, precision = self.recipe.kernels.attention, self.recipe.train.precision
-        self._annotate = plan_maker(context.config, attention, precision, self.world.device)
+        self._annotate = tile_map_maker(context.config, attention, precision, self.world.device)
 
     def run(self, state: TrainState) -> bool:
         """Measure, log and answer the prompts; True when it is the best validation so far and checkpoints follow it."""

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ...kernels.attention.interface import attention
-from ...kernels.cross_entropy.interface import Impl, linear_cross_entropy
+from ...kernels.attention import TileMap, attention
+from ...kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_with_metrics
+from ...kernels.dispatch import Impl
 from ...kernels.layer.rms_norm import rms_norm
 from ...kernels.layer.rope import rope, rope_one
 from ...kernels.layer.swiglu import swiglu
@@ -64,7 +65,7 @@ class Layout(NamedTuple):
     sin: Tensor  # Float32["T D/2"]
     cu_seqlens: Tensor | None  # Int32["S+1"]; None where a memory replaces the pack
     max_seqlen: int | None
-    plan: Any  # of kernels/attention, or a mapping from window to plan, or None
+    tile_maps: Mapping[int | None, TileMap] | None  # by sliding window
 
 
 class Linear(nn.Linear):
@@ -126,7 +127,7 @@ class Attention(nn.Module):
         else:
             q, k = rope(q, k, layout.cos, layout.sin, impl=self.kernels.elementwise)
         if memory is None:
-            plan = layout.plan.get(self.window) if isinstance(layout.plan, Mapping) else layout.plan
+            maps = layout.tile_maps
             out = attention(
                 q,
                 k,
@@ -135,7 +136,7 @@ class Attention(nn.Module):
                 window=self.window,
                 softcap=self.softcap,
                 impl=self.kernels.attention,
-                plan=plan,
+                tile_map=None if maps is None else maps.get(self.window),
                 max_seqlen=layout.max_seqlen,
             )
         else:
@@ -237,7 +238,7 @@ class TokenTable(nn.Module):
         options: dict[str, Any] = {"rows": rows, "norm": norm, "softcap": self.softcap, "impl": self.impl}
         if objective is not None:
             return objective(linear_cross_entropy(x, self.weight, targets, reduction="none", **options))
-        loss_sum, metrics = linear_cross_entropy(x, self.weight, targets, reduction="sum", return_metrics=True, **options)
+        loss_sum, metrics = linear_cross_entropy_with_metrics(x, self.weight, targets, reduction="sum", **options)
         return LossOutput(loss_sum.float(), metrics.correct, metrics.count)
 
 
@@ -285,7 +286,7 @@ class Decoder(nn.Module):
         *,
         targets: Tensor | None = None,
         rows: Tensor | None = None,
-        plan: Any = None,
+        tile_maps: Mapping[int | None, TileMap] | None = None,
         max_seqlen: int | None = None,
         objective: Callable[[Tensor], LossOutput] | None = None,
     ) -> Tensor | LossOutput:
@@ -294,10 +295,10 @@ class Decoder(nn.Module):
         tokens, positions: Int["T"]; positions restart at 0 in each document. cu_seqlens: Int32["S+1"].
         targets: Int64["T"], targets[t] is the token after tokens[t], -100 where there is no loss.
         rows: Int["R"], the t with a target, padded with -1; the others skip the final norm and the vocabulary-wide product.
-        plan, max_seqlen: made on the host beside the batch, for the attention kernel.
+        tile_maps, max_seqlen: made on the host beside the batch, for the attention kernel.
         objective: makes the loss of the tokens' negative log-probabilities Float["T"] (0 without target), instead of their sum.
         """
-        layout = self._layout(positions, cu_seqlens, max_seqlen, plan)
+        layout = self._layout(positions, cu_seqlens, max_seqlen, tile_maps)
         x = self._stream(tokens, layout)
         table = self.embed if self.head is None else self.head
         out: Tensor | LossOutput
@@ -360,12 +361,18 @@ class Decoder(nn.Module):
                 std = self.config.initializer_range * (shrink if name.endswith((".o.weight", ".down.weight")) else 1.0)
                 parameter.copy_(values.normal_(0.0, std, generator=generator))
 
-    def _layout(self, positions: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, plan: Any) -> Layout:
+    def _layout(
+        self,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        tile_maps: Mapping[int | None, TileMap] | None,
+    ) -> Layout:
         frequencies = self._frequencies_on.get(positions.device)
         if frequencies is None:
             frequencies = self._frequencies_on[positions.device] = self._frequencies.to(positions.device)
         cos, sin = rotary_tables(positions, frequencies, self._rotary_factor)
-        return Layout(cos, sin, cu_seqlens, max_seqlen, plan)
+        return Layout(cos, sin, cu_seqlens, max_seqlen, tile_maps)
 
     def _stream(self, tokens: Tensor, layout: Layout, memory: TokenMemory | None = None) -> Tensor:
         """The residual stream ["T H"] behind the last layer, before the final norm."""

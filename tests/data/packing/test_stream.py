@@ -197,19 +197,19 @@ def test_impossible_options_are_refused_in_words(options: dict[str, Any]) -> Non
         stream(**options)
 
 
-def test_annotate_sees_the_segments_and_its_plan_travels_with_the_batch() -> None:
-    class Plan:
+def test_annotate_sees_the_segments_and_its_answer_travels_with_the_batch() -> None:
+    class Maps:
         def __init__(self, cu: np.ndarray, T: int) -> None:
             self.cu, self.T, self.device = cu.copy(), T, "host"
 
-        def to(self, device: Any, non_blocking: bool) -> Plan:
+        def to(self, device: Any, non_blocking: bool) -> Maps:
             self.device = str(device)
             return self
 
-    batch = next(iter(stream(annotate=Plan, micro_batch=2)))
-    assert batch.plan.T == 2 * LENGTH and batch.plan.cu.tolist() == batch.cu_seqlens.tolist()
+    batch = next(iter(stream(annotate=Maps, micro_batch=2)))
+    assert batch.tile_maps.T == 2 * LENGTH and batch.tile_maps.cu.tolist() == batch.cu_seqlens.tolist()
     moved = batch.to("cpu")
-    assert moved.plan.device == "cpu" and torch.equal(moved.tokens, batch.tokens) and moved.uids == batch.uids
+    assert moved.tile_maps.device == "cpu" and torch.equal(moved.tokens, batch.tokens) and moved.uids == batch.uids
 
 
 def prefetch_threads() -> int:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import chatmill.kernels.attention.interface as module
-from chatmill.kernels.attention.interface import attention, attention_reference
+from chatmill.kernels.attention import attention, attention_reference, attention_with_lse
+from chatmill.kernels.attention import operators as module
 
 
 def inputs(
@@ -55,7 +55,7 @@ def test_output_lse_and_gradients_equal_the_reference(layout: str, options: dict
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
     q, k, v = inputs(T, (4, 2), dims)
     for with_lse in (False, True):
-        out, lse = attention(q, k, v, cu_seqlens=cu_seqlens, return_lse=True, **options)
+        out, lse = attention_with_lse(q, k, v, cu_seqlens=cu_seqlens, **options)
         expected, expected_lse = attention_reference(q, k, v, cu_seqlens=cu_seqlens, **options)
         torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-9, atol=1e-9)
@@ -223,7 +223,7 @@ def test_one_compiled_graph_serves_every_number_of_documents() -> None:
         assert torch.equal(compiled(cu), attention(q, q, q, cu_seqlens=cu))
 
 
-def test_a_plan_of_the_cache_outlives_it_where_a_graph_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tile_map_of_the_cache_outlives_it_where_a_graph_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     # with tensors of a GPU: a captured graph reads the tiles whenever it is replayed, another stream's kernels after eviction
     events: list[str] = []
     tiles = SimpleNamespace(data_ptr=lambda: 64, device="cuda:1", record_stream=events.append)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from chatmill.kernels.attention.decode import decode_attention
-from chatmill.kernels.attention.interface import attention_reference
+from chatmill.kernels.attention.reference import attention_reference
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.model.kv_cache import KVCache
 

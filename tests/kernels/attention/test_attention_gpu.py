@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chatmill.kernels.attention import attention, attention_reference, make_tile_map
 from chatmill.kernels.attention.decode import decode_attention
-from chatmill.kernels.attention.device_plan import plan_attention
-from chatmill.kernels.attention.interface import attention, attention_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,11 +114,11 @@ def test_every_element_is_written(tier: str) -> None:
 def test_with_a_plan_the_host_never_waits(tier: str) -> None:
     T = 2048
     leaves, bounds = inputs(T, (8, 2), (64, 64)), chats(2048, 300)
-    plan = plan_attention(bounds.cpu().numpy(), T, head_dim=64, device=torch.device("cuda", 0)).to("cuda")
-    attention(*leaves, cu_seqlens=bounds, plan=plan, impl=tier).sum().backward()  # compiles
+    tile_map = make_tile_map(bounds.cpu().numpy(), T, head_dim=64, device=torch.device("cuda", 0)).to("cuda")
+    attention(*leaves, cu_seqlens=bounds, tile_map=tile_map, impl=tier).sum().backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attention(*leaves, cu_seqlens=bounds, plan=plan, impl=tier).sum().backward()
+        attention(*leaves, cu_seqlens=bounds, tile_map=tile_map, impl=tier).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -15,9 +15,12 @@ from tests.kernels.attention.gluon_simulator import Edits, Simulated
 
 from chatmill.kernels import dispatch, interpreter
 from chatmill.kernels.attention import hopper_forward as attention_hopper
-from chatmill.kernels.attention.device_plan import HOPPER_FORWARD, KernelConfig, TileConfig, plan_attention
 from chatmill.kernels.attention.hopper_forward import attention_forward_hopper, heads_together, why_not_hopper
-from chatmill.kernels.attention.interface import attention, attention_reference
+from chatmill.kernels.attention.interface import attention
+from chatmill.kernels.attention.reference import attention_reference
+from chatmill.kernels.attention.rules import Rules
+from chatmill.kernels.attention.tile_map import make_tile_map
+from chatmill.kernels.attention.tiles import HOPPER_FORWARD, KernelConfig, TileConfig
 from chatmill.kernels.bench import hopper_check as attention_hopper_check
 
 pytestmark = pytest.mark.skipif(
@@ -39,10 +42,10 @@ def simulate(
     edits: Edits | None = None, tiles: TileConfig = SMALL, softcap: float = 0.0, **rules: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     T, _, D = qkv[0].shape
-    plan = plan_attention(bounds, T, head_dim=D, config=KernelConfig(tiles, UNUSED, UNUSED), **rules)
+    tile_map = make_tile_map(bounds, T, head_dim=D, config=KernelConfig(tiles, UNUSED, UNUSED), **rules)
     simulated = Simulated(attention_hopper, KERNEL, seed, edits)
     monkeypatch.setattr(attention_hopper, KERNEL, simulated)
-    out, lse = attention_hopper.launch(*qkv, plan, softcap, D**-0.5, programs)
+    out, lse = attention_hopper.launch(*qkv, tile_map, Rules(True, 0, softcap, D**-0.5), programs)
     monkeypatch.undo()
     assert all((stored == 1).all() for stored in simulated.stored[:2]), "out and lse are written once, every element"
     return out, lse
@@ -213,21 +216,21 @@ def test_the_public_function_differentiates_through_the_shipped_tiles(monkeypatc
 
 def test_a_plan_with_other_tiles_is_refused() -> None:
     q = torch.randn(40, 1, 64, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r'plan_attention\(\.\.\., impl="hopper"\)'):
-        attention_forward_hopper(q, q, q, plan_attention([0, 20, 40], 40, head_dim=64), 0.0, 0.125)
+    with pytest.raises(ValueError, match=r'make_tile_map\(\.\.\., impl="hopper"\)'):
+        attention_forward_hopper(q, q, q, make_tile_map([0, 20, 40], 40, head_dim=64), Rules(True, 0, 0.0, 0.125))
 
 
 def test_its_plan_has_its_tiles_and_shares_them_between_documents() -> None:
-    plan = plan_attention([0, 20, 40], 40, head_dim=128, impl="hopper")
-    assert plan.config.forward == HOPPER_FORWARD[128]
-    assert (plan.forward[:, 1] > 0).sum() == 1
+    tile_map = make_tile_map([0, 20, 40], 40, head_dim=128, impl="hopper")
+    assert tile_map.config.forward == HOPPER_FORWARD[128]
+    assert (tile_map.forward[:, 1] > 0).sum() == 1
 
 
 def test_a_row_past_32_bits_is_refused() -> None:
     q = torch.empty(1, 1, 16, dtype=torch.bfloat16).expand((1 << 31) - 8, 1, 16)
-    plan = plan_attention([0, 8], 8, head_dim=16, config=KernelConfig(SMALL, UNUSED, UNUSED))
+    tile_map = make_tile_map([0, 8], 8, head_dim=16, config=KernelConfig(SMALL, UNUSED, UNUSED))
     with pytest.raises(ValueError, match="in 32 bits; got T=2147483640"):
-        attention_hopper.launch(q, q, q, plan, 0.0, 0.25, 1)
+        attention_hopper.launch(q, q, q, tile_map, Rules(True, 0, 0.0, 0.25), 1)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,7 @@ def test_what_it_cannot_do_it_says(call: dict[str, Any], words: str) -> None:
 
 def test_without_a_gpu_it_is_refused_in_words() -> None:
     q = torch.randn(8, 1, 64, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="runs on a Hopper GPU alone"):
+    with pytest.raises(ValueError, match="runs only on a Hopper GPU"):
         attention(q, q, q, impl="hopper")
 
 

@@ -10,9 +10,13 @@ pytest.importorskip("triton")
 
 from chatmill.kernels import interpreter
 from chatmill.kernels.attention import hopper_backward as attention_hopper_backward
-from chatmill.kernels.attention.device_plan import DevicePlan, KernelConfig, TileConfig, plan_attention
 from chatmill.kernels.attention.hopper_backward import _rows_of_heads, attention_backward_hopper
-from chatmill.kernels.attention.interface import _may_fuse, attention_backward, attention_reference
+from chatmill.kernels.attention.interface import _may_fuse
+from chatmill.kernels.attention.operators import attention_backward
+from chatmill.kernels.attention.reference import attention_reference
+from chatmill.kernels.attention.rules import Rules
+from chatmill.kernels.attention.tile_map import TileMap, make_tile_map
+from chatmill.kernels.attention.tiles import KernelConfig, TileConfig
 from chatmill.kernels.bench.hopper_check import why_unfit
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -42,16 +46,16 @@ def problem(T: int, heads: tuple[int, int], D: int, dtype: torch.dtype, bounds: 
     out, lse = attention_reference(*wide, cu_seqlens=torch.tensor(bounds, device=DEVICE), **{"causal": False} | options)
     seen = torch.where(lse.isfinite(), lse, torch.zeros_like(lse))
     truth = torch.autograd.grad((out * dout).sum() + (seen * dlse).sum(), wide)
-    plan = plan_attention(
+    tile_map = make_tile_map(
         bounds, T, head_dim=D, window=rules.get("window"), causal=rules.get("causal", False), config=CONFIG, device=DEVICE
     )
     given = {"q": q, "k": k, "v": v, "out": out.detach().to(dtype), "lse": lse.detach().float(), "dout": dout, "dlse": dlse}
-    return {**given, "plan": plan.to(DEVICE), "truth": truth}
+    return {**given, "tile_map": tile_map.to(DEVICE), "truth": truth}
 
 
 def fused(p: dict[str, Any], softcap: float = 0.0) -> tuple[Tensor, ...]:
-    tensors = (p[name] for name in ("q", "k", "v", "out", "lse", "dout", "dlse", "plan"))
-    return attention_backward_hopper(*tensors, softcap, p["q"].shape[2] ** -0.5)
+    tensors = (p[name] for name in ("q", "k", "v", "out", "lse", "dout", "dlse", "tile_map"))
+    return attention_backward_hopper(*tensors, Rules(True, 0, softcap, p["q"].shape[2] ** -0.5))
 
 
 def check(grads: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype) -> None:
@@ -142,10 +146,10 @@ def test_layouts_that_descriptors_cannot_take_are_copied() -> None:
 
 def test_the_registered_backward_takes_it_by_name_and_refuses_what_it_cannot() -> None:
     p = problem(40, (2, 1), 64, torch.bfloat16, [0, 15, 40], causal=True)
-    plan: DevicePlan = p["plan"]
+    tile_map: TileMap = p["tile_map"]
     cu_seqlens = torch.tensor([0, 15, 40], dtype=torch.int32, device=DEVICE)
     inputs = [p[name] for name in ("q", "k", "v", "out", "lse", "dout", "dlse")]
-    rules = (cu_seqlens, plan.data, list(plan.header), True, 0, 0.0, 0.125)
+    rules = (cu_seqlens, tile_map.data, list(tile_map.header), True, 0, 0.0, 0.125)
     both = {impl: attention_backward(*inputs, *rules, impl) for impl in ("hopper", "hopper-fused")}
     for impl, grads in both.items():
         check(grads, p["truth"], torch.bfloat16)
@@ -155,14 +159,14 @@ def test_the_registered_backward_takes_it_by_name_and_refuses_what_it_cannot() -
 
 
 def test_it_runs_only_where_runs_may_differ_and_registers_suffice() -> None:
-    assert _may_fuse(128, None, None)
+    assert _may_fuse(128, 0.0, None)
     assert _may_fuse(64, 20.0, False)
-    assert not _may_fuse(64, None, True)
+    assert not _may_fuse(64, 0.0, True)
     assert not _may_fuse(128, 20.0, False)
     torch.use_deterministic_algorithms(True)
     try:
-        assert not _may_fuse(64, None, None)
-        assert _may_fuse(64, None, False)
+        assert not _may_fuse(64, 0.0, None)
+        assert _may_fuse(64, 0.0, False)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -174,7 +178,7 @@ def test_dense_inputs_that_begin_between_16_bytes_are_taken_and_no_rows_are_no_l
     check(fused(p | {"q": shifted}), p["truth"], torch.bfloat16)
     # the driver refuses a descriptor of no rows
     none = {name: p[name][:0] for name in ("q", "k", "v", "out", "dout")}
-    none |= {"lse": p["lse"][:, :0], "dlse": None, "plan": plan_attention([0, 0], 0, head_dim=64, config=CONFIG).to(DEVICE)}
+    none |= {"lse": p["lse"][:, :0], "dlse": None, "tile_map": make_tile_map([0, 0], 0, head_dim=64, config=CONFIG).to(DEVICE)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_hopper_backward, "_columns", None)
         assert [tuple(g.shape) for g in fused(none)] == [(0, 2, 64), (0, 1, 64), (0, 1, 64)]

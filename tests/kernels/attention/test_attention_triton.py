@@ -13,12 +13,17 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from chatmill.kernels import interpreter
-from chatmill.kernels.attention.device_plan import KernelConfig, TileConfig, kernel_config, plan_attention
-from chatmill.kernels.attention.interface import attention, attention_reference
+from chatmill.kernels.attention.interface import attention, attention_with_lse
+from chatmill.kernels.attention.reference import attention_reference
+from chatmill.kernels.attention.rules import Rules
+from chatmill.kernels.attention.tile_map import make_tile_map
+from chatmill.kernels.attention.tiles import KernelConfig, TileConfig, kernel_config
+from chatmill.kernels.attention.triton_parts import strides_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # relative error of the whole tensor against fp64 on the same (rounded) inputs
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+RULES = Rules(causal=True, window=0, softcap=0.0, scale=0.25)
 CANARY = 777.0
 SMALL = KernelConfig(TileConfig(16, 16, 4, 1), TileConfig(16, 16, 4, 1), TileConfig(16, 16, 4, 1))
 
@@ -61,10 +66,10 @@ def compare(
         finite = torch.where(lse.isfinite(), lse, torch.zeros((), dtype=lse.dtype, device=DEVICE))
         return (out * dout.to(out.dtype)).sum() + ((finite * dlse).sum() if with_lse else 0.0)
 
-    out, lse = attention(q, k, v, cu_seqlens=cu_seqlens, impl="triton", return_lse=True, **options)
+    out, lse = attention_with_lse(q, k, v, cu_seqlens=cu_seqlens, impl="triton", **options)
     mine = (out, lse[lse.isfinite()], *torch.autograd.grad(loss(out, lse), (q, k, v)))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    options.pop("plan", None)
+    options.pop("tile_map", None)
     expected, expected_lse = attention_reference(*wide, cu_seqlens=cu_seqlens, **options)
     truth = (expected, expected_lse[expected_lse.isfinite()], *torch.autograd.grad(loss(expected, expected_lse), wide))
     assert torch.equal(lse.isfinite(), expected_lse.isfinite())
@@ -126,8 +131,8 @@ def test_random_layouts_with_small_tiles(seed: int) -> None:
     bounds = [0, *np.cumsum(rng.integers(0, 45, 5)).tolist()]
     T = bounds[-1] + int(rng.integers(0, 5)) or 1
     window, causal = [None, 3, 20][rng.integers(3)], bool(rng.integers(2))
-    plan = plan_attention(bounds, T, head_dim=16, window=window, causal=causal, config=SMALL)
-    compare(T, (2, 1), (16, 16), bounds, torch.float32, causal=causal, window=window, plan=plan.to(DEVICE))
+    tile_map = make_tile_map(bounds, T, head_dim=16, window=window, causal=causal, config=SMALL)
+    compare(T, (2, 1), (16, 16), bounds, torch.float32, causal=causal, window=window, tile_map=tile_map.to(DEVICE))
 
 
 def test_sinks() -> None:
@@ -176,12 +181,12 @@ def test_nothing_outside_is_read_or_written(dims: tuple[int, int]) -> None:
     T, bounds = 77, [0, 20, 23, 70]
     q, k, v = (x.detach() for x in inputs(T, (4, 2), dims, torch.float32))
     dout, config = torch.randn_like(q[..., :1].expand(T, 4, dims[1])), SMALL
-    plan = plan_attention(bounds, T, head_dim=max(dims), config=config).to(DEVICE)
-    out, lse = tier.attention_forward_triton(q, k, v, plan, 0.0, 0.25)
-    expected = tier.attention_backward_triton(q, k, v, out, lse, dout, None, plan, 0.0, 0.25)
+    tile_map = make_tile_map(bounds, T, head_dim=max(dims), config=config).to(DEVICE)
+    out, lse = tier.attention_forward_triton(q, k, v, tile_map, RULES)
+    expected = tier.attention_backward_triton(q, k, v, out, lse, dout, None, tile_map, RULES)
     with canaries(q, k, v, dout) as (q2, k2, v2, dout2):
-        out2, lse2 = tier.attention_forward_triton(q2, k2, v2, plan, 0.0, 0.25)
-        found = tier.attention_backward_triton(q2, k2, v2, out2, lse2, dout2, None, plan, 0.0, 0.25)
+        out2, lse2 = tier.attention_forward_triton(q2, k2, v2, tile_map, RULES)
+        found = tier.attention_backward_triton(q2, k2, v2, out2, lse2, dout2, None, tile_map, RULES)
     assert torch.equal(out, out2)
     assert torch.equal(lse, lse2)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
@@ -192,13 +197,13 @@ def test_outputs_stay_inside_their_buffers() -> None:
 
     T, heads, D = 37, 2, 24
     q, k, v = (x.detach() for x in inputs(T, (heads, heads), (D, D), torch.float32))
-    plan = plan_attention([0, 11, 30], T, head_dim=D, config=SMALL).to(DEVICE)
+    tile_map = make_tile_map([0, 11, 30], T, head_dim=D, config=SMALL).to(DEVICE)
     with canaries(torch.zeros_like(q)) as (out,):
         lse = torch.full((heads + 2, T), CANARY, device=DEVICE)
-        scales, constants = tier._shared(q, v, 0.0, 0.2)
-        tier.attention_forward_kernel[(plan.forward.shape[0] * heads,)](
-            q, k, v, out, lse[1:-1], plan.forward, plan.bounds, T, heads, 1, *scales, *tier._strides(q, k, v, out),
-            **constants, **tier._blocks(plan.config.forward),
+        rules = Rules(True, 0, 0.0, 0.2)
+        tier.attention_forward_kernel[(tile_map.forward.shape[0] * heads,)](
+            q, k, v, out, lse[1:-1], tile_map.forward, tile_map.bounds, T, heads, 1, *rules.base2, *strides_of(q, k, v, out),
+            **tier._constants(q, v, rules), **tier._blocks(tile_map.config.forward),
         )  # fmt: skip
         assert error(out[:30], attention_reference(*(x[:30] for x in (q, k, v)), scale=0.2,
                      cu_seqlens=torch.tensor([0, 11, 30], device=DEVICE))[0]) < 3e-6  # fmt: skip
@@ -226,14 +231,15 @@ def test_offsets_beyond_32_bits_are_reached(monkeypatch: pytest.MonkeyPatch) -> 
     far = buffer.as_strided((T, 1, 16), (stride, 16, 1))
     near = inputs(T, (1, 1), (16, 16), torch.float16)[0].detach()
     far.copy_(near)
-    plan = plan_attention([0, T], T, head_dim=16, config=SMALL).to(DEVICE)
+    tile_map = make_tile_map([0, T], T, head_dim=16, config=SMALL).to(DEVICE)
     assert torch.equal(
-        attention(far, near, far, plan=plan, impl="triton"), attention(near, near, near, plan=plan, impl="triton")
+        attention(far, near, far, tile_map=tile_map, impl="triton"),
+        attention(near, near, near, tile_map=tile_map, impl="triton"),
     )
-    out, lse = (x.detach() for x in attention(near, near, near, plan=plan, impl="triton", return_lse=True))
+    out, lse = (x.detach() for x in attention_with_lse(near, near, near, tile_map=tile_map, impl="triton"))
     from chatmill.kernels.attention.triton_tier import attention_backward_triton
 
-    rest = (out, lse, near, None, plan, 0.0, 0.25)
+    rest = (out, lse, near, None, tile_map, RULES)
     mine, expected = (attention_backward_triton(x, near, x, *rest) for x in (far, near))
     assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
 
@@ -248,26 +254,26 @@ def test_two_runs_are_bitwise_equal() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_a_plan_made_in_advance_gives_the_same_and_a_wrong_one_is_refused() -> None:
+def test_a_tile_map_made_in_advance_gives_the_same_and_a_wrong_one_is_refused() -> None:
     q, k, v = inputs(50, (2, 1), (16, 16), torch.float32)
     bounds = torch.tensor([0, 20, 50], dtype=torch.int32, device=DEVICE)
     make = {"head_dim": 16, "dtype": torch.float32, "device": DEVICE}
-    plans = {
-        None: plan_attention([0, 20, 50], 50, **make).to(DEVICE),
-        5: plan_attention([0, 20, 50], 50, window=5, **make).to(DEVICE),
+    maps = {
+        None: make_tile_map([0, 20, 50], 50, **make).to(DEVICE),
+        5: make_tile_map([0, 20, 50], 50, window=5, **make).to(DEVICE),
     }
     for window in (None, 5):
-        mine = attention(q, k, v, cu_seqlens=bounds, window=window, plan=plans, impl="triton")
+        mine = attention(q, k, v, cu_seqlens=bounds, window=window, tile_map=maps[window], impl="triton")
         assert torch.equal(mine, attention(q, k, v, cu_seqlens=bounds, window=window, impl="triton"))
-    with pytest.raises(ValueError, match=r"the plan was made for T=50, causal=True, window=5"):
-        attention(q, k, v, cu_seqlens=bounds, plan=plans[5], impl="triton")
+    with pytest.raises(ValueError, match=r"the tile map was made for T=50, causal=True, window=5"):
+        attention(q, k, v, cu_seqlens=bounds, tile_map=maps[5], impl="triton")
 
 
 def test_opcheck_passes() -> None:
     q, k, v = inputs(24, (2, 1), (16, 16), torch.float32)
-    plan = plan_attention([0, 5, 24], 24, head_dim=16, dtype=torch.float32, device=DEVICE).to(DEVICE)
+    tile_map = make_tile_map([0, 5, 24], 24, head_dim=16, dtype=torch.float32, device=DEVICE).to(DEVICE)
     bounds = torch.tensor([0, 5, 24], dtype=torch.int32, device=DEVICE)
-    arguments = (q, k, v, bounds, plan.data, list(plan.header), True, 0, 0.0, 0.25, "triton")
+    arguments = (q, k, v, bounds, tile_map.data, list(tile_map.header), True, 0, 0.0, 0.25, "triton")
     torch.library.opcheck(torch.ops.chatmill.attention_forward.default, arguments)
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
-from chatmill.kernels.cross_entropy import interface as module
+from chatmill.kernels.cross_entropy import interface, operators
 from chatmill.kernels.cross_entropy import tiles as shapes
 from chatmill.kernels.cross_entropy import torch_tier as plain
 from chatmill.kernels.cross_entropy import triton_tier as kernels
@@ -67,7 +67,7 @@ class NoLaunch:
 
 @pytest.fixture
 def unlaunched(monkeypatch: pytest.MonkeyPatch) -> dict[str, NoLaunch]:
-    """Every Triton kernel of the engine by name, made silent."""
+    """Every Triton kernel by name, made silent."""
     found = {name: NoLaunch() for name in ("project_kernel", "gradient_kernel", "accumulate_kernel")}
     for name, silent in found.items():
         monkeypatch.setattr(head if name == "accumulate_kernel" else kernels, name, silent)
@@ -80,13 +80,13 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     An operator shows neither its memory nor its products to a dispatch mode. The meta device knows no autocast.
     """
-    body = module._sum_op._init_fn
+    body = operators.sum_op._init_fn
 
     def run(*args: Any) -> Any:
         with torch.no_grad():
             return body(*(a.detach() if isinstance(a, Tensor) else a for a in args))
 
-    monkeypatch.setattr(module, "_sum_op", run)
+    monkeypatch.setattr(interface, "sum_op", run)
     row = shapes.row_for(90, 2)
     monkeypatch.setattr(shapes, "tiles", lambda *_: (row.project, row.accumulate))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
@@ -128,7 +128,7 @@ def test_the_extra_memory_of_a_step_with_a_vocabulary_of_128k_is_what_was_promis
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_every_engine_keeps_the_promise_for_weights_of_either_width(
+def test_every_tier_keeps_the_promise_for_weights_of_either_width(
     impl: str, weight_dtype: torch.dtype, unlaunched: dict[str, NoLaunch], on_meta: None
 ) -> None:
     """fp32 weights are what DDP trains: their sums are the gradient itself, but a bf16 copy of the weight is made."""
@@ -157,9 +157,9 @@ def test_scaling_a_gradient_in_backward_makes_one_new_tensor_of_its_size() -> No
     """A product with an fp32 factor is fp32: of d_weight that would be 1 GB beside it."""
     gradient, factor = torch.randn(3001, 64).bfloat16(), torch.tensor(1 / 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SCALED_ELEMENTS", 100 * 64)
+        patch.setattr(operators, "SCALED_ELEMENTS", 100 * 64)
         with Peak(gradient, factor) as peak:
-            scaled = module._scaled(gradient, factor)
+            scaled = operators._scaled(gradient, factor)
     assert torch.equal(scaled, (gradient.float() * factor).bfloat16())
     assert peak.most < gradient.nbytes + 3 * 100 * 64 * 4
 

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from chatmill.kernels.cross_entropy.interface import linear_cross_entropy
-from chatmill.kernels.cross_entropy.logits import cross_entropy
+from chatmill.kernels.cross_entropy import cross_entropy, linear_cross_entropy_with_metrics
 from chatmill.kernels.cross_entropy.rows import VocabularyShard
 
 OPTIONS: list[dict[str, Any]] = [
@@ -41,7 +40,7 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def losses_and_gradients(shard: VocabularyShard | None, rows: slice, impl: str, options: dict[str, Any]) -> list[Tensor]:
     hidden, weight, targets = problem(torch.float64)
     x, w = hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()
-    loss, metrics = linear_cross_entropy(x, w, targets, shard=shard, impl=impl, return_metrics=True, **options)
+    loss, metrics = linear_cross_entropy_with_metrics(x, w, targets, shard=shard, impl=impl, **options)
     loss.backward(torch.linspace(1, 2, N, dtype=torch.float64) if loss.dim() else None)
     assert x.grad is not None and w.grad is not None and metrics.lse is not None and metrics.token_losses is not None
     return [loss.detach(), metrics.lse, metrics.token_losses, metrics.correct, metrics.count, x.grad, w.grad]

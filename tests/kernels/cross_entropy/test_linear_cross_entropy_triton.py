@@ -1,4 +1,4 @@
-"""The parts of the Triton engine: tiles, edges of every buffer, repeatability, large offsets, cross-compilation."""
+"""The parts of the Triton tier: tiles, edges of every buffer, repeatability, large offsets, cross-compilation."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from chatmill.kernels.cross_entropy import tiles as shapes
 from chatmill.kernels.cross_entropy import triton_tier as kernels
 from chatmill.kernels.cross_entropy import weight_gradient as head
 from chatmill.kernels.cross_entropy.interface import linear_cross_entropy
-from chatmill.kernels.cross_entropy.rows import finish_rows
+from chatmill.kernels.cross_entropy.rows import LossOptions, finish_rows
 from chatmill.kernels.interpreter import install
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,7 +55,7 @@ def assert_fence_untouched(whole: Tensor, inside: Tensor, border: int = 64) -> N
 def test_projection_writes_its_rows_and_statistics_and_nothing_else(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x, w, labels = problem(*shape, dtype)
     whole, logits = fenced(shape[0], shape[2], dtype)
-    stats = kernels.project(x, w, labels, logits, 4.0, True)
+    stats = kernels.project(x, w, labels, logits, LossOptions(0.1, 0.01, 4.0))
     assert_fence_untouched(whole, logits)
     exact = x.double() @ w.double().T
     capped = 4.0 * torch.tanh(exact / 4.0)
@@ -63,7 +63,7 @@ def test_projection_writes_its_rows_and_statistics_and_nothing_else(shape: tuple
     torch.testing.assert_close(logits.double(), exact, rtol=step, atol=1e-5)
     own = capped.gather(1, labels[:, None]).squeeze(1)
     torch.testing.assert_close(stats.own.double(), own, rtol=1e-5, atol=1e-5)
-    lse, losses, hits, *_ = finish_rows(stats, shape[2], 0.1, 0.01)
+    lse, losses, hits, *_ = finish_rows(stats, shape[2], LossOptions(0.1, 0.01, 4.0))
     torch.testing.assert_close(lse.double(), capped.logsumexp(1), rtol=1e-5, atol=1e-5)
     expected = F.cross_entropy(capped, labels, reduction="none", label_smoothing=0.1) + 0.01 * capped.logsumexp(1) ** 2
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
@@ -73,11 +73,11 @@ def test_projection_writes_its_rows_and_statistics_and_nothing_else(shape: tuple
 def test_gradient_stays_inside_a_ragged_row() -> None:
     x, w, labels = problem(9, 16, 61)
     whole, logits = fenced(9, 61, torch.float32)
-    stats = kernels.project(x, w, labels, logits, 0.0, False)
-    rows = finish_rows(stats, 61, 0.0, 0.0)
+    stats = kernels.project(x, w, labels, logits, LossOptions())
+    rows = finish_rows(stats, 61, LossOptions())
     coefficients = torch.ones(9, device=DEVICE)
     coefficients[3] = 0.0
-    kernels.to_gradient(logits, 61, labels, stats.own, rows, coefficients, 0.0, 0.0, 0.0)
+    kernels.to_gradient(logits, 61, labels, stats.own, rows, coefficients, LossOptions())
     assert_fence_untouched(whole, logits)
     exact = (x.double() @ w.double().T).requires_grad_()
     (F.cross_entropy(exact, labels, reduction="none") * coefficients).sum().backward()
@@ -121,7 +121,7 @@ def test_aligned_rows_by_descriptors_and_ragged_rows_by_pointers_agree(monkeypat
     for described in (True, False):
         monkeypatch.setattr(shapes, "has_descriptors", lambda *_, d=described: d)
         logits = shapes.logits_buffer(45, 507, x)
-        stats = kernels.project(x, w, labels, logits, 0.0, False)
+        stats = kernels.project(x, w, labels, logits, LossOptions())
         total = torch.zeros(507, 40, device=DEVICE)
         head.accumulate(total, logits[:, :507], x)
         results.append((logits[:, :507], stats.tile_max, stats.tile_sum, stats.own, total))
@@ -146,8 +146,8 @@ def test_the_shipped_hopper_tile_computes_the_same(monkeypatch: pytest.MonkeyPat
     row = shapes.row_for(90, 2)
     monkeypatch.setattr(shapes, "tiles", lambda *_: (row.project, row.accumulate))
     x, w, labels = problem(130, 72, 300, torch.bfloat16)
-    stats = kernels.project(x, w, labels, None, 0.0, False)
-    lse, losses, *_ = finish_rows(stats, 300, 0.0, 0.0)
+    stats = kernels.project(x, w, labels, None, LossOptions())
+    lse, losses, *_ = finish_rows(stats, 300, LossOptions())
     exact = x.double() @ w.double().T
     torch.testing.assert_close(lse.double(), exact.logsumexp(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses.double(), F.cross_entropy(exact, labels, reduction="none"), rtol=1e-5, atol=1e-5)
@@ -181,11 +181,11 @@ def test_offsets_beyond_32_bits_reach_the_right_memory() -> None:
         store = torch.empty((R - 1) * stride + V, dtype=torch.bfloat16, device=DEVICE)
     logits = store.as_strided((R, V), (stride, 1))
     x, w, labels = problem(R, H, V, torch.bfloat16)
-    stats = kernels.project(x, w, labels, logits, 0.0, False)
+    stats = kernels.project(x, w, labels, logits, LossOptions())
     exact = x.double() @ w.double().T
     torch.testing.assert_close(logits.double(), exact, rtol=8e-3, atol=1e-5)
-    rows = finish_rows(stats, V, 0.0, 0.0)
-    kernels.to_gradient(logits, V, labels, stats.own, rows, torch.ones(R, device=DEVICE), 0.0, 0.0, 0.0)
+    rows = finish_rows(stats, V, LossOptions())
+    kernels.to_gradient(logits, V, labels, stats.own, rows, torch.ones(R, device=DEVICE), LossOptions())
     softmax = exact.softmax(1) - F.one_hot(labels, V)
     torch.testing.assert_close(logits.double(), softmax, rtol=2e-2, atol=1e-3)
     total = torch.zeros(V, H, device=DEVICE)

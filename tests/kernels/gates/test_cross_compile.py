@@ -12,14 +12,14 @@ import pytest
 pytest.importorskip("triton")
 
 import chatmill.kernels.gates.cross_compile as gates
-from chatmill.kernels.gates.cross_compile import Case, CompileReport, violations
+from chatmill.kernels.gates.cross_compile import BuildCase, CompileReport, violations
 from chatmill.kernels.gates.loop_budget import describe_loop, loop_budgets
 
 GOOD = CompileReport("gemm", 90, 168, 0, 0, 100_000, 4, False, 8, 1.0, {"HGMMA": 8, "USETMAXREG": 3}, overlapped=64)
-CASE = Case("gemm", None, {}, {}, arch=90, specialised=True, clean_loops=True, overlapped=64)
+CASE = BuildCase("gemm", None, {}, {}, arch=90, specialised=True, clean_loops=True, overlapped=64)
 MODULE = """
 import triton, triton.language as tl
-from chatmill.kernels.gates.cross_compile import Case
+from chatmill.kernels.gates.cross_compile import build_case
 
 @triton.jit
 def gemm_kernel(A, B, C, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
@@ -31,8 +31,7 @@ def gemm_kernel(A, B, C, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 
 def case(name, arch, bn):
     constants = {"BM": 128, "BN": bn, "BK": 64}
-    types = {"A": "*bf16", "B": "*bf16", "C": "*bf16", "K": "i32"}
-    return Case(name, gemm_kernel, types, constants, arch=arch, num_warps=4, num_stages=2, aligned=("K",))
+    return build_case(name, gemm_kernel, constants, types={"K": "i32"}, arch=arch, num_warps=4, aligned=("K",))
 
 def shipped_cases():
     return [case("good", 80, 64), case("good", 90, 64), case("good", 100, 64), case("too big", 90, 512)]

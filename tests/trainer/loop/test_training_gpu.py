@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatmill.data.shards.memory import MemoryDataset
 from chatmill.data.stream import PackedBatch, PackedStream
-from chatmill.kernels.attention.device_plan import plan_attention
-from chatmill.kernels.cross_entropy import interface as linear_cross_entropy
+from chatmill.kernels.attention import make_tile_map
+from chatmill.kernels.cross_entropy import operators as linear_cross_entropy
 from chatmill.trainer.checkpoint.random_state import random_state, restore_random_state
 from chatmill.trainer.config import ModelConfig, Recipe
 from chatmill.trainer.distributed.world import World
 from chatmill.trainer.engine.torch_engine import TorchEngine
 from chatmill.trainer.generation.generation import Generation
-from chatmill.trainer.model.attention_plans import AttentionPlans
 from chatmill.trainer.model.decoder import Decoder
+from chatmill.trainer.model.tile_maps import TileMaps
 
 SHAPE = {
     "vocab_size": 60_032,
@@ -80,12 +80,12 @@ def engine_on(device: torch.device, precision: str, **model: Any) -> TorchEngine
 
 
 def batches(device: torch.device, count: int) -> list[PackedBatch]:
-    def plan(cu_seqlens: Any, T: int) -> AttentionPlans:
-        return AttentionPlans({None: plan_attention(cu_seqlens, T, head_dim=16, device=device)})
+    def tile_maps(cu_seqlens: Any, T: int) -> TileMaps:
+        return TileMaps({None: make_tile_map(cu_seqlens, T, head_dim=16, device=device)})
 
     on_gpu = device.type == "cuda"
     source = MemoryDataset.random(300, mean=60, longest=256)
-    stream = PackedStream(source, sequence_length=256, micro_batch=4, pin=on_gpu, annotate=plan if on_gpu else None)
+    stream = PackedStream(source, sequence_length=256, micro_batch=4, pin=on_gpu, annotate=tile_maps if on_gpu else None)
     return list(islice(stream, count))
 
 

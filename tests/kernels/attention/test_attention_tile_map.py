@@ -1,4 +1,4 @@
-"""Tile plans against a brute-force mask: nothing seen is missed, nothing unmasked is hidden, nothing empty is visited."""
+"""Tile maps against a brute-force mask: nothing seen is missed, nothing unmasked is hidden, nothing empty is visited."""
 
 from itertools import pairwise
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from chatmill.kernels.attention.plan import (
+from chatmill.kernels.attention.tile_map import (
     END,
     FULL,
     HIGH,
@@ -17,9 +18,8 @@ from chatmill.kernels.attention.plan import (
     START,
     STEPS,
     TAIL,
-    make_plan,
+    list_tiles,
     visible_intervals,
-    visited_pairs,
 )
 
 
@@ -40,7 +40,7 @@ def check(bounds: list[int], T: int, block: int, step: int, causal: bool, window
     seen = seen_pairs(bounds, T, causal, window)
     if side == "key":
         seen = seen.T  # rows of a tile first
-    tiles = make_plan(np.array(bounds), block, step, window, causal=causal, side=side, T=T)
+    tiles = list_tiles(np.array(bounds), block, step, window, causal=causal, side=side, T=T)
     owner, covered = np.zeros(T, dtype=int), np.zeros_like(seen)
     for tile in tiles:
         s, e, low, high = (int(tile[c]) for c in (START, END, LOW, HIGH))
@@ -77,8 +77,13 @@ def test_a_plan_covers_exactly_what_is_seen(lengths, outside, block, step, causa
     check(bounds, bounds[-1] + outside, block, step, causal, window, side)
 
 
+def visited_pairs(tiles: NDArray[np.int32], block: int, step: int) -> int:
+    """Pairs (query, key) that are computed, masked ones included: the measure of waste."""
+    return int(tiles[:, STEPS].astype(np.int64).sum()) * block * step
+
+
 def test_one_long_document_masks_only_the_diagonal() -> None:
-    tiles = make_plan(np.array([0, 1024]), 128, 64)
+    tiles = list_tiles(np.array([0, 1024]), 128, 64)
     tiles = tiles[tiles[:, END] > 0]
     assert (tiles[:, LEAD] == 0).all()
     assert (tiles[:, TAIL] == 2).all()
@@ -87,7 +92,7 @@ def test_one_long_document_masks_only_the_diagonal() -> None:
 
 
 def test_steps_start_with_the_document_not_with_the_memory() -> None:
-    tiles = make_plan(np.array([0, 1000, 1000 + 256]), 128, 64)
+    tiles = list_tiles(np.array([0, 1000, 1000 + 256]), 128, 64)
     second = tiles[tiles[:, START] >= 1000]
     assert sorted(second[:, START]) == [1000, 1128]
     assert (second[:, LOW] == 1000).all()
@@ -97,8 +102,8 @@ def test_steps_start_with_the_document_not_with_the_memory() -> None:
 @pytest.mark.parametrize(("longest", "bound"), [(40, 0.5), (200, 0.96)])
 def test_short_chats_share_tiles(longest: int, bound: float) -> None:
     bounds = np.concatenate([[0], np.cumsum(np.random.default_rng(0).integers(longest // 10, longest, 80))])
-    alone = sum(visited_pairs(make_plan(np.array([0, n]), 128, 64), 128, 64) for n in np.diff(bounds))
-    assert visited_pairs(make_plan(bounds, 128, 64), 128, 64) < bound * alone
+    alone = sum(visited_pairs(list_tiles(np.array([0, n]), 128, 64), 128, 64) for n in np.diff(bounds))
+    assert visited_pairs(list_tiles(bounds, 128, 64), 128, 64) < bound * alone
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -115,4 +120,4 @@ def test_visible_intervals_are_the_mask(causal: bool, window: int | None) -> Non
 @pytest.mark.parametrize("bad", [[1, 5], [0, 5, 3], [0, 9], [0]])
 def test_bad_boundaries_are_refused(bad: list[int]) -> None:
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0"):
-        make_plan(np.array(bad), 8, 8, T=8)
+        list_tiles(np.array(bad), 8, 8, T=8)

@@ -1,12 +1,18 @@
-"""Tile plans of packed attention: which key tiles each query tile visits, worked out on the CPU from cu_seqlens.
+"""The tile map of packed attention: which key tiles each query tile visits, worked out on the CPU from cu_seqlens.
 
-    tiles = make_plan(cu_seqlens, 128, 64)                 # query tiles of 128 rows, key steps of 64: forward and dq
-    tiles = make_plan(cu_seqlens, 128, 64, side="key")     # key tiles of 128 rows, query steps of 64: dk and dv
+    tile_map = make_tile_map(cu_seqlens, T, head_dim=64, device=torch.device("cuda"))   # in the collator, on the CPU
+    tile_map = tile_map.to("cuda", non_blocking=True)                                   # one copy
+    attention(q, k, v, cu_seqlens=cu_seqlens, tile_map=tile_map)                        # waits for nothing
+
+It holds three lists of tiles, one per kernel:
+
+    list_tiles(cu_seqlens, 128, 64)                 # query tiles of 128 rows, key steps of 64: forward and dq
+    list_tiles(cu_seqlens, 128, 64, side="key")     # key tiles of 128 rows, query steps of 64: dk and dv
 
 Documents lie in order, so what a tile of queries may see is one interval of keys (and the reverse). A tile is a run of at most
-`block` rows; it starts where its document does or a whole number of blocks later, and takes in further documents only while
-they fit wholly. Steps are counted from the interval's own start, aligned with the document and not with the memory: a long
-document is masked on its diagonal alone. One tile is one row of COLUMNS int32:
+`block` rows. It starts where its document does or a whole number of blocks later, and takes in further documents only while
+they fit completely. Steps are counted from the interval's own start, aligned with the document and not with the memory: a long
+document is masked on its diagonal only. One tile is one row of COLUMNS int32:
 
     start, end    rows of the tile
     low, high     interval of the other side
@@ -15,17 +21,23 @@ document is masked on its diagonal alone. One tile is one row of COLUMNS int32:
     tail          steps after those that need the mask again
     steps         lead + full + tail
 
-Empty steps are never visited. Tiles come longest first, so that the last wave of a GPU is short; tiles without rows fill the
+Empty steps are never visited. Tiles come longest first, so that the last wave of a GPU is short. Tiles without rows fill the
 list to a multiple of PAD, so that few list lengths occur. Rows of no document get tiles of no steps: their outputs become zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from ..dispatch import capability
+from .tiles import HOPPER_FORWARD, SHORT, KernelConfig, TileConfig, kernel_config
 
 COLUMNS = 8
 START, END, LOW, HIGH, LEAD, FULL, TAIL, STEPS = range(COLUMNS)
@@ -89,7 +101,7 @@ def _spans(cu_seqlens: NDArray[np.integer], T: int, block: int, history: int) ->
         yield at, min(T, at + block), -1, -1
 
 
-def make_plan(
+def list_tiles(
     cu_seqlens: NDArray[np.integer],
     block: int,
     step: int,
@@ -143,6 +155,93 @@ def _is_single(cu_seqlens: NDArray[np.integer], s: NDArray[np.int64], e: NDArray
     return np.searchsorted(ends, s, side="right") == np.searchsorted(ends, e - 1, side="right")
 
 
-def visited_pairs(tiles: NDArray[np.int32], block: int, step: int) -> int:
-    """Pairs (query, key) that a plan computes, masked ones included: the measure of its waste."""
-    return int(tiles[:, STEPS].astype(np.int64).sum()) * block * step
+@dataclass(frozen=True)
+class TileMap:
+    """Tile lists of one batch as a single int32 tensor, so that one copy moves them.
+
+    data: the three tile lists (forward, dkdv, dq; COLUMNS numbers a tile), then visible_intervals (4 x T).
+    header: tiles of the three lists, T, causal, window, the tile sizes of the three kernels: 18 numbers.
+    """
+
+    data: Tensor
+    header: tuple[int, ...]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TileMap:
+        return TileMap(self.data.to(device, non_blocking=non_blocking), self.header)
+
+    def pin_memory(self) -> TileMap:
+        return TileMap(self.data.pin_memory(), self.header)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the batch, T."""
+        return self.header[3]
+
+    @property
+    def causal(self) -> bool:
+        return bool(self.header[4])
+
+    @property
+    def window(self) -> int:
+        """Tokens seen by a query; 0: all."""
+        return self.header[5]
+
+    @property
+    def config(self) -> KernelConfig:
+        numbers = self.header[6:18]
+        return KernelConfig(*(TileConfig(*numbers[i : i + 4]) for i in (0, 4, 8)))
+
+    def _list(self, i: int) -> Tensor:
+        first = sum(self.header[:i])
+        return self.data[first * COLUMNS : (first + self.header[i]) * COLUMNS].view(-1, COLUMNS)
+
+    @property
+    def forward(self) -> Tensor:
+        return self._list(0)
+
+    @property
+    def dkdv(self) -> Tensor:
+        return self._list(1)
+
+    @property
+    def dq(self) -> Tensor:
+        return self._list(2)
+
+    @property
+    def bounds(self) -> Tensor:
+        return self.data[sum(self.header[:3]) * COLUMNS :]
+
+
+def make_tile_map(
+    cu_seqlens: NDArray[np.integer] | Sequence[int],
+    T: int,
+    *,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    window: int | None = None,
+    causal: bool = True,
+    device: torch.device | None = None,
+    config: KernelConfig | None = None,
+    impl: str = "auto",
+) -> TileMap:
+    """Tile map of one batch, on the CPU.
+
+    head_dim: the larger of the key and value channels. device: where the kernels will run (its generation sets the tile sizes).
+    config: tile sizes to use in place of the table's. impl="hopper": for that tier.
+    """
+    bounds: NDArray[np.int64] = np.asarray(cu_seqlens, dtype=np.int64)
+    if config is None:
+        documents = int(np.count_nonzero(np.diff(bounds)))
+        short = int(bounds[-1]) < SHORT * documents
+        arch = 0 if device is None else capability(device)
+        config = kernel_config(arch, dtype.itemsize, head_dim, short)
+        if impl == "hopper":
+            config = config._replace(forward=HOPPER_FORWARD.get(head_dim, config.forward))
+    lists = [
+        list_tiles(bounds, config.forward.block_m, config.forward.block_n, window, causal=causal, T=T),
+        list_tiles(bounds, config.dkdv.block_n, config.dkdv.block_m, window, causal=causal, side="key", T=T),
+        list_tiles(bounds, config.dq.block_m, config.dq.block_n, window, causal=causal, T=T),
+    ]
+    data = np.concatenate([x.ravel() for x in (*lists, visible_intervals(bounds, T, window, causal=causal))])
+    header = (*(len(x) for x in lists), T, int(causal), window or 0, *config.forward, *config.dkdv, *config.dq)
+    return TileMap(torch.from_numpy(data), header)
