@@ -133,13 +133,14 @@ def _indices(source: DialogueSource, uid: str) -> Iterator[int]:
 
 def run_schedule(run: Path) -> tuple[Schedule, list[Position]]:
     """The schedule of a run's training data and the positions saved in its checkpoints."""
-    config = _config(run)
+    config: dict[str, Any] = yaml.safe_load(_text(run / "config.yaml"))
     data, train = config["data"], config["train"]
     states = [json.loads(file.read_text())["stream"] for file in sorted(run.glob("checkpoints/*/state.json"))]
     if states:
         packs = int(states[-1]["global_batch"])
     else:
-        packs = int(_json(run / "environment.json").get("world_size", 1)) * train["micro_batch"] * train["accumulation"]
+        ranks = int(json.loads(_text(run / "environment.json")).get("world_size", 1))
+        packs = ranks * train["micro_batch"] * train["accumulation"]
     sources = SourcesSection.model_validate({name: data[name] for name in SourcesSection.model_fields if name in data})
     options = StreamOptions(
         sequence_length=data["sequence_length"],
@@ -164,16 +165,7 @@ def last_step(run: Path) -> int:
     return max((line.get("step", 0) for line in read_jsonl(file)), default=0)
 
 
-def _config(run: Path) -> dict[str, Any]:
-    file = run / "config.yaml"
+def _text(file: Path) -> str:
     if not file.is_file():
         raise ConfigError(f"data.usage: {file} does not exist. Expected a run folder, as in runs/NAME.")
-    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return config
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(f"data.usage: {file} does not exist. Expected a run folder, as in runs/NAME.")
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
+    return file.read_text(encoding="utf-8")
