@@ -77,12 +77,10 @@ def open_zip(path: Path | RemotePath) -> Iterator[zipfile.ZipFile]:
 
 
 @contextmanager
-def open_tar(path: Path | RemotePath, header: int = 0) -> Iterator[tarfile.TarFile]:
-    """An uncompressed tar, from the member whose header lies at that byte on."""
-    with path.open("rb") as raw, named_damage(path.name):
-        raw.seek(header)
-        with tarfile.open(fileobj=raw, mode="r:") as tar:
-            yield tar
+def open_tar(path: Path | RemotePath) -> Iterator[tarfile.TarFile]:
+    """An uncompressed tar, to be read member by member."""
+    with path.open("rb") as raw, named_damage(path.name), tarfile.open(fileobj=raw, mode="r:") as tar:
+        yield tar
 
 
 class _Zstd(io.RawIOBase):

@@ -13,7 +13,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -35,7 +35,7 @@ _SLACK_LISTS = re.compile(r"(^|/)(users|channels|groups|dms|mpims|integration_lo
 class RawFile:
     """A file on disk, or `member` of the zip or tar at path.
 
-    header: place of the member in a tar, in bytes.
+    entry: of a tar's member, the open tar and the place in it; members() gives it, and it holds until the next member.
     span: only these whole lines of a line-by-line file: first byte, byte after the last, number of lines before.
     folders: how many of the folders above the file its label names.
     """
@@ -44,7 +44,7 @@ class RawFile:
     member: str | None = None
     span: tuple[int, int, int] | None = None
     folders: int = 0
-    header: int | None = None
+    entry: tuple[tarfile.TarFile, tarfile.TarInfo] | None = field(default=None, compare=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -52,7 +52,7 @@ class RawFile:
         name = "/".join(part for part in str(self.path).split("/")[-1 - self.folders :] if part)
         if self.member is None:
             return name
-        return f"{name}!{self.member}" if self.header is None else f"{name}:{self.member}"
+        return f"{name}!{self.member}" if self.entry is None else f"{name}:{self.member}"
 
     @property
     def stem(self) -> str:
@@ -77,9 +77,9 @@ class RawFile:
 
     @contextmanager
     def _open_bytes(self) -> Iterator[IO[bytes]]:
-        if self.header is not None:
-            with open_tar(self.path, self.header) as tar:
-                yield cast(IO[bytes], tar.extractfile(cast(tarfile.TarInfo, tar.next())))
+        if self.entry is not None:
+            tar, info = self.entry
+            yield cast(IO[bytes], tar.extractfile(info))
             return
         if self.member is not None:
             with open_zip(self.path) as archive, archive.open(self.member) as file:
@@ -184,14 +184,14 @@ class RawFile:
             while (info := tar.next()) is not None:
                 cast(Any, tar).members.clear()  # tarfile keeps every header
                 if info.isfile() and info.name.lower().endswith(_TAR_CHATS) and not info.name.startswith("__"):
-                    yield RawFile(self.path, info.name, folders=self.folders, header=info.offset)
+                    yield RawFile(self.path, info.name, folders=self.folders, entry=(tar, info))
             raw = cast(IO[bytes], tar.fileobj)
             raw.seek(tar.offset)
             if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # cut off between two members
                 raise tarfile.ReadError("the end marker is missing")
 
     def _in_zip(self, member: str) -> RawFile | None:
-        if self.header is not None:
+        if self.entry is not None:
             return None
         with open_zip(self.path) as archive:
             return RawFile(self.path, member) if member in archive.namelist() else None

@@ -91,8 +91,8 @@ class RemotePath:
     def open(self, mode: str = "rb") -> IO[bytes]:
         """The bytes, READ_AHEAD at a time."""
         files, path = filesystem(self.url)
-        # Many web servers know no ranges: read from the beginning, but for zips, which begin at the end.
-        streamed = self.url.startswith("http") and self.suffix.lower() != ".zip"
+        # Many web servers do not know ranges, so read from the beginning. Archives need seeks: a zip has its index at the end.
+        streamed = self.url.startswith("http") and self.suffix.lower() not in (".zip", ".tar")
         raw: IO[bytes] = files.open(path, mode, block_size=0 if streamed else READ_AHEAD)
         return io.BufferedReader(raw, 1 << 20) if hasattr(raw, "readinto") else raw
 

@@ -59,7 +59,7 @@ def test_a_tar_that_is_cut_off_is_refused_by_name(tmp_path: Path, size: int) -> 
     whole = path.read_bytes()
     assert len(whole) == 20_480  # ten members of 1,024 bytes, the end marker, padding
     path.write_bytes(whole[:size])
-    with pytest.raises(ConfigError, match=r"chats\.tar: damaged"):
+    with pytest.raises(ConfigError, match=r"chats\.tar(:a/009\.json)?: damaged"):
         read(path)
 
 
