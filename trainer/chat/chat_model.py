@@ -1,4 +1,4 @@
-"""A checkpoint ready to answer: weights on the best device, its own tokenizer beside them.
+"""A checkpoint ready to answer: weights on the best device, and its own tokenizer.
 
 chat = load_chat_model("runs/demo")
 print(reply_to(chat.model, chat.tokenizer, [{"role": "user", "content": "Hi!"}]).text)
@@ -31,7 +31,7 @@ class ChatModel:
 def load_chat_model(checkpoint: str | Path, device: str | None = None) -> ChatModel:
     """Open a checkpoint or run folder for generation: bf16 on a GPU, fp32 on a CPU.
 
-    Raises ConfigError when it is not there, damaged, without a chat template, or its tokenizer has ids the model lacks.
+    Raises ConfigError if it is missing or damaged, has no chat template, or its tokenizer has ids that the model lacks.
     """
     found = open_checkpoint(checkpoint)
     tokenizer = ChatTokenizer.load(found.path)
@@ -42,7 +42,7 @@ def load_chat_model(checkpoint: str | Path, device: str | None = None) -> ChatMo
         )
     if tokenizer.template_source is None:
         raise ConfigError(
-            f"{found.path}: no chat template (chat_template.jinja), so it is unknown how a question is put to it."
+            f"{found.path}: no chat template (chat_template.jinja), so it is unknown how to put a question to it."
         )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = Decoder(found.config)

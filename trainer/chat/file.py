@@ -1,8 +1,8 @@
 """Replies to every line of a JSONL file: `chatmill generate CHECKPOINT --file prompts.jsonl --out replies.jsonl`.
 
-A line is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}; whatever else it holds is carried
-over. Line n (from 0) is replied to with seed + n, so any part can be repeated. `out` appears when all lines are done, in
-their order; until then finished replies are kept beside it, and the same command goes on where it was stopped.
+A line is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}; whatever else it holds is copied.
+Line n (from 0) gets its reply with seed + n, so any part can be repeated. `out` appears when all lines are done, in their
+order; until then finished replies are kept beside it, and the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def generate_file(
     progress = Progress(target, hashlib.sha256(json.dumps(made_from).encode("utf-8", "surrogatepass")).hexdigest())
     left = [number for number in range(len(rows)) if number not in progress.done]
     if progress.done and left:
-        print(f"{len(progress.done)} of {len(rows)} replies are there already", file=sys.stderr)
+        print(f"{len(progress.done)} of {len(rows)} replies are done already", file=sys.stderr)
     context = chat.model.config.context
     asked = [
         Prompt(
@@ -89,7 +89,7 @@ class Progress:
             self.done[number] = found
 
     def __enter__(self) -> Self:
-        """Write anew what counts: a line cut short would swallow the next one."""
+        """Rewrite the file with the valid lines: a line cut short would spoil the next one."""
         kept = [self._key, *(json.dumps([number, found]) for number, found in self.done.items())]
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
@@ -105,13 +105,13 @@ class Progress:
         self._file.flush()
 
     def publish(self, rows: list[Mapping[str, Any]]) -> None:
-        """All replies under the real name; the progress is no longer needed."""
+        """Write all replies to the target and remove the progress file."""
         replace_text(self.target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.path.unlink(missing_ok=True)
 
 
 def read_prompts(path: Path, system: str | None = None) -> Iterator[tuple[dict[str, Any], list[dict[str, str]]]]:
-    """(the line's object, its messages) of a prompts file; ConfigError names the line that is off."""
+    """(the line's object, its messages) of a prompts file; ConfigError names the invalid line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
-"""Talking to a checkpoint in the terminal, and one-shot replies.
+"""Chat with a checkpoint in the terminal, and one-shot replies.
 
     chatmill chat runs/demo                                        (Ctrl-C stops a reply, Ctrl-D ends)
-    printf 'Hi!\\nHow are you?\\n' | chatmill chat runs/demo         replies only, nothing around them
+    printf 'Hi!\\nHow are you?\\n' | chatmill chat runs/demo         prints the replies only
     chatmill generate runs/demo "What is a tide?"
 
 Files of prompts: chatmill.trainer.chat.file.
@@ -42,7 +42,7 @@ Answer = Callable[[list[dict[str, str]], "Settings", Callable[[str], None]], Rep
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything /params changes, and the strings that end a reply. seed None: every reply differs."""
+    """What /params changes, and the strings that end a reply. seed None: every reply differs."""
 
     max_new_tokens: int = 256
     temperature: float = 0.7
@@ -96,11 +96,11 @@ class Chat:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """System message and turns, as a prompt wants them."""
+        """System message and turns, as messages of a prompt."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
     def take(self, text: str, on_text: Callable[[str], None]) -> Reply | None:
-        """Obey a command, or answer; None where there is no reply. A reply stopped by Ctrl-C stays in the history."""
+        """Run a command, or answer; None if there is no reply. A reply stopped by Ctrl-C stays in the history."""
         if text.startswith("/"):
             name, _, rest = text.partition(" ")
             if name == "/regenerate":
@@ -147,7 +147,7 @@ class Chat:
                 self.say(HELP)
             case "/reset":
                 self.turns.clear()
-                self.say("The conversation starts anew.")
+                self.say("The conversation starts over.")
             case "/system":
                 if rest:
                     self.system = None if rest == "-" else rest
@@ -176,7 +176,7 @@ def run_chat(checkpoint: str | Path, *, system: str | None = None, **settings: A
 
 
 def answer_with(chat_model: ChatModel) -> Answer:
-    """The real thing behind `Chat`."""
+    """The answers of a model, for `Chat`."""
 
     def answer(messages: list[dict[str, str]], settings: Settings, on_text: Callable[[str], None]) -> Reply:
         return reply_to(
@@ -194,7 +194,7 @@ def answer_with(chat_model: ChatModel) -> Answer:
 
 
 def pipe(answer: Answer, settings: Settings, system: str | None, source: TextIO, sink: TextIO) -> int:
-    """Reply to every line of source on sink; commands work, their words go to stderr. Exit code 2 if any line failed."""
+    """Reply to every line of source on sink; commands work and print to stderr. Exit code 2 if any line failed."""
     chat = Chat(answer, settings, system, lambda text: print(_plain(text), file=sys.stderr))
     code = 0
     for line in source:
@@ -220,7 +220,7 @@ def _plain(markup: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Without control characters: a model must not be able to steer the terminal."""
+    """Without control characters, with which a model could control the terminal."""
     return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
 
 
@@ -285,7 +285,7 @@ def _read(console: Console) -> str:
 
 
 def generate_one(checkpoint: str | Path, prompt: str, *, system: str | None = None, **settings: Any) -> int:
-    """Print the reply to one prompt, as it is made."""
+    """Print the reply to one prompt while it is generated."""
     start = Settings(**settings)
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     clean = printable if sys.stdout.isatty() else str

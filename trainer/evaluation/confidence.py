@@ -3,13 +3,13 @@
     sums = Sums.of([{"nll": 31.5, "tokens": 10}, ...])                        # one record per dialogue
     interval(lambda s: s["nll"] / s["tokens"], sums, make_draws(N, R, seed))  # -> Interval(value, low, high)
 
-A dialogue is the unit: its tokens and turns depend on each other, dialogues do not. Of N dialogues N are drawn with
-replacement, R times; the percentiles 2.5 and 97.5 of the metric of the summed rows are the interval. For two models the
-same draws are used for both: the interval of the difference, and
+A dialogue is the unit: its tokens and turns depend on each other, dialogues do not. N of the N dialogues are drawn with
+replacement, R times; the interval goes from percentile 2.5 to 97.5 of the metric of the summed rows. Two models are
+compared on the same draws, with the interval of the difference and
 
     p = min(1, 2 (min(#{d <= 0}, #{d >= 0}) + 1) / (R + 1))      two-sided, of "there is no difference"
 
-Everything is float64 on the host, in the order of the rows: no world size or batch size can change it.
+Everything is float64 on the host, in the order of the rows: no world size and no batch size can change it.
 Source: Koehn 2004 (W04-3250); Efron & Tibshirani 1993, chapter 13.
 Shapes: N dialogues, K columns, R resamples.
 """
@@ -28,7 +28,7 @@ Metric = Callable[[Figures], NDArray[np.float64]]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure and the borders of its 95 % interval."""
+    """A figure and the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -47,7 +47,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What each dialogue adds to the metrics: rows Float64["N K"], a name for each column."""
+    """What each dialogue adds to the metrics: rows Float64["N K"] with named columns."""
 
     columns: tuple[str, ...]
     rows: NDArray[np.float64]

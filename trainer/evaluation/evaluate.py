@@ -1,10 +1,10 @@
 """Everything that is measured about a checkpoint, with intervals: `chatmill eval`.
 
     chatmill eval runs/demo --against runs/smollm2                       one process
-    torchrun --nproc-per-node 4 -m chatmill.trainer.evaluation.evaluate runs/demo      the same figures, sooner
+    torchrun --nproc-per-node 4 -m chatmill.trainer.evaluation.evaluate runs/demo      the same figures, faster
 
-Loss, perplexity, bits per byte and accuracies come from one pass over the dialogues; BLEU and its kind from one generated
-reply per dialogue; recall from choosing the real reply among others. Meaning and formulas: docs/evaluation.md.
+Loss, perplexity, bits per byte and accuracies come from one pass over the dialogues; BLEU and the like from one generated
+reply per dialogue; recall from finding the real reply among others. Meaning and formulas: docs/evaluation.md.
 Writes `evaluation.json` and, with every dialogue's sums and replies, `evaluation.dialogues.jsonl`.
 """
 
@@ -70,7 +70,7 @@ def dialogues_file(out: Path) -> Path:
 
 
 def load_evaluation(path: Path) -> Evaluation:
-    """An evaluation that was written before. Raises ConfigError."""
+    """Read an evaluation. Raises ConfigError."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in dialogues_file(path).read_text(encoding="utf-8").splitlines()]
@@ -163,12 +163,12 @@ def by_folder(dialogues: Any, records: Mapping[str, Mapping[str, float]]) -> dic
 
 
 def tokenizer_of(checkpoint: Checkpoint, folder: str) -> ChatTokenizer:
-    """The checkpoint's own tokenizer, or the data's where it brings none."""
+    """The checkpoint's own tokenizer, or the data's if it has none."""
     return ChatTokenizer.load(checkpoint.path if "tokenizer.json" in checkpoint.files() else Path(folder) / "tokenizer")
 
 
 def metrics_of_sacrebleu(tokenize: str, say: Say) -> tuple[Bleu | None, dict[str, str]]:
-    """BLEU and the signatures; None and a word about it where sacrebleu is not installed."""
+    """BLEU and the signatures; None and a message if sacrebleu is not installed."""
     try:
         bleu = Bleu(tokenize)
         return bleu, {"bleu": bleu.signature(), "chrf": chrf_signature()}
@@ -230,7 +230,7 @@ def run_evaluation(
 
 
 def teller(world: World) -> Say:
-    """What is being done, on rank 0: over and over on one line of a terminal, notes (they end in a newline) everywhere."""
+    """Prints progress on rank 0: on one line of a terminal. Notes, which end in a newline, go to any stderr."""
 
     def say(line: str) -> None:
         if line.endswith("\n") or sys.stderr.isatty():
@@ -240,7 +240,7 @@ def teller(world: World) -> Say:
 
 
 def join_world() -> World:
-    """This process alone, or one of torchrun's: each holds the whole model and takes its share of the work."""
+    """This process alone, or one of torchrun's ranks: each holds the whole model and does its share of the work."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")

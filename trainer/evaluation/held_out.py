@@ -1,10 +1,10 @@
-"""Held-out dialogues as an evaluation reads them: rendered anew with the checkpoint's own tokenizer, turn by turn.
+"""Held-out dialogues as an evaluation reads them: tokenised again with the checkpoint's own tokenizer, turn by turn.
 
     dialogues = read_held_out(["corpora/chitchat"], tokenizer, split="validation", limit=2048)
 
-Rendering anew (rather than reading token shards) keeps the turns apart, and lets a model be measured on data that was
-built with another tokenizer. With the tokenizer of the data the tokens and the mask are those of the shards. Of a preference
-pair the dialogue with the chosen reply is read.
+This keeps the turns apart, which token shards do not, and lets a model be measured on data that was built with another
+tokenizer. With the tokenizer of the data, tokens and mask are those of the shards. Of a preference pair, the dialogue with the
+chosen reply is read.
 
 Shapes: L tokens of a dialogue.
 """
@@ -56,7 +56,7 @@ class HeldOut:
         return picked
 
     def messages(self, before: int) -> list[dict[str, str]]:
-        """The turns before one, as a prompt wants them."""
+        """The turns before one, as messages of a prompt."""
         return [{"role": turn.role, "content": turn.content} for turn in self.conversation.turns[:before]]
 
 
@@ -70,7 +70,7 @@ def read_held_out(
 ) -> list[HeldOut]:
     """The first max_dialogues of each folder's split, in its order; at most `limit` tokens of each. Raises ConfigError.
 
-    A dialogue that several folders hold counts once.
+    A dialogue in several folders counts once.
     """
     found: list[HeldOut] = []
     seen: set[str] = set()
@@ -94,14 +94,14 @@ def read_held_out(
 
 
 def held_out(conversation: Conversation, tokenizer: ChatTokenizer, limit: int, source: str = "") -> HeldOut:
-    """A conversation rendered for measuring."""
+    """A conversation tokenised for measuring."""
     conversation = without_rejected(conversation)
     dialogue, turns = tokenizer.encode_turns(conversation)
     ids, mask, whole = dialogue.ids[:limit].astype(np.int64), dialogue.loss_mask[:limit], len(dialogue.ids)
     turns = turns[:limit]
     size = 0
     for turn in np.unique(turns[mask]):
-        # of a turn that is cut only the part that is measured counts; special tokens are no text
+        # of a turn that is cut, only the measured part counts; special tokens are not text
         kept = mask & (turns == turn)
         if whole > limit and turn == turns[-1]:
             size += len(tokenizer.decode(ids[kept], skip_special=True).encode())
@@ -111,9 +111,9 @@ def held_out(conversation: Conversation, tokenizer: ChatTokenizer, limit: int, s
 
 
 def choose_turn(dialogue: HeldOut, seed: int) -> int | None:
-    """One supervised reply of a dialogue, the same for every model, machine and order; None where there is none.
+    """One supervised reply of a dialogue, the same for every model, machine and order; None if it has none.
 
-    The first turn is never taken: there would be nothing to answer.
+    Never the first turn, which answers nothing.
     """
     turns = [turn for turn in dialogue.replies() if turn > 0]
     if not turns:

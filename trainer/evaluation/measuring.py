@@ -1,11 +1,11 @@
-"""What a model does on held-out dialogues, one record of sums per dialogue: tokens, generated replies, chosen replies.
+"""What a model does on held-out dialogues, as one record of sums per dialogue: tokens, generated replies, selections.
 
     measurer = Measurer(model, tokenizer, dialogues, seed=0)
     records = measurer.token_records(world)     # {uid: {"nll": ..., "tokens": ..., "top1": ...}}
 
-The units of work are fixed by the data: packs of PACK_TOKENS for tokens, groups of GROUP replies, one dialogue for
-selection. Ranks take units in turn and every record is made inside one unit, so neither the world size nor a batch size can
-change a record; records are added up later, on the host, in the order of the dialogues.
+The data fixes the units of work: packs of PACK_TOKENS for tokens, groups of GROUP replies, one dialogue per selection. Ranks
+take units in turn and every record is made inside one unit, so neither the world size nor a batch size can change a record.
+Records are added up later, on the host, in the order of the dialogues.
 Shapes: T tokens of a pack, n tokens of a chunk, V vocabulary.
 """
 
@@ -49,7 +49,7 @@ def turn_bucket(reply: int) -> str:
 
 @dataclass(frozen=True)
 class Measurer:
-    """A model, its held-out dialogues, and how replies are made. progress: called with what is done, on rank 0."""
+    """A model, its held-out dialogues, and how replies are made. progress: called with (what, done, of)."""
 
     model: Decoder
     tokenizer: ChatTokenizer
@@ -65,7 +65,7 @@ class Measurer:
         return self._spread(world, "tokens", grouped([len(d.ids) for d in self.dialogues], PACK_TOKENS), self._measure_pack)
 
     def reply_records(self, world: World, count: int) -> dict[str, dict[str, Any]]:
-        """Texts and sums of one generated reply for each of the first `count` dialogues that have one to give."""
+        """Texts and sums of one generated reply for each of the first `count` dialogues with a turn to answer."""
         chosen = self._chosen(count)
         units = [chosen[i : i + GROUP] for i in range(0, len(chosen), GROUP)]
         return self._spread(world, "replies", units, self._reply_group)
@@ -78,7 +78,7 @@ class Measurer:
     def _spread(
         self, world: World, what: str, units: Sequence[Unit], do: Callable[[Unit], dict[str, Found]]
     ) -> dict[str, Found]:
-        """Do this rank's share; every rank gets all records, in the order of the units."""
+        """Do this rank's share of the units; every rank gets all records, in the order of the units."""
         mine: dict[int, dict[str, Found]] = {}
         for number in range(world.rank, len(units), world.world_size):
             mine[number] = do(units[number])
@@ -112,7 +112,7 @@ class Measurer:
             targets = tokens[start + 1 : stop + 1, None]
             picked = logits.gather(1, targets)
             nll[start + 1 : stop + 1] = (logits.logsumexp(-1).double() - picked[:, 0].double()).cpu().numpy()
-            # ties go to the lower id, as argmax has it
+            # ties go to the lower id, as in argmax
             order = torch.arange(logits.shape[1], device=device)
             ahead = (logits > picked) | ((logits == picked) & (order < targets))
             rank[start + 1 : stop + 1] = ahead.sum(-1).cpu().numpy()
@@ -192,7 +192,7 @@ def reply_pool(dialogues: Sequence[HeldOut]) -> list[tuple[str, str, list[int]]]
 
 
 def draw_candidates(pool: Sequence[tuple[str, str, list[int]]], uid: str, real: str, count: int, seed: int) -> list[list[int]]:
-    """`count` different replies of other dialogues (fewer where there are not so many), none like the real one.
+    """Up to `count` different replies of other dialogues, none like the real one.
 
     A pure function of its arguments; the first 9 of 99 are those of a choice among 10.
     """
@@ -212,8 +212,8 @@ def draw_candidates(pool: Sequence[tuple[str, str, list[int]]], uid: str, real: 
 def selection_record(found: Sequence[tuple[float, int]]) -> Record:
     """Hits of the first candidate, which is the real one, among the first 10 and among 100.
 
-    A choice for which there are not enough candidates is left out. Ordered by mean ln p per token, and again by the sum;
-    where a wrong candidate ties, the real one loses.
+    A choice without enough candidates is left out. Ordered by mean ln p per token, and again by the sum; the real reply loses
+    ties.
     """
     out: Record = {"choices": 1.0}
     for how, scores in (("mean", [p / n for p, n in found]), ("sum", [p for p, _ in found])):

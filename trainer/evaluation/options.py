@@ -1,4 +1,4 @@
-"""The choices of `chatmill eval`, without torch: the command line needs them before anything heavy is imported.
+"""The options of `chatmill eval`, without torch: the command line needs them before anything heavy is imported.
 
 options = EvaluationOptions(generate=64, select=16)
 """
@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
-    """data: folders, by default the one the checkpoint was trained on. generate, select: dialogues for the slow parts.
+    """data: folders; none: the one the checkpoint was trained on. generate, select: number of dialogues for the slow parts.
 
-    None there: 256 on a GPU; 32 and 8 on a CPU. sequence_length: tokens of a dialogue that are read; None: the model's
-    context, 2048 at most. resamples: of the bootstrap.
+    None there: 256 on a GPU; 32 and 8 on a CPU. sequence_length: longest part of a dialogue that is read, in tokens; None:
+    the model's context, at most 2048. resamples: of the bootstrap.
     """
 
     data: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class EvaluationOptions:
     bleu_tokenize: str = "13a"
 
     def __post_init__(self) -> None:
-        from chatmill.config import ConfigError  # not at the top: it brings pydantic, which --help does without
+        from chatmill.config import ConfigError  # not at the top: it imports pydantic, which --help does not need
 
         least = {"max_dialogues": 1, "sequence_length": 2, "generate": 0, "select": 0, "max_new_tokens": 1, "resamples": 100}
         for name, low in least.items():
@@ -51,17 +51,31 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--against", metavar="CHECKPOINT", help="a second checkpoint (or its evaluation.json): paired differences to it")
     add("--data", nargs="+", default=[], metavar="DIR", help="data-set folders (default: the one it was trained on)")
     add("--split", default="validation", choices=("validation", "train"))
-    add("--max-dialogues", type=int, help="measure only the first so many dialogues of each data set")
-    add("--sequence-length", type=int, help="tokens of a dialogue that are read (default: the context, at most 2048)")
+    add("--max-dialogues", type=int, metavar="N", help="measure only the first N dialogues of each data set")
+    add(
+        "--sequence-length",
+        type=int,
+        help="longest part of a dialogue that is read, in tokens (default: the context, at most 2048)",
+    )
     add("--precision", choices=("fp32", "bf16"), default="fp32")
-    add("--generate", type=int, metavar="N", help="dialogues to make a reply for (default 256 on a GPU, 32 on a CPU; 0: none)")
-    add("--select", type=int, metavar="N", help="dialogues to choose the real reply for (default 256, or 8; 0: none)")
-    add("--max-new-tokens", type=int, default=128, help="longest generated reply (default 128)")
-    add("--temperature", type=float, default=0.0, help="of generated replies (default 0: greedy)")
+    add(
+        "--generate",
+        type=int,
+        metavar="N",
+        help="dialogues to generate a reply for (default 256 on a GPU, 32 on a CPU; 0: none)",
+    )
+    add(
+        "--select",
+        type=int,
+        metavar="N",
+        help="dialogues to find the real reply for (default 256 on a GPU, 8 on a CPU; 0: none)",
+    )
+    add("--max-new-tokens", type=int, default=128, help="longest generated reply, in tokens (default 128)")
+    add("--temperature", type=float, default=0.0, help="temperature of generated replies (default 0: greedy)")
     add("--top-p", type=float)
     add("--repetition-penalty", type=float, default=1.0)
-    add("--seed", type=int, default=0, help="of turns, candidates, sampling and intervals (default 0)")
-    add("--resamples", type=int, default=1000, help="of the bootstrap (default 1000)")
+    add("--seed", type=int, default=0, help="seed of turns, candidates, sampling and intervals (default 0)")
+    add("--resamples", type=int, default=1000, help="number of resamples of the bootstrap (default 1000)")
     add("--bleu-tokenize", default="13a", help="sacrebleu's tokenizer: 13a, intl, zh, char ... (default 13a)")
     add("--out", "--json", dest="out", metavar="FILE", help="JSON to write (default: evaluation.json beside the checkpoint)")
 

@@ -17,15 +17,15 @@ MARKS = {"better": "[green]better[/]", "worse": "[red]worse[/]", "different": "d
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print figures with intervals, by role and by reply, and the comparison if there is one."""
+    """Print figures with intervals, then by role and by reply, then the comparison if there is one."""
     console = Console(highlight=False)
-    console.width = max(console.width, WIDTH)  # a table cut into columns of three letters says nothing
+    console.width = max(console.width, WIDTH)  # columns of three letters would be unreadable
     table = _table(f"{summary['checkpoint']} on {summary['data']}, {summary['split']}", "", "value", "95 % interval")
     for name, found in summary["metrics"].items():
         kind = CATALOGUE.get(name, Named(name))
         table.add_row(kind.title, figure(found["value"], kind.share), between(found, kind.share))
     console.print(table)
-    for key, title in (("per_role", "By role"), ("per_reply", "By place of the reply in its dialogue")):
+    for key, title in (("per_role", "By role"), ("per_reply", "By position of the reply in its dialogue")):
         if rows := summary.get(key):
             console.print(_by(title, rows))
     counts = ", ".join(f"{part}: {n} dialogues" for part, n in summary["dialogues"].items())
@@ -50,7 +50,7 @@ def figure(value: float | None, share: bool = False) -> str:
 
 
 def between(found: dict[str, float | None], share: bool = False) -> str:
-    """The borders of an interval."""
+    """The ends of an interval."""
     if found["low"] is None or found["high"] is None:
         return ""
     return f"{figure(found['low'], share)} … {figure(found['high'], share)}"

@@ -3,7 +3,7 @@
     gpu = find_gpu("h200")              # a short name, or what torch.cuda.get_device_name says
     gpu.bf16_flops                      # dense, without sparsity, accumulating in fp32
 
-Data sheets print figures with 2:4 sparsity for most tensor-core GPUs: those are halved here.
+Most data sheets of tensor-core GPUs give figures with 2:4 sparsity; these are halved here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ DRIVER_NAMES = {
 
 
 def known_gpu(name: str) -> Gpu | None:
-    """The GPU of a short name or a driver's name ("NVIDIA H100 80GB HBM3"), or None: no figure is better than another GPU's.
+    """The GPU of a short name or a driver's name ("NVIDIA H100 80GB HBM3"), or None: no figure is better than a wrong one.
 
     An A10G is no A10 and an RTX A1000 no A100; a part of a GPU (MIG) and a laptop's have other peaks.
     """
@@ -73,7 +73,7 @@ def known_gpu(name: str) -> Gpu | None:
 
 
 def find_gpu(name: str) -> Gpu:
-    """As known_gpu; raises ConfigError with the names that are known."""
+    """Like known_gpu, but raises ConfigError with the known names."""
     gpu = known_gpu(name)
     if gpu is None:
         raise ConfigError(f"GPU {name!r} is not in the table; known are {', '.join(gpu.name for gpu in GPUS)}")

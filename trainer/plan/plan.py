@@ -1,4 +1,4 @@
-"""`chatmill plan RECIPE`: does it fit, with which engine, and how long will it take.
+"""`chatmill plan RECIPE`: whether it fits, with which engine, and how long it takes.
 
     chatmill plan 8b --gpu h100 --gpus 16 [--mfu 0.4] [--json] [section.field=value ...]
 
@@ -15,8 +15,8 @@ keeps, measured in tests/trainer/plan/test_plan.py):
 
 Activations and the loss's workspace come from the real model, run on fake tensors (memory_trace.py). At the largest moment of a
 step all activations are there (at the loss), or all gradients (at the update), or one layer's activations and all gradients but
-its own (at the end of the backward pass, where layers are recomputed): the largest sum counts. A margin of 5 % of everything
-that comes and goes stands for fragmentation, `context` for the driver, cuBLAS and NCCL.
+its own (at the end of the backward pass, where layers are recomputed): the largest sum counts. `margin`, 5 % of
+everything but weights and optimizer, is for fragmentation; `context` is for the driver, cuBLAS and NCCL.
 Time: tokens x FLOPs per token / (GPUs x peak x MFU), no recomputation counted in the FLOPs; see docs/metrics.md.
 """
 
@@ -35,13 +35,11 @@ from .hardware import GIB, Gpu
 
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 MFU = 0.40  # published trainers reach 0.33 to 0.58 on H100 and H200 with bf16
-RECOMPUTE = {
-    "full": 0.75,
-    "selective": 0.8,
-}  # forward once more: 6 of 8 FLOPs are useful; the attention's kept: a little better
+# full: forward once more, so 6 of 8 FLOPs are useful; selective keeps the attention's results: a little better
+RECOMPUTE = {"full": 0.75, "selective": 0.8}
 CONTEXT = {False: 6 << 27, True: 5 << 28}  # driver and cuBLAS 0.75 GiB; with NCCL 1.25 GiB
 MARGIN = 0.05
-LOGITS = 600_000_000  # the loss kernel holds at most so many bytes of logits at once (kernels/tuning/linear_cross_entropy.json)
+LOGITS = 600_000_000  # most bytes of logits that the loss kernel holds at once (kernels/tuning/linear_cross_entropy.json)
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # ZeRO's largest reduce_bucket_size and its stage3_max_live_parameters, in elements
 
 

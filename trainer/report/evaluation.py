@@ -2,7 +2,7 @@
 
     section = evaluation_section("", "evaluation", tree)
 
-Files of another make are shown as plain facts; nothing in them can make the report fail.
+Files in another format are shown as plain facts; nothing in them can make the report fail.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def evaluation_section(run: str, name: str, tree: Mapping[str, Any]) -> dict[str
         return {"title": title, "note": "", "rows": [], "groups": [], "against": None, "facts": flatten(tree)}
     groups = [
         {"title": words, "rows": _group(tree[key])}
-        for key, words in (("per_role", "by role"), ("per_reply", "by place of the reply"))
+        for key, words in (("per_role", "by role"), ("per_reply", "by position of the reply"))
         if isinstance(tree.get(key), dict)
     ]
     kept = {
@@ -50,13 +50,13 @@ def evaluation_section(run: str, name: str, tree: Mapping[str, Any]) -> dict[str
 
 
 def beside_another(name: str, evaluations: Mapping[str, Any]) -> bool:
-    """Whether this is the second checkpoint of a comparison: its figures stand in the first one's table."""
+    """Whether this is the second checkpoint of a comparison, whose figures are in the first one's table."""
     of = evaluations.get(name.removesuffix("-against"))
     return name.endswith("-against") and isinstance(of, dict) and "against" in of
 
 
 def evaluations_side_by_side(runs: Sequence[tuple[str, RunRecord]]) -> dict[str, Any] | None:
-    """The newest full evaluation of each run in one table; None where fewer than two runs have one."""
+    """The newest full evaluation of each run in one table; None if fewer than two runs have one."""
     newest = []
     for label, run in runs:
         trees = [t for n, t in run.evaluations.items() if isinstance(t.get("metrics"), dict) and not n.endswith("-against")]

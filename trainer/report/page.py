@@ -1,9 +1,9 @@
-"""One HTML file that tells how a run went: figures, curves, replies, data, configuration, events.
+"""One HTML file that shows how a run went: figures, curves, replies, data, configuration, events.
 
     chatmill report runs/demo [--compare runs/other]      -> runs/demo/report.html
 
 The file is self-contained (no script, style, font or image from elsewhere), reads without JavaScript and prints.
-It can be built at any time, also from a run that is still going, crashed, or never began.
+It can be built at any time, even from a run that is still going, crashed, or never began.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ def _some(value: Any) -> list[Any]:
 
 
 def _data_facts(run: RunRecord) -> dict[str, str]:
-    """Folder, sizes of the splits, the split certificate and the tokenizer, as far as they are known."""
+    """Folder, sizes of the splits, split certificate and tokenizer, as far as known."""
     if run.data_path is None:
         return {}
     facts = {"folder": str(run.data_path)}

@@ -1,8 +1,8 @@
-"""A run folder as the report sees it. Nothing here raises for a missing, damaged or half-written file.
+"""What a report reads from a run folder. A missing, damaged or half-written file raises nothing.
 
     run = read_run(Path("runs/demo"))
 
-Every oddity becomes a line in `run.notes`, which the report shows: a report of a crashed run must say what it lacks.
+Each problem becomes a line in `run.notes`, which the report shows: the report of a crashed run must say what it lacks.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def test_a_pipe_gets_replies_and_nothing_else(capsys: pytest.CaptureFixture[str]
     code = pipe(echo, Settings(), None, io.StringIO("a\n\n/reset\n/nonsense\nb\n/quit\nc\n"), sink)
     assert sink.getvalue() == "u|a|None\nu|b|None\n"
     errors = capsys.readouterr().err
-    assert "starts anew" in errors and "/nonsense: no such command" in errors
+    assert "starts over" in errors and "/nonsense: no such command" in errors
     assert code == 2
 
 
@@ -192,7 +192,7 @@ def test_a_file_of_prompts_goes_on_where_it_was_killed(
     monkeypatch.setattr("chatmill.trainer.chat.file.replies_to_many", lambda *a, **o: made.append(len(a[2])) or real(*a, **o))
     assert generate_file(checkpoint, source, out, **settings) == 0
     assert made == [4]
-    assert "5 of 9 replies are there already" in capsys.readouterr().err
+    assert "5 of 9 replies are done already" in capsys.readouterr().err
     assert out.read_text() == whole
     assert not progress.exists()
     progress.write_text("another key\n[0, {}]\n")

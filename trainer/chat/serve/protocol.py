@@ -1,7 +1,7 @@
-"""The requests of the OpenAI API that are understood, and the answers, as plain data.
+"""The supported requests of the OpenAI API, and the answers, as plain data.
 
-What would change the answer and is not supported is refused with status 400 (tools, JSON mode, penalties on
-presence and frequency, logit_bias); what is harmless (user, metadata, store ...) is accepted and ignored.
+Unsupported fields that would change the answer are refused with status 400 (tools, JSON mode, penalties on presence and
+frequency, logit_bias); harmless ones (user, metadata, store ...) are ignored.
 Extensions: top_k, min_p, repetition_penalty.
 """
 
@@ -89,7 +89,7 @@ class Request(BaseModel):
 class Message(BaseModel):
     """One turn; content may come as a list of text parts.
 
-    Calls of tools and their results are refused: the chat templates know none, and a conversation without them is another one.
+    Tool calls and their results are refused, not ignored: the chat templates do not support them.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -149,7 +149,7 @@ class TextRequest(Request):
     """POST /v1/completions: continue texts, or token ids, without a chat template.
 
     echo: the prompt is part of the answer; with logprobs its tokens are scored, which is what lm-evaluation-harness asks for.
-    The logprobs of an echo end with the stop token where one came, so that they always hold prompt plus generated tokens.
+    The logprobs of an echo end with the stop token, if one came, so that they always hold prompt plus generated tokens.
     max_tokens 0 (with echo): score the prompt, generate nothing.
     """
 
@@ -196,7 +196,7 @@ class TextRequest(Request):
 
 
 def parse(kind: type[ChatRequest | TextRequest], raw: Any) -> ChatRequest | TextRequest:
-    """kind(**raw), or RequestError naming the first field that is off."""
+    """kind(**raw), or a RequestError that names the first invalid field."""
     if not isinstance(raw, dict):
         raise RequestError(400, "the body must be a JSON object.")
     try:
@@ -219,7 +219,7 @@ def chat_logprobs(tokenizer: ChatTokenizer, steps: Sequence[TokenStep]) -> dict[
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.decode([token_id])
-        # A token may be part of a character: its bytes are not known from its text then.
+        # A token may be part of a character: then its text does not tell its bytes.
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
     content = [entry(s.id, s.logprob) | {"top_logprobs": [entry(i, p) for i, p in s.top]} for s in steps]
@@ -231,7 +231,7 @@ def text_logprobs(
 ) -> dict[str, Any]:
     """The `logprobs` of plain completions. offset: characters before the first of these tokens.
 
-    first: the token before them that follows nothing (of an echoed prompt): it has no probability.
+    first: the first token of an echoed prompt, which has no probability because nothing precedes it.
     """
     ids = [step.id for step in steps] if first is None else [first, *(step.id for step in steps)]
     tokens = [tokenizer.decode([i]) for i in ids]
@@ -242,7 +242,7 @@ def text_logprobs(
     top: list[dict[str, float] | None] = []
     for step in steps:
         told: dict[str, float] = {}
-        for i, chance in step.top:  # best first: of two tokens with the same text the likelier one stays
+        for i, chance in step.top:  # best first: of two tokens with the same text, the more likely one stays
             told.setdefault(tokenizer.decode([i]), chance)
         top.append(told)
     if first is not None:

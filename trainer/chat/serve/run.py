@@ -1,7 +1,7 @@
 """Start the server: `chatmill serve CHECKPOINT [--host --port --token]`.
 
 On loopback (the default) no token is needed. On any other address one is required: --token, or CHATMILL_TOKEN in the
-environment, which does not show in the process list.
+environment, which the process list does not show.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def serve(
     max_waiting: int = 64,
     timeout_s: float = 300.0,
 ) -> int:
-    """Serve until interrupted; returns the exit code. Refuses a public address without a token before anything loads."""
+    """Serve until interrupted; returns the exit code. A public address without a token is refused before anything loads."""
     token = token or os.environ.get("CHATMILL_TOKEN") or None
     check_address(host, token)
     if not 0 <= port < 65536 or max_active < 1 or max_waiting < 1 or timeout_s <= 0:
