@@ -43,11 +43,11 @@ def main(overrides: list[str] | None = None) -> int:
     root = Path(__file__).resolve().parent.parent
     gpus = count_gpus()
     recipe = "demo" if gpus == 0 else "demo-gpu"
-    accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(max(1, gpus))]
     if gpus == 0 and not cpu_has_bf16():
         words = [*SMALLER, *words]
     # said outright, because accelerate warns of every flag that it has to choose; it must say what the recipe says
     precision = next((word.partition("=")[2] for word in reversed(words) if word.startswith("train.precision=")), "bf16")
+    accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(max(1, gpus))]
     accelerate += [
         "--num_machines",
         "1",
@@ -80,13 +80,10 @@ def main(overrides: list[str] | None = None) -> int:
         try:
             code = run_step(command)
         except KeyboardInterrupt:
-            print("\nstopped; the same command continues from here: make demo", file=sys.stderr)
+            print("\nstopped; to continue from here: make demo", file=sys.stderr)
             return 130
         if code:
-            print(
-                f"\nstep {number} failed with exit code {code}; the same command continues from here: make demo",
-                file=sys.stderr,
-            )
+            print(f"\nstep {number} failed with exit code {code}; to continue from here: make demo", file=sys.stderr)
             return code
         print(f"({time.monotonic() - step_began:.0f} s)")
     print_result(time.monotonic() - began)

@@ -77,22 +77,19 @@ def show(finding: Finding) -> str:
 
 def check_python() -> list[Finding]:
     """Interpreter and the packages that training needs."""
-    found = [Finding("ok", "python", f"{platform.python_version()} at {sys.executable}")]
-    missing = [name for name in NEEDED if installed(name) is None]
-    if missing:
-        found.append(Finding("bad", "packages", f"missing: {', '.join(missing)}", "make venv, or pip install chatmill"))
-    else:
-        found.append(Finding("ok", "packages", "  ".join(f"{name} {installed(name)}" for name in NEEDED)))
-    return found
+    python = Finding("ok", "python", f"{platform.python_version()} at {sys.executable}")
+    versions = {name: installed(name) for name in NEEDED}
+    if missing := [name for name, version in versions.items() if version is None]:
+        return [python, Finding("bad", "packages", f"missing: {', '.join(missing)}", "make venv, or pip install chatmill")]
+    return [python, Finding("ok", "packages", "  ".join(f"{name} {version}" for name, version in versions.items()))]
 
 
 def check_machine() -> list[Finding]:
     """Cores, memory, shared memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = [
-        Finding("ok", "machine", f"{platform.node()}: {cores} cores, {memory / 2**30:.0f} GiB memory, {platform.platform()}")
-    ]
+    detail = f"{platform.node()}: {cores} cores, {memory / 2**30:.0f} GiB memory, {platform.platform()}"
+    found = [Finding("ok", "machine", detail)]
     shared = Path("/dev/shm")
     if shared.is_dir() and (free := shutil.disk_usage(shared).free) < 1 << 30:
         action = "NCCL needs shared memory: start the container with --shm-size=8g or --ipc=host"
@@ -105,9 +102,8 @@ def check_gpus() -> list[Finding]:
     fields = "name,memory.total,driver_version,compute_cap,ecc.errors.uncorrected.volatile.total"
     text = output_of(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
     if text is None:
-        return [
-            Finding("note", "gpu", "none seen (no nvidia-smi that answers): training runs on the CPU, kernels are interpreted")
-        ]
+        detail = "none found (nvidia-smi does not answer): training runs on the CPU, kernels are interpreted"
+        return [Finding("note", "gpu", detail)]
     return gpu_findings(text)
 
 
@@ -160,9 +156,8 @@ def torch_finding(facts: dict[str, object], has_gpu: bool) -> Finding:
     if facts["available"]:
         return Finding("ok", "torch", f"{facts['version']}, CUDA {facts['cuda']}, NCCL {facts['nccl']}")
     if has_gpu and facts["cuda"] is None:
-        return Finding(
-            "bad", "torch", f"{facts['version']} is a CPU build, but there are GPUs", "install a CUDA build of torch"
-        )
+        detail = f"{facts['version']} is a CPU build, but there are GPUs"
+        return Finding("bad", "torch", detail, "install a CUDA build of torch")
     if has_gpu:
         action = "the driver is too old for this CUDA, or CUDA_VISIBLE_DEVICES hides the GPUs: compare with nvidia-smi"
         return Finding("bad", "torch", f"{facts['version']} (CUDA {facts['cuda']}) cannot use the GPUs", action)

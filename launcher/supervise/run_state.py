@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +60,13 @@ def attempts(run_dir: Path) -> list[Attempt]:
                 number, str(line["job"]), float(line["time"]), int(line["step"]), tuple(line["nodes"]), lines=line
             )
         elif number in found:
-            first = found[number]
-            found[number] = Attempt(
-                number,
-                first.job,
-                first.began,
-                first.step_before,
-                first.nodes,
-                float(line["time"]),
-                int(line["step"]),
-                str(line["outcome"]),
-                line.get("code"),
-                line.get("cause"),
-                first.lines,
+            found[number] = replace(
+                found[number],
+                ended=float(line["time"]),
+                step_after=int(line["step"]),
+                outcome=str(line["outcome"]),
+                code=line.get("code"),
+                cause=line.get("cause"),
             )
     return [found[number] for number in sorted(found)]
 

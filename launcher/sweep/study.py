@@ -71,16 +71,14 @@ def ask(study: Any, sweep: SweepConfig) -> Any | None:
 
     Trials whose worker died are queued again first. They keep their run folder, so the trainer continues them.
     """
-    optuna = load_optuna()
     with lock(sweep.folder):
         _put_back_orphans(study, sweep)
         trials = study.get_trials(deepcopy=False)
-        waiting = [t for t in trials if t.state == optuna.trial.TrialState.WAITING]
-        given = [t for t in trials if t.state.is_finished() or t.state == optuna.trial.TrialState.RUNNING]
-        given = [t for t in given if "put_back" not in t.user_attrs]
+        given = [t for t in trials if "put_back" not in t.user_attrs]
+        waiting = any(t.state.name == "WAITING" for t in trials)
         if not waiting and (len(given) >= sweep.trials or sweep.sampler == "grid"):
             return None
-        study.sampler = _sampler(optuna, sweep, len(trials))
+        study.sampler = _sampler(load_optuna(), sweep, len(trials))
         trial = study.ask({key: distribution(axis) for key, axis in sweep.space.items()})
         if "run" not in trial.user_attrs:
             trial.set_user_attr("run", f"trial-{trial.number:04d}")
@@ -90,19 +88,17 @@ def ask(study: Any, sweep: SweepConfig) -> Any | None:
 
 def put_back(study: Any, number: int, sweep: SweepConfig) -> None:
     """Give an unfinished trial up for another worker, with its values and its run folder."""
-    optuna = load_optuna()
     frozen = study.get_trials(deepcopy=False)[number]
     study._storage.set_trial_user_attr(frozen._trial_id, "put_back", True)
-    study.tell(number, state=optuna.trial.TrialState.FAIL)
+    study.tell(number, state=load_optuna().trial.TrialState.FAIL)
     run = frozen.user_attrs.get("run", f"trial-{number:04d}")
     study.enqueue_trial(frozen.params, user_attrs={"run": run})
 
 
 def _put_back_orphans(study: Any, sweep: SweepConfig) -> None:
-    optuna = load_optuna()
-    for trial in study.get_trials(deepcopy=True, states=(optuna.trial.TrialState.RUNNING,)):
+    for trial in study.get_trials(deepcopy=True):
         run = trial.user_attrs.get("run")
-        if run is None or not is_alive(sweep.folder / "runs" / run):
+        if trial.state.name == "RUNNING" and (run is None or not is_alive(sweep.folder / "runs" / run)):
             put_back(study, trial.number, sweep)
 
 
@@ -127,12 +123,12 @@ def is_alive(run_dir: Path) -> bool:
 
 def distribution(axis: Axis) -> Any:
     """The axis as an Optuna distribution."""
-    optuna = load_optuna()
+    kinds = load_optuna().distributions
     if axis.choices:
-        return optuna.distributions.CategoricalDistribution(axis.choices)
+        return kinds.CategoricalDistribution(axis.choices)
     if axis.is_integer:
-        return optuna.distributions.IntDistribution(axis.low, axis.high, log=axis.log, step=axis.step or 1)
-    return optuna.distributions.FloatDistribution(float(axis.low or 0), float(axis.high or 0), log=axis.log, step=axis.step)
+        return kinds.IntDistribution(axis.low, axis.high, log=axis.log, step=axis.step or 1)
+    return kinds.FloatDistribution(float(axis.low or 0), float(axis.high or 0), log=axis.log, step=axis.step)
 
 
 def _sampler(optuna: Any, sweep: SweepConfig, count: int) -> Any:
