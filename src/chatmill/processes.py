@@ -4,7 +4,8 @@
     is_running(mark)               # True, False, or None if this machine cannot tell
 
 A mark holds the machine, boot, process namespace (of a container), process number, and the clock tick at which the process
-started. Linux only: on other systems, and for a process of another machine, the answer is None. Standard library only.
+started. Linux only: on other systems, and for a process of another machine, the answer is None. Standard library only: psutil
+knows neither boot nor namespace, and gives the start by a clock that may be adjusted.
 """
 
 from __future__ import annotations

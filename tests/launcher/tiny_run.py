@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from chatmill.data.conversation import Conversation, Turn
@@ -56,3 +58,11 @@ def write_recipe(folder: Path, name: str, data: Path, vocab: int, steps: int = 2
     path = folder / f"{name}.yaml"
     path.write_text(RECIPE.format(name=name, runs=folder / "runs", data=data, vocab=vocab, steps=steps, every=every))
     return path
+
+
+def wait_until(what: str, done: Callable[[], object], timeout_s: float = 600.0) -> None:
+    """Poll until `done()` is true."""
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        time.sleep(0.05)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.launcher.tiny_run import make_data, write_recipe
+from tests.launcher.tiny_run import make_data, wait_until, write_recipe
 
 from chatmill.config import ConfigError
 from chatmill.launcher.__main__ import main
@@ -144,14 +144,6 @@ def test_a_launch_runs_its_own_copy_of_the_code_and_is_cancelled_and_resumed_as_
     wait_until("the end", lambda: attempts(run)[1].outcome is not None)
     resumed = [event for event in read_jsonl(run / "events.jsonl") if event["event"] == "resume"]
     assert [event["step"] for event in resumed] == [stopped]
-
-
-def wait_until(what: str, done: object, timeout_s: float = 600.0) -> None:
-    assert callable(done)
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -9,14 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from tests.launcher.slurm_cluster import SlurmCluster, missing_programs
-from tests.launcher.tiny_run import make_data, write_recipe
+from tests.launcher.tiny_run import make_data, wait_until, write_recipe
 
 from chatmill.config import ConfigError
 from chatmill.launcher.__main__ import main
@@ -154,13 +153,6 @@ def test_the_best_recipe_is_a_file_that_loads_with_the_best_values(tmp_path: Pat
 def test_an_array_of_workers_takes_the_sweep_file_and_the_settings_of_the_site() -> None:
     script = render_sweep(JobSpec(name="s", arguments=("/a b/s.yaml",), environment={"A": "$(id)"}, modules=("cuda",)), 8)
     assert "#SBATCH --array=1-8\n" in script and "set -- '/a b/s.yaml'\n" in script and "export A='$(id)'\n" in script
-
-
-def wait_until(what: str, done: Any, timeout_s: float = 600.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
