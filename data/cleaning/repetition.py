@@ -1,10 +1,10 @@
-"""Repetition as Gopher measures it: shares of a text that say again what it has said.
+"""Repetition as measured by Gopher: the share of a text that repeats earlier parts of it.
 
     repetition_reason(text, RepetitionSection())  ->  None, or "repetition: top 2-gram over 0.2"
 
-Units are words; of scripts written without blanks, characters. All shares of n-grams count the letters of the units, each
-letter once however many repeated n-grams it lies in, the first occurrence of each left out. Source of the measures and limits:
-Rae et al., "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", arXiv:2112.11446, table A1.
+Units are words, or characters in scripts written without spaces. The shares of n-grams count the letters of the units, each
+letter once however many repeated n-grams contain it, without the first occurrence of each n-gram. Source of the measures and
+limits: Rae et al., "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", arXiv:2112.11446, table A1.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def duplicate_parts(parts: Sequence[str]) -> tuple[float, float]:
 
 
 def top_ngram_share(units: Sequence[str], n: int) -> float:
-    """Letters of all occurrences of the commonest n-gram over all letters; 0 when none occurs twice."""
+    """Letters of all occurrences of the most common n-gram over all letters; 0 if none occurs twice."""
     counts = Counter(tuple(units[i : i + n]) for i in range(len(units) - n + 1))
     most = max(counts.values(), default=0)
     if most < 2:
@@ -56,7 +56,7 @@ def top_ngram_share(units: Sequence[str], n: int) -> float:
 
 
 def duplicate_ngram_share(units: Sequence[str], n: int) -> float:
-    """Letters inside of n-grams that occurred before over all letters."""
+    """Letters inside n-grams that occurred before, over all letters."""
     seen: set[tuple[str, ...]] = set()
     repeated = bytearray(len(units))
     for i in range(len(units) - n + 1):
@@ -92,5 +92,5 @@ def shares(text: str, config: RepetitionSection) -> Iterator[tuple[str, float, f
 
 
 def repetition_reason(text: str, config: RepetitionSection) -> str | None:
-    """The first rule that the text breaks; the same words for every text, so that reasons add up."""
+    """The first rule that the text breaks, in the same words for every text, so that reasons can be counted."""
     return next((f"repetition: {what} over {limit:g}" for what, share, limit in shares(text, config) if share > limit), None)

@@ -1,10 +1,10 @@
-"""Stop words (the, and, of …) by language, from the package stopwordsiso: turns of nothing else, and taking them out.
+"""Stop words (the, and, of …) by language, from the package stopwordsiso: finding turns made only of them, and removing them.
 
     words = stop_words(["en"]);  only_stop_words("And you?", words) -> True;  strip_stop_words("the end of it", words) -> "end"
 
-Stripping makes features for search, not texts to learn to speak from: a chat model must say its function words. It is off
-unless asked for. Scripts written without blanks are judged by whether the text can be cut into stop words; they are not
-stripped, because a character inside of another word would go too.
+Stripping makes features for search, not texts for a chat model, which must learn to say function words. So it is off by
+default. Scripts written without spaces are judged by whether the text can be cut into stop words; they are not stripped,
+because characters inside other words would be removed too.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def to_conversation(
     merge_s: float | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> Conversation | None:
-    """Turns of two sides; None (and a counted reason) where there is no exchange.
+    """Turns of two sides; None (and a counted reason) if there is no exchange.
 
     merge_s: messages of one sender further apart than this stay separate turns of the same role (None: always merged).
     """

@@ -2,8 +2,9 @@
 
     for group in rebuild(messages, gap_s=1800): ...
 
-A message that answers a known one joins its conversation; one of a thread joins the thread; any other joins the conversation
-that was last active in the log, unless it has been silent for gap_s. Conversations come out in order of their first message.
+A message that answers a known one joins its conversation; a message of a thread joins the thread; any other joins the
+conversation that was last active in the log, unless that has been silent for gap_s. Conversations come out in order of their
+first message.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..raw.files import RawFile
 from ..recipe import SourceSection
 from .messages import ChatMessage, to_conversation
 
-# A reply to something older than this starts afresh: its conversation has been handed out already.
+# A reply to a message older than this starts a new conversation, because the old one has already been yielded.
 OPEN_S = 14 * 86_400.0
 
 
@@ -60,7 +61,7 @@ def _retire(
     last_time: dict[int, float | None],
     before: float,
 ) -> Iterator[list[ChatMessage]]:
-    """Hand out the leading conversations that have been silent since `before`."""
+    """Yield the leading conversations that have been silent since `before`."""
     for home in sorted(groups):
         last = last_time.get(home)
         if last is None or last >= before or not groups[home]:

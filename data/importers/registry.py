@@ -1,4 +1,4 @@
-"""The importers by name, and which of them recognises a file.
+"""The importers by name, and detection of a file's format.
 
 An importer is a module with `recognise(head, name)` and `read(file, options, source, ledger)`; see the Protocol below.
 Adding one: write the module, add its name here and a renderer in tests/data/importers/importer_formats.py.
@@ -18,7 +18,7 @@ from ..ledger import Ledger, shorten
 from ..raw.files import RawFile, find_files
 from ..recipe import SourceSection
 
-# Asked in this order: the pickier first.
+# Asked in this order, the strictest first.
 IMPORTERS: dict[str, str] = {
     "parquet": "plain.parquet",
     "mbox": "forums.mbox",
@@ -44,7 +44,7 @@ IMPORTERS: dict[str, str] = {
 }
 
 
-# Formats whose records stand alone, one per line: a large file is read by several processes.
+# Formats with independent records, one per line: several processes read a large file.
 LINE_FORMATS = ("openai", "preference", "sharegpt", "alpaca", "documents")
 SPAN_BYTES = 32 << 20
 MEMBERS_TRIED = 100  # of a tar, to find its format
@@ -70,7 +70,7 @@ def importer(name: str) -> Importer:
 
 
 def recognise(file: RawFile) -> str:
-    """Name of the format of a file; ConfigError where none fits."""
+    """Name of the format of a file; ConfigError if none fits."""
     if name := _fitting(file):
         return name
     if file.is_tar:

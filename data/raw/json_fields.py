@@ -1,7 +1,7 @@
-"""Stream large arrays out of a JSON object, `{"name": …, "messages": [ … ]}`, without reading the whole.
+"""Stream large arrays out of a JSON object, `{"name": …, "messages": [ … ]}`, without reading the whole object.
 
 for key, value in object_items(file, {"messages"}): ...     # ("name", "x"), ("messages", first), ("messages", second) …
-for path, value in walk(file, {(), ("chats",), ("chats", "*")}): ...     # arrays inside of arrays
+for path, value in walk(file, {(), ("chats",), ("chats", "*")}): ...     # arrays inside arrays
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Buffer:
                 return self.data[self.position : self.position + 1]
 
     def skip(self, character: str) -> None:
-        """Pass over an expected character."""
+        """Skip an expected character."""
         if self.peek() != character:
             raise ConfigError(f"{self.file.label}: not the JSON expected: {character!r} missing, found {self.peek()!r}")
         self.position += 1
@@ -53,7 +53,7 @@ class _Buffer:
                 size *= 2
                 continue
             if end == len(self.data) and self._more(size):
-                continue  # a number might go on
+                continue  # a number might continue
             self.position = end
             return value
 
@@ -64,7 +64,7 @@ class _Buffer:
 
 
 Path = tuple[str, ...]  # keys from the top; "*" stands for an element of an array
-OPENED = object()  # in the place of a value: an object that is an element of an entered array begins
+OPENED = object()  # in place of a value: an object that is an element of an entered array begins
 
 
 def object_items(file: RawFile, arrays: set[str], encoding: str = "utf-8") -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ def json_lines(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[i
     """(line number from 1, object); for an array, (element number from 1, object). What is not an object is counted."""
     with file.open() as raw:
         start = raw.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    # A span was cut at line ends: it never is an array.
+    # A span was cut at line ends, so it is never an array.
     numbered = (
         _array(file, encoding, ledger) if start.startswith(b"[") and file.span is None else _lines(file, encoding, ledger)
     )
@@ -69,7 +69,7 @@ def _array(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[int, 
 
 
 def first_object(head: bytes) -> dict[str, Any] | None:
-    """The first object of JSON lines or of an array, if the head holds it whole. Broken lines before it are passed over."""
+    """The first object of JSON lines or of an array, if the head contains it completely. Broken lines before it are skipped."""
     text = head.decode("utf-8-sig", "ignore").lstrip()
     if text.startswith("["):
         text = text[1:].lstrip()

@@ -1,11 +1,11 @@
-"""A table on disk for importers that must have seen a whole file before they can speak: Reddit, mailboxes, Stack Exchange.
+"""A table on disk for importers that must see a whole file before they can yield anything: Reddit, mailboxes, Stack Exchange.
 
     with Spill("CREATE TABLE mails (thread, time REAL, entry)") as db:
         db.execute("INSERT INTO mails VALUES (?, ?, ?)", (thread, time, packed(text))); ...
         for (entry,) in db.execute("SELECT entry FROM mails ORDER BY …"): text = unpacked(entry)
 
-sqlite3 of the standard library, in a file of its own that is gone when the import ends. Its cache is bounded and its sorts go
-to disk too, so memory does not grow with the raw file. The disk needs about the size of the unpacked file, in TMPDIR.
+It uses sqlite3 of the standard library, in a file that is deleted when the import ends. The cache is bounded and sorting uses
+the disk too, so memory does not grow with the raw file. TMPDIR needs about the size of the unpacked file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CACHE_KIB = 16_384
 
 
 class Spill:
-    """A temporary database. Nobody else opens it and nobody needs it after a crash: no journal, no sync, one transaction."""
+    """A temporary database. No other process opens it and a crash may lose it: no journal, no sync, one transaction."""
 
     def __init__(self, *schema: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="chatmill-import-")

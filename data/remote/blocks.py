@@ -1,11 +1,11 @@
-"""Token shards that lie elsewhere: blocks are read by range and kept in a local cache; nothing else changes.
+"""Remote token shards: blocks are read by range and kept in a local cache; everything else is as with local shards.
 
     dataset = RemoteDataset.open("https://host/corpora/chat", "train", cache="/local/cache", limit_bytes=200 << 30)
     PackedStream(dataset, ...)
 
-URLs: http(s) by range requests; paths and file://; other schemes (s3://, gs://, hf:// ...) through fsspec where it and the
-scheme's own package are installed. Each block is checked against the hash in the index, whichever way it came. Blocks of
-the window in use and of the next are fetched ahead by threads, so that the training step does not wait for the network.
+URLs: http(s) by range requests; paths and file://; other schemes (s3://, gs://, hf:// ...) through fsspec, if it and the
+scheme's own package are installed. Every block is checked against the hash in the index. Threads fetch the blocks of the
+current and the next window ahead, so that the training step does not wait for the network.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TIMEOUT_S = 60
 
 
 class RangeReader(Protocol):
-    """Bytes [start, start + size) of a file below the root; all of it where size is None. OSError when it fails."""
+    """Bytes [start, start + size) of a file below the root; all of it if size is None. Raises OSError."""
 
     def __call__(self, name: str, start: int = 0, size: int | None = None) -> bytes: ...
 
@@ -146,18 +146,18 @@ class RemoteDataset(TokenDataset):
         return super().__getstate__() | {"_pool": None, "_coming": {}}
 
     def block_name(self, b: int) -> str:
-        """What to call block b in an error."""
+        """The name of block b in errors."""
         return f"{self.url}, block {b}"
 
     def block_bytes(self, b: int) -> bytes:
-        """The bytes of block b, from the cache or by one range request; fetched again until they hash as they should."""
+        """The bytes of block b, from the cache or by one range request, fetched again until the hash matches."""
         coming = self._coming.get(b) if self._pool_process == os.getpid() else None
         if coming is not None:
             wait([coming])
         return self._cached(b)
 
     def will_read(self, blocks: Iterable[int]) -> None:
-        """Begin to bring blocks that are going to be read into the cache."""
+        """Start fetching blocks that will be read into the cache."""
         if self._pool is None or self._pool_process != os.getpid():  # threads do not survive a fork
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="chatmill-fetch")
             self._pool_process, self._coming = os.getpid(), {}
@@ -167,7 +167,7 @@ class RemoteDataset(TokenDataset):
                 coming.add_done_callback(lambda _, b=b: self._coming.pop(b, None))  # type: ignore[misc]
 
     def close(self) -> None:
-        """End the fetching threads."""
+        """Stop the fetching threads."""
         pool, self._pool, self._coming = getattr(self, "_pool", None), None, {}
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Pieces of remote files on the local disk: bounded, shared by all processes of a machine, never half a piece.
+"""A cache of pieces of remote files on the local disk: bounded, shared by all processes of a machine, only complete pieces.
 
     cache = PieceCache("/local/cache", limit_bytes=200 << 30)
     data = cache.get(key, fetch=lambda: read_range(...), is_whole=lambda data: hash(data) == expected)
@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 class RemoteReadError(OSError):
-    """A remote piece could not be read, or never came whole."""
+    """A remote piece could not be read, or never arrived complete."""
 
 
 def with_retries(
@@ -33,16 +33,16 @@ def with_retries(
     first_wait_s: float = 0.5,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bytes:
-    """fetch() until is_whole says so: waits of first_wait_s, doubled each time and shortened at random by up to half."""
+    """fetch() until is_whole accepts the result. Waits first_wait_s, doubled each time and randomly shortened by up to half."""
     reason: object = "it came incomplete or damaged"
     for attempt in range(attempts):
         if attempt:
-            # Many ranks fail together when a store is busy: they must not come back together.
+            # When a store is busy, many ranks fail together; they must not all retry at the same time.
             sleep(first_wait_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
         try:
             data = fetch()
         except FileNotFoundError:
-            raise  # waiting does not bring it
+            raise  # waiting does not help
         except OSError as error:
             reason = error
             continue

@@ -2,8 +2,8 @@
 
     html_report(report, datasets, tokenizer) -> str          # report as in report.json
 
-No script, no outside file; every text of the data is escaped. Light and dark, wide and narrow. The same data set always gives
-the same page.
+No scripts or external files; every text of the data is escaped. For light and dark mode, wide and narrow screens. The same data
+set always gives the same page.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     for piece in token_pieces(tokenizer, ids, mask): print(piece.text, piece.has_loss)
 
-A character that is spread over several tokens is one piece.
+A character that spans several tokens is one piece.
 """
 
 from __future__ import annotations

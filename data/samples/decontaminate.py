@@ -2,8 +2,8 @@
 
     known = benchmark_hashes(["evals/"], 13);  contaminated(conversation, known, 13) -> bool
 
-Words are those of the canonical text, so case, punctuation and blanks do not hide a copy. Evaluation texts of fewer than n
-words are left alone: everybody says them.
+Words are those of the canonical text, so case, punctuation and whitespace do not hide a copy. Evaluation texts of fewer than n
+words are ignored, because they are too common.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run_hashes(text: str, n: int) -> NDArray[np.uint64]:
     if len(words) < n:
         return np.zeros(0, dtype=np.uint64)
     hashes = np.array([xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass")) for word in words], dtype=np.uint64)
-    # A polynomial in an odd base modulo 2**64, by wrap-around: order matters, and all runs are hashed at once.
+    # A polynomial in an odd base modulo 2**64 (by overflow): order matters, and all runs are hashed at once.
     powers = np.array([pow(0x9E3779B97F4A7C15, k, 1 << 64) for k in range(n)], dtype=np.uint64)
     return np.asarray((sliding_window_view(hashes, n) * powers).sum(axis=1, dtype=np.uint64))
 

@@ -1,9 +1,9 @@
-"""Duplicates: which samples say the same, and which one of them stays.
+"""Duplicates: which samples are equal, and which of them stays.
 
     keep, cluster = deduplicate(exact_hashes, config)
 
 Works on one 64-bit hash per sample, not on texts: 16 bytes per sample in memory whatever its length.
-Exact means equal up to case, Unicode compatibility form and blanks, over roles and contents.
+Exact means equal roles and contents, except for case, Unicode compatibility form and whitespace.
 """
 
 from __future__ import annotations

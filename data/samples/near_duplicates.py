@@ -5,7 +5,7 @@
 Two texts are near when the Jaccard index of their sets of word triples is at least the threshold, as estimated from 128 minima
 (standard error at 0.8: 0.035). Bands of 8 rows, 16 of them: a pair at 0.8 becomes a candidate with probability 0.95, at 0.9
 with 0.9999.
-Languages written without blanks are cut into characters. Source: Broder 1997; Leskovec, Rajaraman & Ullman, chapter 3.
+Texts in scripts without spaces are cut into characters. Source: Broder 1997; Leskovec, Rajaraman & Ullman, chapter 3.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def shingles(text: str) -> set[str]:
 
 
 def dialogue_text(conversation: Conversation) -> str:
-    """What is compared: all turns but the system's."""
+    """What is compared: all turns except the system's."""
     return "\n".join(turn.content for turn in conversation.turns if turn.role != "system")
 
 

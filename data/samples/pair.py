@@ -2,7 +2,7 @@
 
     for sample in make_samples(conversation, PairSection(), ledger): ...
 
-`dialogues` keeps a conversation whole; `pairs` makes one (context, reply) sample of every reply, with loss on that reply alone;
+`dialogues` keeps a conversation whole; `pairs` makes one (context, reply) sample per reply, with loss only on that reply;
 `preference` keeps a better and a worse reply to one context.
 """
 
@@ -18,7 +18,7 @@ from ..recipe import PairSection
 
 
 def merge_same_role(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """Neighbouring turns of one role become one, contents on lines of their own. Tool turns stay apart."""
+    """Join neighbouring turns of one role, contents on separate lines. Tool turns stay separate."""
     merged: list[Turn] = []
     for turn in turns:
         if merged and merged[-1].role == turn.role and turn.role != "tool" and merged[-1].loss == turn.loss:
@@ -42,7 +42,7 @@ def trim(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 
 def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger) -> Iterator[Conversation]:
-    """No, one or (in mode `pairs`) several samples of one conversation. Documents pass unchanged."""
+    """The samples of one conversation: none, one or (in mode `pairs`) several. Documents pass unchanged."""
     if conversation.is_document:
         ledger.keep()
         yield conversation

@@ -1,10 +1,11 @@
-"""Train and validation, split after clustering so that nothing leaks; and the certificate that says so.
+"""Splits train and validation after clustering, so that nothing leaks, and writes the certificate that says so.
 
     side = assign(cluster_keys, SplitSection())        # True: validation
     certificate(train_facts, validation_facts)
 
-The side of a sample is a function of the hash of its cluster's key and the seed alone: adding data moves no old sample across,
-and all samples of one thread, of one duplicate cluster and (where asked) of one author's connected chats stay together.
+The side of a sample depends only on the hash of its cluster's key and on the seed. So adding data moves no old sample to the
+other side, and all samples of a thread, of a duplicate cluster and (if asked for) of an author's connected chats stay
+together.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def assign(group_keys: NDArray[np.uint64], config: SplitSection) -> NDArray[np.b
 
 
 class Facts:
-    """What must not be shared between the sides, as 64-bit hashes: 8 bytes each, whatever the length of the texts."""
+    """What the sides must not share, as 64-bit hashes: 8 bytes each, whatever the length of the texts."""
 
     def __init__(self, near: bool = False) -> None:
         self.near, self._texts = near, list[str]()
@@ -101,7 +102,7 @@ def author_hashes(conversation: Conversation) -> list[int]:
 
 
 def certificate(train: Facts, validation: Facts, by_author: bool, near: float | None = None) -> dict[str, Any]:
-    """Counts of what the two sides share. `valid` when all that was asked for is 0. near: threshold for near duplicates."""
+    """Counts of what the two sides share. `valid` if all that were asked for are 0. near: threshold for near duplicates."""
     shared = {
         name: len(np.intersect1d(np.array(values, dtype=np.uint64), np.array(validation.hashes[name], dtype=np.uint64)))
         for name, values in train.hashes.items()

@@ -1,9 +1,10 @@
 """What one rendering of a chat template may cost: steps, characters, sizes of values, processor time.
 
-    budget = Budget();  budget.spend();  budget.weigh(value);  budget.write(80)      # TemplateRefusedError when it is used up
+    budget = Budget();  budget.spend();  budget.weigh(value);  budget.write(80)      # TemplateRefusedError when used up
 
-Steps are counted, so the same template fails at the same place on every machine. The clock is that of the thread, which does
-not run faster on a loaded machine; it is looked at every thousand steps. data/tokenizer/sandbox.py says what costs how much.
+Steps are counted, so the same template fails at the same place on every machine. The clock counts the thread's
+processor time, which does not depend on the load of the machine; it is checked every thousand steps. data/tokenizer/sandbox.py
+says what costs how much.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Budget:
         self.deadline, self.next_look = clock() + MAX_SECONDS, MAX_STEPS - 1000
 
     def spend(self, steps: int = 1) -> None:
-        """Take steps; now and then look at the clock."""
+        """Take steps and check the clock now and then."""
         self.steps -= steps
         if self.steps < self.next_look:
             self.next_look = self.steps - 1000

@@ -1,13 +1,13 @@
-"""A jinja2 sandbox with limits: hostile templates end in TemplateRefusedError, neither in a hang nor in a full memory.
+"""A jinja2 sandbox with limits: hostile templates end in TemplateRefusedError instead of a hang or exhausted memory.
 
     sandbox = Sandbox();  template = sandbox.compile_template(source);  text = sandbox.render(template, {"messages": [...]})
 
 Nothing outside can stop Python code that runs in the same thread, so the limits are counted from inside. A compiled template is
-rewritten such that every loop round, call, filter, test, sum, comparison, literal and piece of output spends from one budget: a
-step, and more with the size of what it works on. What could become large in one go (padding, repeating, replacing, joining,
-formatting) is measured before it is done; what nobody needs in a chat template (powers, `lipsum`, `urlize`) is not there. The
-budget counts steps, so the same template fails at the same place on every machine; the clock of the thread (processor time, not
-the time of day) is looked at in addition, and bounds what steps do not show.
+rewritten so that every loop iteration, call, filter, test, sum, comparison, literal and piece of output spends from one
+budget: a step, and more with the size of what it works on. Operations with large results (padding, repeating, replacing,
+joining, formatting) are measured before they run; what chat templates do not need (powers, `lipsum`, `urlize`) is removed. The
+budget counts steps, so the same template fails at the same place on every machine. In addition the clock of the thread
+(processor time, not the time of day) limits what steps do not show.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _GenerationTag(Extension):
 
 
 class _Meter(NodeTransformer):
-    """Wraps what costs in filters that spend."""
+    """Wraps costly nodes in filters that spend."""
 
     def __init__(self, environment: Sandbox) -> None:
         self.environment = environment
@@ -146,7 +146,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.filters[inner.__name__] = inner
         del self.globals["lipsum"]
         self.globals["raise_exception"] = _raise_exception
-        # A date in the prompt would make two builds differ; templates that ask for one get a fixed day.
+        # A current date in the prompt would make two builds differ; templates that ask for a date get a fixed day.
         self.globals["strftime_now"] = _strftime_now
 
     def compile_template(self, source: str) -> Template:
@@ -167,7 +167,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return "".join(template.generate({**variables, BUDGET: budget}))
         except TemplateRefusedError:
             raise
-        except Exception as error:  # whatever a stranger's program does wrong
+        except Exception as error:  # an untrusted program can fail in any way
             raise TemplateRefusedError(f"chat template: {type(error).__name__}: {str(error)[:500]}") from error
         finally:
             self._local.budget = None
@@ -182,7 +182,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     # -- operators and calls
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """`+ * % **`, measured first."""
+        """`+ * % **`, measured beforehand."""
         budget = self._budget
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if operator == "+":
@@ -260,7 +260,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         def tested(*args: Any, **kwargs: Any) -> Any:
             budget = self._budget
             budget.spend()
-            for other in args[first + 1 :]:  # tests of one value look at its kind alone
+            for other in args[first + 1 :]:  # tests of one value look only at its kind
                 budget.weigh(other)
                 budget.weigh(args[first])
             return function(*args, **kwargs)
@@ -268,7 +268,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return tested
 
     def _measure(self, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The arguments, generators made lists; refused where the result would be too large."""
+        """The arguments, with generators made lists; refused if the result would be too large."""
         args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
         given = [*args, *kwargs.values()]
         for argument in given:

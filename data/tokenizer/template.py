@@ -3,11 +3,11 @@
     template = ChatTemplate(TEMPLATES["chatml"], {"eos_token": "<|im_end|>"})
     template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
 
-Templates are programs found in downloaded folders: they run in a sandbox with limits (data/tokenizer/sandbox.py).
+Templates are programs from downloaded folders, so they run in a sandbox with limits (data/tokenizer/sandbox.py).
 
-A reply is the text between the end of the prompt that inference would send for it and its end-of-turn token, that included:
-`reply_starts_by_prefix` takes that definition literally (one rendering per reply), `reply_starts` gets the same answer from one
-rendering of the whole dialogue with markers in place of the contents, cached by the sequence of roles.
+A reply is the text from the end of the prompt that inference would send for it up to and including its end-of-turn token.
+`reply_starts_by_prefix` follows this definition literally (one rendering per reply). `reply_starts` gets the same answer from
+one rendering of the whole dialogue with markers in place of the contents, cached by the sequence of roles.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Qwen2's: without a system turn it says one.
+# Qwen2's template adds a system turn if there is none.
 _QWEN = (
     "{% if messages and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}" + _CHATML
@@ -69,7 +69,7 @@ class ChatTemplate:
     def reply_starts_by_prefix(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         """(text, start of each assistant reply in it), one rendering per reply: the definition, slow.
 
-        Raises TemplateRefusedError where the prompt sent for a reply is not how the whole dialogue begins.
+        Raises TemplateRefusedError if the whole dialogue does not begin with the prompt sent for a reply.
         """
         text, starts = self.render(messages), []
         for i, message in enumerate(messages):
@@ -81,7 +81,7 @@ class ChatTemplate:
         return text, starts
 
     def reply_starts(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
-        """Same answer as reply_starts_by_prefix, from one rendering; falls back to it where contents shape the template."""
+        """As reply_starts_by_prefix, from one rendering; falls back to it if contents change the output of the template."""
         skeleton = self._skeleton(tuple(message["role"] for message in messages))
         if skeleton is None:
             return self.reply_starts_by_prefix(messages)
@@ -99,9 +99,9 @@ class ChatTemplate:
         return text, starts
 
     def content_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """(text, [start, end) of each message's content in it); an empty span where the template leaves the content out.
+        """(text, [start, end) of each message's content in it); an empty span if the template leaves the content out.
 
-        A content that the template strips is found as it was printed.
+        A content that the template strips is found as printed.
         """
         text, spans = self.render(messages), list[tuple[int, int]]()
         skeleton = self._skeleton(tuple(message["role"] for message in messages))
@@ -114,7 +114,7 @@ class ChatTemplate:
                 return text, spans
         spans, last = [], 0
         for i, message in enumerate(messages):
-            # where a marker would stand: looking for the content itself would find "user" in the header of a user's turn
+            # at the marker: a search for the content itself would find "user" in the header of a user's turn
             start = self.render([*messages[:i], {"role": message["role"], "content": "\ue0000\ue001"}]).find("\ue0000\ue001")
             content = message["content"] if text.startswith(message["content"], start) else message["content"].strip()
             if start < last or not text.startswith(content, start):
@@ -126,8 +126,8 @@ class ChatTemplate:
     def _make_skeleton(self, roles: tuple[str, ...]) -> tuple[list[str], list[int]] | None:
         """Literals around the contents, and how far before its content each reply starts; None if markers do not survive.
 
-        Replies that follow the same literal start at the same place in it: the prompt is rendered for the first and the last of
-        them, not for every one, or a chat of a thousand turns would cost half a million loop rounds.
+        Replies that follow the same literal start at the same place in it. So the prompt is rendered only for the first and
+        the last of them; otherwise a chat of a thousand turns would cost half a million loop iterations.
         """
         marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
         try:

@@ -4,11 +4,11 @@
     dialogue = tokenizer.encode_dialogue(conversation)     # ids, loss_mask
 
 Contract: for every assistant turn i, `prompt_ids(messages[:i])` is a prefix of the ids of the whole dialogue; the mask is True
-from there to the end-of-turn token of the turn, that included, and False elsewhere. `prove_mask` checks it by prefix rendering.
-The text is cut at the start of each reply and the pieces are encoded apart, because inference sends the prompt without the
-reply: in one piece, a reply that begins with a blank would share a token with the prompt. Tokenizers that put a blank before
-every text (SentencePiece style) cannot be cut; there the whole is encoded and offsets give the borders.
-Special tokens typed by people are broken up (`escape_special`), in training and in prompts alike.
+from there up to and including the end-of-turn token of the turn, and False elsewhere. `prove_mask` checks it by prefix
+rendering. The text is cut at the start of each reply and the pieces are encoded separately, because inference sends the prompt
+without the reply: in one piece, a reply that begins with a space would share a token with the prompt. With tokenizers that put
+a space before every text (SentencePiece style) this is impossible; there the whole text is encoded and offsets give the
+boundaries. Special tokens typed by people are broken up (`escape_special`), in training and in prompts alike.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer_json: str, template: str | None, config: Mapping[str, Any] | None = None) -> None:
         self._json, self.config = tokenizer_json, dict(config or {})
-        # Without its post-processor the offsets are exact: byte-level ones trim blanks off them.
+        # Without its post-processor the offsets are exact; byte-level post-processors trim spaces off them.
         self._tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer_json) | {"post_processor": None}))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -58,7 +58,7 @@ class ChatTokenizer:
             self._template = ChatTemplate(template, {name: _content(self.config.get(name)) for name in names})
             self.stop_ids |= self._end_of_turn(added)
         self._guard(added)
-        # Does a piece encoded alone decode to itself? Not where the tokenizer prepends a blank to every text.
+        # Does a piece encoded alone decode to itself? Not if the tokenizer prepends a space to every text.
         self._can_cut = self.decode(self.encode("a:\n") + self.encode("Hello")) == "a:\nHello"
         self.tokenizer_sha256 = hashlib.sha256(json.dumps(json.loads(tokenizer_json), sort_keys=True).encode()).hexdigest()
         self.template_sha256 = hashlib.sha256((template or "").encode()).hexdigest()
@@ -119,7 +119,7 @@ class ChatTokenizer:
         return str(self._tokenizer.id_to_token(int(i)))
 
     def escape_special(self, text: str) -> str:
-        """Special-token strings get a blank after their first character, so that nobody can type an end of turn."""
+        """Insert a space after the first character of special-token strings, so that nobody can type an end of turn."""
         if "\ue000" in text or "\ue001" in text:  # the template's own markers
             text = text.replace("\ue000", "\ufffd").replace("\ue001", "\ufffd")
         text = self._guarded_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text)
@@ -133,7 +133,7 @@ class ChatTokenizer:
             if not found:
                 break
             for start, end in reversed(found):
-                # A normaliser may drop the blank again, and one character may stand for the whole token.
+                # A normaliser may drop the space again, and one character may stand for the whole token.
                 keep = text[start] + " " if attempt == 0 and end - start > 1 else "\ufffd"
                 text = text[:start] + keep + text[start + 1 :]
         return text
@@ -148,7 +148,7 @@ class ChatTokenizer:
         plain = {t.content: i for i, t in added.items() if i not in guarded and t.content.strip()}
         if self._template is not None and plain:
             user = [{"role": "user", "content": "\ue0000\ue001"}]
-            with contextlib.suppress(TemplateRefusedError):  # it wants other messages: that is said where it is used
+            with contextlib.suppress(TemplateRefusedError):  # it needs other messages; the error comes where it is used
                 before, after = self._template.render(user), self._template.render(user, add_generation_prompt=True)
                 opening = after[len(before) :] if after.startswith(before) else ""
                 first = _any_of(t.content for t in added.values() if t.content.strip()).search(opening)
@@ -163,7 +163,7 @@ class ChatTokenizer:
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template; ConfigError where the folder has none."""
+        """The chat template; ConfigError if the folder has none."""
         if self._template is None:
             raise ConfigError("tokenizer: it has no chat template. Set `template:` in the data recipe (for example chatml).")
         return self._template
@@ -176,9 +176,9 @@ class ChatTokenizer:
         return self._encode_cut(text, [start for start in starts if start < len(text)])[0]
 
     def encode_dialogue(self, conversation: Conversation) -> TokenizedDialogue:
-        """Ids and loss mask of a dialogue (or of a document: every token but the first has loss).
+        """Ids and loss mask of a dialogue (in a document every token except the first has loss).
 
-        Raises TemplateRefusedError where the template cannot say it, ConfigError where no token would carry loss.
+        Raises TemplateRefusedError if the template cannot render it, ConfigError if no token would carry loss.
         """
         if conversation.is_document:
             return self._encode_document(conversation)
@@ -194,7 +194,8 @@ class ChatTokenizer:
     def encode_turns(self, conversation: Conversation) -> tuple[TokenizedDialogue, NDArray[np.int32]]:
         """The dialogue and, Int32["L"], the turn that each token belongs to; -1: the template's own tokens.
 
-        A turn has the tokens of its content and the end-of-turn token behind it; a supervised reply all that carries its loss.
+        A turn has the tokens of its content and the end-of-turn token after it; a supervised reply has all tokens that carry
+        its loss.
         """
         dialogue = self.encode_dialogue(conversation)
         turns = np.full(len(dialogue.ids), -1, dtype=np.int32)
@@ -210,7 +211,7 @@ class ChatTokenizer:
             turns[(lefts < end) & (rights > start)] = i
             following = spans[i + 1][0] if i + 1 < len(spans) else len(text) + 1
             turns[stops[(lefts[stops] >= end) & (lefts[stops] < following)][:1]] = i
-        for at in np.flatnonzero(dialogue.loss_mask & (turns < 0))[::-1]:  # a blank between header and content, say
+        for at in np.flatnonzero(dialogue.loss_mask & (turns < 0))[::-1]:  # for example a space between header and content
             turns[at] = turns[at + 1] if at + 1 < len(turns) and turns[at + 1] >= 0 else turns[at - 1]
         return dialogue, turns
 
@@ -344,7 +345,7 @@ def train_bpe(
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the strings, the longest first; nothing where there are none."""
+    """Matches any of the strings, the longest first; nothing if there are none."""
     return re.compile("|".join(re.escape(t) for t in sorted(strings, key=lambda t: (-len(t), t))) or r"(?!)")
 
 

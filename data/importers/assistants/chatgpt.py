@@ -1,7 +1,7 @@
 """ChatGPT's data export, conversations.json: [{"title", "current_node", "mapping": {id: {message, parent, children}}}, …].
 
-Each conversation is a tree; the path to current_node is what stood on the screen last. Branches beside it (replies made again,
-messages edited) are left out and counted. Hidden system messages and the model's own thoughts are no part of the dialogue.
+Each conversation is a tree; the path to current_node is what was shown last. Other branches (regenerated replies, edited
+messages) are left out and counted. Hidden system messages and the model's own thoughts are not part of the dialogue.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Two classic corpora: Cornell Movie-Dialogs (`movie_conversations.txt` beside `movie_lines.txt`), Ubuntu Dialogue Corpus.
+"""Two classic corpora: Cornell Movie-Dialogs (`movie_conversations.txt` next to `movie_lines.txt`), Ubuntu Dialogue Corpus.
 
-Cornell: fields parted by ` +++$+++ `, ISO-8859-1, a conversation is a list of line ids. Ubuntu: one TSV file per dialogue,
+Cornell: fields separated by ` +++$+++ `, ISO-8859-1, a conversation is a list of line ids. Ubuntu: one TSV file per dialogue,
 time, from, to, text.
 """
 

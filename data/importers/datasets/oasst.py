@@ -1,8 +1,9 @@
 """OpenAssistant: message trees (`.trees.jsonl`) or flat messages (`.messages.jsonl`), as paths from root to leaf.
 
-A tree gives one dialogue per leaf, children in the order of their rank. A reply that an earlier path of the same tree already
-taught carries no loss again, so that a trunk shared by ten leaves is not learned ten times. Deleted messages end their branch.
-meta["rank"] of the last reply and meta["thread"] (the tree) are kept: all paths of a tree stay on one side of the split.
+A tree gives one dialogue per leaf, children in the order of their rank. A reply that was already in an
+earlier path of the same tree carries no loss, so that a trunk shared by ten leaves is not learned ten times. Deleted messages
+end their branch. meta["rank"] of the last reply and meta["thread"] (the tree) are kept: all paths of a tree stay on one side
+of the split.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """OpenAssistant trees as preference pairs: of the ranked replies to one message, the best against the worst.
 
-The pairs of a tree share meta["thread"], so they stay on one side of the split. Deleted and unranked replies take no part.
+The pairs of a tree share meta["thread"], so they stay on one side of the split. Deleted and unranked replies are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .oasst import trees
 
 
 def recognise(head: bytes, name: str) -> bool:
-    """Never by itself: the same files are ordinary dialogues to the importer oasst."""
+    """Never detected: the importer oasst reads the same files as ordinary dialogues."""
     return False
 
 

@@ -1,7 +1,7 @@
 """OpenAI fine-tuning JSONL: one {"messages": [{"role", "content", "name"?, "weight"?}, …], …} per line.
 
-content is a string, null, or a list of parts of which the text ones are kept. weight 0 switches a turn's loss off.
-Tool calls have no text form that all templates share: they are rendered as JSON in the assistant's content.
+content is a string, null, or a list of parts, of which only text is kept. weight 0 turns off a turn's loss.
+Tool calls have no text form that all templates share, so they are rendered as JSON in the assistant's content.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def recognise(head: bytes, name: str) -> bool:
 
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
-    """All dialogues, each line on its own: a bad one is counted and passed over."""
+    """All dialogues; a bad line is counted and skipped."""
     yield from read_records(json_lines(file, options.encoding, ledger), dialogue, file, source, ledger)
 
 

@@ -36,7 +36,7 @@ def recognise(head: bytes, name: str) -> bool:
 
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
-    """One conversation per pair; a bad line is counted and passed over."""
+    """One conversation per pair; a bad line is counted and skipped."""
     yield from read_records(json_lines(file, options.encoding, ledger), _dialogue, file, source, ledger)
 
 

@@ -40,7 +40,7 @@ def recognise(head: bytes, name: str) -> bool:
 
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
-    """All dialogues; one with an unknown speaker or a value that is not text is counted and passed over."""
+    """All dialogues; one with an unknown speaker or a value that is not text is counted and skipped."""
     yield from read_records(json_lines(file, options.encoding, ledger), dialogue, file, source, ledger)
 
 

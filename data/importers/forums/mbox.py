@@ -1,7 +1,7 @@
 """mbox mailboxes: mails become messages, In-Reply-To and References their threads.
 
-Quoted lines, "On … wrote:" and signatures are cut off; of HTML-only mails the text is taken. The texts of a mailbox lie in a
-table on disk (spill.py), because an answer may stand anywhere in it; memory holds one mail, or the texts of one thread.
+Quoted lines, "On … wrote:" and signatures are removed; HTML-only mails become text. The texts of a mailbox are kept in a table
+on disk (spill.py), because an answer may come anywhere in it; memory holds one mail, or the texts of one thread.
 """
 
 from __future__ import annotations

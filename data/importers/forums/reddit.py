@@ -1,7 +1,8 @@
 """Reddit dumps (ndjson, often .zst): submissions and comments of one file, as the best path from the post to a leaf.
 
-At each step the reply with the highest score is taken; deleted posts and bots end a path. Whoever posted is the user, whoever
-answers the assistant. The file's threads lie in a table on disk (spill.py): a reply may stand anywhere after its parent.
+At each step the reply with the highest score is taken; deleted posts and bots end a path. The author of the post is the user,
+whoever answers is the assistant. The file's threads are kept in a table on disk (spill.py), because a reply may come anywhere
+after its parent.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
                 row = (key(entry["key"]), key(entry["parent"]), entry["score"], entry["time"], stored)
                 db.execute("INSERT INTO comments VALUES (?, ?, ?, ?, ?)", row)
         db.execute("CREATE INDEX by_key ON posts (key)")
-        # The rowid is the place in the file: of equals, the first.
+        # The rowid is the position in the file: the first of equals wins.
         db.execute("CREATE INDEX best ON comments (parent, score DESC, time)")
         found = db.one("SELECT COUNT(*) FROM comments")
         beside = found[0] if found else 0
@@ -69,7 +70,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
             ledger.change("comment beside the best path left out", n=beside)
 
 
-# Of posts that are there twice, and of top comments without their post: the latest version, at the place of the first.
+# Posts that occur twice, and top comments without their post: the latest version, at the position of the first.
 _POSTS = """
     SELECT posts.entry FROM (SELECT MIN(rowid) AS first, MAX(rowid) AS last FROM posts GROUP BY key) AS place
     JOIN posts ON posts.rowid = place.last ORDER BY place.first"""

@@ -1,7 +1,7 @@
 """Stack Exchange `Posts.xml`: a question and its accepted, or else its best-voted, answer.
 
-Two streaming passes: the first notes a few numbers per question, the second one the questions still waiting for their answer;
-both in tables on disk (spill.py).
+Two streaming passes: the first keeps a few numbers per question, the second keeps the questions that still wait for their
+answer, both in tables on disk (spill.py).
 """
 
 from __future__ import annotations

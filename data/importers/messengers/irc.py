@@ -1,7 +1,7 @@
 """IRC logs: irssi and ZNC (`19:38 <nick> text`, `[19:38:15] <nick> text`), WeeChat (`2018-05-02 19:38:15<TAB>nick<TAB>text`).
 
 `--- Day changed Wed May 02 2018`, `--- Log opened …` set irssi's day; a date in the file's name (2018-05-02) sets ZNC's.
-A line that begins `nick: …` answers that nick's latest message. Joins, parts and actions of the server are counted out.
+A line that begins `nick: …` answers that nick's latest message. Joins, parts and server actions are left out and counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ADDRESSED = re.compile(r"^([A-Za-z\[\]\\`_^{|}][\w\[\]\\`^{|}-]*)[:,]\s")
 
 
 def recognise(head: bytes, name: str) -> bool:
-    """Half of the first lines or more are somebody's."""
+    """At least half of the first lines are messages of a person."""
     lines = [line for line in head.decode("utf-8", "ignore").splitlines()[:200] if line.strip()]
     said = sum(_SAID.match(line) is not None or _WEECHAT.match(line) is not None for line in lines)
     return said >= 2 and any(_SAID.match(line) or _WEECHAT.match(line) for line in lines) and said * 3 >= len(lines)
@@ -37,7 +37,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
 
 
 def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[ChatMessage]:
-    """Every line somebody said."""
+    """Every line that somebody wrote."""
     day = _day_of_name(file.stem)
     latest: dict[str, str] = {}
     last: datetime | None = None

@@ -1,7 +1,7 @@
-"""Slack export: `<channel>/YYYY-MM-DD.json` day files beside `users.json`, in a folder or in the zip itself.
+"""Slack export: `<channel>/YYYY-MM-DD.json` day files next to `users.json`, in a folder or in the zip itself.
 
-Threads (`thread_ts`) are conversations of their own; the rest is cut at silences. `<@U…>`, `<#C…|name>` and `<url|label>` are
-resolved. Joins, bots and other subtypes are counted out. One channel is one raw file: its days are read in order.
+Threads (`thread_ts`) are separate conversations; silences divide the rest. `<@U…>`, `<#C…|name>` and `<url|label>` are
+resolved. Joins, bots and other subtypes are left out and counted. One channel is one raw file: its days are read in order.
 """
 
 from __future__ import annotations

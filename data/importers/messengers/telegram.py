@@ -1,6 +1,7 @@
 """Telegram Desktop's `result.json`: one chat (`{"name", "type", "id", "messages"}`) or a whole account (`chats.list`).
 
-`text` is a string or a list of strings and {"type", "text"} parts; service entries and messages without text are counted out.
+`text` is a string or a list of strings and {"type", "text"} parts; service entries and messages without text are left out and
+counted.
 """
 
 from __future__ import annotations

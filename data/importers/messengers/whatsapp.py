@@ -1,7 +1,7 @@
 """WhatsApp "export chat": Android `12/31/20, 9:15 PM - Ann: hi` and iOS `[31.12.20, 21:15:02] Ann: hi`, any locale's dates.
 
-Whether 3/4/20 is March or April is decided over the whole file, in a first pass: by a number above 12 somewhere, else by the
-order in which time runs forwards. Lines without a header continue the message above; those without a name are the service's.
+A first pass over the whole file decides whether 3/4/20 is March or April: by a number above 12 somewhere, else by the order in
+which time runs forward. Lines without a header continue the message above; headers without a name are service messages.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _date_order(file: RawFile, encoding: str, ledger: Ledger) -> str:
 
 
 def _seconds(date: tuple[int, int, int], clock: tuple[int, int, int], order: str) -> float | None:
-    """Seconds since 1970 as if the phone's clock were UTC: exports do not name their zone."""
+    """Seconds since 1970 as if the phone's clock were UTC, because exports do not name their time zone."""
     year, month, day = (date[order.index(letter)] for letter in "ymd")
     try:
         return datetime(year + (2000 if year < 100 else 0), month, day, *clock, tzinfo=UTC).timestamp()

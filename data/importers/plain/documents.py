@@ -1,6 +1,6 @@
 """Plain documents for pre-training: text files, or JSON lines with a `text` field. Every token carries loss.
 
-A text file is one document; so that memory stays constant, a longer one is cut at paragraph ends near 100,000 characters.
+A text file is one document. To keep memory constant, long files are cut at paragraph ends near 100,000 characters.
 """
 
 from __future__ import annotations

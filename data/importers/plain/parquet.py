@@ -1,7 +1,7 @@
 """Parquet and Arrow (IPC file or stream) tables, record batch by record batch. Needs the package pyarrow.
 
 Columns `messages`, `conversations` or `instruction`/`output` are read like the JSON formats of the same shape; others by
-sources.columns or their usual names (data/importers/plain/table.py).
+sources.columns or by common column names (data/importers/plain/table.py).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 sources.columns, one of:
     prompt, reply [, system]             one dialogue per row
     text                                 one document per row
-    conversation, role | sender, content [, time]   one message per row; rows of a conversation stand together
+    conversation, role | sender, content [, time]   one message per row; rows of a conversation are adjacent
 Parquet rows that hold `messages`, `conversations` or `instruction` columns need no map. Parquet needs the package pyarrow.
 """
 

@@ -1,7 +1,7 @@
-"""Plain transcripts: `Ann: hello`, one speaker per paragraph; dialogues are parted by a line of ---, === or ***.
+"""Plain transcripts: `Ann: hello`, one speaker per paragraph; a line of ---, === or *** separates dialogues.
 
 Lines without a speaker, or with one who never speaks again, continue the turn above. Speakers called User, Human, Q … and
-Assistant, AI, Bot, A … have those roles; otherwise the role rule of chats holds.
+Assistant, AI, Bot, A … have those roles; otherwise the role rule of chats applies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROLES: dict[str, Role] = {
 
 
 def recognise(head: bytes, name: str) -> bool:
-    """At least four turns by at most a dozen speakers, who come again."""
+    """At least four turns by at most a dozen speakers, who speak repeatedly."""
     if not name.lower().endswith((".txt", ".md", ".text", ".log")):
         return False
     lines = [line for line in head.decode("utf-8", "ignore").splitlines()[:400] if line.strip() and not _RULE.match(line)]
