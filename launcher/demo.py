@@ -45,7 +45,7 @@ def main(overrides: list[str] | None = None) -> int:
     recipe = "demo" if gpus == 0 else "demo-gpu"
     if gpus == 0 and not cpu_has_bf16():
         words = [*SMALLER, *words]
-    # said outright, because accelerate warns of every flag that it has to choose; it must say what the recipe says
+    # given explicitly, because accelerate warns about every flag that it has to choose; it must agree with the recipe
     precision = next((word.partition("=")[2] for word in reversed(words) if word.startswith("train.precision=")), "bf16")
     accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(max(1, gpus))]
     accelerate += [
@@ -91,13 +91,13 @@ def main(overrides: list[str] | None = None) -> int:
 
 
 def run_step(command: list[str]) -> int:
-    """Exit code of a step. After Ctrl-C, which it gets as well, KeyboardInterrupt once the training has saved and ended."""
+    """Exit code of a step. After Ctrl-C, which it gets too, KeyboardInterrupt once the training has saved and ended."""
     with subprocess.Popen(command) as process:
         interrupted = False
         while True:
             try:
                 code = process.wait()
-                while interrupted and training_process(RUN):  # accelerate ends at once, the training after its step
+                while interrupted and training_process(RUN):  # accelerate ends immediately, the training after its step
                     time.sleep(0.2)
                 break
             except KeyboardInterrupt:  # a second one ends the training without saving

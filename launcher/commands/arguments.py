@@ -1,4 +1,4 @@
-"""What all commands share: how one is added, and the arguments that several take.
+"""What all commands share: how to add one, and arguments that several take.
 
     command = add_command(commands, "train", _train, "train a model in this process")
     add_recipe(command)
@@ -19,7 +19,7 @@ RUN_HELP = "run folder, for example runs/demo"
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes section.field=value words wherever they stand; argparse alone refuses them after an option."""
+    """Accepts section.field=value words anywhere; plain argparse refuses them after an option."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = super().parse_known_args(args, namespace)
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, group: str = ""
 ) -> argparse.ArgumentParser:
-    """Add one command, with its examples; `run` gets what was parsed and returns the exit code."""
+    """Add one command with its examples. `run` gets the parsed options and returns the exit code."""
     examples = with_examples(f"{group} {name}".strip())
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, **examples)
     command.set_defaults(run=run)
@@ -41,7 +41,7 @@ def add_command(
 
 
 def add_group(commands: Any, name: str, summary: str, description: str) -> Any:
-    """Add a command that has commands of its own; returns where to add them."""
+    """Add a command with subcommands; returns where to add them."""
     group = commands.add_parser(name, help=summary, description=description)
     return group.add_subparsers(title="commands", metavar="COMMAND", required=True)
 

@@ -9,13 +9,13 @@ from .arguments import CHECKPOINT_HELP, add_command, add_group, add_run
 
 
 def add_commands(commands: Any) -> None:
-    """Add `checkpoint` and what is below it."""
+    """Add `checkpoint` and its subcommands."""
     group = add_group(commands, "checkpoint", "list, verify and compare checkpoints", "Checkpoints.")
     add_run(add_command(group, "ls", _ls, "a run's checkpoints: step, size, who wrote them, the best", "checkpoint"))
-    summary = "read and hash every file; exit 1 and the file's name where one is torn or flipped"
+    summary = "read and hash every file; exit 1 and name the file if one is torn or flipped"
     command = add_command(group, "verify", _verify, summary, "checkpoint")
     command.add_argument("path", metavar="PATH", help="a checkpoint folder, or a run folder (all its checkpoints)")
-    summary = "tensors, config and origin of two checkpoints; exit 1 where they differ"
+    summary = "tensors, config and origin of two checkpoints; exit 1 if they differ"
     command = add_command(group, "diff", _diff, summary, "checkpoint")
     command.add_argument("a", metavar="A", help=CHECKPOINT_HELP)
     command.add_argument("b", metavar="B")

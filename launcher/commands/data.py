@@ -13,7 +13,7 @@ STAGES = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")
 
 
 def add_commands(commands: Any) -> None:
-    """Add `data` and what is below it."""
+    """Add `data` and its subcommands."""
     data = add_group(commands, "data", "build, inspect, verify and trace data sets", "Data sets.")
     build = add_command(data, "build", _build, "import, clean, pair, dedup, split, tokenise and shard", "data")
     parts = [add_command(data, stage, _build, f"as build, but only as far as the stage `{stage}`", "data") for stage in STAGES]
@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("path", metavar="DIR")
     command.add_argument("--samples", type=int, default=2, metavar="N", help="dialogues to show (default 2)")
     command.add_argument("--html", metavar="FILE", help="also write the page with coloured tokens")
-    summary = "recompute hashes, masks and the split certificate; exit 1 where anything is off"
+    summary = "recompute hashes, masks and the split certificate; exit 1 if anything is wrong"
     command = add_command(data, "verify", _verify, summary, "data")
     command.add_argument("path", metavar="DIR")
     command.add_argument("--repair", action="store_true", help="first rebuild damaged token shards from the dialogue shards")

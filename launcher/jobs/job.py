@@ -72,7 +72,7 @@ class JobSpec(Section):
     max_no_progress: attempts in a row that may fail without a newer checkpoint.
     chain: number of consecutive jobs (a job array that runs one element at a time).
     environment: plain values; `secrets`: names that must be set where the job is submitted, whose values are never written.
-    setup: shell lines run as they are on the batch node before anything else.
+    setup: shell lines, run unchanged on the batch node before anything else.
     """
 
     name: JobName = "chatmill"

@@ -3,8 +3,8 @@
     chatmill launch tiny --on torchrun --processes-per-node 2 optimizer.lr=1e-3
     chatmill launch recipe.yaml --on slurm --nodes 4 --gpus-per-node 8 --time 24:00:00 --job cluster.yaml --dry-run
 
---job names a YAML file of JobSpec fields (a cluster's partition, modules, container ...); options given here come on top.
-The job runs a copy of the code and of the resolved recipe that is kept in RUN/launches/NNN.
+--job names a YAML file of JobSpec fields (a cluster's partition, modules, container ...); options on the command line override
+them. The job runs a copy of the code and of the resolved recipe that is kept in RUN/launches/NNN.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def start(prepared: Launch, detach: bool) -> int:
 
 
 def run_here(folder: Path, detach: bool) -> int:
-    """Start what folder/job.json describes on this machine: in this terminal (this process becomes it) or behind it."""
+    """Start what folder/job.json describes on this machine: in this terminal (replacing this process) or in the background."""
     record = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     run_dir = folder.parents[1]
     environment = os.environ | record["variables"]
@@ -235,7 +235,7 @@ def local_command(prepared: Launch, spec: JobSpec, folder: Path, node_rank: int)
 
 
 def local_variables(spec: JobSpec) -> dict[str, str]:
-    """Variables that make the snapshot run, and let workers take their time to save."""
+    """Variables that make the snapshot run, and give workers time to save."""
     source = f"{spec.code}/src"
     path = os.environ.get("PYTHONPATH")
     return {

@@ -39,7 +39,7 @@ class DataFacts:
 
 
 def plan_command(options: argparse.Namespace) -> int:
-    """The command: prints the plan; 1 where no engine fits, 2 without torch."""
+    """The command: prints the plan; returns 1 if no engine fits, 2 without torch."""
     gpus = options.gpus or 1
     resolved = resolve(options.recipe, options.overrides, gpus)
     if importlib.util.find_spec("torch") is None:
@@ -88,7 +88,7 @@ def _plan(recipe: Recipe, shape: ModelConfig, gpu: Gpu, gpus: int, facts: DataFa
 
 
 def data_facts(recipe: Recipe) -> DataFacts | None:
-    """From the indices of the training data, lengths cut at the pack; None where a data set cannot be read."""
+    """From the indices of the training data, with lengths cut at the pack; None if a data set cannot be read."""
     from ...data.shards.dataset import TokenDataset
 
     lengths, losses = [], []
@@ -109,7 +109,7 @@ def data_facts(recipe: Recipe) -> DataFacts | None:
 
 
 def count_steps(recipe: Recipe, world_size: int, facts: DataFacts | None) -> int | None:
-    """Steps where the recipe says epochs or tokens instead; None leaves train.steps. About: padding is not known here."""
+    """Approximate steps if the recipe sets epochs or tokens (padding is not known here); None leaves train.steps."""
     train = recipe.train
     step_tokens = world_size * train.accumulation * train.micro_batch * recipe.data.sequence_length
     wanted = [train.tokens] if train.tokens is not None else []

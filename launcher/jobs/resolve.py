@@ -1,9 +1,9 @@
 """A recipe and its overrides as they will run with a given number of processes.
 
-    python -m chatmill.launcher.jobs.resolve --world-size 4 tiny optimizer.lr=1e-3     # what slurm/train.sh asks
+    python -m chatmill.launcher.jobs.resolve --world-size 4 tiny optimizer.lr=1e-3     # called by slurm/train.sh
 
-Prints the run folder, then one argument per line. A recipe for one process becomes parallel.strategy=ddp when several are
-started (and says so on stderr), unless `single` was asked for by an override.
+Prints the run folder, then one argument per line. A recipe for one process becomes parallel.strategy=ddp if several are
+started (with a note on stderr), unless an override asks for `single`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     render_sbatch(spec)             the same script with a job's own header and settings
 
 A script is its usage, header (#SBATCH lines), settings (quoted values) and body. Usage and body are those of slurm/train.sh,
-prepare.sh and sweep.sh, which lie beside this file too: there as links, in a wheel as copies.
+prepare.sh and sweep.sh, which are also next to this file: as links in a checkout, as copies in a wheel.
 """
 
 from __future__ import annotations

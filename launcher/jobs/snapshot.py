@@ -2,8 +2,8 @@
 
 RUN/launches/001/{code/, config.yaml, job.json, job.sh, uncommitted.diff, commit}
 
-A git checkout is copied file by file as git sees it (uncommitted and new files included, ignored ones not); an installed
-package is copied as it is. A job that waits for days in a queue runs this copy, not what the checkout has become.
+A git checkout is copied file by file as git sees it (with uncommitted and new files, without ignored ones); an installed
+package is copied unchanged. A job that waits in a queue for days runs this copy, not the checkout as it is by then.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     torchrun_command(spec, python="python", log_dir="runs/x/logs/attempt-001")
     accelerate_config(spec)  accelerate_command(spec, config_file, script)
 
-One node uses torchrun's --standalone; several use the static rendezvous, where each node is told its rank: with c10d, two
-agents could hang when a rank was killed, and on a shared loopback accelerate failed its port check. --max-restarts=0 for the
-same reason: launcher/supervise restarts the whole group.
+One node uses torchrun's --standalone; several use the static rendezvous, where each node is given its rank: with c10d, two
+agents could hang when a rank was killed, and on a shared loopback accelerate failed its port check. For the same reason
+--max-restarts=0: launcher/supervise restarts the whole group.
 """
 
 from __future__ import annotations

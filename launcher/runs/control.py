@@ -1,4 +1,4 @@
-"""`chatmill cancel | resume`: stop a run wherever it is, and start it again as it was launched last."""
+"""`chatmill cancel | resume`: stop a run wherever it is, and start it again as last launched."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cancel(name: str, *, now: bool) -> int:
         (run_dir / CANCEL).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / CANCEL).touch()
         array = tried[-1].lines.get("array") if tried else None
-        if array:  # elements that have not begun yet would continue the run
+        if array:  # elements that have not started yet would continue the run
             subprocess.run(["scancel", "--state=PENDING", str(array)], capture_output=True, check=False)
         gentle = state == "RUNNING" and not now
         command = ["scancel", "--batch", "--signal=USR1", job] if gentle else ["scancel", job]

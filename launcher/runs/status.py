@@ -1,4 +1,4 @@
-"""`chatmill status`: the state of runs wherever they are, from their own folders and one question to Slurm.
+"""`chatmill status`: the state of runs wherever they are, from their own folders and one query to Slurm.
 
 State comes from Slurm's queue (one squeue for all runs; sacct for jobs that the queue has forgotten, where it exists), from the
 supervisor's process for runs on this machine, and from the run's own records.
@@ -167,7 +167,7 @@ def describe(run_dir: Path, queue: dict[str, tuple[str, str]]) -> RunStatus:
 
 
 def current_state(run_dir: Path) -> str:
-    """The state of one run, Slurm asked."""
+    """The state of one run, given what Slurm says."""
     return describe(run_dir, query_slurm([last_job(run_dir)])).state
 
 
@@ -211,7 +211,7 @@ def is_supervising(attempt: Attempt) -> bool:
 
 
 def training_process(run_dir: Path) -> int | None:
-    """The process number of the run's rank 0, where it is alive on this machine."""
+    """The process number of the run's rank 0, if it is alive on this machine."""
     mark = _process_mark(run_dir)
     return int(mark["pid"]) if is_running(mark) else None
 

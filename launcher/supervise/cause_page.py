@@ -23,7 +23,7 @@ STACK_LINES, EVENTS, STEPS, WIDTH = 40, 12, 8, 160
 
 
 def write_page(run_dir: Path, attempt: Attempt, cause: Cause | None) -> Path | None:
-    """Write the page of an attempt that failed; None where the disk does not take it (a supervisor must not die of that)."""
+    """Write the page of an attempt that failed; None if it cannot be written, which must not end the supervisor."""
     path = attempt_logs(run_dir, attempt.number) / PAGE
     try:
         path.write_text(render(run_dir, attempt, cause), encoding="utf-8")

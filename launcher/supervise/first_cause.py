@@ -1,7 +1,7 @@
 """Why an attempt failed: the earliest error of any rank, not the last line of the loudest one.
 
 When one rank dies, every other rank fails a moment later with a broken connection. torchrun's @record writes error.json with a
-time for each rank that raised. A rank that was killed writes none: where all others only lost a connection, it is the cause.
+time for each rank that raised. A rank that was killed writes none; if all others only lost a connection, it is the cause.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m chatmill.launcher.supervise.node_check --gpus 8 --folder runs/x
 
-A node that fails leaves $CHATMILL_LOGS/bad-node-NAME with the reason; the supervisor then asks Slurm for other nodes. A site's
-own test joins in through CHATMILL_NODE_CHECK=/path/to/program (exit code 0: the node is good). Standard library only.
+A node that fails leaves $CHATMILL_LOGS/bad-node-NAME with the reason; the supervisor then asks Slurm for other nodes. A site
+can add its own test with CHATMILL_NODE_CHECK=/path/to/program (exit code 0: the node is good). Standard library only.
 """
 
 from __future__ import annotations

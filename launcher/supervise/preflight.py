@@ -2,8 +2,8 @@
 
     torchrun ... -m chatmill.launcher.supervise.preflight
 
-Started by slurm/train.sh on several GPU nodes (CHATMILL_PREFLIGHT=1 or 0 forces it on or off). NCCL's first collective is where
-a wrong network interface shows: here it fails within two minutes, not after the model was loaded.
+Started by slurm/train.sh on several GPU nodes (CHATMILL_PREFLIGHT=1 or 0 forces it on or off). A wrong network interface
+shows at NCCL's first collective: here it fails within two minutes, not after the model was loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 
 def main(megabytes: int = 64, repeats: int = 5, timeout_s: float = 120.0) -> int:
-    """All-reduce `megabytes` of fp32 a few times; rank 0 prints bandwidth. Returns 1 where a sum is wrong."""
+    """All-reduce `megabytes` of fp32 a few times; rank 0 prints the bandwidth. Returns 1 if a sum is wrong."""
     use_cuda = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")

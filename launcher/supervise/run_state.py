@@ -1,4 +1,4 @@
-"""What a run folder says about itself, read with the standard library alone: login nodes and batch scripts use this.
+"""What a run folder says about its run, read with the standard library only, for login nodes and batch scripts.
 
     newest_step(run)  attempts(run)  needed_lead_s(run)
 
@@ -117,7 +117,7 @@ def seconds_per_step(run_dir: Path) -> float | None:
 
 
 def needed_lead_s(run_dir: Path) -> float | None:
-    """Seconds from the stop signal to a published checkpoint, from this run's own figures; None before the first save.
+    """Seconds from the stop signal to a published checkpoint, from this run's records; None before the first save.
 
     Two steps, two of the longest saves (one may just have begun), the longest validation, and 30 s of slack.
     """

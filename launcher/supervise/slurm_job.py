@@ -1,4 +1,4 @@
-"""The Slurm job this process runs in: its nodes, its time left, its steps, its way back into the queue.
+"""The Slurm job this process runs in: its nodes, time left, steps, and requeueing.
 
 Standard library only; every call is one of Slurm's own commands, and one that fails is an answer (None or False), not a crash.
 """

@@ -29,7 +29,7 @@ from .study import load_optuna, open_study
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial. value: the metric at its last validation; None when it never got to one. x: its place on the scaling axis."""
+    """One trial. value: the metric at its last validation; None if it never reached one. x: its place on the scaling axis."""
 
     number: int
     state: str
@@ -175,7 +175,7 @@ def _short(value: Any) -> str:
 
 
 def render(sweep: SweepConfig, trials: list[TrialResult], shares: dict[str, float], fit: ScalingFit | None) -> str:
-    """The page: no script, no outside resource; every word of the sweep file is escaped."""
+    """The page, without scripts or external resources; every word of the sweep file is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["short"] = _short
     template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))

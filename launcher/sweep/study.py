@@ -1,6 +1,6 @@
 """The sweep's memory: an Optuna study in a journal file, safe for workers on several nodes.
 
-A journal (one appended line per event) rather than SQLite, which breaks on network file systems. Trials are given out to one
+A journal (one appended line per event) rather than SQLite, which breaks on network file systems. Trials are assigned to one
 worker at a time under a lock, so the number of trials is exact and no two workers draw the same random values.
 """
 
@@ -25,7 +25,7 @@ STALE_S = 120.0
 
 
 def load_optuna() -> Any:
-    """The optuna module, quiet. Raises ConfigError where it is not installed."""
+    """The optuna module, quiet. Raises ConfigError if it is not installed."""
     try:
         optuna: Any = importlib.import_module("optuna")
     except ImportError:
@@ -67,7 +67,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def ask(study: Any, sweep: SweepConfig) -> Any | None:
-    """The next trial with its values, or None when all have been given out.
+    """The next trial with its values, or None if all have been assigned.
 
     Trials whose worker died are queued again first. They keep their run folder, so the trainer continues them.
     """

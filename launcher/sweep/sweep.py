@@ -2,7 +2,7 @@
 
 chatmill sweep SWEEP.yaml [--workers 4]       processes on this machine; the same command continues
 chatmill sweep SWEEP.yaml --on slurm          one array element per worker (= sbatch --array=1-4 slurm/sweep.sh SWEEP.yaml)
-chatmill sweep SWEEP.yaml --report            table, best.yaml and report.html of what there is
+chatmill sweep SWEEP.yaml --report            table, best.yaml and report.html of the results so far
 """
 
 from __future__ import annotations

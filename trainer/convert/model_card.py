@@ -2,7 +2,7 @@
 
     text = model_card(checkpoint)        # README.md of the folder that `chatmill export --to hf` writes
 
-Only what the checkpoint and its run folder say is told; what is not known is left out, never guessed.
+It contains only what the checkpoint and its run folder say; unknown facts are left out, never guessed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What `accelerate launch` was told, compared with the recipe: a disagreement is an error, never a silent choice.
 
-accelerate hands its flags and its config file to the workers in environment variables. Most of them have a value even when
-nobody asked: such a default is compared only where the flag or the file names it, or where it is not accelerate's own default.
-The recipe stays the one place that says how a run trains; accelerate starts the processes.
-Source: accelerate.utils.launch of accelerate 1.15.
+accelerate passes its flags and its config file to the workers in environment variables. Most of them have a value even if
+nobody set them: such a default is compared only if the flag or the file names it, or if it is not accelerate's own default.
+Only the recipe says how a run trains; accelerate starts the processes. Source: accelerate.utils.launch of accelerate 1.15.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ UNSUPPORTED = {
 class Setting(NamedTuple):
     """One of accelerate's settings: its flag and config-file key `name`, in the variable prefix + NAME.
 
-    default: what accelerate hands over unasked (None: nothing). wanted: the value that the recipe asks for, by `field`.
+    default: what accelerate passes by default (None: nothing). wanted: the value that the recipe asks for, by `field`.
     """
 
     prefix: str
@@ -71,7 +70,7 @@ def settings_of(recipe: Recipe, plugin: str = "") -> list[Setting]:
 
 
 def check_accelerate(recipe: Recipe, environment: Mapping[str, str], given: frozenset[str] = frozenset()) -> None:
-    """Refuse accelerate settings that say something else than the recipe. Raises ConfigError naming every such pair.
+    """Refuse accelerate settings that differ from the recipe. Raises ConfigError naming every difference.
 
     given: settings that the command line or the config file names (see given_settings).
     """

@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def block_size(shape: tuple[int, ...]) -> int | None:
-    """Elements that share a scale, or None where a parameter of this (full) shape keeps fp32 moments."""
+    """Elements that share a scale, or None if a parameter of this (full) shape keeps fp32 moments."""
     if len(shape) != 2 or shape[0] * shape[1] < SMALLEST:
         return None
     return next((block for block in BLOCKS if shape[1] % block == 0), None)

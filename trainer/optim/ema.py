@@ -68,7 +68,7 @@ def swapped(exchange: Callable[[], None]) -> Iterator[None]:
 
 
 def export_average(source: Checkpoint, out: str | Path) -> Path:
-    """Write a checkpoint with the averaged weights of `source`. Raises ConfigError where it holds none."""
+    """Write a checkpoint with the averaged weights of `source`. Raises ConfigError if it holds none."""
     names = source.names(GROUP)
     if not names:
         raise ConfigError(f"{source.path} holds no averaged weights: it was trained without train.ema.")
@@ -84,7 +84,7 @@ def export_average(source: Checkpoint, out: str | Path) -> Path:
 
 @contextlib.contextmanager
 def averaged(source: Checkpoint, beside: Path) -> Iterator[Checkpoint]:
-    """The averaged weights of a checkpoint as a checkpoint, in a temporary folder beside the given one."""
+    """The averaged weights of a checkpoint as a checkpoint, in a temporary folder next to the given one."""
     parent = beside.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".averaged-", dir=parent) as folder:

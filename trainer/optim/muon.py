@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
     """Muon over `groups`, together with an AdamW over the rest; both share one list of groups and one state.
 
     dtype: of the Newton-Schulz iterations and of what is sent for them; momentum and weights stay fp32.
-    copies: the processes that hold equal copies of the weights (DDP); None where they are sharded or held once.
+    copies: the processes that hold equal copies of the weights (DDP); None if they are sharded or held once.
     """
 
     def __init__(

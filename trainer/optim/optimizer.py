@@ -2,7 +2,7 @@
 
     AdamW: m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  w -= lr (m^ / (sqrt(v^) + eps) + decay w)
 
-Weight decay falls on matrices only: norms, biases and embeddings (rows are seen at very different rates) have none unless
+Weight decay applies to matrices only: norms, biases and embeddings (whose rows occur at very different rates) have none unless
 the recipe says so. `optimizer.groups` multiplies learning rate and decay by parameter-name pattern. Muon is in muon.py, AdamW
 with 8-bit moments in adamw_8bit.py.
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
@@ -39,7 +39,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerSection) -> list[dict[str, Any]]:
     """Parameters that share method, rate and decay: dicts with params, names, muon, lr_ratio and weight_decay.
 
-    Raises ConfigError for a pattern of optimizer.groups that fits no parameter.
+    Raises ConfigError for a pattern of optimizer.groups that matches no parameter.
     """
     groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
     used: set[str] = set()
@@ -161,4 +161,4 @@ def expected_keys(muon: bool) -> tuple[str, ...]:
 def _placed(source: TensorSource, name: str, parameter: Tensor) -> Tensor:
     if source.shape(name) == tuple(parameter.shape):
         return read_like(source, name, parameter)
-    return source.tensor(name).to(parameter.device, copy=True)  # a count of steps: whole, where the optimizer keeps it
+    return source.tensor(name).to(parameter.device, copy=True)  # a step count: not sharded, where the optimizer keeps it

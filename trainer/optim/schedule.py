@@ -33,7 +33,7 @@ def learning_rate(
 
 
 def same_rates(before: Recipe, after: Recipe, done: int) -> bool:
-    """Whether `done` steps with train.steps of one recipe had the learning rates that they have with the other's."""
+    """Whether the first `done` steps have the same learning rates with train.steps of either recipe."""
     if after.schedule.unit == "tokens":
         return before.schedule_tokens == after.schedule_tokens
     old, new = (

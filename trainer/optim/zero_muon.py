@@ -6,7 +6,7 @@ ZeRO-1 and 2 lay the matrices of a group end to end and cut the whole into equal
 on several consecutive ones; ZeRO-3 cuts every matrix into equal parts. Momentum is computed in place. For Newton-Schulz a
 matrix travels whole to one owner and back (two all-to-alls per world-size matrices of one shape), and the owners take turns:
 the update is that of one process, no work is done twice, and no rank ever holds more than one whole matrix. Embeddings, head,
-norms and biases are in groups, hence in flat partitions, of their own, which AdamW steps.
+norms and biases are in separate groups, hence in separate flat partitions, which AdamW updates.
 
 DeepSpeed's own Muon (runtime/zero/muon of 0.19.8) is not used: it runs before the gradients are clipped, and the norm that
 clips is then that of its update (stage3.py, _apply_muon_to_accumulated_grads), unlike in the other engine.

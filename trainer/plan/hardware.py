@@ -1,4 +1,4 @@
-"""GPUs by name: memory and peak speed, from the vendors' data sheets. No torch: login nodes plan with it.
+"""GPUs by name: memory and peak speed, from the vendors' data sheets. Needs no torch, so login nodes can plan.
 
     gpu = find_gpu("h200")              # a short name, or what torch.cuda.get_device_name says
     gpu.bf16_flops                      # dense, without sparsity, accumulating in fp32
@@ -68,7 +68,7 @@ def known_gpu(name: str) -> Gpu | None:
     if re.search(r"\b(mig|laptop)\b", low):
         return None
     exact = next((gpu for gpu in GPUS if gpu.name == low), None)
-    # "rtx4090" is a 4090, "gb200" no b200
+    # "rtx4090" is a 4090, but "gb200" is not a b200
     return exact or next((gpu for gpu in GPUS if re.search(rf"(?:\b|\brtx){gpu.name}\b", low)), None)
 
 

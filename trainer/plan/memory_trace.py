@@ -1,11 +1,11 @@
-"""Bytes that one training step keeps alive, found by running the real model on fake tensors: no weights, no GPU, no waiting.
+"""Bytes that one training step keeps alive, found by running the real model on fake tensors, without weights or a GPU.
 
     trace = trace_step(config, tokens=8192, rows=8192, precision="bf16", device="gpu")
     trace.activations + trace.workspace      # the most bytes alive besides weights, gradients and optimizer
 
-Every tensor that forward, loss and backward make is seen by a dispatch mode and followed until it is freed, so what autograd
-saves, what activation checkpointing spares and what autocast copies are what the code really does. Inside a custom operator
-(a kernel) nothing is seen: its scratch memory is added by formula, which only the loss needs.
+A dispatch mode sees every tensor that forward, loss and backward make and follows it until it is freed. So what autograd saves,
+what activation checkpointing avoids and what autocast copies is what the code really does. The inside of a custom operator (a
+kernel) is invisible: its scratch memory is added by formula, which only the loss needs.
 Checked against measured peaks: tests/trainer/plan/test_plan.py (CPU), tests/gpu_check.py (GPU).
 """
 
@@ -29,7 +29,7 @@ from ...kernels.dispatch import planning_for_gpu
 from ..config import KernelSection, ModelConfig
 from ..model.decoder import Decoder
 
-SHALLOW = 2  # layers of the models that are traced in place of deep ones
+SHALLOW = 2  # layers of the models that are traced instead of deep ones
 ON_GPU = KernelSection(attention="triton", cross_entropy="triton", elementwise="triton")
 
 
@@ -37,8 +37,8 @@ ON_GPU = KernelSection(attention="triton", cross_entropy="triton", elementwise="
 class Trace:
     """The most bytes alive at once in a step besides weights, their gradients and the optimizer.
 
-    activations: what operators made and something still holds; workspace: scratch of the loss kernel, where it ran at that
-    moment. last: the most alive while the first layer's gradients are made, when those of all other layers are there already.
+    activations: what operators made and something still holds; workspace: scratch of the loss kernel, if it ran at that moment.
+    last: the most alive while the gradients of the first layer are made, when those of all other layers exist already.
     """
 
     activations: int
@@ -71,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def begin_last(self) -> None:
-        """What is alive from here on counts for `last`; the latest call holds."""
+        """What is alive from here on counts for `last`; the latest call applies."""
         self._since = self.alive
 
     def trace(self) -> Trace:
@@ -108,7 +108,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def estimate_step(config: ModelConfig, **options: Any) -> Trace:
-    """trace_step of a model of any depth from two shallow ones: all layers are alike, so every figure is linear in depth."""
+    """trace_step of a model of any depth, from two shallow ones: all layers are alike, so every figure is linear in depth."""
     if config.layers <= 2 * SHALLOW:
         return trace_step(config, **options)
     low, high = (trace_step(_with_layers(config, layers), **options) for layers in (SHALLOW, 2 * SHALLOW))

@@ -58,7 +58,7 @@ class MemoryUse:
 
     @property
     def tensors(self) -> int:
-        """What torch.cuda.max_memory_allocated would say: without margin and context."""
+        """What torch.cuda.max_memory_allocated would report: without margin and context."""
         return self.total - self.margin - self.context
 
     @property
@@ -156,7 +156,7 @@ class Estimator:
                 )
                 for kind in kinds
             ]
-            first, other = traces[0], traces[-1]  # of all layers recomputed and of none: linear between
+            first, other = traces[0], traces[-1]  # linear between all layers recomputed and none
             activations = round(share * first.activations + (1 - share) * other.activations)
             self._traces[key] = (activations, max(t.workspace for t in traces), first.last)
         return self._traces[key]
@@ -202,13 +202,13 @@ class Estimator:
         if self.recipe.train.ema is not None:
             optimizer += 4 * n // (1 if engine in ("single", "ddp") else w)
         if self.recipe.parallel.offload != "none" and engine not in ("single", "ddp"):
-            optimizer = 0  # and in fsdp2 and zero3 the shards of weights too: left in as a reserve
+            optimizer = 0  # in fsdp2 and zero3 also the shards of weights, kept as a reserve
         moving = gradients + activations + workspace + buffers
         context = CONTEXT[w > 1]
         return MemoryUse(weights, gradients, optimizer, activations, workspace, buffers, round(MARGIN * moving), context)
 
     def largest_micro_batch(self, engine: str, world_size: int, limit: int) -> int:
-        """Packs of the largest micro-batch within `limit` bytes; 0 where not even one fits."""
+        """Packs of the largest micro-batch within `limit` bytes; 0 if not even one fits."""
 
         def fits(packs: int) -> bool:
             return self.memory(engine, world_size, packs).total <= limit
@@ -218,7 +218,7 @@ class Estimator:
         one, two = (self.memory(engine, world_size, packs) for packs in (1, 2))
         slope = max(1, two.total - one.total)
         packs = max(1, min(1 << 14, 1 + (limit - one.total) // slope))
-        while packs < 1 << 14 and fits(packs + 1):  # linear but for the cap on logits
+        while packs < 1 << 14 and fits(packs + 1):  # linear except for the cap on logits
             packs += 1
         while packs > 1 and not fits(packs):
             packs -= 1
@@ -271,7 +271,7 @@ def make_plan(
 
 
 def recommend(fits: Sequence[Fit], gpu: Gpu, gpus: int, recipe: Recipe) -> tuple[str | None, tuple[str, ...]]:
-    """The first engine that fits, in order of what it sends between GPUs, and why."""
+    """The first engine that fits, in order of their communication, and the reason."""
     order = ("single",) if gpus == 1 else ("ddp", "fsdp2", "zero1", "zero2", "zero3")
     here = {fit.engine: fit for fit in fits if fit.world_size == gpus}
     reasons: list[str] = []
@@ -294,7 +294,7 @@ def recommend(fits: Sequence[Fit], gpu: Gpu, gpus: int, recipe: Recipe) -> tuple
 
 
 def recomputed_share(train: TrainSection, config: ModelConfig) -> float:
-    """Part of the layers that are computed a second time in the backward pass."""
+    """Share of the layers that are recomputed in the backward pass."""
     layers = train.activation_checkpointing_layers or config.layers
     return min(layers, config.layers) / config.layers if train.activation_checkpointing else 0.0
 

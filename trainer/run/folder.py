@@ -57,7 +57,7 @@ class RunFolder:
         self._lock: TextIO | None = None
 
     def create(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
-        """Make the folder and write what is known before the first step."""
+        """Create the folder and write what is known before the first step."""
         for folder in (self.path, self.path / "checkpoints", self.path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.path / "config.yaml", dump_yaml(recipe))
@@ -90,7 +90,7 @@ class RunFolder:
                 return True
 
     def release(self) -> None:
-        """Let another training write here."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -163,7 +163,7 @@ class RunFolder:
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.path / name
             if file.is_file():
-                kept = [line for line in read_jsonl(file) if line.get("step", 0) <= step]  # a torn last line goes too
+                kept = [line for line in read_jsonl(file) if line.get("step", 0) <= step]  # also removes a torn last line
                 replace_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 

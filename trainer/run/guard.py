@@ -131,7 +131,7 @@ class Guard:
 def robust_z(value: float, history: Sequence[float], least: int) -> float | None:
     """Distance of value above the median in robust deviations; None with fewer than `least` values.
 
-    Where more than half of the values are equal the MAD is 0: one part in a thousand of the median stands in for it.
+    If more than half of the values are equal, the MAD is 0; then a thousandth of the median replaces it.
     """
     if len(history) < max(2, least):
         return None

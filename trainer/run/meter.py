@@ -25,7 +25,7 @@ from .profiling import StepProfiler
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a GPU in FLOP/s (hardware.py), or None where it is not known (a CPU, another GPU)."""
+    """Dense bf16 peak of a GPU in FLOP/s (hardware.py), or None if it is unknown (a CPU, another GPU)."""
     gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return gpu.bf16_flops if gpu is not None else None
 

@@ -12,7 +12,7 @@ class TrainState:
     """step: optimizer steps done. tokens, loss_tokens: used so far, over all ranks.
 
     losses, skipped_in_row: what the guard compares with (guard.py). best_value, best_step: the best validation so far;
-    stale_validations: how many came after it. lineage: where these weights come from, oldest first.
+    stale_validations: number of validations after it. lineage: origins of these weights, oldest first.
     """
 
     step: int = 0

@@ -1,4 +1,4 @@
-"""Experiment trackers beside metrics.jsonl: TensorBoard by default where it is installed; W&B, trackio, MLflow ... by name.
+"""Experiment trackers in addition to metrics.jsonl: TensorBoard if it is installed; W&B, trackio, MLflow ... by name.
 
     logging.trackers: null                         TensorBoard if it is installed, in RUN/tensorboard
     logging.trackers: [tensorboard, wandb]         any that accelerate knows; `[]` for none
@@ -108,7 +108,7 @@ class Trackers:
 
 
 def tracker_class(name: str) -> Any:
-    """accelerate's class of that name. Raises ConfigError where it is unknown or its package is missing."""
+    """accelerate's class of that name. Raises ConfigError if it is unknown or its package is missing."""
     import accelerate.tracking as tracking
 
     # its logger refuses to work before accelerate has set up a process group

@@ -157,7 +157,7 @@ class Watchdog:
         ):  # a full disk must not block the report
             faulthandler.dump_traceback(handle, all_threads=True)
         before = self._beats()
-        for _ in range(3):  # long enough for every rank that is alive to speak again
+        for _ in range(3):  # long enough for every living rank to report again
             time.sleep(self.interval_s)
             self._tell()
         after = self._beats()
