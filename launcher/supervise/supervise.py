@@ -195,9 +195,9 @@ def run_attempt(
 ) -> int:
     """Start the command, forward stop signals until it ends; returns its exit code (negative: killed by that signal).
 
-    Under Slurm the signal is sent to the job's steps repeatedly until they have saved: ranks that are still loading miss the first
-    one, and a rank that is leaving Python would die of a further one. Locally one SIGTERM goes to the launcher,
-    which hands it to its workers; a second Ctrl-C kills.
+    Under Slurm the signal is sent to the job's steps repeatedly until they have saved: ranks that are still loading miss the
+    first one, and a rank that is leaving Python would die of a further one. Locally one SIGTERM goes to the launcher, which
+    hands it to its workers; a second Ctrl-C kills.
     """
     child = subprocess.Popen(command, env=environment, start_new_session=slurm is None)
     forwarded, last_sent, kills = 0, 0.0, 0
