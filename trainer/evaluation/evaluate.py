@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ..distributed.world import World, end_world
 from ..generation.sampling import Sampling
 from ..model.decoder import Decoder
 from .figures import PARTS, compare, summarise
-from .held_out import read_held_out
+from .held_out import HeldOut, read_held_out
 from .measuring import Measurer
 from .options import EvaluationOptions, add_arguments, options_from
 from .text_scores import Bleu, chrf_signature, distinct
@@ -148,7 +148,7 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
     return Evaluation(summary, records, texts)
 
 
-def by_folder(dialogues: Any, records: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def by_folder(dialogues: Sequence[HeldOut], records: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Loss and accuracy of each data set."""
     sums: dict[str, dict[str, float]] = {}
     for d in dialogues:

@@ -27,7 +27,7 @@ MEASURES: dict[str, tuple[str, str, bool]] = {
     "loss_share": ("Supervised tokens", "share of the tokens", True),
     "memory_reserved_bytes": ("Reserved memory", "bytes on one device", True),
 }
-# told by another chart already, or of no interest as a curve
+# shown by another chart already, or of no interest as a curve
 TOLD = {"tokens_per_s_per_device", "required_tflops_per_device"}
 NOT_CHARTED = {"step", "loss", "tokens", "loss_tokens", "time", "epoch", "total_tokens", *MEASURES, *TOLD}
 
@@ -39,6 +39,7 @@ def curves(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def label_of(runs: Sequence[RunRecord], run: RunRecord) -> str:
+    """The name of a run, or its path if several have the name."""
     same = [r for r in runs if r.name == run.name]
     return run.name if len(same) == 1 else str(run.path)
 
@@ -55,6 +56,7 @@ def _main_charts(runs: Sequence[RunRecord]) -> Iterable[Chart | None]:
     alone = len(runs) == 1
     for slot, run in enumerate(runs):
         label = "" if alone else f"{label_of(runs, run)}: "
+        of_validation = 1 if alone else slot
         x, y = _column(run.train, "loss")
         if len(x) >= 20:
             if alone:
@@ -62,12 +64,12 @@ def _main_charts(runs: Sequence[RunRecord]) -> Iterable[Chart | None]:
             loss.append(Series(f"{label}training", x, smooth(y, max(2.0, len(x) / 40)), slot))
         else:
             loss.append(Series(f"{label}training", x, y, slot))
-        x, y = _column(run.evals, "loss")
-        loss.append(Series(f"{label}validation", x, y, slot if not alone else 1, "points"))
-        perplexity.append(
-            Series(f"{label}validation perplexity", *_column(run.evals, "perplexity"), slot if not alone else 1, "points")
-        )
-        accuracy.append(Series(f"{label}token accuracy", *_column(run.evals, "accuracy"), slot if not alone else 1, "points"))
+        for into, name, key in (
+            (loss, "validation", "loss"),
+            (perplexity, "validation perplexity", "perplexity"),
+            (accuracy, "token accuracy", "accuracy"),
+        ):
+            into.append(Series(f"{label}{name}", *_column(run.evals, key), of_validation, "points"))
     yield draw("Loss", loss, note="nats per token")
     yield draw("Validation perplexity", perplexity, note="lower is better")
     yield draw("Validation accuracy", accuracy, note="share of next tokens guessed right")
