@@ -19,28 +19,19 @@ from .interface import why_not_triton
 from .rules import Rules
 
 
-def decode_attention_reference(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def decode_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, rules: Rules) -> Tensor:
     """The whole score matrix in fp32 (fp64 for fp64); also the fast path on a CPU, where the cache is read once either way."""
     B, Hq, D = q.shape
     C, Hk = k_cache.shape[1:3]
     dtype = wide_dtype(q.dtype)
     grouped = q.to(dtype).view(B, Hk, Hq // Hk, D)
-    scores = torch.einsum("bhgd,bchd->bhgc", grouped, k_cache.to(dtype)) * (D**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.einsum("bhgd,bchd->bhgc", grouped, k_cache.to(dtype)) * rules.scale
+    if rules.softcap:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
     rows, ends = torch.arange(C, device=q.device), lengths.to(q.device)[:, None]
     seen = rows < ends
-    if window is not None:
-        seen = seen & (rows >= ends - window)
+    if rules.window:
+        seen = seen & (rows >= ends - rules.window)
     weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
     # rows past the length may hold anything, even NaN
     values = v_cache.to(dtype).masked_fill(~seen[:, :, None, None], 0.0)
@@ -71,10 +62,10 @@ def decode_attention(
         )
     if q.shape[1] % k_cache.shape[2] or q.shape[2] != k_cache.shape[3]:
         raise ValueError(f"decode_attention: heads or channels do not agree: q {tuple(q.shape)}, cache {tuple(k_cache.shape)}.")
+    rules = Rules(True, window or 0, softcap or 0.0, q.shape[2] ** -0.5 if scale is None else scale)
     obstacle = why_not_triton(q.device, q.dtype, max(q.shape[2], v_cache.shape[3]))
     if choose("decode_attention", impl, q.device, {"triton": obstacle, "torch": None}) == "torch":
-        return decode_attention_reference(q, k_cache, v_cache, lengths, window=window, softcap=softcap, scale=scale)
+        return decode_attention_reference(q, k_cache, v_cache, lengths, rules)
     from .decode_triton import decode_attention_triton
 
-    rules = Rules(True, window or 0, softcap or 0.0, q.shape[2] ** -0.5 if scale is None else scale)
     return decode_attention_triton(q, k_cache, v_cache, lengths, rules, splits)

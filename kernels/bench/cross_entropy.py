@@ -56,7 +56,7 @@ def _cases() -> Iterator[BenchCase]:
         yield BenchCase(
             "linear_cross_entropy",
             f"N{N} H{H} V{V} loss {share:.0%} bf16",
-            {name: _prepare(loss(), N, H, V, share) for name, loss in CONTENDERS.items()},
+            {name: _prepare(loss, N, H, V, share) for name, loss in CONTENDERS.items()},
             flops={"forward": forward, "both": 3 * forward},
         )
 
@@ -94,9 +94,8 @@ def _plain_cases() -> Iterator[BenchCase]:
         )
 
 
-def _prepare_plain(make: Callable[[], PlainLoss], N: int, V: int) -> Callable[[torch.device], Phases]:
+def _prepare_plain(loss: PlainLoss, N: int, V: int) -> Callable[[torch.device], Phases]:
     def prepare(device: torch.device) -> Phases:
-        loss = make()
         logits = torch.randn(N, V, device=device, dtype=torch.bfloat16, requires_grad=True)
         targets = torch.randint(0, V, (N,), device=device)
 
@@ -121,57 +120,40 @@ def _eager(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
     return F.cross_entropy((x @ w.T).float(), t)
 
 
-def _compiled() -> Loss:
-    return torch.compile(_eager, dynamic=False)
-
-
-def _torch_fused() -> Loss:
+def _torch_fused(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
     fused = getattr(F, "linear_cross_entropy", None)  # torch 2.13 and later
-
-    def loss(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        if fused is None:
-            raise RuntimeError("torch has no linear_cross_entropy before 2.13")
-        out: Tensor = fused(x, w, t, ignore_index=-100)
-        return out
-
-    return loss
+    if fused is None:
+        raise RuntimeError("torch has no linear_cross_entropy before 2.13")
+    out: Tensor = fused(x, w, t, ignore_index=-100)
+    return out
 
 
-def _liger() -> Loss:
-    def loss(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
+def _liger(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
 
-        out: Tensor = LigerFusedLinearCrossEntropyLoss()(w, x, t)
-        return out
-
-    return loss
+    out: Tensor = LigerFusedLinearCrossEntropyLoss()(w, x, t)
+    return out
 
 
-def _cut_cross_entropy() -> Loss:
-    def loss(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        from cut_cross_entropy import linear_cross_entropy as cut  # type: ignore[import-not-found]
+def _cut_cross_entropy(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy as cut  # type: ignore[import-not-found]
 
-        out: Tensor = cut(x, w, t)
-        return out
-
-    return loss
+    out: Tensor = cut(x, w, t)
+    return out
 
 
-def _quack() -> Loss:
-    def loss(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy  # type: ignore[import-not-found]
+def _quack(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy  # type: ignore[import-not-found]
 
-        out: Tensor = chunked_linear_cross_entropy(x, w, t)
-        return out
-
-    return loss
+    out: Tensor = chunked_linear_cross_entropy(x, w, t)
+    return out
 
 
-CONTENDERS: dict[str, Callable[[], Loss]] = {
-    "triton": lambda: _ours("triton"),
-    "torch chunked": lambda: _ours("torch"),
-    "torch eager": lambda: _eager,
-    "torch.compile": _compiled,
+CONTENDERS: dict[str, Loss] = {
+    "triton": _ours("triton"),
+    "torch chunked": _ours("torch"),
+    "torch eager": _eager,
+    "torch.compile": torch.compile(_eager, dynamic=False),
     "torch fused": _torch_fused,
     "liger": _liger,
     "cut": _cut_cross_entropy,
@@ -183,22 +165,18 @@ def _plain_eager(z: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(z.float(), t)
 
 
-def _plain_liger() -> PlainLoss:
+def _plain_liger(z: Tensor, t: Tensor) -> Tensor:
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
-    found: PlainLoss = LigerCrossEntropyLoss()
-    return found
+    out: Tensor = LigerCrossEntropyLoss()(z, t)
+    return out
 
 
-def _plain_compiled() -> PlainLoss:
-    return torch.compile(_plain_eager, dynamic=False)
-
-
-PLAIN: dict[str, Callable[[], PlainLoss]] = {
-    "triton": lambda: lambda z, t: cross_entropy(z, t, impl="triton")[0],
-    "triton in place": lambda: lambda z, t: cross_entropy(z, t, impl="triton", inplace=z.grad_fn is not None)[0],
-    "torch chunked": lambda: lambda z, t: cross_entropy(z, t, impl="torch")[0],
-    "torch eager": lambda: _plain_eager,
-    "torch.compile": _plain_compiled,
+PLAIN: dict[str, PlainLoss] = {
+    "triton": lambda z, t: cross_entropy(z, t, impl="triton")[0],
+    "triton in place": lambda z, t: cross_entropy(z, t, impl="triton", inplace=z.grad_fn is not None)[0],
+    "torch chunked": lambda z, t: cross_entropy(z, t, impl="torch")[0],
+    "torch eager": _plain_eager,
+    "torch.compile": torch.compile(_plain_eager, dynamic=False),
     "liger": _plain_liger,
 }

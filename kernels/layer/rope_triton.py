@@ -171,9 +171,7 @@ def turn(
     x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, backward: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(y (T, heads, D), scale (T, heads) or empty) of x (T, heads, D); cos, sin (T, >= D/2)."""
-    x, cos, sin = with_adjacent_columns(x), with_adjacent_columns(cos), with_adjacent_columns(sin)
-    if cos.stride(0) != sin.stride(0):
-        cos, sin = cos.contiguous(), sin.contiguous()
+    x, (cos, sin) = with_adjacent_columns(x), _tables(cos, sin)
     n_positions, n_heads, width = x.shape
     y = x.new_empty(x.shape)
     wide = wide_dtype(x.dtype)
@@ -208,9 +206,7 @@ def turn(
 @on_its_device
 def norm_backward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """(d_x, d_weight) of norm-then-turn."""
-    x, dy, cos, sin = (with_adjacent_columns(t) for t in (x, dy, cos, sin))
-    if cos.stride(0) != sin.stride(0):
-        cos, sin = cos.contiguous(), sin.contiguous()
+    x, dy, (cos, sin) = with_adjacent_columns(x), with_adjacent_columns(dy), _tables(cos, sin)
     n_positions, n_heads, width = x.shape
     block = triton.next_power_of_2(width // 2)
     rows = max(1, TILE // block)
@@ -244,6 +240,12 @@ def norm_backward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Te
         BLOCK=block,
     )
     return d_x, partial.sum(0).to(weight.dtype)
+
+
+def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin with adjacent columns and one row stride."""
+    cos, sin = with_adjacent_columns(cos), with_adjacent_columns(sin)
+    return (cos, sin) if cos.stride(0) == sin.stride(0) else (cos.contiguous(), sin.contiguous())
 
 
 def _group(n_heads: int) -> int:

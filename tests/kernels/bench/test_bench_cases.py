@@ -22,7 +22,7 @@ def test_every_contender_computes_the_same_loss_and_gradients(share: float) -> N
     results = []
     for name in HERE:
         torch.manual_seed(0)
-        phases = bench_cross_entropy._prepare(bench_cross_entropy.CONTENDERS[name](), 40, 32, 101, share)(CPU)
+        phases = bench_cross_entropy._prepare(bench_cross_entropy.CONTENDERS[name], 40, 32, 101, share)(CPU)
         results.append((phases["forward"](), *phases["both"]()))
     for found in results[1:]:
         for a, b in zip(results[0], found, strict=True):
@@ -90,6 +90,6 @@ def test_layer_contenders_run_forward_and_backward(monkeypatch: pytest.MonkeyPat
 
 def test_a_library_that_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    phases = bench_cross_entropy._prepare(bench_cross_entropy.CONTENDERS["liger"](), 8, 8, 11, 1.0)(CPU)
+    phases = bench_cross_entropy._prepare(bench_cross_entropy.CONTENDERS["liger"], 8, 8, 11, 1.0)(CPU)
     with pytest.raises(ModuleNotFoundError, match="liger_kernel"):
         phases["forward"]()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from chatmill.kernels.cross_entropy.logits import cross_entropy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ENGINES = ["torch", "triton"]
+IMPLEMENTATIONS = ["torch", "triton"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
@@ -32,7 +32,7 @@ def error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("options", [(None, 0.0, 0.0), (5.0, 0.1, 1e-2)], ids=str)
@@ -54,7 +54,7 @@ def test_loss_and_gradient_equal_pytorchs(impl: str, dtype: torch.dtype, inplace
     assert not leaf.grad[targets == -100].any()
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_reduction_none_gives_every_token_its_own_gradient(impl: str) -> None:
     logits, targets = problem(torch.float64)
     leaf, exact = logits.clone().requires_grad_(), logits.clone().requires_grad_()
@@ -64,7 +64,7 @@ def test_reduction_none_gives_every_token_its_own_gradient(impl: str) -> None:
     torch.testing.assert_close(leaf.grad, exact.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_token_weights_sum_and_a_global_normaliser_in_place_too(impl: str, inplace: bool, reduction: str) -> None:
@@ -81,7 +81,7 @@ def test_token_weights_sum_and_a_global_normaliser_in_place_too(impl: str, inpla
     torch.testing.assert_close(leaf.grad, exact.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_what_an_ignored_row_holds_reaches_nothing(impl: str, reduction: str) -> None:
     logits, targets = problem(torch.float32)
@@ -92,7 +92,7 @@ def test_what_an_ignored_row_holds_reaches_nothing(impl: str, reduction: str) ->
     assert leaf.grad is not None and leaf.grad.isfinite().all() and not leaf.grad[targets == -100].any()
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_in_place_uses_the_logits_memory_and_protects_the_graph(impl: str) -> None:
     logits, targets = problem(torch.float32)
     leaf = logits.clone().requires_grad_()
@@ -109,7 +109,7 @@ def test_in_place_uses_the_logits_memory_and_protects_the_graph(impl: str) -> No
         loss.backward()
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_transposed_view_of_logits_is_read_and_written_as_it_lies(impl: str) -> None:
     logits, targets = problem(torch.float64)
     for inplace in (False, True):

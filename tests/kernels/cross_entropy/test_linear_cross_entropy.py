@@ -1,4 +1,4 @@
-"""The fused linear cross-entropy against F.cross_entropy on all logits in fp64: every option, every engine, both gradients.
+"""The fused linear cross-entropy against F.cross_entropy on all logits in fp64: every option, implementation and gradient.
 
 On a machine without a GPU the Triton kernels run interpreted; with one, compiled.
 """
@@ -19,7 +19,7 @@ from chatmill.kernels.cross_entropy import operators as module
 from chatmill.kernels.cross_entropy.rows import VocabularyShard
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ENGINES = ["torch", "triton", "reference"]
+IMPLEMENTATIONS = ["torch", "triton", "reference"]
 # ||error|| / ||truth|| of a gradient; losses are sums in fp32 of logits that only the CPU's own bf16 product rounds
 GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -105,19 +105,19 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_equals_cross_entropy_of_all_logits_in_float64(impl: str, options: dict[str, Any]) -> None:
     assert_equal_to_truth(*problem(45, 24, 123, torch.float64), impl, **options)
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_vocabulary_and_width_are_exact_to_the_edge(impl: str, shape: tuple[int, int, int]) -> None:
     assert_equal_to_truth(*problem(*shape, torch.float64), impl)
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "label_smoothing": 0.1, "reduction": "none"}], ids=str)
 def test_error_stays_within_the_tolerance_of_the_dtype(impl: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ def test_error_is_at_most_twice_that_of_pytorch_in_the_same_dtype(impl: str, dty
         assert error(mine.grad, exact.grad) <= 2 * error(their.grad, exact.grad)
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_reduction_none_gives_every_token_its_own_gradient(impl: str) -> None:
     """Liger-Kernel issue 968: with reduction none every token was scaled by the first one's upstream gradient."""
     hidden, weight, targets = problem(23, 16, 61, torch.float64)
@@ -152,7 +152,7 @@ def test_reduction_none_gives_every_token_its_own_gradient(impl: str) -> None:
         torch.testing.assert_close(w.grad, w64.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_token_weights_scale_each_tokens_whole_loss(impl: str, reduction: str) -> None:
     hidden, weight, targets = problem(45, 24, 123, torch.float64)
@@ -193,7 +193,7 @@ def test_rows_that_name_an_ignored_target_carry_no_loss(impl: str) -> None:
     assert x.grad is not None and x.grad.isfinite().all() and w.grad is not None and w.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_batch_without_targets_has_loss_zero_and_zero_gradients(impl: str, reduction: str) -> None:
     hidden, weight, targets = problem(9, 16, 61, torch.float32)
@@ -206,7 +206,7 @@ def test_a_batch_without_targets_has_loss_zero_and_zero_gradients(impl: str, red
         assert x.grad is not None and not x.grad.any() and w.grad is not None and not w.grad.any()
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_metrics_equal_those_of_all_logits(impl: str) -> None:
     hidden, weight, targets = problem(45, 24, 123, torch.float64)
     hidden[:9] = weight[targets[:9].clamp(min=0)] * 3  # some hits
@@ -220,7 +220,7 @@ def test_metrics_equal_those_of_all_logits(impl: str) -> None:
     torch.testing.assert_close(metrics.token_losses, truth(hidden, weight, targets, softcap=9.0, z_loss=0.1, reduction="none"))
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_tie_is_no_hit(impl: str) -> None:
     """A zero head would otherwise report an accuracy of 100 %."""
     hidden, weight, targets = problem(9, 16, 61, torch.float32)

@@ -1,7 +1,7 @@
 """How much memory the fused loss takes beside the gradients that it returns, and how much work it does.
 
-At full size the engines' own host code runs on the meta device, where every tensor has its size and none has memory; only the
-launches of Triton kernels, which allocate nothing, are left out. At a small size they run.
+At full size the host code runs on the meta device, where every tensor has its size and none has memory; only the launches of
+Triton kernels, which allocate nothing, are left out. At a small size they run.
 """
 
 import contextlib
