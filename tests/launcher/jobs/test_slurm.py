@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.launcher.conftest import Recovery
 from tests.launcher.slurm_cluster import SlurmCluster, missing_network, missing_programs
-from tests.launcher.tiny_run import make_data, write_recipe
+from tests.launcher.tiny_run import make_data, wait_until, write_recipe
 
 from chatmill.launcher.__main__ import main
 from chatmill.launcher.supervise.run_state import attempts, newest_step
@@ -51,13 +50,6 @@ class Bench:
 
 def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
-
-
-def until(what: str, done: Any, timeout_s: float = 600.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.05)
 
 
 def ranks_of(run: Path) -> dict[int, int]:
@@ -140,7 +132,7 @@ def test_a_rank_killed_with_kill_9_costs_no_more_than_the_steps_since_the_last_c
     bench: Bench, undisturbed: dict[int, float], recoveries: list[Recovery]
 ) -> None:
     job, run = bench.submit("killed")
-    until("half way to the second checkpoint", lambda: last_step(run) >= EVERY + EVERY // 2)
+    wait_until("half way to the second checkpoint", lambda: last_step(run) >= EVERY + EVERY // 2)
     at_step, since = last_step(run), time.time()
     os.kill(ranks_of(run)[3], signal.SIGKILL)
     assert bench.cluster.wait(job) == "COMPLETED", bench.output("killed", job)
@@ -154,10 +146,10 @@ def test_a_requeued_job_continues_where_it_stopped(
     bench: Bench, undisturbed: dict[int, float], recoveries: list[Recovery]
 ) -> None:
     job, run = bench.submit("requeued")
-    until("first checkpoint", lambda: newest_step(run) >= EVERY)
+    wait_until("first checkpoint", lambda: newest_step(run) >= EVERY)
     at_step, since = last_step(run), time.time()
     bench.cluster.call("scontrol", "requeue", job)
-    until("preempted mark or restart", lambda: len(attempts(run)) == 2)
+    wait_until("preempted mark or restart", lambda: len(attempts(run)) == 2)
     assert bench.cluster.wait(job) == "COMPLETED", bench.output("requeued", job)
     assert_same_losses(run, undisturbed)
     events = [event for event in read_jsonl(run / "events.jsonl") if event["event"] in ("preempted", "resume")]
@@ -167,7 +159,7 @@ def test_a_requeued_job_continues_where_it_stopped(
 
 def test_a_chain_of_wall_times_is_one_run(bench: Bench, undisturbed: dict[int, float]) -> None:
     job, run = bench.submit("chained", "--array=1-2%1")
-    until("first checkpoint", lambda: newest_step(run) >= EVERY)
+    wait_until("first checkpoint", lambda: newest_step(run) >= EVERY)
     os.kill(batch_process(job), signal.SIGUSR1)  # what Slurm sends (--signal=B:USR1) near the end of a wall time
     assert [bench.cluster.wait(f"{job}_{element}", 600) for element in (1, 2)] == ["COMPLETED"] * 2
     assert [attempt.outcome for attempt in attempts(run)] == ["preempted", "finished"]
@@ -178,7 +170,7 @@ def test_a_job_preempted_by_a_higher_partition_continues_after_it(
     bench: Bench, undisturbed: dict[int, float], recoveries: list[Recovery]
 ) -> None:
     job, run = bench.submit("preempted")
-    until("first checkpoint", lambda: newest_step(run) >= EVERY)
+    wait_until("first checkpoint", lambda: newest_step(run) >= EVERY)
     at_step, since = last_step(run), time.time()
     script = bench.folder / "urgent.sh"
     script.write_text("#!/bin/bash\nsrun true\n")
@@ -200,7 +192,7 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_in_the_next_one(
         fresh = Bench(cluster, bench.folder, bench.vocab)
         time.sleep(7)
         job, run = fresh.submit("limited", "--time=1", "--signal=B:USR1@10", steps=LONG)
-        until("stopped by the signal", lambda: any(a.outcome for a in attempts(run)))
+        wait_until("stopped by the signal", lambda: any(a.outcome for a in attempts(run)))
         at_step, since = last_step(run), (attempts(run)[0].ended or 0.0)
         cluster.wait_until(job, ("PENDING",), 600)
         cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # one interruption is enough
@@ -219,7 +211,7 @@ def test_a_run_goes_on_without_a_node_whose_link_was_cut(
     with SlurmCluster(tmp_path / "cluster", nodes=3, isolated=True) as cluster:
         isolated = Bench(cluster, bench.folder, bench.vocab)
         job, run = isolated.submit("cut")
-        until("half way to the second checkpoint", lambda: last_step(run) >= EVERY + EVERY // 2)
+        wait_until("half way to the second checkpoint", lambda: last_step(run) >= EVERY + EVERY // 2)
         at_step, since = last_step(run), time.time()
         cluster.cut("n2")
         state = cluster.wait(job, 600)
@@ -272,7 +264,7 @@ def test_a_launched_job_is_watched_cancelled_and_resumed_by_its_run_folder(
     match = re.search(r"submitted as Slurm job (\d+)", said)
     assert match and said.count("\n  chatmill ") == 3
     job, run = match[1], bench.folder / "runs" / "launched"
-    until("a checkpoint", lambda: newest_step(run) >= EVERY)
+    wait_until("a checkpoint", lambda: newest_step(run) >= EVERY)
     assert main(["status", "launched", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["state"], shown["job"], shown["nodes"]) == ("RUNNING", job, "n1 n2") and shown["step"] >= EVERY

@@ -6,13 +6,13 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.data.build_cases import chats, tree, write_jsonl
 from tests.launcher.slurm_cluster import SlurmCluster, missing_programs
+from tests.launcher.tiny_run import wait_until
 
 from chatmill.config import ConfigError
 from chatmill.data.pipeline import stages
@@ -53,13 +53,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def until(what: str, done: Callable[[], bool], timeout_s: float = 600.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.05)
-
-
 def test_a_build_killed_with_its_arrays_goes_on_to_the_bytes_of_a_local_one(cluster: SlurmCluster, folder: Path) -> None:
     """Once the build alone dies and its array works on; once the array dies too."""
     out = folder / "cluster"
@@ -70,7 +63,7 @@ def test_a_build_killed_with_its_arrays_goes_on_to_the_bytes_of_a_local_one(clus
     def kill_in(stage: str) -> None:
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         logs = f".cluster.work-*/{stage}/slurm/001/launch_script.slurm"
-        until(f"{stage} submitted", lambda: process.poll() is not None or bool(list(folder.glob(logs))))
+        wait_until(f"{stage} submitted", lambda: process.poll() is not None or bool(list(folder.glob(logs))))
         process.send_signal(signal.SIGKILL)
         said = process.communicate()[1].decode()
         assert process.returncode == -signal.SIGKILL, said
@@ -79,7 +72,7 @@ def test_a_build_killed_with_its_arrays_goes_on_to_the_bytes_of_a_local_one(clus
         kill_in(stage)
         if stage == "prepare":
             cluster.call("scancel", "--user=root")
-            until("the queue is empty", lambda: not cluster.call("squeue", "-h", "-o", "%i"))
+            wait_until("the queue is empty", lambda: not cluster.call("squeue", "-h", "-o", "%i"))
     finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert tree(out) == tree(folder / "local")
@@ -92,7 +85,7 @@ def test_prepare_sh_builds_one_data_set_per_element_and_each_stage_as_an_array(c
     recipes = [str(folder / f"{name}.yaml") for name in ("first", "second")]
     words = ["--array=0-1", f"--output={folder}/build-%a.out", "slurm/prepare.sh", *recipes, *ARRAYS]
     job = cluster.sbatch(*words, cwd=ROOT, extra={"CHATMILL_PYTHON": sys.executable})
-    until("both data sets", lambda: not cluster.call("squeue", "-h", "-j", job, "-t", "pending,running", "-o", "%i"))
+    wait_until("both data sets", lambda: not cluster.call("squeue", "-h", "-j", job, "-t", "pending,running", "-o", "%i"))
     for i, name in enumerate(("first", "second")):
         said = (folder / f"build-{i}.out").read_text()
         assert (folder / name / "manifest.json").is_file(), said
