@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -115,6 +116,16 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     paths = {dotted(path): path for part in PARTS for path in modules(part)}
     graph = {name: {found for _, found in imports(path)} & paths.keys() - {name} for name, path in paths.items()}
     TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("part", [*PARTS, "src/chatmill", "tests"])
+def test_no_file_and_no_room_is_too_large(part: str) -> None:
+    """What CONTRIBUTING.md promises; long tests may be long."""
+    files = list((ROOT / part).rglob("*.py"))
+    rooms = Counter(path.parent for path in files if path.stem != "__init__")
+    assert not {str(room): n for room, n in rooms.items() if n > 14}
+    if part != "tests":
+        assert not {str(path): n for path in files if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400}
 
 
 def imported_by(code: str) -> set[str]:
