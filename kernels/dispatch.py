@@ -1,4 +1,4 @@
-"""Which implementation runs: the one decision point of all kernels.
+"""Chooses which implementation runs, for all kernels.
 
     choose("attention", "auto", device, usable, packed=True) -> "triton"
 
@@ -41,9 +41,9 @@ def shipped_table() -> dict[str, list[dict[str, Any]]]:
     return _TABLE
 
 
-@torch.compiler.assume_constant_result  # outside of the cache: Dynamo traces through one, with a warning
+@torch.compiler.assume_constant_result  # outside the cache, because Dynamo traces through a cache with a warning
 def capability(device: torch.device) -> int:
-    """Compute capability as one number (90 = Hopper); 0 where the device is no CUDA GPU."""
+    """Compute capability as one number (90 = Hopper); 0 if the device is not a CUDA GPU."""
     return _capability(device)
 
 
@@ -107,9 +107,9 @@ T = TypeVar("T")
 def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
     """For functions that launch Triton kernels: run on the GPU of their first tensor argument (also one in a list).
 
-    Triton launches on the current device and its stream, wherever the pointers lie: with a model on cuda:1 and cuda:0 current
-    that is an illegal access, or an unordered one over peer access. torch's own operators guard themselves, custom ones do not.
-    Where kernels are interpreted, the interpreter is first taught bf16.
+    Triton launches on the current device and its stream, wherever the pointers are. With a model on cuda:1 and cuda:0 current
+    that is an illegal access, or an unordered one over peer access. torch's own operators guard against it, custom ones do
+    not. Where kernels are interpreted, the interpreter is first taught bf16.
     """
 
     @functools.wraps(function)
@@ -135,9 +135,9 @@ def _first_device(values: Any) -> torch.device | None:
 def choose(kernel: str, impl: str, device: torch.device, obstacles: Mapping[str, str | None], *, packed: bool = False) -> str:
     """Implementation to run.
 
-    obstacles: per implementation that the kernel has, why it cannot do this call, or None where it can.
+    obstacles: for each implementation of the kernel, why it cannot do this call, or None if it can.
     packed: several documents in one row (attention only).
-    Raises ValueError where `impl` is unknown or cannot work here, with the reason.
+    Raises ValueError with the reason if `impl` is unknown or cannot work here.
     """
     if impl != "auto":
         if impl not in obstacles:

@@ -48,8 +48,8 @@ def float32_to_bf16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 def install() -> None:
     """Patch the interpreter of this process; a second call does nothing.
 
-    Raises RuntimeError where triton was imported before TRITON_INTERPRET was set: its own library functions would then be
-    compiled ones, which the interpreter cannot call.
+    Raises RuntimeError if triton was imported before TRITON_INTERPRET was set: its library functions would then be compiled
+    ones, which the interpreter cannot call.
     """
     if not is_interpreting():
         raise RuntimeError("the interpreter is off: set TRITON_INTERPRET=1 before triton is imported.")

@@ -2,7 +2,7 @@
 
     python -m chatmill.kernels.bench attention [--match packed] [--tune]
 
-Causal FLOPs count what must be done: forward 4 x pairs x Hq x D with pairs = sum of n (n + 1) / 2 over documents, backward 2.5
+Causal FLOPs count the required work: forward 4 x pairs x Hq x D with pairs = sum of n (n + 1) / 2 over documents, backward 2.5
 times that (recomputation of P not counted).
 """
 
@@ -93,7 +93,7 @@ def _sdpa(backend: SDPBackend, T: int, heads: int, kv_heads: int, D: int) -> Cal
     return prepare
 
 
-# the backward of "hopper" gives bitwise equal gradients, that of "hopper fused" does not: their difference is its cost
+# the backward of "hopper" is bitwise reproducible, that of "hopper fused" is not: the difference is the price
 OURS = ("triton", "hopper", "hopper fused")
 
 
@@ -136,7 +136,7 @@ CANDIDATES = {
 def tune(device: torch.device, budget_s: float) -> None:
     """Refit the rows of this GPU's generation in tuning/attention.json: each kernel's tiles, one kernel at a time.
 
-    The table is written after every row, so that a run cut short keeps what it found.
+    The table is written after every row, so that an interrupted run keeps its results.
     """
     arch, started = capability(device), time.monotonic()
     table = [dict(row) for row in tuning_rows()]

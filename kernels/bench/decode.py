@@ -2,7 +2,7 @@
 
     python -m chatmill.kernels.bench decode_attention
 
-Work counted: the keys and values that are visible, read once. The rate is a fraction of the measured copy bandwidth.
+Work counted: the visible keys and values, read once. The rate is a fraction of the measured copy bandwidth.
 """
 
 from __future__ import annotations

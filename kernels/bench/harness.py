@@ -8,8 +8,8 @@
 
 Each kernel module lists cases (`bench_cases()`); a case names its contenders, each with one callable per phase. Times are
 medians of CUDA-event timings after warm-up, on random inputs; a rate is the required work over that time, also given as a
-fraction of the machine's own matrix-product rate (or copy bandwidth, for cases that count bytes), measured first.
-Without a GPU the command compiles what ships, says so, and claims nothing.
+fraction of the machine's matrix-product rate (or copy bandwidth, for cases that count bytes), which is measured first.
+Without a GPU the command compiles what ships, says so, and makes no claim about speed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Phases = Mapping[str, Callable[[], Any]]
 class BenchCase:
     """One problem. flops or bytes moved per phase: required work, recomputation not counted.
 
-    contenders(device): implementation -> its phases; one that cannot run raises, and is listed with its reason.
+    contenders(device): implementation -> its phases; one that cannot run raises and is listed with the reason.
     """
 
     kernel: str
@@ -216,12 +216,12 @@ def compile_only(names: Sequence[str], archs: Sequence[int]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m chatmill.kernels.bench", description="Time the kernels against others.")
     parser.add_argument("kernel", nargs="*", metavar="KERNEL", help=f"{', '.join(REGISTRY)} or all (the default)")
-    parser.add_argument("--match", action="append", help="only cases whose name contains this; again: or that")
+    parser.add_argument("--match", action="append", help="only cases whose name contains this (may be repeated)")
     parser.add_argument("--json", type=Path, help="write results and machine here, after every case")
     parser.add_argument("--plot", type=Path, help="write an SVG here")
     parser.add_argument("--tune", action="store_true", help="refit the tile table on this GPU")
     parser.add_argument("--budget-s", type=float, help="seconds after which nothing new is started (default of --tune: 540)")
-    parser.add_argument("--compile-only", action="store_true", help="compile for GPUs that are not here; time nothing")
+    parser.add_argument("--compile-only", action="store_true", help="cross-compile without a GPU; time nothing")
     parser.add_argument("--arch", type=int, action="append", help="compute capabilities of --compile-only (80, 90, 100)")
     args = parser.parse_args(argv)
     if "all" in args.kernel:

@@ -98,7 +98,7 @@ def backward() -> dict[str, float]:
 
 
 def bitwise() -> dict[str, float]:
-    """Fifty runs of one call are equal: a race would show here first."""
+    """Fifty runs of one call are equal; a race would show here first."""
     q, k, v = _inputs(8192, 16, 4, 128, torch.bfloat16)
     bounds = torch.tensor([0, 3000, 3100, 8192], dtype=torch.int32, device="cuda")
     first = attention(q, k, v, cu_seqlens=bounds, impl="hopper")
@@ -120,7 +120,7 @@ def long_row() -> dict[str, float]:
 
 
 def speed() -> dict[str, float]:
-    """TFLOP/s of the causal forward; a first look, the benchmark is what counts."""
+    """TFLOP/s of the causal forward, for a first impression; the benchmark is what counts."""
     from .harness import median_ms
 
     found = {}

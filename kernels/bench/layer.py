@@ -2,8 +2,8 @@
 
     python -m chatmill.kernels.bench rms_norm rope swiglu
 
-Bytes counted: each input read once, each output written once. A kernel stays in the library only where it beats
-torch.compile here (docs/log.md holds the decisions).
+Bytes counted: each input read once, each output written once. A kernel stays in the library only if it beats
+torch.compile here (docs/log.md records the decisions).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     row_for(90, 2)   ->  tiles of both products and the bytes that one chunk of logits may take, for bf16 on Hopper
 
-tuning/linear_cross_entropy.json is pinned, so every rank of a job computes alike; `chatmill bench kernels
+tuning/linear_cross_entropy.json is fixed, so every rank of a job computes alike; `chatmill bench kernels
 linear_cross_entropy --tune` refits it on a GPU (tune, below). Extra memory of a step, at V=128256 and H=2048 in bf16:
 
     lower halves of d_weight's fp32 sums 2 V H = 525 MB  +  logits_bytes 600 MB  +  gathered rows, normed rows 4 R H
@@ -71,7 +71,7 @@ INTERPRETED = (Tile(32, 64, 32, 4, 1), Tile(32, 64, 32, 4, 1))
 
 
 def row_for(arch: int, element_bytes: int) -> TuningRow:
-    """The table's line for a compute capability (Hopper's where there is no GPU)."""
+    """The table's line for a compute capability (Hopper's without a GPU)."""
     arch, kind = min(max(arch or 90, 80), 129), 2 if element_bytes == 2 else 4
     return next(row for row in ROWS if row.arch[0] <= arch <= row.arch[1] and row.bytes == kind)
 

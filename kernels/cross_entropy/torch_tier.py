@@ -12,9 +12,9 @@ from torch import Tensor
 from ..tensors import wide_dtype
 from .rows import LossOptions, Statistics, VocabularyShard, finish_rows, row_losses, sum_over
 
-# 256 rows of a 49k vocabulary: on a CPU a softmax into a fresh buffer of that size costs ten times one in place
+# 256 rows of a 49k vocabulary: on a CPU a softmax into a new buffer of that size costs ten times as much as in place
 CHUNK_BYTES = 48 << 20
-# of the head's gradient that one product of narrower numbers makes beside the fp32 sums
+# of the head's gradient that one product of narrower numbers makes in addition to the fp32 sums
 PRODUCT_BYTES = 64 << 20
 
 

@@ -1,6 +1,6 @@
 """The head's gradient over chunks of rows, d_weight = sum over chunks of G.T @ X, in fp32 without an fp32 copy of it.
 
-    fp32 sum = upper 16 bits, which lie where the bf16 result will lie, and lower 16 bits in a buffer of their own
+    fp32 sum = upper 16 bits, stored where the bf16 result will be, and lower 16 bits in a separate buffer
 
 A bf16 number is the upper half of an fp32 one. So a bf16 weight's sums need 2 bytes per element besides the result instead
 of 4 (525 MB instead of 1.05 GB at V=128256, H=2048), exactly: halves are joined, added to in fp32 and split again. The first

@@ -1,4 +1,4 @@
-"""Compile a `@triton.jit` function for a GPU that is not here, and read what came out.
+"""Compile a `@triton.jit` function for a GPU that is not present, and inspect the result.
 
     report = compile_build(build_case("scale", kernel, {"BLOCK": 128}, arch=90, num_warps=8, num_stages=3))
     report.registers, report.spill_bytes, report.shared_bytes, report.sass["HGMMA"], report.serialized_wgmma
@@ -11,7 +11,8 @@ of this folder that has `shipped_cases()`:
 
 Gates (`violations`): spills within the case's budget, shared memory within the chip's limit, tensor cores really used
 (HGMMA on sm_90, and no HMMA where HGMMA is expected), no wgmma serialised by ptxas (warning C7512); and what a case claims
-beyond: warp specialisation, instructions, matrix loops without spills, exponentials beside a product. Takes `gluon.jit` too.
+in addition: warp specialisation, instructions, matrix loops without spills, exponentials beside a product. `gluon.jit` works
+too.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ OPCODES = (
 class BuildCase:
     """One configuration that ships: what to compile and what must hold.
 
-    types: triton type per argument that is no constexpr ("*bf16", "fp32", "i32", "i64").
+    types: triton type per argument that is not constexpr ("*bf16", "fp32", "i32", "i64").
     constants: constexpr arguments. aligned: names of integer arguments known to be multiples of 16.
     spill_bytes: budget of spilled bytes (stores + loads of ptxas -v). tensor_cores: a dot is expected on them.
     specialised: warp specialisation is claimed (setmaxnreg must be there). instructions, forbidden: mnemonics of OPCODES that
-    must be there, that must not.
-    clean_loops: nothing may be spilled inside the innermost loops with wgmma. overlapped: exponentials that must stand between
-    each wait that leaves a wgmma under way and the one that ends it.
+    must, or must not, occur.
+    clean_loops: nothing may be spilled inside the innermost loops with wgmma. overlapped: exponentials that must occur between
+    each wait that leaves a wgmma in flight and the wait that ends it.
     """
 
     name: str
@@ -152,7 +153,7 @@ def _run(*command: str) -> str:
 def compile_build(case: BuildCase) -> CompileReport:
     """Compile for the case's compute capability (80, 90, 100 ...) and read the binary.
 
-    Pointers are taken as 16-byte aligned, as torch allocates them. Raises what triton raises where it cannot compile.
+    Pointers are taken as 16-byte aligned, as torch allocates them. Raises what triton raises if it cannot compile.
     """
     if is_interpreting():
         raise RuntimeError("cross-compilation needs a process without TRITON_INTERPRET.")
@@ -215,18 +216,18 @@ def read_binary(built: Any, name: str, arch: int, seconds: float) -> CompileRepo
 
 
 def loop_spills(sass: str) -> int:
-    """Loads and stores of local memory in the innermost loops that hold wgmma: those cost time in every step."""
+    """Loads and stores of local memory in the innermost loops with wgmma, which cost time in every step."""
     return sum(len(re.findall(r"\b(?:LDL|STL)\b", "\n".join(loop))) for loop in matrix_loops(sass))
 
 
 def overlapped_exponentials(sass: str) -> int:
-    """Fewest exponentials between a wait that leaves one wgmma under way and the next wait; 0 where none leaves one."""
+    """Fewest exponentials between a wait that leaves one wgmma in flight and the next wait; 0 if none leaves one."""
     parts = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", sass)[1:]
     return min((len(re.findall(r"MUFU\.EX2", re.split(r"WARPGROUP\.DEPBAR", part)[0])) for part in parts), default=0)
 
 
 def violations(case: BuildCase, report: CompileReport) -> list[str]:
-    """Gates that this build fails, in words; empty where it may ship."""
+    """The gates that this build fails, as texts; empty if it may ship."""
     out = []
     if report.spill_bytes > case.spill_bytes:
         out.append(f"spills {report.spill_bytes} bytes, budget {case.spill_bytes}")
@@ -253,7 +254,7 @@ def violations(case: BuildCase, report: CompileReport) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile the `shipped_cases()` of a kernel module; exit 1 where a gate fails."""
+    """Compile the `shipped_cases()` of a kernel module; exit 1 if a gate fails."""
     parser = argparse.ArgumentParser(prog="python -m chatmill.kernels.gates.cross_compile", description=__doc__.splitlines()[0])
     parser.add_argument("module", help="module with shipped_cases() -> list[BuildCase]")
     parser.add_argument("--arch", type=int, action="append", help="only these compute capabilities")
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = None
         try:
             report = compile_build(case)
-        except Exception as error:  # the compiler raises anything; one broken case must not hide the others
+        except Exception as error:  # the compiler may raise anything; one broken case must not hide the others
             row = {"name": case.name, "arch": case.arch, "violations": [f"{type(error).__name__}: {str(error)[:500]}"]}
         else:
             row = asdict(report) | {"violations": violations(case, report)}

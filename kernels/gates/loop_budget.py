@@ -2,8 +2,8 @@
 
     python -m chatmill.kernels.gates.cross_compile chatmill.kernels.gates.attention --arch 90 --match "hopper D128" --loops
 
-Cycles of one multiprocessor for one step of every warp group of a block, by unit (sm_90: 4 schedulers, one instruction of 32
-lanes each a cycle; a warp group is 4 warps, one to a scheduler):
+Cycles of one multiprocessor for one step of every warp group of a block, by unit (sm_90: 4 schedulers, each one instruction of
+32 lanes per cycle; a warp group is 4 warps, one per scheduler):
 
     tensor   64 x N x K products at 2,048 a cycle: m64n128k16 takes 64. From 989.4 TFLOP/s dense bf16, 132 SMs, 1.83 GHz (H100
              whitepaper): 4,096 FLOP a cycle
@@ -12,8 +12,8 @@ lanes each a cycle; a warp group is 4 warps, one to a scheduler):
     issue    every instruction, 1 cycle
              (CUDA C++ programming guide, throughput of native arithmetic instructions, compute capability 9.0)
 
-`bound` is tensor / the largest of them: what a perfect overlap of everything could reach of the tensor cores' peak. `serial` is
-tensor / (tensor + the largest of the others): where nothing overlaps. Latencies, waits, clocks and memory are in neither.
+`bound` is tensor / the largest of them: the share of the tensor cores' peak with perfect overlap. `serial` is tensor / (tensor
++ the largest of the others): the share if nothing overlaps. Neither includes latencies, waits, clocks or memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LoopBudget:
     """One step of an innermost loop with wgmma, instructions of one warp.
 
     selections: FSEL, what an element mask is made of. waits: for wgmma. in_flight: fewest groups of copies (cp.async) that a
-    wait leaves under way, -1 where nothing is copied so: 0 means that the copy waited for is the latest one.
+    wait leaves in flight, -1 without such copies; 0 means that the copy waited for is the latest one.
     """
 
     instructions: int
@@ -70,7 +70,7 @@ def matrix_loops(sass: str) -> list[list[str]]:
     for i, line in enumerate(lines):
         target = re.search(r"@!?U?P\d+ BRA\b.*`\((\.L_x_\d+)\)", line)
         start = labels.get(target[1], i) if target else i
-        # no loop: the slow path of a wait, which lies behind the code and jumps back into it
+        # not a loop: the slow path of a wait, which is placed after the code and jumps back into it
         if start < i and "SYNCS.PHASECHK" not in before and any("HGMMA" in x for x in lines[start:i]):
             loops.append((start, i))
         if "/*" in line:

@@ -57,7 +57,7 @@ def rms_norm_reference(h: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class _TorchNorm(torch.autograd.Function):
-    """Saves h and one number per row; the normalised values are made again in backward."""
+    """Saves h and one number per row; the normalised values are recomputed in backward."""
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]

@@ -2,7 +2,7 @@
 
 Forward reads x (and the residual) once and writes y (and h). Backward reads h, dy and the residual stream's gradient once;
 each of a fixed number of programs sums its rows' share of d_weight in registers and writes one partial row, which torch
-adds up: no atomics, so the gradient is bitwise repeatable. Its next tiles are on their way while one is computed.
+adds up: no atomics, so the gradient is bitwise repeatable. The next tiles are loaded while one is computed.
 
 Proof:  TRITON_INTERPRET=1 pytest tests/kernels/layer/test_rms_norm.py
         python -m chatmill.kernels.gates.cross_compile chatmill.kernels.gates.layer
@@ -23,7 +23,7 @@ from ..tensors import wide_dtype, with_adjacent_columns
 
 # elements of one tile: with 8192, backward at 4 warps spilled (kernels/gates/layer.py)
 TILE = 4096
-# of shared memory that tiles on their way may take: sm_86 gives a program 101 kB, sm_90 two of them 113 kB each
+# of shared memory that tiles in flight may take: sm_86 gives a program 101 kB, sm_90 two of them 113 kB each
 SHARED_BYTES = 98_304
 
 
@@ -54,7 +54,7 @@ def rms_norm_forward_kernel(
     at = rows[:, None] * width + columns[None, :]
     if HAS_RESIDUAL:
         h += tl.load(RESIDUAL + rows[:, None] * residual_stride + columns[None, :], mask=mask, other=0.0).to(WIDE)
-        # the stream is what backward sees too: norm the rounded sum, not a better one that is then lost
+        # backward sees the rounded stream: norm the rounded sum, not a better one that is then lost
         h = h.to(H.dtype.element_ty)
         tl.store(H + at, h, mask=mask)
         h = h.to(WIDE)
@@ -187,9 +187,9 @@ def _tile(width: int) -> tuple[int, int, int]:
 
 
 def _stages(tile_bytes: int) -> int:
-    """Stages of backward's loop, whose step reads tile_bytes: the tile in use and those on their way; 1: none is ahead.
+    """Stages of backward's loop, whose step reads tile_bytes: the tile in use and those in flight; 1: none is loaded ahead.
 
-    With three at H=2048 and both programs of a multiprocessor four tiles, 96 kB, are on their way while two are computed.
+    With three stages at H=2048 and two programs per multiprocessor four tiles, 96 kB, are in flight while two are computed.
     """
     return max(1, min(3, 1 + SHARED_BYTES // tile_bytes))
 

@@ -1,4 +1,4 @@
-"""Rotary positions for queries and keys, with per-head RMSNorm (QK-norm) before the turn where weights are given.
+"""Rotary positions for queries and keys, with per-head RMSNorm (QK-norm) before the rotation if weights are given.
 
     x <- weight * x / rms(x)                                    only with q_norm, k_norm
     (a, b) = the first and second half of a head's channels;   (a, b) -> (a cos - b sin, b cos + a sin)
@@ -45,7 +45,7 @@ def rope(
 def rope_one(
     x: Tensor, cos: Tensor, sin: Tensor, *, norm: Tensor | None = None, norm_eps: float = 1e-6, impl: Impl = "auto"
 ) -> Tensor:
-    """`rope` of queries or of keys alone, x (T, heads, D): for modules that own one norm each."""
+    """`rope` of queries or of keys only, x (T, heads, D), for modules that own one norm each."""
     _check(x, x, cos, sin)
     half = x.shape[-1] // 2
     cos, sin = cos[..., :half], sin[..., :half]
