@@ -6,7 +6,7 @@
 Shapes: T tokens of all documents in one row, Hq query heads, Hk key/value heads (Hq a multiple of Hk), D and Dv channels.
 `cu_seqlens` holds the document boundaries; nothing attends across one.
 Method: Dao et al., FlashAttention-2, arXiv:2307.08691 and -3, arXiv:2407.08608; tiles are listed on the CPU (tile_map.py).
-Tiers:  triton (triton_tier.py), hopper (hopper_forward.py), torch (torch_tier.py), flash-attn, SDPA and FlexAttention
+Tiers:  triton (triton_tier.py), hopper (hopper/), torch (torch_tier.py), flash-attn, SDPA and FlexAttention
         (libraries.py); dispatch.py chooses.
 Bench:  python -m chatmill.kernels.bench attention
 """
@@ -181,6 +181,6 @@ def _why_no_hopper(device: torch.device, dtype: torch.dtype, head_dim: int, valu
         return "the Hopper tier runs only on a Hopper GPU: Triton's interpreter has no Gluon"
     if device.type == "cuda" and not 90 <= capability(device) < 100:
         return f"the Hopper tier needs compute capability 90, this GPU has {capability(device)}"
-    from .hopper_forward import why_not_hopper
+    from .hopper.forward import why_not_hopper
 
     return why_not_hopper(dtype, head_dim, value_dim)

@@ -42,7 +42,7 @@ def attention_forward(
         return attention_forward_torch(q, k, v, _bounds(cu_seqlens), rules)
     tile_map = _tile_map(q, v, cu_seqlens, tiles, header, rules, impl)
     if impl == "hopper":
-        from .hopper_forward import attention_forward_hopper
+        from .hopper.forward import attention_forward_hopper
 
         return attention_forward_hopper(q, k, v, tile_map, rules)
     from .triton_tier import attention_forward_triton
@@ -80,7 +80,7 @@ def attention_backward(
         return attention_backward_torch(*saved, _bounds(cu_seqlens), rules)
     tile_map = _tile_map(q, v, cu_seqlens, tiles, header, rules, impl.removesuffix("-fused"))
     if impl == "hopper-fused":
-        from .hopper_backward import attention_backward_hopper
+        from .hopper.backward import attention_backward_hopper
 
         return attention_backward_hopper(*saved, tile_map, rules)
     from .triton_tier import attention_backward_triton

@@ -61,7 +61,7 @@ def hopper_cases() -> Iterator[BuildCase]:
     """The Hopper tier's forward; fp16 and the soft-cap once each."""
     from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
 
-    from ..attention.hopper_forward import attention_forward_hopper_kernel
+    from ..attention.hopper.forward import attention_forward_hopper_kernel
 
     def blocks(rows: int, D: int, element: str) -> str:
         layout = NVMMASharedLayout.get_default_for([rows, D], bfloat16 if element == "bf16" else float16)
@@ -88,7 +88,7 @@ def hopper_cases() -> Iterator[BuildCase]:
 
 def hopper_backward_cases() -> Iterator[BuildCase]:
     """The fused backward, with the key tiles of the table's dk and dv; fp16 and the soft-cap once each."""
-    from ..attention import hopper_backward as fused
+    from ..attention.hopper import backward as fused
 
     variants = [(D, short, "bf16", False) for D in fused.DIMS for short in (False, True)]
     variants += [(64, False, "fp16", False), (64, False, "bf16", True)]

@@ -14,8 +14,8 @@ from tests.kernels.attention.gluon_memory import DeadlockError, RaceError, Simul
 from tests.kernels.attention.gluon_simulator import Edits, Simulated
 
 from chatmill.kernels import dispatch, interpreter
-from chatmill.kernels.attention import hopper_forward as attention_hopper
-from chatmill.kernels.attention.hopper_forward import attention_forward_hopper, heads_together, why_not_hopper
+from chatmill.kernels.attention.hopper import forward as attention_hopper
+from chatmill.kernels.attention.hopper.forward import attention_forward_hopper, heads_together, why_not_hopper
 from chatmill.kernels.attention.interface import attention
 from chatmill.kernels.attention.reference import attention_reference
 from chatmill.kernels.attention.rules import Rules

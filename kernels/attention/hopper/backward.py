@@ -30,11 +30,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import on_its_device
-from ..tensors import with_adjacent_columns
-from .rules import Rules
-from .tile_map import TileMap
-from .triton_parts import LOG2E_, cap_slope, capped, strides_of, tile_row
+from ...dispatch import on_its_device
+from ...tensors import with_adjacent_columns
+from ..rules import Rules
+from ..tile_map import TileMap
+from ..triton_parts import LOG2E_, cap_slope, capped, strides_of, tile_row
 
 DIMS = (64, 128)
 # rows of a pass over all rows

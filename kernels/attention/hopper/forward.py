@@ -51,10 +51,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..dispatch import on_its_device
-from .rules import LOG2E, Rules
-from .tile_map import TileMap
-from .tiles import HOPPER_FORWARD
+from ...dispatch import on_its_device
+from ..rules import LOG2E, Rules
+from ..tile_map import TileMap
+from ..tiles import HOPPER_FORWARD
 
 LOG2E_ = gl.constexpr(LOG2E)
 LN2_ = gl.constexpr(0.6931471805599453)
