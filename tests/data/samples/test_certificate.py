@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatmill.config import ConfigError
-from chatmill.data.check.inspection import verify_dataset
+from chatmill.data.check.verify import verify_dataset
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
 

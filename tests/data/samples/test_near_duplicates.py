@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chatmill.data.check.inspection import verify_dataset
+from chatmill.data.check.verify import verify_dataset
 from chatmill.data.importers.datasets.openai_messages import read
 from chatmill.data.ledger import Ledger
 from chatmill.data.pipeline.pipeline import build_dataset

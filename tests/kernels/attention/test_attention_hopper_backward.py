@@ -9,8 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from chatmill.kernels import interpreter
-from chatmill.kernels.attention import hopper_backward as attention_hopper_backward
-from chatmill.kernels.attention.hopper_backward import _rows_of_heads, attention_backward_hopper
+from chatmill.kernels.attention.hopper import backward as attention_hopper_backward
+from chatmill.kernels.attention.hopper.backward import _rows_of_heads, attention_backward_hopper
 from chatmill.kernels.attention.interface import _may_fuse
 from chatmill.kernels.attention.operators import attention_backward
 from chatmill.kernels.attention.reference import attention_reference
