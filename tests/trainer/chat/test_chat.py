@@ -241,7 +241,7 @@ def test_a_foreign_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> Non
 SLOW_CHAT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background by a shell inherit it ignored
-from chatmill.trainer import chat_terminal
+from chatmill.trainer.chat import terminal as chat_terminal
 from chatmill.trainer.chat.file import generate_file, read_prompts
 from chatmill.trainer.generation.replies import Reply, reply_to
 
