@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ def batch(tokens: int) -> PackedBatch:
 
 def measured_peak(run: Callable[[], object]) -> int:
     """Most bytes that torch's CPU allocator had handed out at once since the call began."""
+    gc.collect()  # what earlier tests left behind would be freed in the middle and counted against this run
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     results = profiler.profiler
