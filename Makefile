@@ -13,9 +13,10 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 demo: venv
 	$(BIN)/python -m chatmill.launcher.demo $(ARGS)
 
-# Lint, types and all tests that this machine can run. ARGS is passed to pytest.
+# Lint, types and all tests that this machine can run. ARGS is passed to pytest. WORKERS=0 runs them one after another.
+WORKERS ?= 2
 test: check $(VENV)/.deepspeed
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: venv-dev
 	$(BIN)/ruff check .

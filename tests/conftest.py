@@ -30,8 +30,12 @@ def _why_not(item: pytest.Item) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip by marker."""
+    """Skip by marker; give each worker whole files, the longest first, and all that start a Slurm to one worker."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
     for item in items:
         reason = _why_not(item)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+        group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: 0 if item.get_closest_marker("slurm") else 1 if item.path in slow else 2)
