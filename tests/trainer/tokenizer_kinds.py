@@ -1,6 +1,6 @@
 """Small tokenizers of every kind that models come with, and Hugging Face folders of random models that use them.
 
-    save_model("byte-fallback", tmp_path)       # config.json, weights, tokenizer.json, tokenizer_config.json, chat_template.jinja
+    save_model("byte-fallback", tmp_path)       # writes the weights, the configs, the tokenizer and its chat template
 
 The models are random but end their replies after a few dozen tokens, so that greedy replies to different prompts differ in text
 and length. Their byte tokens come in any order: unfinished and invalid characters are common in their replies.
