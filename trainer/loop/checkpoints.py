@@ -51,10 +51,11 @@ class RunCheckpoints:
     # ---------------------------------------------------------------- finding and restoring
 
     def newest(self) -> Checkpoint | None:
-        """The newest intact checkpoint, or None before the first; every rank must call it.
+        """The newest intact checkpoint, or None before the first; every rank must call it. Waits for a save in progress.
 
         The ranks share the reading: each hashes a part of the files. Raises CheckpointError when none of them is good.
         """
+        self.wait()
         names: list[str] = self.world.gather([path.name for path in list_checkpoints(self.folder.path)])[0]
         problems: list[str] = []
         for name in reversed(names):

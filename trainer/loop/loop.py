@@ -149,6 +149,9 @@ class Training:
         """Go back to the newest checkpoint and leave out this step's dialogues from there on; False where there is none."""
         target = self.checkpoints.newest()
         if target is None:
+            self.run.display.say(f"step {self.state.step}: there is no checkpoint to go back to; the update is only skipped.")
+            if self.run.world.is_main:
+                self.run.folder.event("no_rollback", step=self.state.step, kind=bad.kind, reason="no checkpoint yet")
             return False
         step = int(target.meta["step"])
         self._exclude = merged(self._exclude, step, guard.exclude(bad, self.state, micro, step))

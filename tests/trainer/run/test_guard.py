@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from chatmill.config import ConfigError
 from chatmill.data.packing.sources import recorded_exclusions
 from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer.checkpoint.checkpoint import open_checkpoint
+from chatmill.trainer.checkpoint.saver import CheckpointSaver
 from chatmill.trainer.config import GuardSection, load_recipe
 from chatmill.trainer.engine.engine import StepSums
 from chatmill.trainer.engine.torch_engine import TorchEngine
@@ -135,6 +137,40 @@ def test_a_run_that_is_continued_after_a_roll_back_keeps_its_exclusions(write_re
     (run / "events.jsonl").write_text("")
     train(load_recipe(str(recipe)))
     assert losses(run) == whole
+
+
+@pytest.mark.parametrize("bad_step", [5, 9])
+def test_a_roll_back_waits_for_a_checkpoint_that_is_still_being_written(
+    write_recipe, tmp_path: Path, monkeypatch, bad_step: int
+) -> None:
+    write = CheckpointSaver._write
+
+    def slow(*arguments) -> str:
+        time.sleep(1.0)
+        return write(*arguments)
+
+    monkeypatch.setattr(CheckpointSaver, "_write", slow)
+    Injector(monkeypatch, {bad_step: 1e3})
+    settings = {"guard": {**GUARD, "on_spike": "rollback"}, "checkpoint": {"every_steps": 4}, "train": {"steps": 12}}
+    recipe = write_recipe("slow", **settings)
+    train(load_recipe(str(recipe)))
+    run = tmp_path / "runs" / "slow"
+    (event,) = events(run, "rollback")
+    assert (event["step"], event["to_step"]) == (bad_step, bad_step - 1)
+    monkeypatch.undo()
+    train(load_recipe(str(recipe)))  # a start reads the checkpoints and the exclusions again: they agree
+
+
+def test_a_roll_back_before_the_first_checkpoint_says_that_it_is_only_a_skip(
+    write_recipe, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    Injector(monkeypatch, {7: 1e3})
+    settings = {"guard": {**GUARD, "on_spike": "rollback"}, "checkpoint": {"every_steps": 10}, "train": {"steps": 12}}
+    train(load_recipe(str(write_recipe("early", **settings))))
+    (event,) = events(tmp_path / "runs" / "early", "no_rollback")
+    assert event["step"] == 7
+    assert "step 7: there is no checkpoint to go back to" in "".join(capsys.readouterr())
+    assert not events(tmp_path / "runs" / "early", "rollback")
 
 
 def test_a_run_is_rolled_back_only_so_often(write_recipe, tmp_path: Path, monkeypatch) -> None:
