@@ -9,7 +9,9 @@ from collections.abc import Sequence
 def output_of(command: Sequence[str], timeout_s: float = 60.0) -> str | None:
     """What a program prints, or None where it is missing, fails or takes too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="surrogateescape", timeout=timeout_s, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -16,8 +16,16 @@ from pydantic import AfterValidator, Field, model_validator
 
 from chatmill.config import Section
 
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY|AUTH", re.IGNORECASE)
-URL_LOGIN = re.compile(r"://[^/@\s]+@")
+SECRET_NAME = re.compile(
+    r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|AUTH(?!OR)|API_?KEY|ACCESS_?KEY|(^|_)(KEY|PAT|SAS)$|(?<!^)(?<!^OLD)PWD",
+    re.IGNORECASE,
+)
+SECRET_VALUE = re.compile(  # a login in an address, a signed address, and tokens whose form tells
+    r"://[^/@\s]+@|[?&](X-(Amz|Goog|Ms)-(Signature|Credential|Security-Token)|sig|signature|access_token|token|api_?key|key)=[^&\s]+"
+    r"|\b(hf|ghp|gho|ghs|glpat|github_pat|sk|xox[abprs])[-_][A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b|BEGIN [A-Z ]*PRIVATE KEY",
+    re.IGNORECASE,
+)
+ASSIGNMENT = re.compile(r"(?:^|[\s;&|])([A-Za-z_][A-Za-z0-9_]*)=([^\s;&|]+)")
 
 
 def _allowed(pattern: str, what: str) -> AfterValidator:
@@ -35,6 +43,17 @@ def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("line breaks and control characters are refused")
     return text
+
+
+def looks_secret(name: str, value: str) -> bool:
+    """Whether a variable's name or value looks like a password, a key, a token, or an address with a login or a signature."""
+    return bool(SECRET_NAME.search(name) or SECRET_VALUE.search(value))
+
+
+def shows_secret(line: str) -> bool:
+    """Whether a shell line or an override holds a secret in plain text; `export KEY=$OTHER` and `KEY=$(command)` do not."""
+    plain = (name for name, value in ASSIGNMENT.findall(line) if not value.lstrip("\"'").startswith("$"))
+    return bool(SECRET_VALUE.search(line)) or any(SECRET_NAME.search(name) for name in plain)
 
 
 JobName = Annotated[str, _allowed(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "a name of letters, digits, dot, dash and underscore")]
@@ -114,10 +133,12 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> JobSpec:
-        hidden = [name for name, value in self.environment.items() if SECRET_NAME.search(name) or URL_LOGIN.search(value)]
+        hidden = [f"environment: {name}" for name, value in self.environment.items() if looks_secret(name, value)]
+        hidden += [f"line {n} of setup" for n, line in enumerate(self.setup, 1) if shows_secret(line)]
+        hidden += [f"argument {n}" for n, word in enumerate(self.arguments, 1) if shows_secret(word)]
         if hidden:
             raise ValueError(
-                f"environment: {', '.join(hidden)} looks like a secret, and job scripts are kept in plain text. "
+                f"{'; '.join(hidden)} looks like a secret, and job scripts are kept in plain text. "
                 f"Export it in your shell and list its name under secrets"
             )
         return self

@@ -162,7 +162,7 @@ def start(prepared: Launch, detach: bool) -> int:
     run_dir = prepared.resolved.run_dir
     folder = new_launch(run_dir)
     (run_dir / "logs").mkdir(exist_ok=True)
-    snapshot_code(folder)
+    print(snapshot_code(folder))
     (folder / "config.yaml").write_text(dump_yaml(prepared.resolved.recipe), encoding="utf-8")
     spec = _placed(prepared.spec, folder)
     record: dict[str, Any] = {"on": prepared.on, "time": round(time.time(), 3), "cwd": str(Path.cwd()), "typed": sys.argv[1:]}

@@ -99,8 +99,14 @@ def submit_sweep(config: SweepConfig, dry_run: bool) -> int:
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     code = snapshot_code(folder)
+    print(code)
     placed = spec.model_copy(
-        update={"code": str(code), "python": spec.python or sys.executable, "arguments": (str(file),), "run_dir": str(folder)}
+        update={
+            "code": str(code.folder),
+            "python": spec.python or sys.executable,
+            "arguments": (str(file),),
+            "run_dir": str(folder),
+        }
     )
     script = folder / "sweep.sh"
     script.write_text(render_sweep(placed, config.workers), encoding="utf-8")

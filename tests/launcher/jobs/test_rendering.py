@@ -205,8 +205,13 @@ def test_hostile_arguments_arrive_as_they_were_typed_and_run_nothing(tmp_path: P
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("HF_TOKEN", "hf_x"), ("WANDB_API_KEY", "k3y-9"), ("DB_PASSWORD", "p4ss-9"), ("PROXY", "http://me:hunter2@proxy:8080")],
-)
+    [
+        ("HF_TOKEN", "hf_x"), ("WANDB_API_KEY", "k3y-9"), ("DB_PASSWORD", "p4ss-9"), ("PROXY", "http://me:hunter2@proxy:8080"),
+        ("SIGNING_KEY", "k3y-9"), ("GITHUB_PAT", "p4t-9"), ("DBPWD_MAIN", "p4ss-9"), ("PGPWD", "p4ss-9"), ("AZURE_SAS", "s4s-9"),
+        ("SOURCE", "https://store/chats?X-Amz-Date=1&X-Amz-Signature=abc9"), ("SOURCE", "https://store/chats?sv=1&sig=abc9"),
+        ("PLAIN", "ghp_0123456789abcdefghij"),
+    ],
+)  # fmt: skip
 def test_secrets_are_refused_as_values_and_never_rendered(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match="looks like a secret") as caught:
         validate(JobSpec, {"environment": {name: value}}, "test")
@@ -214,6 +219,33 @@ def test_secrets_are_refused_as_values_and_never_rendered(name: str, value: str)
     script = render_sbatch(JobSpec(secrets=(name,)))
     done = subprocess.run(["bash", "-c", script], env={"SLURM_NNODES": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode and f"export {name} in the shell that submits this job" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"setup": ["export HF_TOKEN=hunter2"]},
+        {"setup": ["module load x; WANDB_API_KEY='hunter2' true"]},
+        {"arguments": ["tiny", "data.path=https://store/set?X-Goog-Signature=hunter2"]},
+        {"arguments": ["tiny", "data.path=https://me:hunter2@store/set"]},
+    ],
+)
+def test_secrets_in_setup_lines_and_overrides_are_refused_without_showing_them(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"(line 1 of setup|argument 2).* looks like a secret") as caught:
+        validate(JobSpec, fields, "test")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_names_that_only_resemble_secrets_pass() -> None:
+    plain = {
+        "OLDPWD": "/x",
+        "TOKENIZERS_PARALLELISM": "false",
+        "GIT_AUTHOR_NAME": "me",
+        "KEYBOARD": "us",
+        "NCCL_IB_HCA": "mlx5_0",
+    }
+    lines = ("export HF_TOKEN=$(cat ~/.hf)", 'export HF_TOKEN="$OTHER"', "ulimit -n 65536")
+    JobSpec(environment=plain, setup=lines, arguments=("tiny", "data.tokenizer=x", "optimizer.lr=1e-3"))
 
 
 def test_a_job_of_gpu_nodes_starts_one_process_per_gpu() -> None:
