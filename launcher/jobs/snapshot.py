@@ -2,9 +2,9 @@
 
 RUN/launches/001/{code/, config.yaml, job.json, job.sh, uncommitted.diff, commit}
 
-Of a git checkout, the files that git tracks are copied as they are now, and new ones only where their name says that they are
-code: a chat or a key that lies beside the code stays there. An installed package is copied unchanged. A job that waits in a queue
-for days runs this copy, not the checkout as it is by then.
+Of a git checkout, the files that git tracks are copied as they are now, and new ones only where their suffix is that of code:
+a chat or a key that lies beside the code stays there. An installed package is copied unchanged. A job that waits in a queue for
+days runs this copy, not the checkout as it is by then.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def new_launch(run_dir: Path) -> Path:
 class Snapshot:
     """folder: the copy (its src/ goes on PYTHONPATH). copied, new, left_out: names relative to the checkout.
 
-    new: those of `copied` that git does not track. left_out: untracked files that are not code, secrets, and files that are too large.
+    new: those of `copied` that git does not track. left_out: untracked files that are not code, keys, and very large files.
     """
 
     folder: Path
@@ -112,7 +112,7 @@ def _files(root: Path) -> tuple[list[str], list[str]]:
     git = ["git", "-C", str(root), "ls-files", "-z", "--exclude-standard"]
     tracked = output_of([*git, "--cached", "--", *PARTS])
     if tracked:
-        others = output_of([*git, "--others", "--", *PARTS])
+        others = output_of([*git, "--others", "--", *PARTS]) or ""
         return [name for name in tracked.split("\0") if name], [name for name in others.split("\0") if name]
     paths = [path for part in PARTS for path in (root / part, *(root / part).rglob("*")) if path.is_symlink() or path.is_file()]
     names = [path.relative_to(root) for path in paths]
