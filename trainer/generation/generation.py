@@ -20,7 +20,9 @@ from chatmill.config import ConfigError
 
 from ..model.decoder import Decoder
 from ..model.kv_cache import KVCache
+from .grammar import Grammar
 from .prompt import check_prompt
+from .rules import Rules
 from .sampling import Sampling, make_generator, next_token
 
 FinishReason = Literal["stop", "length"]
@@ -43,9 +45,10 @@ class TokenStep:
 class Generation:
     """Iterator over the TokenSteps of one reply. After the end, finish_reason tells why.
 
-    "stop": a stop id came (stop_step is that token), or the consumer called `stop()`; "length": max_new_tokens or the
-    context is full. prompt_logprobs: alternatives per token of the prompt; prompt_steps then has one TokenStep for each
-    token but the first, which follows nothing.
+    "stop": a stop id came (stop_step is that token), the grammar allows nothing more, or the consumer called `stop()`;
+    "length": max_new_tokens or the context is full. grammar: of this reply alone.
+    prompt_logprobs: alternatives per token of the prompt; prompt_steps then has one TokenStep for each token but the first,
+    which follows nothing.
     Closing it, or dropping it, ends the work: nothing runs between two `next` calls.
     """
 
@@ -60,13 +63,15 @@ class Generation:
         seed: int | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         check_prompt(prompt_ids, model.config.context, model.config.vocab_size)
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
         self.model = model
         self.sampling = sampling or Sampling()
-        self.stop_ids = frozenset(stop_ids)
+        self.sampling.check_against(model.config.vocab_size, with_grammar=grammar is not None)
+        self.stop_ids = self.sampling.stop_ids(stop_ids)
         self.finish_reason: FinishReason | None = None
         self.ids: list[int] = []
         self.stop_step: TokenStep | None = None
@@ -81,8 +86,7 @@ class Generation:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         self._cache = KVCache(model.config, len(prompt_ids) + self._room, dtype, weight.device)
         self._pending = torch.tensor(list(prompt_ids), dtype=torch.long, device=weight.device)
-        self._seen_ids = set(prompt_ids)  # on the host: torch.unique would make it wait for the GPU
-        self._seen = torch.tensor(sorted(self._seen_ids), dtype=torch.long, device=weight.device)
+        self._rules = Rules(self.sampling, prompt_ids, self.stop_ids, model.config.vocab_size, weight.device, grammar)
         self._generator = make_generator(seed, weight.device)
 
     def __iter__(self) -> Iterator[TokenStep]:
@@ -115,16 +119,16 @@ class Generation:
 
     def accept(self, logits: Tensor) -> TokenStep | None:
         """Choose the next token from logits Float["V"]; None at a stop id. The pending tokens are in the cache by then."""
-        chosen = next_token(logits, self.sampling, self._seen, self._generator)
+        chosen = next_token(self._rules.apply(logits), self.sampling, self._generator)
         if chosen in self.stop_ids:
             self.finish_reason = "stop"
             self.stop_step = token_step(chosen, logits, self._logprobs)
             return None
         self.ids.append(chosen)
         self._pending = torch.tensor([chosen], dtype=torch.long, device=self._device)
-        if self.sampling.repetition_penalty != 1.0 and chosen not in self._seen_ids:
-            self._seen_ids.add(chosen)
-            self._seen = torch.cat((self._seen, self._pending))
+        self._rules.note(chosen)
+        if self._rules.is_complete:
+            self.finish_reason = "stop"
         return token_step(chosen, logits, self._logprobs)
 
     def stop(self) -> None:

@@ -12,18 +12,23 @@ from typing import Any
 from chatmill.config import ConfigError
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
+from .grammar import Grammar
 from .sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What to continue, and how. stops: strings that end the reply and are not part of it."""
+    """What to continue, and how. stops: strings that end the reply and are not part of it.
+
+    grammar: what the reply must follow; several prompts may have the same one.
+    """
 
     ids: Sequence[int]
     max_new_tokens: int
     sampling: Sampling
     seed: int | None = None
     stops: Sequence[str] = ()
+    grammar: Grammar | None = None
 
 
 def check_prompt(prompt_ids: Sequence[int], context: int, vocab_size: int) -> None:

@@ -16,6 +16,7 @@ from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..model.decoder import Decoder
 from .batched import next_steps
 from .generation import FinishReason, Generation
+from .grammar import Grammar
 from .prompt import Prompt, fit_messages
 from .sampling import Sampling
 from .text_stream import TextStream
@@ -62,6 +63,7 @@ def replies_to_many(
                 sampling=prompt.sampling,
                 stop_ids=tokenizer.stop_ids,
                 seed=prompt.seed,
+                grammar=None if prompt.grammar is None else prompt.grammar.copy(),
             )
             running.append(_Running(index, steps, TextStream(tokenizer.decode, prompt.stops)))
         if not running:
@@ -92,10 +94,11 @@ def reply_to(
     sampling: Sampling | None = None,
     stop_strings: Sequence[str] = (),
     seed: int | None = None,
+    grammar: Grammar | None = None,
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> Reply:
     """Answer a conversation (mappings with role and content); on_text gets each piece of text when it is certain."""
     ids, _ = fit_messages(tokenizer, messages, model.config.context, max_new_tokens)
-    prompt = Prompt(ids, max_new_tokens, sampling or Sampling(), seed, stop_strings)
+    prompt = Prompt(ids, max_new_tokens, sampling or Sampling(), seed, stop_strings, grammar)
     ((_, reply),) = replies_to_many(model, tokenizer, [prompt], on_text=on_text)
     return reply

@@ -22,11 +22,11 @@ from chatmill.trainer.generation.batched import next_steps
 from chatmill.trainer.generation.generation import Generation
 from chatmill.trainer.generation.prompt import Prompt, fit_messages
 from chatmill.trainer.generation.replies import replies_to_many, reply_to
-from chatmill.trainer.generation.sampling import Sampling, filtered_logits, make_generator, next_token, penalise_repeats
+from chatmill.trainer.generation.rules import Rules, penalise_repeats
+from chatmill.trainer.generation.sampling import Sampling, filtered_logits, make_generator, next_token
 from chatmill.trainer.generation.text_stream import TextStream
 from chatmill.trainer.model.decoder import Decoder
 
-NOTHING_SEEN = torch.empty(0, dtype=torch.long)
 TEXT = "Zoë says: 你好 👩‍👩‍👧 naïve\n```py\nx = 1\n```"
 
 
@@ -241,22 +241,27 @@ def test_filters_and_penalty_are_those_of_transformers() -> None:
         theirs = logits_process.TopKLogitsWarper(40)(seen[None], theirs)
         theirs = logits_process.TopPLogitsWarper(0.9)(seen[None], theirs)
         theirs = logits_process.MinPLogitsWarper(0.05)(seen[None], theirs)
-        ours = filtered_logits(logits, Sampling(0.7, 40, 0.9, 0.05, 1.4), torch.unique(seen))
+        ours = filtered_logits(penalise_repeats(logits, torch.unique(seen), 1.4), Sampling(0.7, 40, 0.9, 0.05))
         assert torch.allclose(ours, theirs[0], atol=1e-5)
 
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
     generator = make_generator(3)
-    draws = [next_token(logits, Sampling(1.0), NOTHING_SEEN, generator) for _ in range(4000)]
+    draws = [next_token(logits, Sampling(1.0), generator) for _ in range(4000)]
     shares = [draws.count(i) / 4000 for i in range(3)]
     assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
 
 
+def chosen(logits: torch.Tensor, sampling: Sampling, prompt: list[int]) -> int:
+    rules = Rules(sampling, prompt, (), len(logits), logits.device)
+    return next_token(rules.apply(logits), sampling, make_generator(0))
+
+
 def test_greedy_still_honours_the_penalty() -> None:
     logits = torch.tensor([2.0, 1.9, -1.0])
-    assert next_token(logits, Sampling(), NOTHING_SEEN, make_generator(0)) == 0
-    assert next_token(logits, Sampling(repetition_penalty=1.5), torch.tensor([0]), make_generator(0)) == 1
+    assert chosen(logits, Sampling(), []) == 0
+    assert chosen(logits, Sampling(repetition_penalty=1.5), [0]) == 1
     assert penalise_repeats(logits, torch.tensor([2]), 2.0)[2] == -2.0
 
 
@@ -265,11 +270,27 @@ def test_greedy_still_honours_the_penalty() -> None:
     [
         {"temperature": -1.0},
         {"temperature": math.nan},
-        {"top_k": 0},
+        {"temperature": math.inf},
+        {"temperature": True},
+        {"temperature": "0.5"},
+        {"top_k": -2},
+        {"top_k": 2.0},
+        {"top_k": True},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"top_p": math.nan},
         {"min_p": 2.0},
+        {"min_p": math.nan},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e40},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": math.nan},
+        {"logit_bias": ((3, math.inf),)},
+        {"logit_bias": ((-1, 1.0),)},
+        {"min_tokens": -1},
+        {"min_tokens": True},
+        {"stop_token_ids": (True,)},
     ],
 )
 def test_impossible_knobs_are_refused_by_name(knobs: dict[str, Any]) -> None:
@@ -282,7 +303,7 @@ def test_damaged_logits_never_become_an_answer(bad: float) -> None:
     logits = torch.full((5,), bad) if bad < 0 else torch.tensor([1.0, bad, 0.0])
     for sampling in (Sampling(), Sampling(0.8)):
         with pytest.raises(FloatingPointError, match="logits"):
-            next_token(logits, sampling, NOTHING_SEEN, make_generator(0))
+            chosen(logits, sampling, [])
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from typing import Literal
 
 from ...generation.batched import joint_logits
 from ...generation.generation import PREFILL_CHUNK, FinishReason, Generation, TokenStep
+from ...generation.grammar import Grammar
 from ...generation.prefix_store import PrefixStore
 from ...generation.sampling import Sampling
 from ...generation.text_stream import TextStream
@@ -78,6 +79,7 @@ class Job:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None  # of this job alone
     deadline: float = float("inf")  # time.monotonic()
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -187,6 +189,7 @@ class Batcher:
                 seed=job.seed,
                 logprobs=job.logprobs,
                 prompt_logprobs=job.prompt_logprobs,
+                grammar=job.grammar,
             )
             self.counts.reused_tokens += self._kept.lend(steps)
             self._active.append(_Active(job, steps, TextStream(self.chat.tokenizer.decode, job.stop_strings)))
