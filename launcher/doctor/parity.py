@@ -80,7 +80,7 @@ def _pairs(case: Case) -> set[tuple[tuple[str, Any], ...]]:
 
 def judge(case: Case, found: dict[str, Any], reference: dict[str, Any]) -> CaseResult:
     """Compare the losses of a case with the reference's; `found` holds `losses` and `gradient`, the largest difference."""
-    loss = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], reference["losses"], strict=False))
+    loss = _largest([abs(a - b) / abs(b) for a, b in zip(found["losses"], reference["losses"], strict=False)])
     gradient = float(found["gradient"])
     problems = [
         f"{name} differs by {value:.1e}"
@@ -88,6 +88,11 @@ def judge(case: Case, found: dict[str, Any], reference: dict[str, Any]) -> CaseR
         if not value <= limit  # a NaN is not within it
     ]
     return CaseResult(case, loss, gradient, ", ".join(problems))
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest value, or NaN where one is NaN: max() keeps or drops a NaN by its place."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def run_parity(cases: Iterable[Case], show: Callable[[CaseResult], None] = lambda row: None) -> list[CaseResult]:
@@ -240,8 +245,8 @@ def summary(rows: Sequence[CaseResult], product: int, seconds: float) -> str:
     failures = [row for row in rows if is_failure(row)]
     text = "".join(f"\n{line(row)}\n{row.problem}\n" for row in failures if row.loss is None)
     idle = sum(row.loss is None for row in rows if row not in failures)
-    loss = max((row.loss for row in rows if row.loss is not None), default=math.nan)
-    gradient = max((row.gradient for row in rows if row.gradient is not None), default=math.nan)
+    loss = _largest([row.loss for row in rows if row.loss is not None] or [math.nan])
+    gradient = _largest([row.gradient for row in rows if row.gradient is not None] or [math.nan])
     return text + (
         f"\n{len(rows) - idle} of {product} cases in {seconds:.0f} s, {len(failures)} failed"
         f"{f', {idle} not run (see above)' if idle else ''}; "

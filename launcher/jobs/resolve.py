@@ -9,13 +9,13 @@ started (with a note on stderr), unless an override asks for `single`.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatmill.config import ConfigError, validate
+from chatmill.config import ConfigError, read_json, validate
+from chatmill.run_files import list_checkpoints
 
 from ...trainer.config import ModelConfig, Recipe, load_recipe
 
@@ -59,9 +59,9 @@ def model_shape(recipe: Recipe) -> ModelConfig | None:
     if recipe.model.checkpoint is None:
         return recipe.model.shape()
     folder = Path(recipe.model.checkpoint)
-    found = sorted(folder.glob("checkpoints/step-*/config.json"))
-    file = found[-1] if found else folder / "config.json"
-    return validate(ModelConfig, json.loads(file.read_text(encoding="utf-8")), str(file)) if file.is_file() else None
+    # a run that continues needs its own checkpoints only
+    file = ([folder, *list_checkpoints(folder), *list_checkpoints(recipe.run_dir)])[-1] / "config.json"
+    return validate(ModelConfig, read_json(file), str(file)) if file.is_file() else None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -79,6 +79,8 @@ def collect(study: Any, sweep: SweepConfig) -> list[TrialResult]:
             continue
         run = sweep.folder / "runs" / trial.user_attrs.get("run", "")
         value = trial.value if trial.value is not None else next(reversed(trial.intermediate_values.values()), None)
+        if value is not None and not math.isfinite(value):  # a diverged training has no place in an order
+            value = None
         seconds = trial.duration.total_seconds() if trial.duration else None
         found.append(
             TrialResult(

@@ -8,6 +8,7 @@ that Optuna prunes is stopped like a preempted run. A worker that is stopped its
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -105,7 +106,10 @@ def run_trial(sweep: SweepConfig, trial: Any, run_dir: Path, signals: Signals) -
     ended = figures(run_dir, sweep.metric)
     last = ended[-1][1] if ended else None
     if child.returncode == 0 and not (run_dir / PREEMPTED).exists() and last is not None:
-        return "complete", last
+        if math.isfinite(last):
+            return "complete", last
+        trial.set_user_attr("error", f"its last validation is {last}: the training diverged")
+        return "failed", last
     if pruned:
         return "pruned", last
     if signals.stop:
@@ -115,8 +119,9 @@ def run_trial(sweep: SweepConfig, trial: Any, run_dir: Path, signals: Signals) -
 
 
 def figures(run_dir: Path, metric: str) -> list[tuple[int, float]]:
-    """(step, validation figure) as far as the run has got."""
-    return [(int(m["step"]), float(m["eval"][metric])) for m in read_jsonl(run_dir / "metrics.jsonl") if "eval" in m]
+    """(step, validation figure) as far as the run has got; NaN where the loss is NaN or infinite, whatever the metric says."""
+    rows = [(int(m["step"]), m["eval"]) for m in read_jsonl(run_dir / "metrics.jsonl") if "eval" in m]
+    return [(step, float(row[metric]) if math.isfinite(row["loss"]) else math.nan) for step, row in rows]
 
 
 def drop_checkpoints(study: Any, sweep: SweepConfig) -> None:

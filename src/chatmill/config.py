@@ -8,6 +8,7 @@ Imports neither torch nor numpy: login nodes and `chatmill --help` use this modu
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,9 +83,24 @@ def read_yaml(path: Path, empty: dict[str, Any] | None = None) -> dict[str, Any]
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}\n{YAML_HINT}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error})") from error
     raw = empty if raw is None else raw
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping, got {'an empty file' if raw is None else type(raw).__name__}")
+    return raw
+
+
+def read_json(path: Path, expected: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError, also for a missing file. expected: what it should be part of."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: missing." + (f" Expected {expected}." if expected else "")) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}")
     return raw
 
 

@@ -68,7 +68,7 @@ def pooled(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _figures(loss: float, accuracy: float, count: int, unit: str) -> dict[str, float]:
-    perplexity = {} if unit == "pairs" else {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+    perplexity = {} if unit == "pairs" else {"perplexity": math.inf if loss >= 700 else math.exp(loss)}
     return {"loss": loss, **perplexity, "accuracy": accuracy, unit: count}
 
 

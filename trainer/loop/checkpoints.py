@@ -90,8 +90,10 @@ class RunCheckpoints:
         restore_random_state(_random_tensors(checkpoint, self.world.rank), self.world.device)
         checkpoint.close()
         self.saved_step = state.step
-        if self.world.is_main and state.best_step <= state.step < _step_of_best(self.folder.path):
-            (self.folder.path / "checkpoints" / BEST).unlink()  # of steps that are now computed again
+        noted = _step_of_best(self.folder.path)
+        # of steps that are now computed again, or of a validation that was NaN
+        if self.world.is_main and (state.best_step <= state.step < noted or state.best_step < 0 <= noted):
+            (self.folder.path / "checkpoints" / BEST).unlink()
         return state
 
     # ---------------------------------------------------------------- saving
@@ -170,6 +172,22 @@ class RunCheckpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._saver.give_up()
+
+
+def newest_readable(run_dir: Path) -> Checkpoint | None:
+    """The run's newest checkpoint that opens, for its shape and tokenizer; None before the first. Its tensors are not checked.
+
+    Raises CheckpointError when there are some and none opens.
+    """
+    problems = []
+    for folder in reversed(list_checkpoints(run_dir)):
+        try:
+            return open_checkpoint(folder, verify=False)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(f"{run_dir}: no good checkpoint.\n" + "\n".join(problems))
+    return None
 
 
 def origin(checkpoint: Checkpoint, recipe: Recipe, world: World) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...data.packing.mixture import Mixture
 from ...data.shards.dataset import TokenDataset
 from ...data.tokenizer.tokenizer import ChatTokenizer
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..config import Recipe
 from ..distributed.world import World
 from ..model_config import ModelConfig
@@ -20,7 +20,7 @@ from ..run.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class RunContext:
-    """recipe: with its budgets counted in steps. base: the checkpoint that training starts from.
+    """recipe: with its budgets counted in steps. base: the checkpoint that training starts from, where it is open already.
 
     splits: the validation split of each data set. exclude: dialogues left out, by the step from which on, when the run starts.
     """
@@ -37,3 +37,11 @@ class RunContext:
     display: StepDisplay
     watchdog: Watchdog
     stop: StopSignal
+
+    def starting_checkpoint(self) -> Checkpoint | None:
+        """The opened model.checkpoint, or None where the recipe names none. A run that continues never needs it.
+
+        Raises CheckpointError.
+        """
+        path = self.recipe.model.checkpoint
+        return self.base or (open_checkpoint(path) if path else None)

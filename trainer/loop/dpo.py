@@ -32,10 +32,12 @@ from ...data.packing.mixture import Mixture
 from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.files import CheckpointError
 from ..config import PreferenceSection, Recipe
 from ..distributed.world import World
 from ..engine.engine import Engine, Objective
 from ..model.decoder import LossOutput
+from ..run.state import TrainState
 from .context import RunContext
 
 REFERENCE = "reference.npz"
@@ -154,18 +156,22 @@ def reference_pass(recipe: Recipe, source: Mixture | TokenDataset, world: World)
     )
 
 
-def pair_objective(run: RunContext, engine: Engine, resume: Checkpoint | None) -> PairObjective:
-    """The objective of a run. The reference is read from the run folder, or computed from run.base and stored there."""
+def pair_objective(run: RunContext, engine: Engine, state: TrainState, resume: Checkpoint | None) -> PairObjective:
+    """The objective of a run. The reference is read from the run folder, or computed from its starting checkpoint and stored.
+
+    A run that continues without its reference needs the checkpoint that it started from. Raises ConfigError.
+    """
     recipe, world, path = run.recipe, run.world, run.folder.path / REFERENCE
     if world.any(world.is_main and path.is_file()):
         return PairObjective(load_reference(path), recipe.preference)
-    assert run.base is not None  # the recipe was checked
+    base = run.starting_checkpoint() if resume is None else same_start(run, state)
+    assert base is not None  # the recipe was checked
     run.display.say("computing the log-probabilities of all pairs under the starting checkpoint, once")
     sources: list[Mixture | TokenDataset] = [run.mixture, *run.splits.values()]
     scores: list[Tensor] = []
     with run.watchdog.paused():
         if resume is not None:
-            engine.load_model(run.base)
+            engine.load_model(base)
         engine.objective = ScoreObjective(scores)
         engine.model.eval()
         passes = (reference_pass(recipe, source, world) for source in sources)
@@ -177,6 +183,23 @@ def pair_objective(run: RunContext, engine: Engine, resume: Checkpoint | None) -
         if world.is_main:
             save_reference(reference, path)
     return PairObjective(reference, recipe.preference)
+
+
+def same_start(run: RunContext, state: TrainState) -> Checkpoint:
+    """The checkpoint that a continued run started from, opened. Raises ConfigError where it is gone or has changed."""
+    missing = f"{run.folder.path / REFERENCE} is missing: the log-probabilities of the pairs under the starting checkpoint."
+    try:
+        base = run.starting_checkpoint()
+    except CheckpointError as error:
+        raise ConfigError(f"{missing}\nThey cannot be computed again: {error}") from None
+    assert base is not None  # the recipe was checked
+    began = state.lineage[0] if state.lineage else {}
+    if began.get("checksum") not in (None, base.manifest.get("checksum")):
+        raise ConfigError(
+            f"{missing}\nThey cannot be computed again: {base.path} is not the checkpoint that the run started from "
+            f"({began['checkpoint']}, step {began['step']}).\nPut the file back, or begin another run: run.name=NEW."
+        )
+    return base
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ from ..run.stopping import StopSignal, mark_preempted
 from ..run.trackers import Trackers
 from ..run.watchdog import Watchdog
 from .budget import in_steps
-from .checkpoints import RunCheckpoints, origin
+from .checkpoints import RunCheckpoints, newest_readable, origin
 from .context import RunContext
 from .dpo import check_objective, pair_objective
 from .starting import announce, check_same_data, choose_shape, claim
@@ -55,8 +55,10 @@ def train(recipe: Recipe) -> int:
     dataset = TokenDataset.open(recipe.data.path, "train", damaged_blocks=recipe.data.damaged_blocks)
     mixture, splits = open_mixture(recipe.data), validation_sets(recipe)
     tokenizer = ChatTokenizer.load(dataset.path / "tokenizer")
-    base = open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint else None
-    config = choose_shape(recipe, base, dataset)
+    # a run that continues has the shape, tokenizer and weights in its own checkpoints: its base may be gone by then
+    begun = newest_readable(recipe.run_dir) if recipe.model.checkpoint else None
+    base = open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint and begun is None else None
+    config = choose_shape(recipe, begun or base, dataset)
     exclude = exclusions(recipe.data, recipe.run_dir)
     world = start_world(recipe)
     trackers = Trackers(recipe, recipe.run_dir, world.is_main)
@@ -82,15 +84,15 @@ def _train(run: RunContext, checkpoints: RunCheckpoints) -> int:
     recipe, world = run.recipe, run.world
     torch.manual_seed(recipe.train.seed)
     resume = checkpoints.newest()
-    start = resume or run.base
+    start = resume or run.starting_checkpoint()
     engine = build_engine(recipe, _model(run, start), world)
     check_same_data(run.mixture, world)
     stream = training_stream(run, run.exclude)
     state = TrainState()
     if resume is not None:
         state = checkpoints.restore(resume, engine, stream)
-    elif run.base is not None:
-        engine.load_model(run.base)
+    elif start is not None:
+        engine.load_model(start)
     if start is not None:
         state.lineage.append(origin(start, recipe, world))
     proof = engine.describe()
@@ -101,7 +103,7 @@ def _train(run: RunContext, checkpoints: RunCheckpoints) -> int:
         announce(run, state, proof, resume)
         check_objective(recipe, stream)
         if recipe.objective == "dpo":
-            engine.objective = pair_objective(run, engine, resume)
+            engine.objective = pair_objective(run, engine, state, resume)
         training = Training(run, checkpoints, engine, stream, state)
         validation = Validation(run, engine)
         if state.step == 0 and recipe.evaluation.at_start:

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from chatmill.config import ConfigError, dump_yaml, read_yaml, validate
 from chatmill.files import replace_text
 from chatmill.processes import own_process
-from chatmill.run_files import PREEMPTED, list_checkpoints, read_jsonl, step_of
+from chatmill.run_files import MANIFEST, PREEMPTED, list_checkpoints, read_jsonl, step_of
 
 from ..config import Recipe
 from ..optim.schedule import same_rates
@@ -110,6 +110,7 @@ class RunFolder:
                 free_train = (*FREE_TRAIN, "steps")
         both_mixed = bool(recipe.data.mix and old.get("data", {}).get("mix"))
         free_data = (*FREE_DATA, "path") if both_mixed or self._data_moved(old, recipe) else FREE_DATA
+        free_model = ("checkpoint",) if self._base_moved(old, recipe) else ()
         differing = [
             f"  {section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
             for section, fields in new.items()
@@ -117,6 +118,7 @@ class RunFolder:
             for key, value in fields.items()
             if not (section == "train" and key in free_train)
             and not (section == "data" and key in free_data)
+            and not (section == "model" and key in free_model)
             and old.get(section, {}).get(key) != value
         ]
         if old.get("objective", recipe.objective) != recipe.objective:
@@ -133,6 +135,16 @@ class RunFolder:
         before, now = old.get("data", {}).get("path"), recipe.data.path
         moved = bool(before and now and "://" not in before) and not Path(before).exists()
         return moved and any((self.path / "checkpoints").glob("step-*"))
+
+    def _base_moved(self, old: Mapping[str, Any], recipe: Recipe) -> bool:
+        """Whether the checkpoint that the run started from was moved: gone from its old place, and the same here."""
+        before, now = old.get("model", {}).get("checkpoint"), recipe.model.checkpoint
+        own = list_checkpoints(self.path)
+        if not (before and now and own) or Path(before).exists():
+            return False
+        lineage = _manifest(own[-1]).get("meta", {}).get("lineage") or [{}]
+        checksum = lineage[0].get("checksum")
+        return checksum is not None and checksum == _manifest(([Path(now), *list_checkpoints(now)])[-1]).get("checksum")
 
     def metric(self, **values: Any) -> None:
         """One line of metrics.jsonl, and a call of on_metric (the trackers)."""
@@ -165,6 +177,15 @@ class RunFolder:
             if file.is_file():
                 kept = [line for line in read_jsonl(file) if line.get("step", 0) <= step]  # also removes a torn last line
                 replace_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    """manifest.json of a checkpoint, {} where it cannot be read: here it only tells what the checkpoint is."""
+    try:
+        found = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def describe_environment() -> dict[str, Any]:

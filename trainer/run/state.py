@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -26,9 +27,14 @@ class TrainState:
     lineage: list[dict[str, Any]] = field(default_factory=list)
 
     def validated(self, figures: dict[str, float], metric: str) -> bool:
-        """Record a validation; True when it is the best so far (lowest loss, or highest accuracy)."""
+        """Record a validation; True when it is the best so far (lowest loss, or highest accuracy).
+
+        One whose loss is NaN or infinite is never the best, whatever its accuracy.
+        """
         value = figures[metric]
-        better = self.best_value is None or (value < self.best_value if metric == "loss" else value > self.best_value)
+        better = math.isfinite(figures["loss"]) and math.isfinite(value)
+        if better and self.best_value is not None:
+            better = value < self.best_value if metric == "loss" else value > self.best_value
         if better:
             self.best_value, self.best_step, self.stale_validations = value, self.step, 0
         else:
@@ -44,4 +50,7 @@ class TrainState:
         """(state, stream position) of a state.json of this or an older version."""
         values = json.loads(text)
         known = {f.name for f in fields(TrainState)}
-        return TrainState(**{name: value for name, value in values.items() if name in known}), values["stream"]
+        state = TrainState(**{name: value for name, value in values.items() if name in known})
+        if state.best_value is not None and not math.isfinite(state.best_value):  # version 0.1 could not get rid of one
+            state.best_value, state.best_step = None, -1
+        return state, values["stream"]

@@ -141,3 +141,7 @@ def test_a_leak_between_packed_dialogues_is_caught(reference: dict, monkeypatch:
 def test_not_a_number_is_no_parity(reference: dict) -> None:
     found = {"losses": reference["losses"], "gradient": float("nan")}
     assert "gradient" in judge(Case("ddp", 2), found, reference).problem
+    for step in range(parity_rank.STEPS):  # wherever it is
+        losses = list(reference["losses"])
+        losses[step] = float("nan")
+        assert "loss" in judge(Case("ddp", 2), {"losses": losses, "gradient": 0.0}, reference).problem

@@ -23,7 +23,8 @@ from chatmill.launcher.jobs.job import JobSpec
 from chatmill.launcher.jobs.slurm import render_sweep
 from chatmill.launcher.sweep.config import Axis, SweepConfig, load_sweep
 from chatmill.launcher.sweep.report import TrialResult, best_recipe, collect, fit_scaling, render, table, write_results
-from chatmill.launcher.sweep.study import ask, distribution, open_study, put_back
+from chatmill.launcher.sweep.study import ask, distribution, load_optuna, open_study, put_back
+from chatmill.launcher.sweep.worker import figures
 from chatmill.trainer.config import load_recipe
 
 REASON = missing_programs()
@@ -139,6 +140,27 @@ def test_the_report_escapes_what_the_file_says_and_needs_nothing_from_outside(tm
     assert "<script" not in page and "&lt;script&gt;x" in page and "http" not in page.replace("http-equiv", "")
     assert page.count('<path class="dots') == 5 and page.count(' way"') == 5 and "90.0 %" in page
     assert "trial" in table(sweep, trials) and len(table(sweep, trials).splitlines()) == 7
+
+
+def test_a_diverged_trial_is_never_the_best(tmp_path: Path) -> None:
+    """NaN compares with nothing: in a sorted list it leaves the trials around it in any order."""
+    sweep = load_sweep(sweep_file(tmp_path, metric="accuracy", trials=5))
+    study = open_study(sweep)
+    for value in (0.5, math.nan, 0.9, math.inf, 0.7):
+        trial = ask(study, sweep)
+        trial.report(value, 10)
+        good = math.isfinite(value)
+        study.tell(trial.number, value if good else None, state=None if good else load_optuna().trial.TrialState.FAIL)
+    trials = write_results(sweep)
+    assert [t.value for t in trials if t.state == "complete"] == [0.9, 0.7, 0.5]
+    assert [t.value for t in trials if t.state != "complete"] == [None, None]
+    assert "NaN" not in (sweep.folder / "trials.json").read_text()
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = [{"step": 10, "eval": {"loss": 2.0, "accuracy": 0.5}}, {"step": 20, "eval": {"loss": math.nan, "accuracy": 0.9}}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (first, accuracy), (second, nothing) = figures(run, "accuracy")
+    assert (first, accuracy, second) == (10, 0.5, 20) and math.isnan(nothing)
 
 
 def test_the_best_recipe_is_a_file_that_loads_with_the_best_values(tmp_path: Path) -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from chatmill.config import ConfigError
-from chatmill.run_files import MANIFEST
+from chatmill.launcher.jobs.resolve import model_shape, resolve
+from chatmill.run_files import MANIFEST, read_jsonl
+from chatmill.trainer.checkpoint.checkpoint import open_checkpoint
 from chatmill.trainer.config import Recipe, load_recipe
+from chatmill.trainer.loop.loop import train
 from chatmill.trainer.run.folder import RunFolder
 from chatmill.trainer.train import _save_on_interrupt, main
+
+from ..conftest import cut_back
+from ..ranks import train_in_ranks
 
 
 def test_the_first_interrupt_is_a_request_to_save_and_the_second_an_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,3 +134,74 @@ def test_a_second_training_in_one_folder_is_refused_until_the_first_is_gone(
             first.kill()
     assert main([str(file)]) == 0
     assert not saving.exists() and (folder / "config.yaml").is_file()
+
+
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "context")
+
+
+def from_base(write_recipe, name: str, base: Path, **sections: Any) -> Path:
+    """A recipe that starts from a checkpoint, with no shape of its own."""
+    path = Path(write_recipe(name, **sections))
+    fields = yaml.safe_load(path.read_text())
+    fields["model"] = {"checkpoint": str(base)}
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize("gone", ["deleted", "moved", "shortened"])
+def test_a_run_continues_without_the_checkpoint_that_it_started_from(write_recipe, tmp_path: Path, gone: str) -> None:
+    """Its own checkpoint has the weights, the shape and the tokenizer; the base may be gone by the time a job is requeued."""
+    train(load_recipe(str(write_recipe("base", train={"steps": 2}))))
+    base, run = tmp_path / "runs" / "base", tmp_path / "runs" / "tuned"
+    recipe = str(from_base(write_recipe, "tuned", base, train={"steps": 4}, checkpoint={"every_steps": 2}))
+    train(load_recipe(recipe))
+    whole, weights = losses(run), dict(open_checkpoint(run).tensors())
+    cut_back(run, 2)
+    words = []
+    if gone == "deleted":
+        shutil.rmtree(base)
+    elif gone == "moved":
+        base.rename(tmp_path / "elsewhere")
+        words = [f"model.checkpoint={tmp_path / 'elsewhere'}"]
+    else:
+        next(base.glob("checkpoints/*/model-*.safetensors")).write_bytes(b"")
+    prepared = resolve(recipe, words, 1).recipe
+    assert model_shape(prepared) == open_checkpoint(run).config  # `chatmill launch` and `plan` know it too
+    assert train(load_recipe(recipe, words)) == 4
+    assert losses(run) == whole and [m["step"] for m in open_checkpoint(run).meta["lineage"]] == [2, 2]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in open_checkpoint(run).tensors())
+
+
+def test_another_base_is_another_recipe_even_when_the_first_is_gone(write_recipe, tmp_path: Path) -> None:
+    for name, seed in (("base", 0), ("other", 1)):
+        train(load_recipe(str(write_recipe(name, train={"steps": 1, "seed": seed}))))
+    base = tmp_path / "runs" / "base"
+    recipe = str(from_base(write_recipe, "tuned", base, train={"steps": 2}, checkpoint={"every_steps": 1}))
+    train(load_recipe(recipe))
+    shutil.rmtree(base)
+    with pytest.raises(ConfigError, match=r"model\.checkpoint: .*base' -> .*other'"):
+        train(load_recipe(recipe, [f"model.checkpoint={tmp_path / 'runs' / 'other'}"]))
+    shutil.rmtree(tmp_path / "runs" / "tuned" / "checkpoints")
+    with pytest.raises(ConfigError, match="base is not a checkpoint: no such folder"):
+        train(load_recipe(recipe))  # nothing to continue from: here it is needed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_engines_continue_without_its_base(write_recipe, tmp_path: Path, strategy: str) -> None:
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    train(load_recipe(str(write_recipe("base", train={"steps": 1}))))
+    base, run = tmp_path / "runs" / "base", tmp_path / "runs" / "tuned"
+    more: dict[str, Any] = {"train": {"steps": 3, "accumulation": 2}, "checkpoint": {"every_steps": 1, "keep": 3}}
+    recipe = from_base(write_recipe, "tuned", base, parallel={"strategy": strategy}, **more)
+    train_in_ranks(recipe, 2)
+    whole = losses(run)
+    cut_back(run, 2)
+    shutil.rmtree(base)
+    train_in_ranks(recipe, 2)
+    assert losses(run) == whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,26 @@ def test_a_resumed_run_keeps_its_reference_and_its_numbers(write_dpo, tmp_path: 
     assert lines(run, "loss") == before
     assert all(torch.equal(tensor, weights[name]) for name, tensor in open_checkpoint(run).tensors())
     assert list_checkpoints(run)
+
+
+def test_a_resumed_run_needs_its_base_only_where_its_reference_is_lost(write_dpo, tmp_path: Path) -> None:
+    path = str(write_dpo("whole", train={"steps": 4, "accumulation": 2}, checkpoint={"every_steps": 2}))
+    train(load_recipe(path))
+    base, run = tmp_path / "runs" / "base", tmp_path / "runs" / "whole"
+    before = lines(run, "loss")
+    base.rename(tmp_path / "away")
+    cut_back(run, 2)
+    train(load_recipe(path))
+    assert lines(run, "loss") == before
+    cut_back(run, 2)
+    (run / REFERENCE).unlink()
+    with pytest.raises(ConfigError, match=r"reference.npz is missing(.|\n)*base is not a checkpoint: no such folder"):
+        train(load_recipe(path))
+    (run / "checkpoints" / "step-00000002").rename(tmp_path / "kept")
+    shutil.copytree(tmp_path / "kept", base)  # another checkpoint where the base was: its log-probabilities would be wrong
+    (tmp_path / "kept").rename(run / "checkpoints" / "step-00000002")
+    with pytest.raises(ConfigError, match="base is not the checkpoint that the run started from"):
+        train(load_recipe(path))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from chatmill.config import ConfigError
 from chatmill.data.shards.dataset import TokenDataset
 from chatmill.launcher.__main__ import main as chatmill
 from chatmill.run_files import list_checkpoints, read_jsonl
@@ -17,10 +19,13 @@ from chatmill.trainer.checkpoint.checkpoint import best_of, open_checkpoint
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.distributed.world import World
 from chatmill.trainer.evaluation import evaluate as full_evaluation
-from chatmill.trainer.evaluation.loss import evaluate, validation_batches
+from chatmill.trainer.evaluation.loss import evaluate, pooled, validation_batches
 from chatmill.trainer.loop import validation
 from chatmill.trainer.loop.loop import train
 from chatmill.trainer.model.decoder import Decoder, LossOutput
+from chatmill.trainer.run.state import TrainState
+
+from ..conftest import cut_back
 
 
 def losses(run: Path) -> list[float]:
@@ -82,6 +87,41 @@ def test_the_best_checkpoint_outlives_the_newest_ones(write_recipe, tmp_path: Pa
     monkeypatch.setattr(full_evaluation, "run_evaluation", lambda path, *rest: measured.append(path) or 0)
     assert chatmill(["eval", str(run), "--best"]) == 0
     assert measured == [str(run / "checkpoints" / "step-00000002")]
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_validation_that_is_not_a_number_is_never_the_best(metric: str, bad: float) -> None:
+    """Nothing is smaller than NaN, so a first one stayed the best for ever; a model of NaNs may still have an accuracy."""
+    state = TrainState()
+    told = []
+    for step, (loss, accuracy) in enumerate([(bad, 0.9), (3.0, 0.2), (bad, 0.9), (2.0, 0.3), (2.5, 0.25)], 1):
+        state.step = step
+        told.append(state.validated({"loss": loss, "accuracy": accuracy}, metric))
+    assert told == [False, True, False, True, False]
+    assert (state.best_step, state.stale_validations) == (4, 1)
+    kept, _ = TrainState.from_json(json.dumps({"best_value": bad, "best_step": 3, "stream": {}}))
+    assert (kept.best_value, kept.best_step) == (None, -1)  # a run that version 0.1 began
+
+
+def test_a_run_gets_rid_of_a_best_checkpoint_that_was_not_a_number(write_recipe, tmp_path: Path, monkeypatch) -> None:
+    worsening(monkeypatch, [math.nan, math.nan, 5.0, 6.0, 7.0])
+    recipe = write_recipe("best", evaluation={"every_steps": 2}, checkpoint={"every_steps": 2, "keep": 9, "best": "loss"})
+    train(load_recipe(str(recipe)))
+    run = tmp_path / "runs" / "best"
+    assert open_checkpoint(best_of(run)).meta["step"] == 6
+    cut_back(run, 4)
+    (run / "checkpoints" / "best.json").write_text('{"checkpoint": "step-00000002", "value": NaN}')
+    worsening(monkeypatch, [math.nan, math.nan])
+    train(load_recipe(str(recipe)))
+    with pytest.raises(ConfigError, match="names no best checkpoint"):
+        best_of(run)
+
+
+def test_the_perplexity_of_not_a_number_is_none() -> None:
+    figures = [{"loss": loss, "accuracy": 0.0, "loss_tokens": 1.0} for loss in (math.nan, 1.0)]
+    assert math.isnan(pooled(figures)["perplexity"])
+    assert pooled([figures[1], figures[1] | {"loss": 5000.0}])["perplexity"] == math.inf
 
 
 def test_a_run_without_progress_stops_early_and_stays_stopped(write_recipe, tmp_path: Path, monkeypatch, capsys) -> None:
