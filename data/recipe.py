@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -44,7 +44,7 @@ class SourceSection(Section):
         return self
 
 
-PrivateKind = Literal["email", "phone", "ip", "card", "iban", "credentials", "key"]
+PrivateKind = Literal["email", "phone", "ip", "card", "iban", "credentials", "key", "id", "account", "plate", "address"]
 
 
 class PrivacySection(Section):
@@ -54,7 +54,7 @@ class PrivacySection(Section):
     """
 
     mode: Literal["off", "redact", "surrogate"] = "off"
-    kinds: tuple[PrivateKind, ...] = ("email", "phone", "ip", "card", "iban", "credentials", "key")
+    kinds: tuple[PrivateKind, ...] = get_args(PrivateKind)
     code: bool = True
 
 

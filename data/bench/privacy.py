@@ -1,6 +1,6 @@
 """Precision and recall of the search for private data, on planted data among look-alikes.
 
-    python -m chatmill.data.bench.privacy        # the table of docs/data.md
+    python -m chatmill.data.bench.privacy        # the tables of docs/data.md
 
 Every text is a sentence of chat with one planted item, or with something harmless that a careless pattern takes for one. A find
 counts when kind and borders are exact. The items are made up by rule, from fixed seeds; real texts are messier.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..cleaning.privacy import find, iban_is_valid, luhn
+from ..cleaning.privacy_chinese import id_card_is_valid
 
 Plant = Callable[[random.Random], str]
 _ALPHANUMERIC = string.ascii_letters + string.digits
@@ -172,6 +173,92 @@ HARMLESS: list[Plant] = [
 ]
 
 
+def _mobile(rng: random.Random) -> str:
+    number = "1" + rng.choice("3456789") + _digits(rng, 9)
+    return rng.choice([number, number, _grouped(number, 3, 4, 4), _grouped(number, 3, 4, 4, by="-"), f"+86 {number}"])
+
+
+def _id_card(rng: random.Random) -> str:
+    region = rng.choice(("110101", "310115", "440305", "510107", "330106", "650102"))
+    body = f"{region}{rng.randint(1950, 2009)}{rng.randint(1, 12):02d}{rng.randint(1, 28):02d}{_digits(rng, 3)}"
+    return next(body + check for check in "0123456789X" if id_card_is_valid(body + check))
+
+
+def _bank_card(rng: random.Random) -> str:
+    body = rng.choice(("622848", "621700", "622202", "436742")) + _digits(rng, rng.choice((9, 12)))
+    number = body + next(d for d in string.digits if luhn(body + d))
+    return rng.choice([number, _grouped(number, 4, 4, 4, len(number) - 12)])
+
+
+def _address(rng: random.Random) -> str:
+    place = rng.choice(
+        ("浙江省杭州市西湖区", "北京市朝阳区", "上海市静安区", "成都市武侯区", "海淀区", "广东省深圳市南山区", "")
+    )
+    street = rng.choice(("文三路", "中山路", "长安街", "解放大道", "学院南路", "桂花巷"))
+    flat = rng.choice(("", "3号楼2单元501室", "5栋1203室", "A座12层"))
+    return f"{place}{street}{rng.randint(1, 999)}号{flat}"
+
+
+def full_width(text: str) -> str:
+    """ASCII signs as an input method in full-width mode writes them."""
+    return "".join("　" if c == " " else chr(ord(c) + 0xFEE0) if c.isascii() else c for c in text)
+
+
+CHINESE_PLANTS: dict[str, list[Plant]] = {
+    "phone": [
+        _mobile,
+        _mobile,
+        _mobile,
+        lambda r: full_width(_mobile(r)),
+        lambda r: f"0{r.choice(('10', '21', '28'))}{r.choice(('', '-', ' '))}{r.randint(2, 8)}{_digits(r, 7)}",
+        lambda r: f"0{r.randint(310, 998)}-{r.randint(2, 8)}{_digits(r, 6)}",
+        lambda r: f"09{_digits(r, 2)}-{_digits(r, 3)}-{_digits(r, 3)}",  # Taiwan
+    ],
+    "id": [_id_card, _id_card, lambda r: full_width(_id_card(r))],
+    "card": [_bank_card, lambda r: full_width(_bank_card(r))],
+    "email": [
+        lambda r: f"{_digits(r, 9)}@qq.com",
+        lambda r: f"{_letters(r, 8).lower()}＠{r.choice(('163', 'qq', 'sina'))}．com",
+        lambda r: full_width(f"{_letters(r, 6)}@126.com"),
+    ],
+    "plate": [lambda r: f"{r.choice('京沪粤浙苏川')}{r.choice('ABCDEF')}{r.choice('ABCDEFGHJK')}{_digits(r, 4)}"],
+    "address": [_address],
+}
+CHINESE_FRAMES = (
+    "打我{}",
+    "有事找我 {}",
+    "{}，谢谢",
+    "就是这个：{}。",
+    "我的是{}",
+    "收件人张三，{}，别写错",
+    "王师傅 {}",
+    "请记下{}谢谢",
+    "（{}）发我一下",
+    "是 {} 吗？",
+)
+CHINESE_HARMLESS: list[Plant] = [
+    lambda r: f"订单号{_digits(r, 11)}",
+    lambda r: f"快递单号：1{r.randint(3, 9)}{_digits(r, 9)}",
+    lambda r: f"营收1{r.randint(3, 9)}{_digits(r, 9)}元",
+    lambda r: f"20{_digits(r, 2)}年{r.randint(1, 12)}月{r.randint(1, 28)}日{r.randint(10, 23)}点",
+    lambda r: f"20{_digits(r, 2)}-0{r.randint(1, 9)}-1{_digits(r, 1)} 1{_digits(r, 1)}:3{_digits(r, 1)}",
+    lambda r: f"时间戳1{_digits(r, 12)}",
+    lambda r: f"坐{r.randint(1, 20)}路公交到{r.randint(1, 9)}号线",
+    lambda r: f"走到路口右转{r.randint(100, 900)}米",
+    lambda r: f"我在{r.randint(1, 9)}号楼下等你",
+    lambda r: f"房价{_digits(r, 5)}一平，首付{_digits(r, 7)}",
+    lambda r: f"身高1{r.randint(50, 90)}，体重{r.randint(45, 90)}",
+    lambda r: f"圆周率3.{_digits(r, 12)}",
+    lambda r: f"成绩{r.randint(60, 99)}-{r.randint(60, 99)}",
+    lambda r: f"版本{r.randint(1, 9)}.{r.randint(0, 9)}.{r.randint(0, 9)}.{r.randint(0, 9)}",
+    lambda r: f"共{_digits(r, 8)}条记录",
+    lambda r: f"群里有{_digits(r, 3)}人，QQ音乐{r.randint(10, 99)}首",
+    lambda r: f"微信支付{_digits(r, 3)}元",
+    lambda r: f"第{r.randint(1, 20)}条街{r.randint(1, 9)}号店",
+    lambda r: "一二三四五六七八九十",
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """Of one kind: planted, found as planted, and found in all."""
@@ -191,29 +278,30 @@ class Score:
         return self.right / self.planted if self.planted else 1.0
 
 
-def texts(per_kind: int, seed: int = 0) -> Iterator[tuple[str, str | None, int, int]]:
+def texts(per_kind: int, seed: int = 0, chinese: bool = False) -> Iterator[tuple[str, str | None, int, int]]:
     """(text, kind or None where harmless, start, end of the item), in a fixed order; a third of them harmless."""
     rng = random.Random(seed)
-    for kind, makers in PLANTS.items():
+    plants, frames, harmless = (CHINESE_PLANTS, CHINESE_FRAMES, CHINESE_HARMLESS) if chinese else (PLANTS, FRAMES, HARMLESS)
+    for kind, makers in plants.items():
         for k in range(per_kind):
             item = makers[k % len(makers)](rng)
             framed = f"{rng.choice(SCHEMES)}://{item}@db{_digits(rng, 1)}.example.com/x" if kind == "credentials" else item
-            text = rng.choice(FRAMES).format(framed)
+            text = rng.choice(frames).format(framed)
             yield text, kind, text.index(item), text.index(item) + len(item)
-    for k in range(per_kind * len(PLANTS) // 2):
-        yield rng.choice(FRAMES).format(HARMLESS[k % len(HARMLESS)](rng)), None, 0, 0
+    for k in range(per_kind * len(plants) // 2):
+        yield rng.choice(frames).format(harmless[k % len(harmless)](rng)), None, 0, 0
 
 
-def measure(per_kind: int = 1000, seed: int = 0) -> dict[str, Score]:
-    """Scores by kind, and under `all` their sum."""
+def measure(per_kind: int = 1000, seed: int = 0, chinese: bool = False) -> dict[str, Score]:
+    """Scores by kind, and under `all` their sum. chinese: of Chinese texts, with full-width forms among them."""
     planted, right, found = Counter[str](), Counter[str](), Counter[str]()
-    for text, kind, start, end in texts(per_kind, seed):
+    for text, kind, start, end in texts(per_kind, seed, chinese):
         if kind is not None:
             planted[kind] += 1
         for finding in find(text):
             found[finding.kind] += 1
             right[finding.kind] += (finding.kind, finding.start, finding.end) == (kind, start, end)
-    scores = {kind: Score(planted[kind], right[kind], found[kind]) for kind in PLANTS}
+    scores = {kind: Score(planted[kind], right[kind], found[kind]) for kind in (CHINESE_PLANTS if chinese else PLANTS)}
     return scores | {"all": Score(planted.total(), right.total(), found.total())}
 
 
@@ -225,4 +313,4 @@ def table(scores: dict[str, Score]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(measure()))
+    print(table(measure()), "In Chinese texts:", table(measure(chinese=True)), sep="\n\n")

@@ -2,10 +2,11 @@
 
     Privacy(PrivacySection(mode="surrogate")).apply(turns, note)      # the same address becomes the same stand-in in a dialogue
 
-E-mail, phone, IP, payment card (Luhn), IBAN (mod 97), credentials in URLs, API keys and private keys. Stand-ins come from
-ranges reserved for examples (RFC 2606, RFC 5737, 555-01xx), so they belong to nobody. Code fences are searched too, because
-they often contain keys (`privacy.code`). Names and street addresses are not found: that would need a model, which makes
-mistakes. Reports never quote what was found.
+E-mail, phone, IP, payment card (Luhn), IBAN (mod 97), credentials in URLs, API keys and private keys; Chinese ID cards, number
+plates, messenger accounts and street addresses (privacy_chinese.py). Full-width letters, digits and signs count as their ASCII
+forms. Stand-ins come from ranges reserved for examples (RFC 2606, RFC 5737, 555-01xx), so they belong to nobody. Code fences
+are searched too, because they often contain keys (`privacy.code`). Names of people, and street addresses in other languages,
+are not found: that would need a model, which makes mistakes. Reports never quote what was found.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dataclasses import dataclass, replace
 from ..conversation import Turn
 from ..recipe import PrivacySection
 from .fences import split_fences
+from .privacy_chinese import accounts, addresses, card_numbers, id_numbers, phones, plates
+from .scripts import half_width
 
 # Word boundaries are ASCII (re.A): in Chinese or Japanese an address has no spaces around it.
 _LETTER = "A-Za-z0-9\u00c0-\u052f"  # and of Latin, Greek and Cyrillic names
@@ -42,7 +45,7 @@ _PHONE = re.compile(
 )
 _SPOKEN_PHONE = re.compile(
     r"(?:\b(?:call|phone|ring|text|tel|telephone|mobile|cell|whats ?app|number is|handy|telefon|nummer|anrufen|numéro|téléphone"
-    r"|tel[ée]fono|móvil|telefone|celular|телефон|номер)\b|电话|手机|電話|手機|致电|携帯)"
+    r"|tel[ée]fono|móvil|telefone|celular|телефон|номер|[vw]x)\b|电话|手机|電話|手機|致电|致電|联系方式|聯繫方式|携帯)"
     r"[^\d\n]{0,25}?(?P<number>\+?\d[\d .-]{6,16}\d)(?![A-Za-z0-9_-])",
     re.I,
 )
@@ -71,10 +74,11 @@ class PrivateSpan:
 def find(text: str, kinds: frozenset[str] | None = None) -> list[PrivateSpan]:
     """Findings in order, none overlapping: the earlier kind in the list wins. kinds: only these."""
     taken: list[PrivateSpan] = []
+    plain = half_width(text)  # as long as the text
     for kind, search in _SEARCHES.items():
-        if kinds is not None and kind not in kinds:
+        if (kinds is not None and kind not in kinds) or _NEEDED[kind].search(plain) is None:
             continue
-        for start, end in search(text):
+        for start, end in search(plain):
             if all(end <= other.start or start >= other.end for other in taken):
                 taken.append(PrivateSpan(kind, start, end))
     return sorted(taken, key=lambda finding: finding.start)
@@ -154,7 +158,8 @@ class Privacy:
         if self.mode == "redact":
             return f"[{kind.upper()}]"
         found = text[finding.start : finding.end]
-        key = (kind, re.sub(r"[\s.()/-]", "", found).lower() if kind in ("phone", "card", "iban") else found.lower())
+        found = half_width(found).lower()
+        key = (kind, re.sub(r"[\s.()/-]", "", found) if kind in ("phone", "card", "iban", "id") else found)
         if key not in known:
             counts[kind] = n = counts.get(kind, 0) + 1
             known[key] = _SURROGATES[kind](n)
@@ -169,6 +174,10 @@ _SURROGATES: dict[str, Callable[[int], str]] = {
     "iban": lambda n: f"[IBAN {n}]",
     "credentials": lambda n: f"user{n}:password",
     "key": lambda n: f"[KEY {n}]",
+    "id": lambda n: f"[ID {n}]",
+    "account": lambda n: f"[ACCOUNT {n}]",
+    "plate": lambda n: f"[PLATE {n}]",
+    "address": lambda n: f"[ADDRESS {n}]",
 }
 
 
@@ -201,9 +210,18 @@ def _phones(text: str) -> Iterator[tuple[int, int]]:
         least = 10 if match[0].lstrip("(").startswith("0") else 8  # with their leading 0, national numbers have ten or more
         if least <= digits <= 15 and not re.fullmatch(r"(19|20)\d\d[-. /]\d\d[-. /]\d\d.*", match[0]):
             yield match.span()
+    yield from phones(text)
     for match in _SPOKEN_PHONE.finditer(text):
         if 7 <= sum(c.isdigit() for c in match["number"]) <= 15:
             yield match.span("number")
+
+
+def _cards(text: str) -> Iterator[tuple[int, int]]:
+    for match in _CARD.finditer(text):
+        digits = re.sub(r"\D", "", match[0])
+        if luhn(digits) and len(set(digits)) > 2:
+            yield match.span()
+    yield from card_numbers(text)
 
 
 _SEARCHES: dict[str, Callable[[str], Iterator[tuple[int, int]]]] = {
@@ -211,7 +229,20 @@ _SEARCHES: dict[str, Callable[[str], Iterator[tuple[int, int]]]] = {
     "credentials": _plain(_CREDENTIALS),
     "email": _plain(_EMAIL),
     "iban": _plain(_IBAN, iban_is_valid),
-    "card": _plain(_CARD, lambda found: luhn(re.sub(r"\D", "", found)) and len(set(re.sub(r"\D", "", found))) > 2),
+    "id": id_numbers,
+    "card": _cards,
     "ip": _ips,
     "phone": _phones,
+    "account": accounts,
+    "plate": plates,
+    "address": addresses,
+}
+# What a text must hold for a search to be worth its time: most chat turns have none of it.
+_DIGIT = re.compile(r"\d")
+_NEEDED = dict.fromkeys(_SEARCHES, _DIGIT) | {
+    "key": re.compile(r"[\w-]{16}", re.A),
+    "credentials": re.compile("://"),
+    "email": re.compile("@"),
+    "ip": re.compile("[:.]"),
+    "phone": re.compile(r"\d|[一幺][三四五六七八九]"),
 }

@@ -22,7 +22,7 @@ from ..tokenizer.template import TEMPLATES
 from ..tokenizer.tokenizer import ChatTokenizer
 
 # Raised whenever the same recipe would now give other bytes, so that old data sets are rebuilt.
-BUILD_VERSION = 4
+BUILD_VERSION = 5
 
 
 def raw_files(recipe: DataRecipe) -> tuple[list[tuple[int, RawFile]], list[str]]:
