@@ -32,7 +32,7 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """Shape of one decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-    family names the Hugging Face architecture that `export --to hf` writes.
+    family names the Hugging Face architecture that `export --to hf` writes. eos_token_id: one token, or several.
     sliding_window: tokens seen by a query, itself included; applied to the layers in `sliding_layers` (None: all).
     """
 
@@ -58,7 +58,7 @@ class ModelConfig(Section):
     logit_softcap: float | None = Field(default=None, gt=0)
     initializer_range: float = Field(default=0.02, gt=0)
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
     @property

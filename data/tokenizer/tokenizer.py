@@ -30,16 +30,27 @@ from chatmill.config import ConfigError
 from ..conversation import Conversation, TokenizedDialogue
 from ..preference import REJECTED, with_rejected, without_rejected
 from .budget import TemplateRefusedError
+from .generation_settings import GENERATION, end_ids, read_settings, to_bytes, with_ids
 from .template import TEMPLATES, ChatTemplate, Message
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 class ChatTokenizer:
-    """A Hugging Face `tokenizers` tokenizer with a chat template. Build one with load() or train_bpe()."""
+    """A Hugging Face `tokenizers` tokenizer with a chat template. Build one with load() or train_bpe().
 
-    def __init__(self, tokenizer_json: str, template: str | None, config: Mapping[str, Any] | None = None) -> None:
-        self._json, self.config = tokenizer_json, dict(config or {})
+    generation: the model's generation_config.json. turn_ends: the tokens that close a reply in the training data.
+    stop_ids: those that end a reply when one is generated: turn_ends, and what the generation settings name.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: str,
+        template: str | None,
+        config: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._json, self.config, self.generation = tokenizer_json, dict(config or {}), dict(generation or {})
         # Without its post-processor the offsets are exact; byte-level post-processors trim spaces off them.
         self._tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer_json) | {"post_processor": None}))
         self._tokenizer.no_truncation()
@@ -47,16 +58,20 @@ class ChatTokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
-        self.bos_id, self.eos_id = self._named("bos_token"), self._named("eos_token")
-        pad = self._named("pad_token")
+        self.bos_id, self.eos_id = self.named_id("bos_token"), self.named_id("eos_token")
+        pad = self.named_id("pad_token")
         self.pad_id: int = next((i for i in (pad, self.eos_id) if i is not None), 0)
         self.template_source = template
         self._template: ChatTemplate | None = None
-        self.stop_ids: frozenset[int] = frozenset(() if self.eos_id is None else (self.eos_id,))
+        ends: list[int] = []
         if template is not None:
             names = ("bos_token", "eos_token", "pad_token", "unk_token")
             self._template = ChatTemplate(template, {name: _content(self.config.get(name)) for name in names})
-            self.stop_ids |= self._end_of_turn(added)
+            ends += self._end_of_turn(added)
+        ends += [] if self.eos_id is None else [self.eos_id]
+        self.turn_ends = frozenset(ends)
+        self.stops = tuple(dict.fromkeys((*ends, *end_ids(self.generation))))  # what closes a turn comes first
+        self.stop_ids = frozenset(self.stops)
         self._guard(added)
         # Does a piece encoded alone decode to itself? Not if the tokenizer prepends a space to every text.
         self._can_cut = self.decode(self.encode("a:\n") + self.encode("Hello")) == "a:\nHello"
@@ -67,8 +82,11 @@ class ChatTokenizer:
     # -- folders
 
     @classmethod
-    def load(cls, folder: str | Path, template: str | None = None) -> ChatTokenizer:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja. template: use this source instead."""
+    def load(cls, folder: str | Path, template: str | None = None, use_template: bool = True) -> ChatTokenizer:
+        """Read tokenizer.json and what lies beside it: tokenizer_config.json, chat_template.jinja, generation_config.json.
+
+        template: use this source instead. use_template=False: leave it out.
+        """
         path = Path(folder)
         file = path / "tokenizer.json"
         if not file.is_file():
@@ -78,13 +96,17 @@ class ChatTokenizer:
         try:
             config_file, jinja = path / "tokenizer_config.json", path / "chat_template.jinja"
             config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-            if template is None:
+            if template is None and use_template:
                 template = jinja.read_text(encoding="utf-8") if jinja.is_file() else _config_template(config)
-            return cls(file.read_text(encoding="utf-8"), template, config)
-        except TemplateRefusedError:
+            return cls(file.read_text(encoding="utf-8"), template, config, read_settings(path))
+        except ConfigError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
             raise ConfigError(f"tokenizer {path}: cannot be read ({error})") from error
+
+    def with_settings(self, generation: Mapping[str, Any]) -> ChatTokenizer:
+        """This tokenizer and template with the generation settings of a model."""
+        return ChatTokenizer(self._json, self.template_source, self.config, generation)
 
     def save(self, folder: str | Path) -> None:
         """Write the files that load() and transformers read."""
@@ -100,7 +122,10 @@ class ChatTokenizer:
         files = {"tokenizer.json": self._json, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
         if self.template_source is not None:
             files["chat_template.jinja"] = self.template_source
-        return {name: text.encode("utf-8") for name, text in files.items()}
+        found = {name: text.encode("utf-8") for name, text in files.items()}
+        if self.stops or self.generation:
+            found[GENERATION] = to_bytes(with_ids(self.generation, self.stops, self.bos_id, self.named_id("pad_token")))
+        return found
 
     # -- text
 
@@ -144,7 +169,7 @@ class ChatTokenizer:
         Of the template: what stands around a user's turn, and what opens and closes a reply. Others stay typable: `<think>`
         is an added token, too, and part of many replies.
         """
-        guarded = set(self.special.values()) | self.stop_ids | {i for i in (self.bos_id, self.eos_id) if i is not None}
+        guarded = set(self.special.values()) | self.turn_ends | {i for i in (self.bos_id, self.eos_id) if i is not None}
         plain = {t.content: i for i, t in added.items() if i not in guarded and t.content.strip()}
         if self._template is not None and plain:
             user = [{"role": "user", "content": "\ue0000\ue001"}]
@@ -206,7 +231,7 @@ class ChatTokenizer:
         text, spans = self.template.content_spans(messages)
         pieces, _ = self._encodings(text, self.template.reply_starts(messages)[1])
         lefts, rights = np.array([(at + a, at + b) for at, piece in pieces for a, b in piece.offsets], dtype=np.int64).T
-        stops = np.flatnonzero(np.isin(dialogue.ids, list(self.stop_ids)))
+        stops = np.flatnonzero(np.isin(dialogue.ids, list(self.turn_ends)))
         for i, (start, end) in enumerate(spans):
             turns[(lefts < end) & (rights > start)] = i
             following = spans[i + 1][0] if i + 1 < len(spans) else len(text) + 1
@@ -231,7 +256,7 @@ class ChatTokenizer:
             prompt = self._encode_by_prefix(messages, i)
             if ids[: len(prompt)] != prompt:
                 return f"turn {i}: the prompt sent for it is not how the dialogue's tokens begin"
-            end = next((k for k in range(len(prompt), len(ids)) if ids[k] in self.stop_ids), None)
+            end = next((k for k in range(len(prompt), len(ids)) if ids[k] in self.turn_ends), None)
             if end is None:
                 return f"turn {i}: no end-of-turn token follows"
             if turn.loss:
@@ -275,7 +300,7 @@ class ChatTokenizer:
     def _supervise(self, conversation: Conversation, ids: list[int], firsts: list[int]) -> TokenizedDialogue:
         array = np.array(ids, dtype=np.uint32)
         mask = np.zeros(len(ids), dtype=bool)
-        stops = np.flatnonzero(np.isin(array, list(self.stop_ids)))
+        stops = np.flatnonzero(np.isin(array, list(self.turn_ends)))
         replies = [turn for turn in conversation.turns if turn.role == "assistant"]
         for first, turn in zip(firsts, replies, strict=True):
             at = int(np.searchsorted(stops, first))
@@ -293,7 +318,7 @@ class ChatTokenizer:
         edge = self.special.get("<|endoftext|>", self.eos_id if self.eos_id is not None else self.pad_id)
         start = (
             self.bos_id
-            if self.bos_id is not None and self.bos_id not in self.stop_ids and "<|endoftext|>" not in self.special
+            if self.bos_id is not None and self.bos_id not in self.turn_ends and "<|endoftext|>" not in self.special
             else edge
         )
         body = self.encode(self.escape_special("".join(turn.content for turn in conversation.turns)))
@@ -302,7 +327,7 @@ class ChatTokenizer:
         mask[0] = False
         return TokenizedDialogue(conversation.uid, ids, mask)
 
-    def _end_of_turn(self, added: Mapping[int, AddedToken]) -> frozenset[int]:
+    def _end_of_turn(self, added: Mapping[int, AddedToken]) -> list[int]:
         """The token that closes an assistant turn, found by rendering one: the first special one, else the first added one."""
         text = self.template.render(
             [{"role": "user", "content": "\ue0000\ue001"}, {"role": "assistant", "content": "\ue0001\ue001"}]
@@ -310,10 +335,11 @@ class ChatTokenizer:
         end = text.find("\ue0001\ue001") + 3
         for tokens in (self.special, {token.content: i for i, token in added.items() if token.content.strip()}):
             if match := _any_of(tokens).search(text, end):
-                return frozenset((tokens[match[0]],))
-        return frozenset()
+                return [tokens[match[0]]]
+        return []
 
-    def _named(self, key: str) -> int | None:
+    def named_id(self, key: str) -> int | None:
+        """The token that tokenizer_config.json names, for example as `pad_token`; None where it names none."""
         content = _content(self.config.get(key))
         found = None if content is None else self._tokenizer.token_to_id(content)
         return None if found is None else int(found)

@@ -62,21 +62,24 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default 256)")
-    command.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
-    top_p = "sample from the most likely tokens that make up this much probability (default 0.95)"
-    command.add_argument("--top-p", type=float, default=0.95, help=top_p)
-    command.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
+    command.add_argument("--max-new-tokens", type=int, help="longest reply (default 256)")
+    source = "the checkpoint's generation_config.json, else"
+    command.add_argument("--temperature", type=float, help=f"0 is greedy (default: {source} 0.7)")
+    top_p = f"sample from the most likely tokens that make up this much probability (default: {source} 0.95)"
+    command.add_argument("--top-p", type=float, help=top_p)
+    command.add_argument("--top-k", type=int, help=f"sample from the K most likely tokens; 0 is off (default: {source} off)")
     command.add_argument("--min-p", type=float, help="drop tokens less likely than this fraction of the most likely one")
-    penalty = "above 1: tokens that were already used become less likely (default 1)"
-    command.add_argument("--repetition-penalty", type=float, default=1.0, help=penalty)
+    penalty = f"above 1: tokens that were already used become less likely (default: {source} 1)"
+    command.add_argument("--repetition-penalty", type=float, help=penalty)
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the reply before TEXT (repeatable)")
     command.add_argument("--seed", type=int, help="the same seed gives the same reply")
     command.add_argument("--system", help="system message")
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in SAMPLING} | {"stop": tuple(options.stop)}
+    """The settings that were given: the checkpoint knows the others."""
+    given = {name: getattr(options, name) for name in SAMPLING}
+    return {name: value for name, value in given.items() if value is not None} | {"stop": tuple(options.stop)}
 
 
 def _train(options: argparse.Namespace) -> int:

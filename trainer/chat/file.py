@@ -29,13 +29,15 @@ def generate_file(
     checkpoint: str | Path, prompts: str | Path, out: str | Path, *, system: str | None = None, batch: int = 8, **settings: Any
 ) -> int:
     """Reply to each line of a JSONL file, `batch` at a time; the prompts are checked before anything loads."""
-    start, target = Settings(**settings), Path(out)
+    Settings(**settings)  # refuses before anything loads
+    target = Path(out)
     if batch < 1:
         raise ConfigError(f"--batch {batch}: expected at least 1.")
     rows = list(read_prompts(Path(prompts), system))
     if not rows:
         raise ConfigError(f"{prompts}: no prompts in it.")
     chat = load_chat_model(checkpoint)
+    start = Settings.of(chat, settings)
     target.parent.mkdir(parents=True, exist_ok=True)
     made_from = (str(start), [messages for _, messages in rows], (chat.path / "manifest.json").read_text(encoding="utf-8"))
     progress = Progress(target, hashlib.sha256(json.dumps(made_from).encode("utf-8", "surrogatepass")).hexdigest())

@@ -14,7 +14,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +24,7 @@ from rich.markup import escape
 
 from chatmill.config import ConfigError
 
+from ..generation.defaults import sampling_of
 from ..generation.replies import Reply, reply_to
 from ..generation.sampling import Sampling
 from .chat_model import ChatModel, load_chat_model
@@ -42,7 +43,10 @@ Answer = Callable[[list[dict[str, str]], "Settings", Callable[[str], None]], Rep
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What /params changes, and the strings that end a reply. seed None: every reply differs."""
+    """What /params changes, and the strings that end a reply. seed None: every reply differs; top_k 0 is off, as None is.
+
+    `of` knows the settings that come with a model; those here stand where it has none.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.7
@@ -58,11 +62,16 @@ class Settings:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens}: expected at least 1.")
         _ = self.sampling
 
+    @classmethod
+    def of(cls, chat: ChatModel, given: Mapping[str, Any]) -> Settings:
+        """The given settings, else the checkpoint's (generation_config.json), else the defaults. Raises ConfigError."""
+        return cls(**{**sampling_of(chat.tokenizer.generation), **given})
+
     @property
     def sampling(self) -> Sampling:
         """The sampling knobs alone."""
         try:
-            return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+            return Sampling(self.temperature, self.top_k or None, self.top_p, self.min_p, self.repetition_penalty)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -167,8 +176,9 @@ class Chat:
 
 def run_chat(checkpoint: str | Path, *, system: str | None = None, **settings: Any) -> int:
     """The chat loop on this process' terminal, or over a pipe. Settings as in `Settings`. Returns the exit code."""
-    start = Settings(**settings)
+    Settings(**settings)  # refuses before anything loads
     chat_model = load_chat_model(checkpoint)
+    start = Settings.of(chat_model, settings)
     answer = answer_with(chat_model)
     if sys.stdin.isatty() and sys.stdout.isatty():
         return _terminal(answer, start, system, chat_model.name)
@@ -286,9 +296,11 @@ def _read(console: Console) -> str:
 
 def generate_one(checkpoint: str | Path, prompt: str, *, system: str | None = None, **settings: Any) -> int:
     """Print the reply to one prompt while it is generated."""
-    start = Settings(**settings)
+    Settings(**settings)  # refuses before anything loads
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     clean = printable if sys.stdout.isatty() else str
-    answer_with(load_chat_model(checkpoint))(messages, start, lambda piece: print(clean(piece), end="", flush=True))
+    chat_model = load_chat_model(checkpoint)
+    start = Settings.of(chat_model, settings)
+    answer_with(chat_model)(messages, start, lambda piece: print(clean(piece), end="", flush=True))
     print()
     return 0

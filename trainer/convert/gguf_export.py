@@ -22,7 +22,9 @@ from chatmill.files import sync
 
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..config import ModelConfig
-from .gguf_import import CONTROL, NORMAL, USER_DEFINED, reorder_rotary_rows, rotary_heads
+from ..generation.defaults import sampling_of
+from .endings import endings
+from .gguf_import import CONTROL, END_LIST, NORMAL, SAMPLING_KEYS, USER_DEFINED, reorder_rotary_rows, rotary_heads
 from .names import gguf_name, parameter_shapes
 
 # our name -> name of gguf.GGMLQuantizationType
@@ -129,12 +131,34 @@ def _tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    for name in ("bos", "eos", "pad"):
-        if (index := getattr(config, f"{name}_token_id")) is not None:
-            getattr(writer, f"add_{name}_token_id")(index)
+    _ends(writer, checkpoint)
     writer.add_add_bos_token(False)  # the chat template says where one belongs
     if "chat_template.jinja" in files:
         writer.add_chat_template(files["chat_template.jinja"].read_text(encoding="utf-8"))
+
+
+def _ends(writer: Any, checkpoint: Checkpoint) -> None:
+    """The tokens that end a reply, and the sampling settings of the source.
+
+    llama.cpp knows three places: eos (which templates print, too), eot (end of turn) and eom (end of message), and ends a reply
+    at each. Ollama reads a list. A fourth token is in the list alone.
+    """
+    import gguf
+
+    found = endings(checkpoint)
+    for name, index in (("bos", found.bos), ("eos", found.eos), ("pad", found.pad)):
+        if index is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    others = [index for index in found.stops if index != found.eos]
+    for name, index in zip(("eot", "eom"), others, strict=False):
+        getattr(writer, f"add_{name}_token_id")(index)
+    if others:
+        writer.add_array(END_LIST, list(found.stops))
+    known = sampling_of(found.source)
+    for name, key in SAMPLING_KEYS.items():
+        if (value := known.get(name)) is not None and hasattr(gguf.Keys.General, key):  # older releases lack them
+            add = writer.add_int32 if name == "top_k" else writer.add_float32
+            add(getattr(gguf.Keys.General, key), value)
 
 
 def _splitting_rule(rule: dict[str, Any] | None) -> str | None:

@@ -24,12 +24,22 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from chatmill.config import ConfigError, validate
 
+from ...data.tokenizer.generation_settings import GENERATION, to_bytes, with_ids
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..config import ModelConfig
 from .hf import refuse_foreign_folder
 from .names import gguf_name, parameter_shapes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+END_LIST = "tokenizer.ggml.eos_token_ids"
+# our name -> name in gguf.Keys.General
+SAMPLING_KEYS = {
+    "temperature": "SAMPLING_TEMP",
+    "top_k": "SAMPLING_TOP_K",
+    "top_p": "SAMPLING_TOP_P",
+    "min_p": "SAMPLING_MIN_P",
+    "repetition_penalty": "SAMPLING_PENALTY_REPEAT",
+}
 
 
 def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
@@ -189,7 +199,31 @@ def _tokenizer(fields: dict[str, Any], config: ModelConfig, path: Path) -> dict[
     }
     if template := _value(fields, "tokenizer.chat_template"):
         files["chat_template.jinja"] = template.encode()
+    if settings := _generation_settings(fields):
+        files[GENERATION] = to_bytes(settings)
     return files
+
+
+def _generation_settings(fields: dict[str, Any]) -> dict[str, Any]:
+    """generation_config.json: every token that ends a reply in llama.cpp or Ollama, and the sampling settings."""
+    import gguf
+
+    def token(name: str) -> int | None:
+        found = _value(fields, f"tokenizer.ggml.{name}_token_id")
+        return None if found is None else int(found)
+
+    ends = [index for name in ("eos", "eot", "eom") if (index := token(name)) is not None]
+    ends += [int(index) for index in _value(fields, END_LIST) or ()]
+    settings: dict[str, Any] = {}
+    for name, key in SAMPLING_KEYS.items():
+        value = _value(fields, getattr(gguf.Keys.General, key, ""))
+        if value is not None:  # stored as float32: 0.7 comes back as 0.699999988
+            settings[name] = int(value) if name == "top_k" else float(f"{value:.6g}")
+    if "temperature" in settings:
+        settings["do_sample"] = settings["temperature"] != 0
+        if not settings["do_sample"]:
+            settings.pop("temperature")
+    return with_ids(settings, ends, token("bos"), token("padding"))
 
 
 def smollm_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str]) -> Tokenizer:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from torch import Tensor
 from chatmill.config import ConfigError
 from chatmill.run_files import MANIFEST
 
+from ...data.tokenizer.generation_settings import GENERATION, as_setting, end_ids, read_settings, to_bytes, with_ids
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..config import ModelConfig
+from .endings import Endings, endings
 from .hf_config import read_hf_config, write_hf_config
 from .model_card import model_card
 from .names import hf_name, parameter_shapes
@@ -42,7 +44,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-GENERATION = "generation_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,6 +61,7 @@ def import_hf(source_dir: str | Path, out_dir: str | Path, *, shard_bytes: int =
     wanted = {hf_name(name): name for name in shapes}
     _check_names(set(wanted), set(where), config, source)
     _check_vocabulary(source, config)
+    settings = _generation_settings(source, raw)
     meta = {
         "imported_from": source.resolve().name,
         "architecture": raw.get("architectures"),
@@ -76,9 +78,11 @@ def import_hf(source_dir: str | Path, out_dir: str | Path, *, shard_bytes: int =
             if tensor.dtype not in DTYPES.values():
                 raise ConfigError(f"{where[theirs]}: {theirs} is {tensor.dtype}; expected bf16, fp16 or fp32 weights.")
             writer.add(name, tensor)
-        for file in (*TOKENIZER_FILES, GENERATION):
+        for file in TOKENIZER_FILES:
             if (source / file).is_file():
                 writer.add_file(file, (source / file).read_bytes())
+        if settings:
+            writer.add_file(GENERATION, to_bytes(settings))
     return open_checkpoint(out_dir, verify=False)
 
 
@@ -101,15 +105,16 @@ def export_hf(
     out = Path(out_dir)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not (overwrite and (out / "config.json").is_file()):
         raise ConfigError(f"{out} exists already. Choose another folder" + (": it holds no export." if overwrite else "."))
-    held = checkpoint.tensor(checkpoint.names()[0]).dtype
+    held, found = checkpoint.tensor(checkpoint.names()[0]).dtype, endings(checkpoint)
     raw = write_hf_config(checkpoint.config, str(DTYPES[dtype] if dtype else held).removeprefix("torch."))
+    raw |= {"bos_token_id": found.bos, "eos_token_id": as_setting(found.stops), "pad_token_id": found.pad}
     temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         _write_weights(checkpoint, temporary, DTYPES[dtype] if dtype else None, shard_bytes)
         _write_json(temporary / "config.json", raw)
-        _write_companions(checkpoint, temporary)
+        _write_companions(checkpoint, temporary, found)
         (temporary / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
         if out.exists():
             retired = out.with_name(f".{out.name}.retired-{os.getpid()}")
@@ -128,6 +133,13 @@ def refuse_foreign_folder(out_dir: str | Path) -> None:
     out = Path(out_dir)
     if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not a Chatmill checkpoint; it will not be replaced. Choose another folder.")
+
+
+def _generation_settings(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The folder's generation settings; a reply also ends at the tokens that config.json alone names."""
+    settings = read_settings(source)
+    ends = (*end_ids(settings), *end_ids(config, str(source / "config.json")))
+    return with_ids(settings, ends, config.get("bos_token_id"), config.get("pad_token_id"))
 
 
 def _tensor_files(source: Path) -> dict[str, Path]:
@@ -251,8 +263,8 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Tokenizer, chat template and generation config."""
+def _write_companions(checkpoint: Checkpoint, folder: Path, found: Endings) -> None:
+    """Tokenizer, chat template and generation settings."""
     files = checkpoint.files()
     for name in TOKENIZER_FILES:
         if name in files:
@@ -263,12 +275,7 @@ def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
         settings = _read_json(described) if described.is_file() else {}
         if "tokenizer_class" not in settings:
             _write_json(described, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
-    if GENERATION in files:
-        shutil.copyfile(files[GENERATION], folder / GENERATION)
-    else:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        ids = {name: value for name in names if (value := getattr(checkpoint.config, name)) is not None}
-        _write_json(folder / GENERATION, {"_from_model_config": True, **ids})
+    (folder / GENERATION).write_bytes(to_bytes(found.settings()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from chatmill.config import ConfigError, validate
 
+from ...data.tokenizer.generation_settings import as_setting, end_ids
 from ..model_config import ModelConfig, RopeScaling
 
 
@@ -63,7 +64,6 @@ def read_hf_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     theta, scaling = _read_rope(raw, context, where)
     window, windowed = _read_window(raw, family, layers, where)
     attention_bias = bool(raw.get("attention_bias", False))
-    eos = raw.get("eos_token_id")
     return validate(
         ModelConfig,
         {
@@ -87,7 +87,7 @@ def read_hf_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
             "sliding_layers": windowed,
             "initializer_range": raw.get("initializer_range") or 0.02,
             "bos_token_id": raw.get("bos_token_id"),
-            "eos_token_id": eos[0] if isinstance(eos, list) else eos,  # the others stay in generation_config.json
+            "eos_token_id": as_setting(end_ids(raw, where)),
             "pad_token_id": raw.get("pad_token_id"),
         },
         where,

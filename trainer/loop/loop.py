@@ -22,7 +22,6 @@ from chatmill.run_files import list_checkpoints
 from ...data.packing.sources import exclusions, open_mixture
 from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
-from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..config import Recipe
 from ..distributed.world import end_world, start_world
@@ -44,7 +43,7 @@ from .budget import in_steps
 from .checkpoints import RunCheckpoints, newest_readable, origin
 from .context import RunContext
 from .dpo import check_objective, pair_objective
-from .starting import announce, check_same_data, choose_shape, claim
+from .starting import announce, check_same_data, choose_shape, claim, run_tokenizer
 from .stream import merged, overlong_figures, take, training_stream
 from .validation import Validation
 
@@ -54,10 +53,10 @@ def train(recipe: Recipe) -> int:
     stop = StopSignal()  # from here on a signal ends the run cleanly, whatever it is doing
     dataset = TokenDataset.open(recipe.data.path, "train", damaged_blocks=recipe.data.damaged_blocks)
     mixture, splits = open_mixture(recipe.data), validation_sets(recipe)
-    tokenizer = ChatTokenizer.load(dataset.path / "tokenizer")
     # a run that continues has the shape, tokenizer and weights in its own checkpoints: its base may be gone by then
     begun = newest_readable(recipe.run_dir) if recipe.model.checkpoint else None
     base = open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint and begun is None else None
+    tokenizer = run_tokenizer(dataset, begun or base)
     config = choose_shape(recipe, begun or base, dataset)
     exclude = exclusions(recipe.data, recipe.run_dir)
     world = start_world(recipe)

@@ -9,6 +9,7 @@ from chatmill.config import ConfigError
 from ...data.check.verify import quarantine_lines
 from ...data.packing.mixture import Mixture
 from ...data.shards.dataset import TokenDataset
+from ...data.tokenizer.generation_settings import read_settings
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint
 from ..config import Recipe
@@ -55,6 +56,13 @@ def check_tokenizer(checkpoint: Checkpoint, dataset: TokenDataset) -> None:
             f"{dataset.path} was tokenised with another tokenizer or chat template than that of {checkpoint.path}.\n"
             "Build the data set with the checkpoint's tokenizer: set tokenizer.path in the data recipe."
         )
+
+
+def run_tokenizer(dataset: TokenDataset, start: Checkpoint | None) -> ChatTokenizer:
+    """The tokenizer and template of the data set, with the generation settings of the checkpoint that training starts from."""
+    tokenizer = ChatTokenizer.load(dataset.path / "tokenizer")
+    settings = {} if start is None else read_settings(start.path)
+    return tokenizer.with_settings(settings) if settings else tokenizer
 
 
 def check_same_data(mixture: Mixture, world: World) -> None:

@@ -200,14 +200,6 @@ def test_an_export_can_change_the_dtype(tmp_path: Path) -> None:
     assert all(torch.equal(before[name].bfloat16(), after[name]) for name in before)
 
 
-def test_every_end_token_survives_in_the_generation_config(tmp_path: Path) -> None:
-    save_reference(tmp_path / "hf", "Llama", {"eos_token_id": [2, 5, 9]})
-    checkpoint = import_hf(tmp_path / "hf", tmp_path / "ours")
-    assert checkpoint.config.eos_token_id == 2
-    export_hf(checkpoint, tmp_path / "back")
-    assert transformers.GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id == [2, 5, 9]
-
-
 def small_tokenizer(folder: Path, vocab: int = 61) -> Tokenizer:
     words = [chr(0x61 + i % 26) * (1 + i // 26) for i in range(vocab - 1)]
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **{w: i + 1 for i, w in enumerate(words)}}, unk_token="<unk>"))

@@ -19,6 +19,7 @@ from typing import Any
 
 from fastapi import Request
 
+from ...generation.defaults import sampling_of
 from ...generation.generation import TokenStep
 from ..chat_model import ChatModel
 from .batcher import Batcher, BusyError, Done, Event, Failed, Job, Piece
@@ -54,12 +55,13 @@ class Completion:
         self._created = int(time.time())
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()  # of all replies, each with its index
+        sampling = asked.sampling(sampling_of(chat.tokenizer.generation))
         self.jobs = [
             Job(
                 prompt_ids=ids,
                 max_new_tokens=max(1, min(self.wanted_tokens, limits.max_tokens)),
                 emit=functools.partial(self._emit, index),
-                sampling=asked.sampling,
+                sampling=sampling,
                 stop_strings=asked.stops,
                 seed=None if asked.seed is None else asked.seed + k,
                 logprobs=asked.wanted_logprobs,

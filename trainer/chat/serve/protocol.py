@@ -7,7 +7,7 @@ Extensions: top_k, min_p, repetition_penalty.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -79,11 +79,11 @@ class Request(BaseModel):
         """Stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    @property
-    def sampling(self) -> Sampling:
-        """Sampling knobs; temperature is 1 unless given, as in the OpenAI API."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        return Sampling(temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty or 1.0)
+    def sampling(self, defaults: Mapping[str, Any]) -> Sampling:
+        """Those given, else the model's own (defaults); without either the temperature is 1, as in the OpenAI API."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return Sampling(**{"temperature": 1.0, **defaults, **given})
 
 
 class Message(BaseModel):
