@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import json
 import logging
@@ -69,6 +70,25 @@ def _is_installed(module: str) -> bool:
         return False
 
 
+@torch.compiler.assume_constant_result
+def import_problem(module: str, symbol: str) -> str:
+    """Why a module cannot be used, or "" where it was imported and has the symbol. One that is there and broken warns once."""
+    return _import_problem(module, symbol)
+
+
+@functools.lru_cache(maxsize=16)
+def _import_problem(module: str, symbol: str) -> str:
+    try:
+        getattr(importlib.import_module(module), symbol)
+    except Exception as problem:  # a wheel for another torch or machine may raise anything
+        if isinstance(problem, ModuleNotFoundError) and problem.name in (module, module.split(".")[0]):
+            return f"{module} is not installed"
+        why = f"{module} is installed but cannot be used: {type(problem).__name__}: {problem}"
+        log.warning("%s. Another engine is used; reinstall it, or ignore this.", why)
+        return why
+    return ""
+
+
 @contextlib.contextmanager
 def planning_for_gpu() -> Iterator[None]:
     """Inside this context Triton counts as usable everywhere: for tracing shapes with fake tensors, where no kernel runs."""
@@ -91,13 +111,13 @@ def why_no_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of this device; None where they can."""
     if _planning:
         return None
-    if not is_installed("triton"):
-        return "triton is not installed"
+    if device.type not in ("cpu", "cuda"):
+        return f"there is no Triton for {device.type}"
     if device.type == "cpu" and not is_interpreting():
         return "CPU tensors need TRITON_INTERPRET=1 (the interpreter, for tests)"
     if device.type == "cuda" and torch.version.hip is None and capability(device) < 80:
         return f"compute capability {capability(device)} is below 80"
-    return None if device.type in ("cpu", "cuda") else f"there is no Triton for {device.type}"
+    return import_problem("triton", "jit") or None
 
 
 P = ParamSpec("P")
@@ -132,17 +152,21 @@ def _first_device(values: Any) -> torch.device | None:
     return None
 
 
-def choose(kernel: str, impl: str, device: torch.device, obstacles: Mapping[str, str | None], *, packed: bool = False) -> str:
+Obstacle = str | None | Callable[[], str | None]
+
+
+def choose(kernel: str, impl: str, device: torch.device, obstacles: Mapping[str, Obstacle], *, packed: bool = False) -> str:
     """Implementation to run.
 
-    obstacles: for each implementation of the kernel, why it cannot do this call, or None if it can.
+    obstacles: for each implementation of the kernel, why it cannot do this call, or None if it can; or a function that says so,
+    which is asked only where the table gets to it.
     packed: several documents in one row (attention only).
     Raises ValueError with the reason if `impl` is unknown or cannot work here.
     """
     if impl != "auto":
         if impl not in obstacles:
             raise ValueError(f"{kernel}: impl={impl!r} is unknown; choose auto or one of {', '.join(sorted(obstacles))}.")
-        reason = obstacles[impl]
+        reason = _reason(obstacles[impl])
         if reason is not None:
             raise ValueError(f"{kernel}: impl={impl!r} cannot do this: {reason}. Set impl=auto to let the table choose.")
         return impl
@@ -151,15 +175,21 @@ def choose(kernel: str, impl: str, device: torch.device, obstacles: Mapping[str,
         low, high = rule.get("capability", (0, 10_000))
         if rule["device"] not in ("any", device.type) or not low <= number <= high or rule.get("packed", packed) != packed:
             continue
-        for candidate in rule["choose"]:
-            if candidate in obstacles and obstacles[candidate] is None:
-                passed = tuple(
-                    f"{c}: {obstacles[c]}" for c in rule["choose"][: rule["choose"].index(candidate)] if c in obstacles
-                )
+        passed: list[str] = []
+        for candidate in (c for c in rule["choose"] if c in obstacles):
+            reason = _reason(obstacles[candidate])
+            if reason is None:
                 if not torch.compiler.is_compiling():
-                    _log_once(kernel, candidate, str(device.type), number, packed, passed)
+                    _log_once(kernel, candidate, str(device.type), number, packed, tuple(passed))
                 return candidate
-    raise ValueError(f"{kernel}: nothing in {TABLE.name} can do this on {device}: {dict(obstacles)}.")
+            passed.append(f"{candidate}: {reason}")
+    raise ValueError(
+        f"{kernel}: nothing in {TABLE.name} can do this on {device}: { {name: _reason(o) for name, o in obstacles.items()} }."
+    )
+
+
+def _reason(obstacle: Obstacle) -> str | None:
+    return obstacle() if callable(obstacle) else obstacle
 
 
 @functools.lru_cache(maxsize=256)

@@ -405,7 +405,19 @@ def install(wheels: Path, site: Path) -> None:
 def describe(torch: Any) -> dict[str, object]:
     """Machine and versions, for the header of every result."""
     versions = {}
-    for name in ("torch", "triton", "numpy", "accelerate", "deepspeed", "flash-attn", "transformers", "pydantic", "webdataset"):
+    for name in (
+        "torch",
+        "triton",
+        "numpy",
+        "accelerate",
+        "deepspeed",
+        "flash-attn",
+        "flash-attn-3",
+        "flash-attn-4",
+        "transformers",
+        "pydantic",
+        "webdataset",
+    ):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -112,6 +112,8 @@ class ModelConfig(Section):
 class KernelSection(Section):
     """Which implementation of each hot operation; `auto` picks by device and shape."""
 
-    attention: Literal["auto", "hopper", "triton", "flash", "sdpa", "flex", "torch", "reference"] = "auto"
+    attention: Literal[
+        "auto", "hopper", "triton", "flash", "flash2", "flash3", "flash4", "sdpa", "flex", "torch", "reference"
+    ] = "auto"
     cross_entropy: Literal["auto", "triton", "torch", "reference"] = "auto"
     elementwise: Literal["auto", "triton", "reference"] = "auto"

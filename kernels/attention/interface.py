@@ -6,20 +6,22 @@
 Shapes: T tokens of all documents in one row, Hq query heads, Hk key/value heads (Hq a multiple of Hk), D and Dv channels.
 `cu_seqlens` holds the document boundaries; nothing attends across one.
 Method: Dao et al., FlashAttention-2, arXiv:2307.08691 and -3, arXiv:2407.08608; tiles are listed on the CPU (tile_map.py).
-Tiers:  triton (triton_tier.py), hopper (hopper/), torch (torch_tier.py), flash-attn, SDPA and FlexAttention
+Tiers:  triton (triton_tier.py), hopper (hopper/), torch (torch_tier.py), flash-attn 2, 3 and 4, SDPA and FlexAttention
         (libraries.py); dispatch.py chooses.
 Bench:  python -m chatmill.kernels.bench attention
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import capability, choose, is_planning, why_no_triton
+from ..dispatch import Obstacle, capability, choose, import_problem, is_planning, why_no_triton
+from .flash import FLASH
 from .libraries import LIBRARIES, library_attention, why_not
 from .operators import attention_forward
 from .reference import attention_reference
@@ -28,6 +30,7 @@ from .tile_map import TileMap
 
 # largest head dimension of the Triton kernels
 MAX_HEAD_DIM = 256
+HOPPER_MODULE = f"{__package__}.hopper.forward"
 
 
 def attention(
@@ -46,12 +49,13 @@ def attention(
     max_seqlen: int | None = None,
     sinks: Tensor | None = None,
     deterministic: bool | None = None,
+    complete: bool = False,
 ) -> Tensor:
     """Attention of packed documents: out (T, Hq, Dv). Rows past cu_seqlens[-1] give 0.
 
     q (T, Hq, D), k (T, Hk, D), v (T, Hk, Dv): any strides. cu_seqlens Int32 (S+1,): document boundaries, None: one document.
     window: tokens seen by a query, itself included. scale: default D ** -0.5.
-    impl: auto, hopper, triton, flash, sdpa, flex, torch or reference.
+    impl: auto, hopper, triton, flash2, flash3, flash4, flash (one of these), sdpa, flex, torch or reference.
     return_lse: return (out, lse), as attention_with_lse does.
     sinks (Hq,): one extra logit per head that takes weight and gives no value.
     tile_map: make_tile_map(...) of these cu_seqlens; max_seqlen: the longest document. Given by the data stream, they spare a
@@ -59,6 +63,7 @@ def attention(
     deterministic: gradients bitwise equal from run to run; None: torch.are_deterministic_algorithms_enabled(). The triton and
     torch tiers' always are. The Hopper tier also has a backward of five matrix products instead of seven that is not: False
     allows it.
+    complete: cu_seqlens[-1] is T, as in every batch of the data stream: the libraries' rows need no zeroing.
     """
     rules = Rules(causal, window or 0, softcap or 0.0, q.shape[-1] ** -0.5 if scale is None else float(scale))
     _check(q, k, v, cu_seqlens, window, softcap, rules.scale)
@@ -66,12 +71,16 @@ def attention(
     packed = True if cu_seqlens is not None and cu_seqlens.numel() > 2 else False  # noqa: SIM210
     needs_lse = return_lse or sinks is not None
     dtype = str(q.dtype).removeprefix("torch.")
-    impl = _decide(impl, str(q.device), dtype, q.shape[2], v.shape[2], rules.softcap > 0, needs_lse, packed)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    dims = q.shape[2], v.shape[2]
+    impl = _decide(impl, str(q.device), dtype, *dims, rules.softcap > 0, needs_lse, deterministic, packed)
     if impl in LIBRARIES:  # none of them gives the log-sum-exp
-        return library_attention(impl, q, k, v, cu_seqlens, max_seqlen, rules)
+        options = {"deterministic": deterministic, "complete": complete}
+        return library_attention(impl, q, k, v, cu_seqlens, max_seqlen, rules, **options)
     if impl == "reference":
-        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "sinks": sinks}
-        out, lse = attention_reference(q, k, v, causal=causal, window=window, softcap=softcap, scale=scale, **options)
+        shape: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap, "scale": scale}
+        out, lse = attention_reference(q, k, v, cu_seqlens=cu_seqlens, sinks=sinks, **shape)
     else:
         out, lse = _attention(q, k, v, cu_seqlens, tile_map, rules, impl, deterministic)
         if sinks is not None:
@@ -97,7 +106,7 @@ def _attention(
     tile_map: TileMap | None,
     rules: Rules,
     impl: str,
-    deterministic: bool | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out and lse of the torch, triton or hopper tier."""
     if tile_map is not None:
@@ -137,10 +146,9 @@ def _check(
         raise ValueError(f"attention: scale={scale}; it must be positive.")
 
 
-def _may_fuse(head_dim: int, softcap: float, deterministic: bool | None) -> bool:
+def _may_fuse(head_dim: int, softcap: float, deterministic: bool) -> bool:
     """Whether the Hopper tier takes its fused backward; a soft-cap at 128 channels does not fit into its registers."""
-    asked = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
-    return not asked and (not softcap or head_dim <= 64)
+    return not deterministic and (not softcap or head_dim <= 64)
 
 
 def _check_tile_map(tile_map: TileMap, q: Tensor, rules: Rules) -> None:
@@ -165,22 +173,44 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 
 @torch.compiler.assume_constant_result
 def _decide(
-    impl: str, device: str, dtype: str, head_dim: int, value_dim: int, has_softcap: bool, needs_lse: bool, packed: bool
+    impl: str,
+    device: str,
+    dtype: str,
+    head_dim: int,
+    value_dim: int,
+    softcap: bool,
+    needs_lse: bool,
+    deterministic: bool,
+    packed: bool,
 ) -> str:
     """Implementation by dispatch's table; plain arguments, so that torch.compile takes the answer as a constant."""
     where, kind = torch.device(device), getattr(torch, dtype)
-    triton = why_not_triton(where, kind, max(head_dim, value_dim))
-    obstacles = {name: why_not(name, where, kind, head_dim, value_dim, has_softcap, needs_lse) for name in LIBRARIES}
-    hopper = triton or _why_no_hopper(where, kind, head_dim, value_dim)
-    obstacles |= {"triton": triton, "hopper": hopper, "torch": None, "reference": None}
+    asked: dict[str, Any] = {"softcap": softcap, "needs_lse": needs_lse, "deterministic": deterministic}
+    obstacles: dict[str, Obstacle] = {
+        name: functools.partial(why_not, name, where, kind, head_dim, value_dim, **asked) for name in LIBRARIES
+    }
+    obstacles |= {
+        "triton": functools.partial(why_not_triton, where, kind, max(head_dim, value_dim)),
+        "hopper": functools.partial(_why_no_hopper, where, kind, head_dim, value_dim),
+        "torch": None,
+        "reference": None,
+    }
+    if impl == "flash":
+        reasons = {name: why_not(name, where, kind, head_dim, value_dim, **asked) for name in FLASH}
+        impl = next((name for name in FLASH if reasons[name] is None), "flash")
+        obstacles["flash"] = "; ".join(dict.fromkeys(filter(None, reasons.values())))
     return choose("attention", impl, where, obstacles, packed=packed)
 
 
 def _why_no_hopper(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    if reason := why_not_triton(device, dtype, max(head_dim, value_dim)):
+        return reason
     if device.type != "cuda" and not is_planning():
         return "the Hopper tier runs only on a Hopper GPU: Triton's interpreter has no Gluon"
     if device.type == "cuda" and not 90 <= capability(device) < 100:
         return f"the Hopper tier needs compute capability 90, this GPU has {capability(device)}"
+    if reason := import_problem(HOPPER_MODULE, "why_not_hopper"):  # Gluon's names change between releases of triton
+        return reason
     from .hopper.forward import why_not_hopper
 
     return why_not_hopper(dtype, head_dim, value_dim)

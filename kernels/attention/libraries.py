@@ -1,4 +1,4 @@
-"""Attention by other libraries, behind our signature: flash-attn 2/3/4, SDPA, FlexAttention.
+"""Attention by other libraries, behind our signature: flash-attn 2, 3 and 4 (flash.py), SDPA, FlexAttention.
 
 Each function takes packed q (T, Hq, D), k (T, Hk, D), v (T, Hk, Dv) and returns out (T, Hq, Dv). `why_not` says in words what
 a library cannot do, before it is called. Libraries are imported when they are used.
@@ -7,7 +7,6 @@ a library cannot do, before it is called. Libraries are imported when they are u
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,50 +16,82 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import capability, is_installed
+from .flash import FLASH, flash_attention, why_not_flash
 from .reference import document_ids
 from .rules import Rules
 
-LIBRARIES = ("flash", "sdpa", "flex")
-
-# newest first: flash-attn 4 (CuTe), 3 (Hopper), 2
-FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
-
-
-@functools.lru_cache(maxsize=1)
-def flash_module() -> str | None:
-    """Name of the newest flash-attn that is installed."""
-    return next((name for name in FLASH_MODULES if is_installed(name)), None)
+LIBRARIES = (*FLASH, "sdpa", "flex")
 
 
 def why_not(
-    library: str, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, has_softcap: bool, needs_lse: bool
+    library: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    *,
+    softcap: bool,
+    needs_lse: bool,
+    deterministic: bool,
 ) -> str | None:
-    """Why `flash`, `sdpa` or `flex` cannot do this call; None where it can."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    if library == "flash":
-        if flash_module() is None:
-            return "flash-attn is not installed"
-        if device.type != "cuda" or capability(device) < 80:
-            return "flash-attn needs a CUDA GPU of capability 80 or newer"
-        if not half:
-            return f"flash-attn takes bf16 and fp16, not {dtype}"
-        if head_dim > 256 or head_dim != value_dim:
-            return f"flash-attn takes equal head dimensions up to 256, not {head_dim} and {value_dim}"
-        return "flash-attn's log-sum-exp has no gradient" if needs_lse else None
+    """Why one of LIBRARIES cannot do this call; None where it can."""
     if needs_lse:
-        return f"{library} returns no log-sum-exp"
+        return f"{library} gives no log-sum-exp with a gradient"
+    if library in FLASH:
+        return why_not_flash(library, device, dtype, head_dim, value_dim, softcap=softcap, deterministic=deterministic)
     if library == "sdpa":
-        return "SDPA has no soft-cap" if has_softcap else None
+        return "SDPA has no soft-cap" if softcap else None
     if device.type not in ("cpu", "cuda"):
         return f"FlexAttention does not run on {device.type}"
     return "FlexAttention has no backward on CPU" if device.type == "cpu" else None
 
 
 def library_attention(
-    library: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, rules: Rules
+    library: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    rules: Rules,
+    *,
+    deterministic: bool,
+    complete: bool,
 ) -> Tensor:
-    """Attention by one of LIBRARIES. cu_seqlens None: one document."""
+    """Attention by one of LIBRARIES. cu_seqlens None: one document. complete: no rows lie past cu_seqlens[-1]."""
+    T = q.shape[0]
+    if cu_seqlens is None or complete:
+        return _call(library, q, k, v, cu_seqlens, max_seqlen, rules, deterministic)
+    # Libraries leave rows past the last document as memory was, in the output and in the gradients.
+    outside = (torch.arange(T, device=q.device) >= cu_seqlens[-1].to(q.device))[:, None, None]
+    q, k, v = (_ZeroGradient.apply(x, outside) for x in (q, k, v))
+    out = _call(library, q, k, v, cu_seqlens, max_seqlen, rules, deterministic)
+    return out.masked_fill(outside, 0.0)
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """The tensor itself, whose gradient is 0 in the rows of `outside` (T, 1, 1), whatever comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, outside: Tensor) -> Tensor:
+        ctx.save_for_backward(outside)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.masked_fill(ctx.saved_tensors[0], 0.0), None
+
+
+def _call(
+    library: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    rules: Rules,
+    deterministic: bool,
+) -> Tensor:
     T = q.shape[0]
     if library == "flex":
         return flex_attention(q, k, v, document_ids(cu_seqlens, T, q.device), rules)
@@ -68,24 +99,7 @@ def library_attention(
     if library == "sdpa":
         return sdpa_attention(q, k, v, cu_seqlens, longest, rules)
     bounds = torch.tensor([0, T], dtype=torch.int32, device=q.device) if cu_seqlens is None else cu_seqlens
-    return flash_attention(q, k, v, bounds, longest, rules)
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, rules: Rules) -> Tensor:
-    """flash-attn's varlen function, whichever version is installed."""
-    name = flash_module()
-    assert name is not None
-    function = importlib.import_module(name).flash_attn_varlen_func
-    options: dict[str, Any] = {"softmax_scale": rules.scale, "causal": rules.causal}
-    if rules.window:
-        options["window_size"] = (rules.window - 1, 0 if rules.causal else rules.window - 1)
-    if rules.softcap:
-        options["softcap"] = rules.softcap
-    bounds = cu_seqlens.to(device=q.device, dtype=torch.int32)
-    out = function(
-        q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, **options
-    )
-    return out[0] if isinstance(out, tuple) else out
+    return flash_attention(library, q, k, v, bounds, longest, rules, deterministic=deterministic)
 
 
 @functools.lru_cache(maxsize=1)

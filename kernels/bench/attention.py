@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..attention.flash import FLASH
 from ..attention.interface import attention
 from ..attention.tile_map import make_tile_map
 from ..attention.tiles import TABLE, KernelConfig, TileConfig, tuning_rows
@@ -72,7 +73,7 @@ def _ours(impl: str, bounds: NDArray[np.int64], heads: int, kv_heads: int, D: in
         tile_map = make_tile_map(bounds, T, head_dim=D, device=device, impl=tier).to(device)
         longest = int(np.diff(bounds).max())
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "impl": tier, "tile_map": tile_map, "max_seqlen": longest}
-        options["deterministic"] = not fused
+        options |= {"deterministic": tier in OURS and not fused, "complete": True}  # libraries as their users run them
         return _phases(lambda: attention(*leaves, **options), leaves)
 
     return prepare
@@ -103,7 +104,7 @@ def bench_cases() -> Iterator[BenchCase]:
         heads = 2048 // D
         for kv_heads in (heads, heads // 4) if S == 8192 else (heads,):
             bounds = np.array([0, S])
-            contenders = {name: _ours(name, bounds, heads, kv_heads, D) for name in (*OURS, "flash", "flex")}
+            contenders = {name: _ours(name, bounds, heads, kv_heads, D) for name in (*OURS, *FLASH, "flex")}
             contenders["sdpa-cudnn"] = _sdpa(SDPBackend.CUDNN_ATTENTION, S, heads, kv_heads, D)
             contenders["sdpa-flash"] = _sdpa(SDPBackend.FLASH_ATTENTION, S, heads, kv_heads, D)
             yield BenchCase(
@@ -111,7 +112,7 @@ def bench_cases() -> Iterator[BenchCase]:
             )
     for D, (T, mean) in itertools.product((64, 128), ((8192, 100), (8192, 500), (8192, 2000), (32768, 500))):
         heads, bounds = 2048 // D, chat_lengths(T, mean)
-        contenders = {name: _ours(name, bounds, heads, heads // 4, D) for name in (*OURS, "flash", "sdpa", "flex")}
+        contenders = {name: _ours(name, bounds, heads, heads // 4, D) for name in (*OURS, *FLASH, "sdpa", "flex")}
         name = f"packed D{D} T{T} mean{mean} H{heads}/{heads // 4} bf16"
         yield BenchCase("attention", name, contenders, causal_flops(bounds, heads, D))
 

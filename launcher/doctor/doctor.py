@@ -32,7 +32,17 @@ NEEDED = ("torch", "numpy", "webdataset", "accelerate", "safetensors", "tokenize
 # module, package, what is missed without it
 OPTIONAL = (
     ("deepspeed", "deepspeed", "parallel.strategy=zero1, zero2, zero3"),
-    ("flash_attn", "flash-attn", "kernels.attention=flash (our own Triton kernels are used instead)"),
+    ("flash_attn", "flash-attn", "kernels.attention=flash2 (our own Triton kernels are used instead)"),
+    (
+        "flash_attn_interface",
+        "flash-attn-3",
+        "kernels.attention=flash3, for Hopper GPUs (our own Triton kernels are used instead)",
+    ),
+    (
+        "flash_attn.cute",
+        "flash-attn-4",
+        "kernels.attention=flash4, for Hopper and Blackwell GPUs (our own Triton kernels are used)",
+    ),
     ("optuna", "optuna", "chatmill sweep"),
     ("tensorboard", "tensorboard", "curves in TensorBoard (logging.trackers)"),
 )
@@ -176,7 +186,7 @@ def triton_findings(version: str | None, torch_requires: Sequence[str]) -> list[
 
 
 def check_extensions() -> list[Finding]:
-    """Optional packages: absent is a note, installed but not importable is bad."""
+    """Optional packages: absent is a note, installed but not importable is bad (training passes a broken flash-attn over)."""
     found = []
     for module, package, missed in OPTIONAL:
         version = installed(package)
@@ -186,7 +196,8 @@ def check_extensions() -> list[Finding]:
         done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)
         if done.returncode:
             action = f"built for another torch? pip install --no-build-isolation --force-reinstall --no-deps {package}"
-            found.append(Finding("bad", package, f"{version} does not import: {last_line(done.stderr)}", action))
+            mark: Mark = "warn" if module.startswith("flash_attn") else "bad"
+            found.append(Finding(mark, package, f"{version} does not import: {last_line(done.stderr)}", action))
         else:
             found.append(Finding("ok", package, version))
     return found

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from chatmill.kernels import dispatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-EVERYTHING = {"hopper": None, "triton": None, "flash": None, "sdpa": None, "torch": None}
+EVERYTHING = dict.fromkeys(("hopper", "triton", "flash2", "flash3", "flash4", "sdpa", "torch"))
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def test_a_cpu_gets_the_torch_path() -> None:
 
 
 def test_packed_and_single_documents_follow_their_own_rule(hopper: None) -> None:
-    assert dispatch.choose("attention", "auto", CUDA, EVERYTHING, packed=True) == "flash"
-    assert dispatch.choose("attention", "auto", CUDA, EVERYTHING | {"flash": "not installed"}, packed=True) == "triton"
+    assert dispatch.choose("attention", "auto", CUDA, EVERYTHING, packed=True) == "flash3"
+    assert dispatch.choose("attention", "auto", CUDA, EVERYTHING | {"flash3": "not installed"}, packed=True) == "triton"
     assert dispatch.choose("attention", "auto", CUDA, EVERYTHING, packed=False) == "sdpa"
 
 
@@ -49,8 +49,35 @@ def test_the_choice_is_logged_once_with_what_was_passed_over(hopper: None, caplo
     dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="chatmill.kernels"):
         for _ in range(3):
-            dispatch.choose("attention", "auto", CUDA, EVERYTHING | {"flash": "not installed"}, packed=True)
-    assert [r.message for r in caplog.records] == ["attention packed on cuda sm_90: triton (not flash: not installed)"]
+            dispatch.choose("attention", "auto", CUDA, EVERYTHING | {"flash3": "not installed"}, packed=True)
+    assert [r.message for r in caplog.records] == ["attention packed on cuda sm_90: triton (not flash3: not installed)"]
+
+
+@pytest.mark.parametrize(
+    ("number", "order"),
+    [
+        (80, ["flash2", "triton", "sdpa"]),
+        (89, ["flash2", "triton", "sdpa"]),
+        (90, ["flash3", "triton", "flash2", "sdpa"]),
+        (100, ["flash4", "triton", "sdpa"]),
+        (120, ["flash4", "triton", "sdpa"]),
+    ],
+)
+def test_each_generation_of_gpu_has_its_own_order(number: int, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "capability", lambda device: number)
+    obstacles: dict[str, dispatch.Obstacle] = dict(EVERYTHING)
+    for name in order:
+        assert dispatch.choose("attention", "auto", CUDA, obstacles, packed=True) == name
+        obstacles[name] = "not here"
+    assert dispatch.choose("attention", "auto", CUDA, obstacles, packed=True) == "torch"
+
+
+def test_only_what_the_table_gets_to_is_asked(hopper: None) -> None:
+    def never() -> str:
+        raise AssertionError("asked")
+
+    obstacles = EVERYTHING | {"flash2": never, "flash4": never, "sdpa": never}
+    assert dispatch.choose("attention", "auto", CUDA, obstacles, packed=True) == "flash3"
 
 
 def test_every_kernel_has_a_rule_for_every_machine() -> None:

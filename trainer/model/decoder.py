@@ -138,6 +138,7 @@ class Attention(nn.Module):
                 impl=self.kernels.attention,
                 tile_map=None if maps is None else maps.get(self.window),
                 max_seqlen=layout.max_seqlen,
+                complete=True,  # a batch's cu_seqlens end at T
             )
         else:
             out = memory.attend(self.layer, q, k, v, window=self.window, softcap=self.softcap)
@@ -177,7 +178,7 @@ def _keep_attention() -> Any:
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = op in ATTENTION_OPS or getattr(op, "namespace", "") == "flash_attn"
+    keep = op in ATTENTION_OPS or getattr(op, "namespace", "") in ("flash_attn", "flash_attn_3")
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -191,7 +191,8 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
 def describe_environment() -> dict[str, Any]:
     """Versions, machine and process, for environment.json."""
     versions = {}
-    for name in ("chatmill", "torch", "triton", "numpy", "accelerate", "deepspeed", "flash-attn", "webdataset", "tokenizers"):
+    packages = ("chatmill", "torch", "triton", "numpy", "accelerate", "deepspeed", "webdataset", "tokenizers")
+    for name in (*packages, "flash-attn", "flash-attn-3", "flash-attn-4"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -190,7 +190,7 @@ def test_sdpa_gives_the_same_per_document(layout: list[int] | None, options: dic
     ("impl", "arguments", "words"),
     [
         ("sdpa", {"softcap": 2.0}, "SDPA has no soft-cap"),
-        ("sdpa", {"return_lse": True}, "returns no log-sum-exp"),
+        ("sdpa", {"return_lse": True}, "gives no log-sum-exp"),
         ("flex", {}, "no backward on CPU"),
         ("hopper", {}, "hopper"),
     ],
