@@ -40,6 +40,15 @@ class Ledger:
         self.changed[reason] += n
         self._remember(reason, example)
 
+    def add(self, other: Ledger) -> None:
+        """Count what another ledger counted, too."""
+        self.kept += other.kept
+        self.dropped.update(other.dropped)
+        self.changed.update(other.changed)
+        for reason, cases in other.examples.items():
+            for case in cases:
+                self._remember(reason, case)
+
     def _remember(self, reason: str, example: str) -> None:
         cases = self.examples.setdefault(reason, [])
         if example and len(cases) < EXAMPLES_KEPT:

@@ -24,7 +24,9 @@ class SourceSection(Section):
     format: an importer's name, or `auto` to detect it.
     path: file, folder or glob; only chitchat may leave it out (the installed package is read).
     assistant: in chats between people, the sender who becomes the assistant (None: whoever does not speak first).
-    columns: for tables, our field -> their column. gap_minutes: silence that ends a conversation in an endless chat log.
+    columns: for tables and JSON lines, our field -> their column. gap_minutes: silence that ends a conversation in an endless
+    chat log (None: 30; conversations that a table names are cut only where it is given). encoding: utf-8 also reads UTF-16 and
+    UTF-32 by their marks, and gb18030 by its bytes; other encodings must be named.
     """
 
     format: str = "auto"
@@ -32,7 +34,7 @@ class SourceSection(Section):
     name: str | None = None
     assistant: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
-    gap_minutes: float = Field(default=30.0, gt=0)
+    gap_minutes: float | None = Field(default=None, gt=0)
     merge_minutes: float | None = Field(default=None, gt=0)
     encoding: str = "utf-8"
     limit: int | None = Field(default=None, gt=0)

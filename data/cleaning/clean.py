@@ -26,6 +26,7 @@ from .fences import prose, split_fences
 from .html_text import html_to_text, looks_like_html
 from .language import detector
 from .phrases import BOILERPLATE, BOT, BOT_NAMES, DELETED, PROVIDER_ERROR, PROVIDER_IDENTITY, REFUSAL
+from .placeholders import placeholder
 from .privacy import Privacy
 from .repetition import repetition_reason
 from .stop_words import known_languages, only_stop_words, stop_words, strip_rule
@@ -240,7 +241,7 @@ def _turn_rules(config: CleanSection) -> list[TurnRule]:
     rules: list[TurnRule] = []
     low = config.min_turn_chars
     if config.drop_deleted:
-        rules.append(lambda turn: "deleted or left out by the exporter" if DELETED.fullmatch(turn.content) else None)
+        rules.append(lambda turn: "deleted or left out by the exporter" if _is_deleted(turn.content) else None)
     if config.drop_bots:
         rules.append(lambda turn: "a bot's message" if _is_bot(turn) else None)
     if config.drop_provider_errors:
@@ -250,6 +251,10 @@ def _turn_rules(config: CleanSection) -> list[TurnRule]:
     if low:
         rules.append(lambda turn: f"shorter than {low} characters" if len(turn.content) < low else None)
     return rules
+
+
+def _is_deleted(text: str) -> bool:
+    return DELETED.fullmatch(text) is not None or placeholder(text) in ("media", "deleted")
 
 
 def _is_bot(turn: Turn) -> bool:

@@ -1,7 +1,8 @@
 """Chat messages between people, and how they become turns.
 
 Importers of chat logs yield groups of ChatMessage; `to_conversation` gives the speakers their roles and merges what one of them
-sent in a row. Role rule: a named sender is the assistant, or else whoever does not speak first (the one who replies).
+sent in a row. Role rule: a named sender is the assistant; or those whose names say so (`助手`, `Support`); or, where the export
+says whose it is, its owner; or else whoever does not speak first (the one who replies).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from ..conversation import Conversation, Turn, make_uid
 from ..ledger import Ledger
+from .labels import role_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,14 @@ def to_conversation(
     origin: str,
     ledger: Ledger,
     assistant: str | None = None,
+    owner: str | None = None,
     merge_s: float | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> Conversation | None:
     """Turns of two sides; None (and a counted reason) if there is no exchange.
 
-    merge_s: messages of one sender further apart than this stay separate turns of the same role (None: always merged).
+    owner: the sender whose export it is, where it says so. merge_s: messages of one sender further apart than this stay
+    separate turns of the same role (None: always merged).
     """
     spoken = [m for m in messages if m.text.strip()]
     if len(spoken) < len(messages):
@@ -50,7 +54,7 @@ def to_conversation(
     if assistant is not None and assistant not in senders:
         ledger.drop("the assistant does not speak", f"{origin}: {', '.join(senders[:5])}")
         return None
-    helper = {assistant} if assistant is not None else set(senders[1:])
+    helper = {assistant} if assistant is not None else _repliers(senders, owner)
     turns: list[Turn] = []
     last = ""
     for message in spoken:
@@ -69,3 +73,16 @@ def to_conversation(
         last = message.sender
     ledger.keep()
     return Conversation(make_uid(source, origin), tuple(turns), source, origin, {**(meta or {}), "authors": senders})
+
+
+def _repliers(senders: Sequence[str], owner: str | None) -> set[str]:
+    """Who is the assistant, of two or more senders in the order in which they spoke first."""
+    # A single letter is a name as often as a label (A and Q are labels where every speaker has one).
+    roles = {sender: role_of(sender) if len(sender.strip()) > 1 or not sender.isascii() else None for sender in senders}
+    if labelled := {sender for sender, role in roles.items() if role == "assistant"}:
+        return labelled if len(labelled) < len(senders) else set(senders[1:])
+    if users := {sender for sender, role in roles.items() if role == "user"}:
+        return set(senders) - users or set(senders[1:])
+    if owner is not None and owner in senders:
+        return {owner}
+    return set(senders[1:])

@@ -10,13 +10,16 @@ first message.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from ..conversation import Conversation
 from ..ledger import Ledger
 from ..raw.files import RawFile
+from ..raw.spill import Spill, key, packed, unpacked
 from ..recipe import SourceSection
 from .messages import ChatMessage, to_conversation
 
+GAP_MINUTES = 30.0  # of silence end a conversation, unless sources.gap_minutes says otherwise
 # A reply to a message older than this starts a new conversation, because the old one has already been yielded.
 OPEN_S = 14 * 86_400.0
 
@@ -75,14 +78,52 @@ def _retire(
 
 
 def conversations(
-    messages: Iterable[ChatMessage], file: RawFile, options: SourceSection, source: str, ledger: Ledger, channel: str = ""
+    messages: Iterable[ChatMessage],
+    file: RawFile,
+    options: SourceSection,
+    source: str,
+    ledger: Ledger,
+    channel: str = "",
+    owner: str | None = None,
 ) -> Iterator[Conversation]:
-    """Rebuilt conversations of one log with roles; origin is the key of their first message."""
+    """Rebuilt conversations of one log with roles; origin is the key of their first message. owner: as in to_conversation."""
     merge_s = None if options.merge_minutes is None else options.merge_minutes * 60
     label = f"{file.label}/{channel}" if channel else file.label
-    for group in rebuild(messages, options.gap_minutes * 60):
+    for group in rebuild(messages, (options.gap_minutes or GAP_MINUTES) * 60):
         found = to_conversation(
-            group, source=source, origin=f"{label}:{group[0].key}", ledger=ledger, assistant=options.assistant, merge_s=merge_s
-        )
+            group, source=source, origin=f"{label}:{group[0].key}", ledger=ledger, assistant=options.assistant, owner=owner,
+            merge_s=merge_s,
+        )  # fmt: skip
         if found is not None:
             yield found
+
+
+# The chats in the order of their first messages; inside a chat by time, if all of it has times, else as they stand.
+_IN_ORDER = """
+    SELECT said.chat, said.entry FROM said JOIN (
+        SELECT chat, MIN(rowid) AS first, COUNT(time) = COUNT(*) AS timed FROM said GROUP BY chat
+    ) AS place ON place.chat = said.chat ORDER BY place.first, CASE WHEN place.timed THEN said.time END, said.rowid"""
+
+
+def by_chat(messages: Iterable[tuple[str, ChatMessage]]) -> Iterator[tuple[str, Iterator[ChatMessage]]]:
+    """(chat, its messages in order) of (chat, message) in any order, through a table on disk. Read each before the next."""
+    with Spill("CREATE TABLE said (chat, time REAL, entry)") as db:
+        for chat, message in messages:
+            entry = (message.sender, message.text, message.time, message.key, message.reply_to, message.thread)
+            db.execute("INSERT INTO said VALUES (?, ?, ?)", (key(chat), message.time, packed(*entry)))
+        db.execute("CREATE INDEX by_chat ON said (chat)")
+        for chat, rows in groupby(db.execute(_IN_ORDER), key=lambda row: row[0]):
+            yield chat, (ChatMessage(*unpacked(entry)) for _, entry in rows)
+
+
+def chats(
+    messages: Iterable[tuple[str, ChatMessage]],
+    file: RawFile,
+    options: SourceSection,
+    source: str,
+    ledger: Ledger,
+    owner: str | None = None,
+) -> Iterator[Conversation]:
+    """As `conversations`, of a file in which several chats stand, or whose messages are not in order of time."""
+    for chat, log in by_chat(messages):
+        yield from conversations(log, file, options, source, ledger, channel=chat, owner=owner)

@@ -1,15 +1,22 @@
-"""Dialogues of numbered records, one JSON object or table row each. A bad record is counted and passed over."""
+"""Dialogues of numbered records, one JSON object or table row each. A bad record is counted and passed over, never an error.
+
+turns, meta = guarded(reader, record, origin, ledger) or next       # whatever is wrong with it, it is dropped and shown
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from chatmill.config import ConfigError
+
 from ..conversation import Conversation, Turn, make_uid
 from ..ledger import Ledger
 from ..raw.files import RawFile
 
 Record = dict[str, Any]
+# What reading a value of an unexpected type or size raises: null for a number, a text for a list, 1e999 for a time.
+MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 
 
 class BadRecordError(ValueError):
@@ -24,16 +31,42 @@ class BadRecordError(ValueError):
 Reader = Callable[[Record, str, Ledger], tuple[Sequence[Turn], Mapping[str, Any]]]
 
 
+def why_bad(error: Exception) -> tuple[str, str]:
+    """(what is counted, what the example shows) of a record that could not be read. Raises ConfigError again, as it is."""
+    if isinstance(error, ConfigError):
+        raise error
+    if isinstance(error, BadRecordError):
+        return error.reason, str(error.detail)
+    return "bad record", f"{type(error).__name__}: {error}"
+
+
 def read_records(
     records: Iterable[tuple[int, Record]], reader: Reader, file: RawFile, source: str, ledger: Ledger
 ) -> Iterator[Conversation]:
     """One conversation per record."""
     for number, record in records:
         origin = f"{file.label}:{number}"
+        noted = Ledger()  # what a record changed counts only if the record stays
         try:
-            turns, meta = reader(record, origin, ledger)
-        except BadRecordError as error:
-            ledger.drop(error.reason, f"{origin}: {error.detail}")
+            turns, meta = reader(record, origin, noted)
+        except MALFORMED as error:
+            reason, detail = why_bad(error)
+            ledger.drop(reason, f"{origin}: {detail}")
             continue
+        ledger.add(noted)
         ledger.keep()
         yield Conversation(make_uid(source, origin), tuple(turns), source, origin, meta)
+
+
+def entry_of(value: Any) -> Record:
+    """A JSON value as an object. Raises BadRecordError for anything else."""
+    if not isinstance(value, dict):
+        raise BadRecordError("not a JSON object", type(value).__name__)
+    return value
+
+
+def text_of(value: Any, what: str = "text") -> str:
+    """A JSON value as a text. Raises BadRecordError for anything else."""
+    if not isinstance(value, str):
+        raise BadRecordError(f"{what} is not a text", type(value).__name__)
+    return value

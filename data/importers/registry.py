@@ -17,6 +17,7 @@ from ..conversation import Conversation
 from ..ledger import Ledger, shorten
 from ..raw.files import RawFile, find_files
 from ..recipe import SourceSection
+from .messengers.dated import looks_dated
 
 # Asked in this order, the strictest first.
 IMPORTERS: dict[str, str] = {
@@ -36,9 +37,13 @@ IMPORTERS: dict[str, str] = {
     "reddit": "forums.reddit",
     "alpaca": "datasets.alpaca",
     "corpora": "datasets.dialogue_corpora",
+    "wechat": "messengers.wechat",
+    "kakaotalk": "messengers.kakaotalk",
     "csv": "plain.table",
     "irc": "messengers.irc",
     "whatsapp": "messengers.whatsapp",
+    "qq": "messengers.qq",
+    "line": "messengers.line",
     "transcript": "plain.transcript",
     "documents": "plain.documents",
 }
@@ -81,6 +86,12 @@ def recognise(file: RawFile) -> str:
     if not head:
         raise ConfigError(f"source {file.path}: the file is empty. Take it out of the recipe's sources.")
     start = shorten(head[:200].decode("utf-8", "replace"), 60)
+    if looks_dated(head):
+        raise ConfigError(
+            f"source {file.label}: its lines look like date and speaker, as in a chat, but no importer knows the layout; it "
+            f"begins {start!r}. Set `format:` of this source to the app it comes from, or to documents, to learn all of it "
+            "as one text."
+        )
     raise ConfigError(
         f"source {file.label}: format not recognised; it begins {start!r}. Set `format:` of this source to one of "
         f"{', '.join(IMPORTERS)}; docs/data.md says what each looks like."

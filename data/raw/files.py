@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -21,6 +22,7 @@ from chatmill.config import ConfigError
 
 from ..remote.files import RemotePath, find_remote, is_url
 from .compressed import named_damage, open_compressed, open_tar, open_zip
+from .encodings import SAMPLE_BYTES, likely_encodings, text_encoding
 
 HEAD_BYTES = 1 << 16
 _TAR_CHATS = (".json", ".jsonl", ".txt")
@@ -75,6 +77,31 @@ class RawFile:
             else:
                 yield buffered
 
+    def _named_encoding(self, encoding: str) -> str:
+        """The encoding to read with: the one asked for, and for UTF-8 the one that the bytes are in, if it is gb18030."""
+        try:
+            name = codecs.lookup(encoding).name
+        except LookupError as error:
+            raise ConfigError(f"source {self.label}: sources.encoding={encoding!r} is unknown; for example gb18030") from error
+        if name != "utf-8":
+            return encoding
+        found = self._detected
+        if found is None:
+            others = ", ".join(likely_encodings(self._sample())) or "none of the common ones"
+            raise ConfigError(
+                f"source {self.label}: the text is not UTF-8, nor clearly gb18030, so it would be read wrong. "
+                f"Save it as UTF-8, or set `encoding:` of this source. It can be decoded as: {others}."
+            )
+        return found
+
+    @property
+    def _detected(self) -> str | None:
+        return _detected_encoding(self) if self.entry is None else text_encoding(self._sample())
+
+    def _sample(self) -> bytes:
+        with named_damage(self.label), self._open_bytes() as raw:
+            return raw.read(SAMPLE_BYTES)
+
     @contextmanager
     def _open_bytes(self) -> Iterator[IO[bytes]]:
         if self.entry is not None:
@@ -92,14 +119,13 @@ class RawFile:
     def text(self, encoding: str = "utf-8") -> Iterator[io.TextIOWrapper]:
         """Text lines; a byte-order mark is skipped, undecodable bytes become U+FFFD (the import counts them)."""
         with self.open(encoding) as raw:
-            utf8 = isinstance(raw, _Recoded) or encoding.lower().replace("_", "-") == "utf-8"
-            name = "utf-8-sig" if utf8 else encoding
-            yield io.TextIOWrapper(raw, encoding=name, errors="replace", newline="")
+            name = "utf-8" if isinstance(raw, _Recoded) else self._named_encoding(encoding)
+            yield io.TextIOWrapper(raw, encoding="utf-8-sig" if name == "utf-8" else name, errors="replace", newline="")
 
     def lines(self, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
         """(line number from 1, line) of the file or of its span; undecodable bytes become U+FFFD."""
         with self.open(encoding) as raw:
-            encoding = "utf-8" if isinstance(raw, _Recoded) else encoding
+            encoding = "utf-8" if isinstance(raw, _Recoded) else self._named_encoding(encoding)
             first, end, before = self.span or (0, None, 0)
             if first:
                 raw.seek(first)
@@ -197,12 +223,26 @@ class RawFile:
             return RawFile(self.path, member) if member in archive.namelist() else None
 
     def head(self, size: int = HEAD_BYTES) -> bytes:
-        """The first bytes (of the first part of a folder)."""
+        """The first bytes (of the first part of a folder), text as UTF-8."""
         first = self.parts()[0]
         if first is not self:
             return first.head(size)
         with self.open() as file:
-            return file.read(size)
+            start = file.read(size)
+        if isinstance(file, _Recoded) or start.isascii() or text_encoding(start) != "gb18030":
+            return start
+        return codecs.getincrementaldecoder("gb18030")("replace").decode(start).encode("utf-8", "replace")
+
+
+@lru_cache(maxsize=64)
+def _encoding_of(file: RawFile, written_ns: int) -> str | None:
+    return text_encoding(file._sample())
+
+
+def _detected_encoding(file: RawFile) -> str | None:
+    """As text_encoding, once per file and change of it: importers open a file several times."""
+    written = file.path.stat().st_mtime_ns if isinstance(file.path, Path) else 0
+    return _encoding_of(replace(file, span=None), written)
 
 
 class _Recoded(io.BufferedReader):

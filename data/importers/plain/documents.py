@@ -1,6 +1,8 @@
 """Plain documents for pre-training: text files, or JSON lines with a `text` field. Every token carries loss.
 
-A text file is one document. To keep memory constant, long files are cut at paragraph ends near 100,000 characters.
+A text file is one document. A text whose lines look like date and speaker is never guessed to be one: names and times would
+be learned. `format: documents` reads it all the same. To keep memory constant, long files are cut at paragraph ends near
+100,000 characters.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
+from ..messengers.dated import looks_dated
 from ..records import BadRecordError, Record, read_records
 
 DOCUMENT_CHARS = 100_000
@@ -23,7 +26,7 @@ _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 def recognise(head: bytes, name: str) -> bool:
     """A text file by its suffix and content, or JSON lines with a text field and no fields of a chat."""
     if name.lower().endswith(_TEXT_SUFFIXES):
-        return b"\0" not in head
+        return b"\0" not in head and not looks_dated(head)
     first = first_object(head)
     return (
         first is not None and isinstance(first.get("text"), str) and not {"messages", "conversations", "parent_id"} & set(first)

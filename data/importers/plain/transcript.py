@@ -1,7 +1,7 @@
-"""Plain transcripts: `Ann: hello`, one speaker per paragraph; a line of ---, === or *** separates dialogues.
+"""Plain transcripts: `Ann: hello`, `小明：你好`, one speaker per paragraph; a line of ---, === or *** separates dialogues.
 
-Lines without a speaker, or with one who never speaks again, continue the turn above. Speakers called User, Human, Q … and
-Assistant, AI, Bot, A … have those roles; otherwise the role rule of chats applies.
+Lines without a speaker, or with one who never speaks again, continue the turn above. Speakers called User, Human, Q, 用户 …
+and Assistant, AI, Bot, A, 助手, 客服 … have those roles; otherwise the role rule of chats applies.
 """
 
 from __future__ import annotations
@@ -10,28 +10,40 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from ...conversation import Conversation, Role, Turn, make_uid
+from ...cleaning.placeholders import placeholder
+from ...conversation import Conversation, Turn, make_uid
 from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...recipe import SourceSection
+from ..labels import role_of
 from ..messages import ChatMessage, to_conversation
 
-_SAID = re.compile(r"^([^\W\d][^:\n\t]{0,38}):(?:\s(.*)|)$", re.S)
+# After a full-width colon, or after a name that is not ASCII, no blank is needed; 9:15 and http://x are no speakers.
+_NAME = r"([^\W\d_][^:：\n\t。！？，；]{0,38})"
+_SAID = re.compile(rf"^{_NAME}(?::(?:\s(.*)|)|：(.*)|(?<=[^\x00-\x7f]):(?!//)(\S.*))$", re.S)
+_BOLD = re.compile(r"^\s*(?:#{1,6} +)?(?:\*\*|__)([^*_:：\n]{1,40})(?:([:：])(?:\*\*|__)|(?:\*\*|__)([:：]))")
 _RULE = re.compile(r"^\s*([-=*])(\s*\1){2,}\s*$")
-_ROLES: dict[str, Role] = {
-    **dict.fromkeys(("user", "human", "q", "question", "customer", "client"), "user"),
-    **dict.fromkeys(("assistant", "ai", "bot", "a", "answer", "agent", "chatgpt", "model"), "assistant"),
-    **dict.fromkeys(("system",), "system"),
-}
 
 
 def recognise(head: bytes, name: str) -> bool:
     """At least four turns by at most a dozen speakers, who speak repeatedly."""
     if not name.lower().endswith((".txt", ".md", ".text", ".log")):
         return False
-    lines = [line for line in head.decode("utf-8", "ignore").splitlines()[:400] if line.strip() and not _RULE.match(line)]
-    names = [match[1] for match in map(_SAID.match, lines) if match]
-    return bool(lines) and _SAID.match(lines[0]) is not None and len(names) >= 4 and len(set(names)) <= min(12, len(names) // 2)
+    lines = [line for line in head.decode("utf-8-sig", "ignore").splitlines()[:400] if line.strip() and not _RULE.match(line)]
+    said = [_said(line) for line in lines]
+    names = [found[0] for found in said if found]
+    if len(names) < 4 or len(set(names)) > min(12, len(names) // 2):
+        return False
+    return said[0] is not None or len(names) * 2 >= len(lines)  # a title may stand above
+
+
+def _said(line: str) -> tuple[str, str] | None:
+    """(speaker, what follows the colon) of a line that begins with a speaker; Markdown's bold names count."""
+    line = _BOLD.sub(lambda found: f"{found[1]}{found[2] or found[3]} ", line, count=1)
+    found = _SAID.match(line)
+    if found is None:
+        return None
+    return found[1].strip(), next((part for part in found.groups()[1:] if part), "").lstrip()
 
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
@@ -41,12 +53,12 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
     with file.text(options.encoding) as text:
         for number, line in enumerate(text, 1):
             line = line.rstrip("\r\n")
-            found = _SAID.match(line)
+            found = _said(line)
             if _RULE.match(line):
                 yield from _finish(said, file, options, source, ledger)
                 said = []
-            elif found and found[1].strip() in known:
-                said.append(ChatMessage(found[1].strip(), found[2] or "", key=str(number)))
+            elif found and found[0] in known:
+                said.append(ChatMessage(found[0], found[1], key=str(number)))
             elif said:
                 said[-1] = ChatMessage(said[-1].sender, f"{said[-1].text}\n{line}", key=said[-1].key)
             elif line.strip():
@@ -57,7 +69,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
 def _speakers(file: RawFile, encoding: str) -> set[str]:
     """Names that open a line twice or more; all of them where fewer than two do. `Note: …` inside a turn is not a speaker."""
     with file.text(encoding) as text:
-        counts = Counter(found[1].strip() for found in map(_SAID.match, text) if found)
+        counts = Counter(found[0] for found in map(_said, (line.rstrip("\r\n") for line in text)) if found)
     often = {name for name, count in counts.items() if count >= 2}
     return often if len(often) >= 2 else set(counts)
 
@@ -67,13 +79,20 @@ def _finish(
 ) -> Iterator[Conversation]:
     if not said:
         return
-    said = [ChatMessage(m.sender, m.text.strip("\n"), key=m.key) for m in said]
     origin = f"{file.label}:{said[0].key}"
-    if options.assistant is None and all(m.sender.lower() in _ROLES for m in said):
-        turns = tuple(Turn(_ROLES[m.sender.lower()], m.text) for m in said)
+    spoken = list[ChatMessage]()
+    for message in said:
+        text = message.text.strip("\n")
+        if placeholder(text):
+            ledger.change("media left out", f"{file.label}:{message.key}: {text}")
+        else:
+            spoken.append(ChatMessage(message.sender, text, key=message.key))
+    roles = [role_of(message.sender) for message in spoken]
+    if options.assistant is None and spoken and all(roles):
+        turns = tuple(Turn(role, message.text) for role, message in zip(roles, spoken, strict=True) if role)
         ledger.keep()
         yield Conversation(make_uid(source, origin), turns, source, origin, {})
         return
-    found = to_conversation(said, source=source, origin=origin, ledger=ledger, assistant=options.assistant)
+    found = to_conversation(spoken, source=source, origin=origin, ledger=ledger, assistant=options.assistant)
     if found is not None:
         yield found

@@ -33,6 +33,8 @@ from chatmill.data.importers.datasets.chitchat import read as read_chitchat
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import SourceSection
 
+from .app_formats import APP_FORMATS
+
 Dialogue = list[str]  # contents; Ann (user) and Bob (assistant) take turns
 START = datetime(2023, 5, 20, 9, 0, tzinfo=UTC).timestamp()
 
@@ -425,6 +427,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path, list[Dialogue]], Path], set[str]]]
     "ubuntu": ("corpora", render_ubuntu, {ONE_LINE}),
     "reddit": ("reddit", render_reddit, set()),
     "stack exchange": ("stack_exchange", render_stack_exchange, {TWO_TURNS, ONE_LINE}),
+    **APP_FORMATS,
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from chatmill.data.importers.plain import parquet
 from chatmill.data.importers.registry import read_file, source_files
 from chatmill.data.ledger import Ledger
-from chatmill.data.raw import json_fields, json_lines
+from chatmill.data.raw import files, json_fields, json_lines
 from chatmill.data.raw.spill import Spill, key, packed, unpacked
 from chatmill.data.recipe import SourceSection
 
@@ -48,8 +48,9 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(json_fields, "_PIECE_CHARS", 1 << 12)
     monkeypatch.setattr(json_lines, "_PIECE_CHARS", 1 << 12)
     monkeypatch.setattr(parquet, "BATCH_ROWS", 8)
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 1 << 12)
     _, render, limits = FORMATS[name]
-    peaks, sizes, files = [], [], []
+    peaks, sizes, parts = [], [], []
     few = 45 if name == "mbox" else 60  # the parser of the standard library is slow, more so when watched
     # The first pays for modules and regular expressions; all are larger than what is read at a time.
     for n in (few, few, 3 * few):
@@ -60,10 +61,10 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path, monkeypat
         assert count == n
         peaks.append(peak)
         sizes.append(sum(len(t) for d in dialogues(n) for t in (d[:2] if TWO_TURNS in limits else d)))
-        files.append(sum(len(file.parts()) for file in source_files(SourceSection(path=str(path)))))
+        parts.append(sum(len(file.parts()) for file in source_files(SourceSection(path=str(path)))))
     # The names of the files of a folder or a zip are known from the beginning.
-    allowed = 100_000 + 0.15 * (sizes[2] - sizes[1]) + 2000 * (files[2] - files[1])
-    assert peaks[2] - peaks[1] < allowed, f"{peaks[1:]} bytes at most for {sizes[1:]} characters in {files[1:]} files"
+    allowed = 100_000 + 0.15 * (sizes[2] - sizes[1]) + 2000 * (parts[2] - parts[1])
+    assert peaks[2] - peaks[1] < allowed, f"{peaks[1:]} bytes at most for {sizes[1:]} characters in {parts[1:]} files"
 
 
 def test_a_spill_leaves_nothing_behind_and_keeps_what_text_cannot_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

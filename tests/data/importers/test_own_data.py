@@ -15,6 +15,7 @@ from chatmill.data.ledger import Ledger
 from chatmill.data.pipeline.inputs import raw_files
 from chatmill.data.pipeline.stages import ImportFile
 from chatmill.data.pipeline.work_folder import WorkFolder
+from chatmill.data.raw.encodings import text_encoding
 from chatmill.data.recipe import DataRecipe, PairSection, SourceSection
 from chatmill.data.samples.pair import make_samples
 
@@ -147,13 +148,55 @@ def test_turns_that_are_joined_and_turns_that_are_left_out_are_counted_apart(tmp
     assert sorted(ledger.changed.values()) == [2, 3] and ledger.changed["turns of one speaker in a row joined"] == 2
 
 
-def test_a_wrong_encoding_is_counted(tmp_path: Path) -> None:
+def imported(chosen: DataRecipe, folder: Path, **fields: Any) -> dict[str, Any]:
+    """The import ledger of the one file of a recipe."""
+    (folder / "import").mkdir(exist_ok=True)
+    source = chosen.sources[0].model_copy(update=fields)
+    work = WorkFolder(folder, chosen.model_copy(update={"sources": [source]}), tuple(raw_files(chosen)[0]))
+    ledger: dict[str, Any] = ImportFile(work)("f00000")["import"]
+    return ledger
+
+
+def test_a_wrong_encoding_is_refused_and_single_damaged_characters_are_counted(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes("question;answer\nWie?;Sehr schön\nWas?;Nichts\n".encode("cp1252"))
-    (tmp_path / "import").mkdir()
-    for encoding, expected in (("utf-8", 1), ("cp1252", 0)):
-        chosen = recipe(tmp_path / "x.csv")
-        source = chosen.sources[0].model_copy(update={"encoding": encoding})
-        files, _ = raw_files(chosen)
-        work = WorkFolder(tmp_path, chosen.model_copy(update={"sources": [source]}), tuple(files))
-        found = ImportFile(work)("f00000")["import"]
-        assert found["kept"] == 2 and sum(found["changed"].values()) == expected
+    with pytest.raises(ConfigError, match=r"x\.csv: the text is not UTF-8.*cp1252"):
+        imported(recipe(tmp_path / "x.csv"), tmp_path)
+    found = imported(recipe(tmp_path / "x.csv"), tmp_path, encoding="cp1252")
+    assert found["kept"] == 2 and not found["changed"]
+    with pytest.raises(ConfigError, match=r"sources\.encoding='nonsense' is unknown"):
+        imported(recipe(tmp_path / "x.csv"), tmp_path, encoding="nonsense")
+    (tmp_path / "y.csv").write_bytes("question;answer\nWie?;Sehr schön äöü\nWas?;N".encode() + b"\xff\n")
+    found = imported(recipe(tmp_path / "y.csv"), tmp_path)
+    assert found["kept"] == 2 and sum(found["changed"].values()) == 1
+
+
+SAYINGS = {
+    "gb18030": "周末去爬山吗？去呀，几点集合？早上八点，东门见。",
+    "big5": "週末去爬山嗎？去呀，幾點集合？早上八點，東門見。",
+    "euc_kr": "안녕하세요 반갑습니다 오늘 저녁에 뭐 먹을까요",
+    "euc_jp": "こんにちは、今日は何を食べますか。東京駅で会いましょう",
+    "cp932": "こんにちは、今日は何を食べますか。東京駅で会いましょう",
+    "cp1252": "Wie geht es Ihnen? Sehr schön, danke für die Äpfel größer",
+    "cp1251": "Привет, как дела? Всё хорошо, спасибо большое",
+    "koi8-r": "Привет, как дела? Всё хорошо, спасибо большое",
+}
+
+
+@pytest.mark.parametrize("encoding", SAYINGS)
+def test_gb18030_is_recognised_and_other_encodings_are_not_taken_for_it(encoding: str) -> None:
+    text = SAYINGS[encoding]
+    assert text_encoding(text.encode(encoding)) == ("gb18030" if encoding == "gb18030" else None)
+    assert text_encoding(text.encode()) == text_encoding(text.encode()[:-1]) == "utf-8"
+
+
+@pytest.mark.parametrize("name", ["chat.jsonl", "chats.json"])
+def test_gb18030_reads_as_utf8_does_in_lines_and_spans(name: str, tmp_path: Path) -> None:
+    lines = [chat(f"今天天气怎么样呢 {n}") for n in range(400)]
+    text = "".join(lines) if name.endswith("l") else "[" + ",".join(lines) + "]"
+    (tmp_path / name).write_text(text, encoding="gb18030")
+    found, _ = read(tmp_path / name)
+    assert [c.turns[0].content for c in found] == [f"今天天气怎么样呢 {n}" for n in range(400)]
+    (file,) = source_files(SourceSection(path=str(tmp_path / name)))
+    spans = file.spans(2_000) if name.endswith("l") else [file]
+    options = SourceSection(path=str(tmp_path / name), format="openai")
+    assert [c.turns for span in spans for c in read_file(span, options, Ledger())] == [c.turns for c in found]
