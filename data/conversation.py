@@ -63,6 +63,11 @@ def make_uid(source: str, origin: str) -> str:
     return xxhash.xxh3_128_hexdigest(f"{source}\0{origin}".encode("utf-8", "surrogatepass"))
 
 
+def part_uid(uid: str, number: int) -> str:
+    """32 hex digits naming the sample of turn `number` that was cut from the conversation `uid`."""
+    return xxhash.xxh3_128_hexdigest(f"{uid}#{number}".encode())
+
+
 def to_record(conversation: Conversation) -> dict[str, Any]:
     """Plain JSON values; absent names, times and default loss flags are left out."""
     messages: list[dict[str, Any]] = []

@@ -19,7 +19,7 @@ from ..remote.files import RemotePath
 from ..samples.decontaminate import benchmark_files
 from ..shards.manifest import FORMAT_VERSION
 from ..tokenizer.template import TEMPLATES
-from ..tokenizer.tokenizer import ChatTokenizer
+from ..tokenizer.tokenizer import SPECIAL_TOKENS, ChatTokenizer, train_bpe
 
 # Raised whenever the same recipe would now give other bytes, so that old data sets are rebuilt.
 BUILD_VERSION = 5
@@ -90,6 +90,16 @@ def given_tokenizer(recipe: DataRecipe) -> ChatTokenizer | None:
         ) from error
     _ = tokenizer.template  # fails now, not after the cleaning
     return tokenizer
+
+
+def trained_template(recipe: DataRecipe) -> str:
+    """The chat template of a tokenizer that the build trains."""
+    return template_source(recipe.tokenizer.template) or TEMPLATES["chatml"]
+
+
+def template_tokenizer(recipe: DataRecipe, given: ChatTokenizer | None) -> ChatTokenizer:
+    """A tokenizer with the chat template and the special tokens of the one to come, for the stages before it is trained."""
+    return given or train_bpe(iter(()), 256 + len(SPECIAL_TOKENS), template=trained_template(recipe))
 
 
 def template_source(name: str | None) -> str | None:

@@ -39,11 +39,10 @@ from ..shards.dialogues import DialogueWriter
 from ..shards.manifest import FORMAT_VERSION, MANIFEST
 from ..shards.publish import publish
 from ..shards.writer import ShardWriter
-from ..tokenizer.template import TEMPLATES
 from ..tokenizer.tokenizer import ChatTokenizer, train_bpe
 from .destination import Progress, built_report, copy_out, published_report
 from .executor import Task, available_cores, run_tasks
-from .inputs import build_digest, given_tokenizer, raw_files, recipe_facts, template_source
+from .inputs import build_digest, given_tokenizer, raw_files, recipe_facts, template_tokenizer, trained_template
 from .stages import ImportFile, PrepareChunk, TokenizeChunk
 from .work_folder import WorkFolder, build_lock, load_arrays, remove_work, save_arrays
 
@@ -165,6 +164,7 @@ class _Build:
         if dedup.decontaminate and not self.work.path("prepare", "benchmarks.npz").is_file():
             hashes = benchmark_hashes(dedup.decontaminate, dedup.overlap_words)
             save_arrays(self.work.path("prepare", "benchmarks.npz"), hashes=hashes)
+        template_tokenizer(self.recipe, self.tokenizer).save(self.work.folder / "template")
         results = self._run("prepare", "clean + pair", chunks, PrepareChunk(self.work))
         for name, unit in (("clean", "conversations"), ("pair", "samples")):
             ledger = Ledger.total(unit, (r[name] for r in results))
@@ -236,10 +236,8 @@ class _Build:
             if self.tokenizer is None:
                 assert self.recipe.tokenizer.train is not None
                 self.progress("train tokenizer", 0, 1)
-                template = template_source(self.recipe.tokenizer.template) or TEMPLATES["chatml"]
-                self.tokenizer = train_bpe(
-                    self._training_texts(chunks), self.recipe.tokenizer.train.vocab_size, template=template
-                )
+                vocab_size, texts = self.recipe.tokenizer.train.vocab_size, self._training_texts(chunks)
+                self.tokenizer = train_bpe(texts, vocab_size, template=trained_template(self.recipe))
                 self.progress("train tokenizer", 1, 1)
                 now = time.perf_counter()
                 self.seconds["train tokenizer"], self.started = round(now - self.started, 3), now

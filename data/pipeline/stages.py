@@ -29,6 +29,7 @@ from ..samples.decontaminate import contaminated
 from ..samples.dedup import text_hash
 from ..samples.near_duplicates import dialogue_text, signatures
 from ..samples.pair import make_samples
+from ..samples.per_reply import per_reply
 from ..samples.split import author_hashes, key_hash, thread_key
 from ..tokenizer.tokenizer import ChatTokenizer
 from .work_folder import WorkFolder, load_arrays, save_arrays
@@ -79,11 +80,12 @@ class PrepareChunk:
         lines, exact, thread, authors, author_counts = list[bytes](), list[int](), list[int](), list[int](), list[int]()
         texts, foul = list[str](), list[bool]()
         known = self.work.benchmarks()
+        tokenizer = load_tokenizer(self.work.folder / "template")
         for conversation in read_lines(self.work.path("import", f"{name}.jsonl")):
             cleaned = cleaner.apply(conversation, clean)
             if cleaned is None:
                 continue
-            for sample in make_samples(cleaned, recipe.pair, pair):
+            for sample in (part for s in make_samples(cleaned, recipe.pair, pair) for part in per_reply(s, tokenizer, pair)):
                 lines.append(encode_line(sample))
                 exact.append(text_hash(sample))
                 thread.append(key_hash(thread_key(sample)))
@@ -114,8 +116,7 @@ class TokenizeChunk:
     work: WorkFolder
 
     def __call__(self, name: str) -> dict[str, Any]:
-        folder = self.work.folder / "tokenizer"
-        tokenizer = _tokenizer(str(folder), (folder / "tokenizer.json").stat().st_mtime_ns)
+        tokenizer = load_tokenizer(self.work.folder / "tokenizer")
         sides = load_arrays(self.work.path("assign", f"{name}.npz"))["side"]
         ledger, texts = Ledger("samples"), (TextCounts(), TextCounts())
         ids, masks, rows = list[NDArray[np.uint32]](), list[NDArray[np.bool_]](), list[list[Any]]()
@@ -148,9 +149,13 @@ class TokenizeChunk:
         return read_lines(self.work.path("prepare", f"{name}.jsonl"))
 
 
+def load_tokenizer(folder: Path) -> ChatTokenizer:
+    """The tokenizer of a folder, read once per process: a large vocabulary takes longer to load than a chunk to encode."""
+    return _tokenizer(str(folder), (folder / "tokenizer.json").stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=1)
 def _tokenizer(folder: str, written_ns: int) -> ChatTokenizer:
-    """One per process: a large vocabulary takes longer to load than a chunk to encode."""
     return ChatTokenizer.load(folder)
 
 

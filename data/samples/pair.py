@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..conversation import Conversation, Turn, make_uid
+from ..conversation import Conversation, Turn, part_uid
 from ..ledger import Ledger
 from ..preference import REJECTED, without_rejected
 from ..recipe import PairSection
@@ -87,7 +87,7 @@ def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger
         context = tuple(replace(t, loss=False) if t.role == "assistant" else t for t in spoken[start:i])
         origin = f"{conversation.origin}#{i}"
         ledger.keep()
-        yield Conversation(make_uid(conversation.source, origin), (*system, *context, turn), conversation.source, origin, meta)
+        yield Conversation(part_uid(conversation.uid, i), (*system, *context, turn), conversation.source, origin, meta)
 
 
 def _preference_sample(conversation: Conversation, ledger: Ledger) -> Iterator[Conversation]:

@@ -1,13 +1,11 @@
-"""Chat templates in a sandbox: from messages to text, and where in that text the model speaks.
+"""Chat templates in a sandbox: from messages to text, and where in that text their contents lie.
 
     template = ChatTemplate(TEMPLATES["chatml"], {"eos_token": "<|im_end|>"})
     template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
 
 Templates are programs from downloaded folders, so they run in a sandbox with limits (data/tokenizer/sandbox.py).
 
-A reply is the text from the end of the prompt that inference would send for it up to and including its end-of-turn token.
-`reply_starts_by_prefix` follows this definition literally (one rendering per reply). `reply_starts` gets the same answer from
-one rendering of the whole dialogue with markers in place of the contents, cached by the sequence of roles.
+Where the replies lie, and where each of them ends, is found in data/tokenizer/replies.py.
 """
 
 from __future__ import annotations
@@ -59,44 +57,17 @@ class ChatTemplate:
         self._sandbox = Sandbox()
         self._template = self._sandbox.compile_template(source)
         self._variables = {key: value or "" for key, value in variables.items()}
-        self._skeleton = lru_cache(maxsize=4096)(self._make_skeleton)
+        self._literals = lru_cache(maxsize=4096)(self._find_literals)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The text of a dialogue; with the header of the reply to come when asked for."""
         variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **self._variables}
         return self._sandbox.render(self._template, variables)
 
-    def reply_starts_by_prefix(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
-        """(text, start of each assistant reply in it), one rendering per reply: the definition, slow.
-
-        Raises TemplateRefusedError if the whole dialogue does not begin with the prompt sent for a reply.
-        """
-        text, starts = self.render(messages), []
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt = self.render(messages[:i], add_generation_prompt=True)
-                if not text.startswith(prompt):
-                    raise TemplateRefusedError(f"chat template: the prompt before message {i} is not a prefix of the dialogue")
-                starts.append(len(prompt))
-        return text, starts
-
-    def reply_starts(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
-        """As reply_starts_by_prefix, from one rendering; falls back to it if contents change the output of the template."""
-        skeleton = self._skeleton(tuple(message["role"] for message in messages))
-        if skeleton is None:
-            return self.reply_starts_by_prefix(messages)
-        literals, lead = skeleton
-        starts, pieces, position = [], [literals[0]], len(literals[0])
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                starts.append(position - lead[i])
-            content = message["content"]
-            pieces += (content, literals[i + 1])
-            position += len(content) + len(literals[i + 1])
-        text = "".join(pieces)
-        if text != self.render(messages):
-            return self.reply_starts_by_prefix(messages)
-        return text, starts
+    def literals(self, roles: tuple[str, ...]) -> list[str] | None:
+        """What the template prints around the contents of these roles, one text more than roles; None if markers in their
+        place do not come out once each, in order."""
+        return self._literals(roles)
 
     def content_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """(text, [start, end) of each message's content in it); an empty span if the template leaves the content out.
@@ -104,9 +75,9 @@ class ChatTemplate:
         A content that the template strips is found as printed.
         """
         text, spans = self.render(messages), list[tuple[int, int]]()
-        skeleton = self._skeleton(tuple(message["role"] for message in messages))
-        if skeleton is not None:
-            literals, position = skeleton[0], len(skeleton[0][0])
+        literals = self.literals(tuple(message["role"] for message in messages))
+        if literals is not None:
+            position = len(literals[0])
             for message, literal in zip(messages, literals[1:], strict=True):
                 spans.append((position, position + len(message["content"])))
                 position = spans[-1][1] + len(literal)
@@ -123,36 +94,13 @@ class ChatTemplate:
             spans.append((start, last))
         return text, spans
 
-    def _make_skeleton(self, roles: tuple[str, ...]) -> tuple[list[str], list[int]] | None:
-        """Literals around the contents, and how far before its content each reply starts; None if markers do not survive.
-
-        Replies that follow the same literal start at the same place in it. So the prompt is rendered only for the first and
-        the last of them; otherwise a chat of a thousand turns would cost half a million loop iterations.
-        """
-        marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+    def _find_literals(self, roles: tuple[str, ...]) -> list[str] | None:
         try:
-            text = self.render(marked)
-            found = list(_MARK.finditer(text))
-            if [int(match[1]) for match in found] != list(range(len(roles))):
-                return None
-            edges = [0, *(edge for match in found for edge in match.span()), len(text)]
-            literals = [text[edges[k] : edges[k + 1]] for k in range(0, len(edges), 2)]
-            places: dict[str, list[int]] = {}
-            for i, role in enumerate(roles):
-                if role == "assistant":
-                    places.setdefault(literals[i], []).append(i)
-            lead = [0] * len(roles)
-            for same in places.values():
-                seen = set()
-                for i in {same[0], same[-1]}:
-                    prompt = self.render(marked[:i], add_generation_prompt=True)
-                    if not text.startswith(prompt):
-                        return None
-                    seen.add(found[i].start() - len(prompt))
-                if len(seen) != 1 or min(seen) < 0:
-                    return None
-                for i in same:
-                    lead[i] = min(seen)
+            text = self.render([{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)])
         except TemplateRefusedError:
             return None
-        return literals, lead
+        found = list(_MARK.finditer(text))
+        if [int(match[1]) for match in found] != list(range(len(roles))):
+            return None
+        edges = [0, *(edge for match in found for edge in match.span()), len(text)]
+        return [text[edges[k] : edges[k + 1]] for k in range(0, len(edges), 2)]

@@ -3,12 +3,13 @@
     tokenizer = ChatTokenizer.load("runs/smollm2")
     dialogue = tokenizer.encode_dialogue(conversation)     # ids, loss_mask
 
-Contract: for every assistant turn i, `prompt_ids(messages[:i])` is a prefix of the ids of the whole dialogue; the mask is True
-from there up to and including the end-of-turn token of the turn, and False elsewhere. `prove_mask` checks it by prefix
-rendering. The text is cut at the start of each reply and the pieces are encoded separately, because inference sends the prompt
-without the reply: in one piece, a reply that begins with a space would share a token with the prompt. With tokenizers that put
-a space before every text (SentencePiece style) this is impossible; there the whole text is encoded and offsets give the
-boundaries. Special tokens typed by people are broken up (`escape_special`), in training and in prompts alike.
+Contract: for every supervised assistant turn i, `prompt_ids(messages[:i])` is how the ids of the whole dialogue begin; the
+mask is True from there up to and including the reply's own end-of-turn token, and False elsewhere. Replies are found in
+data/tokenizer/replies.py; `prove_mask` checks the mask in another way (data/tokenizer/proof.py). The text is cut at the start
+of each reply and the pieces are encoded separately, because inference sends the prompt without the reply: in one piece, a reply
+that begins with a space would share a token with the prompt. With tokenizers that put a space before every text (SentencePiece
+style) this is impossible; there the whole text is encoded and offsets give the boundaries.
+Special tokens typed by people are broken up (`escape_special`), in training and in prompts alike.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from chatmill.config import ConfigError
 
@@ -31,6 +31,9 @@ from ..conversation import Conversation, TokenizedDialogue
 from ..preference import REJECTED, with_rejected, without_rejected
 from .budget import TemplateRefusedError
 from .generation_settings import GENERATION, end_ids, read_settings, to_bytes, with_ids
+from .pieces import Pieces
+from .proof import Tools, find_fault
+from .replies import OneSamplePerReplyError, Replies, ReplyFinder, any_of
 from .template import TEMPLATES, ChatTemplate, Message
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -57,6 +60,7 @@ class ChatTokenizer:
         self._tokenizer.no_padding()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added = frozenset(token.content for token in added.values() if token.content.strip())
         self.special = {token.content: i for i, token in added.items() if token.special}
         self.bos_id, self.eos_id = self.named_id("bos_token"), self.named_id("eos_token")
         pad = self.named_id("pad_token")
@@ -67,7 +71,9 @@ class ChatTokenizer:
         if template is not None:
             names = ("bos_token", "eos_token", "pad_token", "unk_token")
             self._template = ChatTemplate(template, {name: _content(self.config.get(name)) for name in names})
-            ends += self._end_of_turn(added)
+            self.replies = ReplyFinder(self._template, self.special, self._added)
+            numbers = {token.content: i for i, token in added.items()}
+            ends += [numbers[token] for token in self.replies.turn_ends]
         ends += [] if self.eos_id is None else [self.eos_id]
         self.turn_ends = frozenset(ends)
         self.stops = tuple(dict.fromkeys((*ends, *end_ids(self.generation))))  # what closes a turn comes first
@@ -176,12 +182,12 @@ class ChatTokenizer:
             with contextlib.suppress(TemplateRefusedError):  # it needs other messages; the error comes where it is used
                 before, after = self._template.render(user), self._template.render(user, add_generation_prompt=True)
                 opening = after[len(before) :] if after.startswith(before) else ""
-                first = _any_of(t.content for t in added.values() if t.content.strip()).search(opening)
-                found = [*_any_of(plain).finditer(before), *([first] if first else [])]
+                first = any_of(t.content for t in added.values() if t.content.strip()).search(opening)
+                found = [*any_of(plain).finditer(before), *([first] if first else [])]
                 guarded |= {plain[match[0]] for match in found if match[0] in plain}
         tokens = [added[i] for i in guarded if i in added]
         self._guarded_ids = frozenset(i for i in guarded if i in added)
-        self._guarded_pattern = _any_of(token.content for token in tokens)
+        self._guarded_pattern = any_of(token.content for token in tokens)
         self._matches_after_normalizing = self._tokenizer.normalizer is not None and any(t.normalized for t in tokens)
 
     # -- dialogues
@@ -197,8 +203,7 @@ class ChatTokenizer:
         """Ids to send for the next assistant turn, generation prompt included."""
         clean = self._clean(messages)
         text = self.template.render(clean, add_generation_prompt=True)
-        _, starts = self.template.reply_starts(clean)
-        return self._encode_cut(text, [start for start in starts if start < len(text)])[0]
+        return self._encode_pieces(text, self.replies.cuts(text, clean)).ids()
 
     def encode_dialogue(self, conversation: Conversation) -> TokenizedDialogue:
         """Ids and loss mask of a dialogue (in a document every token except the first has loss).
@@ -212,9 +217,44 @@ class ChatTokenizer:
             return TokenizedDialogue(
                 conversation.uid, np.concatenate([h.ids for h in halves]), np.concatenate([h.loss_mask for h in halves])
             )
-        messages = self._clean([{"role": turn.role, "content": turn.content} for turn in conversation.turns])
-        text, starts = self.template.reply_starts(messages)
-        return self._supervise(conversation, *self._encode_cut(text, starts))
+        return self._encode(conversation)[0]
+
+    def _encode(self, conversation: Conversation) -> tuple[TokenizedDialogue, Pieces, Replies, dict[int, tuple[int, int]]]:
+        """Dialogue, the pieces it was encoded in, its replies, and the tokens [start, end) of each supervised one."""
+        messages, supervised = self._messages(conversation), supervised_turns(conversation)
+        if not supervised:
+            raise ConfigError(f"dialogue {conversation.uid}: the loss mask is all 0")
+        found = self.replies.find(messages, supervised)
+        pieces = self._encode_pieces(found.text, found.cuts)
+        ids = np.array(pieces.ids(), dtype=np.uint32)
+        mask, spans = np.zeros(len(ids), dtype=bool), dict[int, tuple[int, int]]()
+        for i, (start, end, stop) in found.spans.items():
+            first, last = pieces.token_at(start), pieces.token_at(end)
+            if first is None or last is None or int(ids[last]) != self._tokenizer.token_to_id(found.text[end:stop]):
+                raise TemplateRefusedError(
+                    f"chat template: a reply ends with {found.text[end:stop]!r}, which the tokenizer does not make one token"
+                )
+            mask[first : last + 1] = True
+            spans[i] = (first, last + 1)
+        if mask.all():
+            raise ConfigError(f"dialogue {conversation.uid}: the loss mask is all 1")
+        return TokenizedDialogue(conversation.uid, ids, mask), pieces, found, spans
+
+    def one_piece(self, conversation: Conversation) -> bool:
+        """Can the supervised replies be learned in one piece, or does the template ask for one sample per reply?
+
+        Raises TemplateRefusedError if it can render neither.
+        """
+        supervised = supervised_turns(conversation)
+        if conversation.is_document or REJECTED in conversation.meta or not supervised:
+            return True
+        if supervised == [len(conversation.turns) - 1]:
+            return True
+        try:
+            self.replies.find(self._messages(conversation), supervised)
+        except OneSamplePerReplyError:
+            return False
+        return True
 
     def encode_turns(self, conversation: Conversation) -> tuple[TokenizedDialogue, NDArray[np.int32]]:
         """The dialogue and, Int32["L"], the turn that each token belongs to; -1: the template's own tokens.
@@ -222,97 +262,59 @@ class ChatTokenizer:
         A turn has the tokens of its content and the end-of-turn token after it; a supervised reply has all tokens that carry
         its loss.
         """
-        dialogue = self.encode_dialogue(conversation)
-        turns = np.full(len(dialogue.ids), -1, dtype=np.int32)
         if conversation.is_document:
-            turns[1:] = 0
+            dialogue = self._encode_document(conversation)
+            turns = np.zeros(len(dialogue.ids), dtype=np.int32)
+            turns[0] = -1
             return dialogue, turns
-        messages = self._clean([{"role": turn.role, "content": turn.content} for turn in conversation.turns])
-        text, spans = self.template.content_spans(messages)
-        pieces, _ = self._encodings(text, self.template.reply_starts(messages)[1])
-        lefts, rights = np.array([(at + a, at + b) for at, piece in pieces for a, b in piece.offsets], dtype=np.int64).T
+        dialogue, pieces, found, supervised = self._encode(conversation)
+        turns = np.full(len(dialogue.ids), -1, dtype=np.int32)
+        text, spans = self.template.content_spans(self._messages(conversation))
+        same = next((k for k, (a, b) in enumerate(zip(text, found.text, strict=False)) if a != b), len(text))
+        lefts, rights = pieces.offsets()
         stops = np.flatnonzero(np.isin(dialogue.ids, list(self.turn_ends)))
         for i, (start, end) in enumerate(spans):
+            if end > same:
+                break
             turns[(lefts < end) & (rights > start)] = i
             following = spans[i + 1][0] if i + 1 < len(spans) else len(text) + 1
             turns[stops[(lefts[stops] >= end) & (lefts[stops] < following)][:1]] = i
-        for at in np.flatnonzero(dialogue.loss_mask & (turns < 0))[::-1]:  # for example a space between header and content
-            turns[at] = turns[at + 1] if at + 1 < len(turns) and turns[at + 1] >= 0 else turns[at - 1]
+        for i, (first, stop) in supervised.items():
+            turns[first:stop] = i
         return dialogue, turns
 
     def prove_mask(self, conversation: Conversation) -> str | None:
-        """None, or how encode_dialogue differs from its contract, recomputed turn by turn from prompt_ids."""
+        """None, or how encode_dialogue differs from its contract (data/tokenizer/proof.py)."""
         if REJECTED in conversation.meta:
             return self.prove_mask(without_rejected(conversation)) or self.prove_mask(with_rejected(conversation))
         got = self.encode_dialogue(conversation)
-        ids = got.ids.tolist()
-        expected = np.zeros(len(ids), dtype=bool)
         if conversation.is_document:
-            expected[1:] = True
-        messages = [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
-        for i, turn in enumerate(conversation.turns):
-            if turn.role != "assistant" or conversation.is_document:
-                continue
-            prompt = self._encode_by_prefix(messages, i)
-            if ids[: len(prompt)] != prompt:
-                return f"turn {i}: the prompt sent for it is not how the dialogue's tokens begin"
-            end = next((k for k in range(len(prompt), len(ids)) if ids[k] in self.turn_ends), None)
-            if end is None:
-                return f"turn {i}: no end-of-turn token follows"
-            if turn.loss:
-                expected[len(prompt) : end + 1] = True
-        wrong = np.flatnonzero(expected != got.loss_mask)
-        return f"{len(wrong)} mask entries differ from prefix rendering, the first at token {wrong[0]}" if len(wrong) else None
+            right = not got.loss_mask[0] and bool(got.loss_mask[1:].all())
+            return None if right else "a document must carry loss on every token but the first"
+        tools = Tools(self.template.render, self.encode, self.decode, self._prompt_by_definition, self._added)
+        return find_fault(got, self._messages(conversation), supervised_turns(conversation), tools)
 
-    def _encode_by_prefix(self, messages: Sequence[Message], i: int) -> list[int]:
-        """prompt_ids(messages[:i]) without the cached skeletons."""
-        clean = self._clean(messages[:i])
-        _, starts = self.template.reply_starts_by_prefix(clean)
-        return self._encode_cut(self.template.render(clean, add_generation_prompt=True), starts)[0]
+    def _prompt_by_definition(self, messages: Sequence[Message]) -> list[int]:
+        """prompt_ids of messages that are escaped already, without the cached skeletons."""
+        text = self.template.render(messages, add_generation_prompt=True)
+        return self._encode_pieces(text, self.replies.cuts_by_definition(text, messages)).ids()
+
+    def _messages(self, conversation: Conversation) -> list[dict[str, str]]:
+        return self._clean([{"role": turn.role, "content": turn.content} for turn in conversation.turns])
 
     def _clean(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         return [{"role": m["role"], "content": self.escape_special(m["content"])} for m in messages]
 
-    def _encode_cut(self, text: str, starts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """(ids, index of the first token of each reply)."""
-        pieces, firsts = self._encodings(text, starts)
-        return [i for _, piece in pieces for i in piece.ids], firsts
-
-    def _encodings(self, text: str, starts: Sequence[int]) -> tuple[list[tuple[int, Encoding]], list[int]]:
-        """([(its first character, encoding of a piece)], index of the first token of each reply)."""
+    def _encode_pieces(self, text: str, cuts: Sequence[int]) -> Pieces:
         if not self._can_cut:
             whole = self._tokenizer.encode(text, add_special_tokens=False)
-            found = [whole.char_to_token(start) for start in starts]
+            found = [whole.char_to_token(cut) for cut in cuts]
             spans = [whole.token_to_chars(first) for first in found if first is not None]
-            if [span[0] for span in spans if span is not None] == list(starts):
-                return [(0, whole)], [first for first in found if first is not None]
-        pieces: list[tuple[int, Encoding]] = []
-        firsts: list[int] = []
-        count = 0
-        cuts = [0, *starts, len(text)]
-        for k in range(len(cuts) - 1):
-            piece = self._tokenizer.encode(text[cuts[k] : cuts[k + 1]], add_special_tokens=False)
-            pieces.append((cuts[k], piece))
-            count += len(piece.ids)
-            firsts.append(count)
-        return pieces, firsts[: len(starts)]
-
-    def _supervise(self, conversation: Conversation, ids: list[int], firsts: list[int]) -> TokenizedDialogue:
-        array = np.array(ids, dtype=np.uint32)
-        mask = np.zeros(len(ids), dtype=bool)
-        stops = np.flatnonzero(np.isin(array, list(self.turn_ends)))
-        replies = [turn for turn in conversation.turns if turn.role == "assistant"]
-        for first, turn in zip(firsts, replies, strict=True):
-            at = int(np.searchsorted(stops, first))
-            if at == len(stops):
-                raise TemplateRefusedError(
-                    "chat template: no end-of-turn token after a reply; it must end with a special token"
-                )
-            if turn.loss:
-                mask[first : int(stops[at]) + 1] = True
-        if not mask.any() or mask.all():
-            raise ConfigError(f"dialogue {conversation.uid}: the loss mask is all {int(mask.all())}")
-        return TokenizedDialogue(conversation.uid, array, mask)
+            if [span[0] for span in spans if span is not None] == list(cuts):
+                return Pieces([0], [whole])
+        edges = [0, *cuts, len(text)]
+        parts = [text[edges[k] : edges[k + 1]] for k in range(len(edges) - 1)]
+        return Pieces(edges[:-1], [self._tokenizer.encode(part, add_special_tokens=False) for part in parts])
 
     def _encode_document(self, conversation: Conversation) -> TokenizedDialogue:
         edge = self.special.get("<|endoftext|>", self.eos_id if self.eos_id is not None else self.pad_id)
@@ -327,22 +329,16 @@ class ChatTokenizer:
         mask[0] = False
         return TokenizedDialogue(conversation.uid, ids, mask)
 
-    def _end_of_turn(self, added: Mapping[int, AddedToken]) -> list[int]:
-        """The token that closes an assistant turn, found by rendering one: the first special one, else the first added one."""
-        text = self.template.render(
-            [{"role": "user", "content": "\ue0000\ue001"}, {"role": "assistant", "content": "\ue0001\ue001"}]
-        )
-        end = text.find("\ue0001\ue001") + 3
-        for tokens in (self.special, {token.content: i for i, token in added.items() if token.content.strip()}):
-            if match := _any_of(tokens).search(text, end):
-                return [tokens[match[0]]]
-        return []
-
     def named_id(self, key: str) -> int | None:
         """The token that tokenizer_config.json names, for example as `pad_token`; None where it names none."""
         content = _content(self.config.get(key))
         found = None if content is None else self._tokenizer.token_to_id(content)
         return None if found is None else int(found)
+
+
+def supervised_turns(conversation: Conversation) -> list[int]:
+    """Indices of the assistant's turns that may carry loss."""
+    return [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant" and turn.loss]
 
 
 def train_bpe(
@@ -368,11 +364,6 @@ def train_bpe(
     return ChatTokenizer(
         tokenizer.to_str(), template, {k: v for k, v in config.items() if k[-5:] != "token" or v in special_tokens}
     )
-
-
-def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the strings, the longest first; nothing if there are none."""
-    return re.compile("|".join(re.escape(t) for t in sorted(strings, key=lambda t: (-len(t), t))) or r"(?!)")
 
 
 def _content(value: Any) -> str | None:

@@ -119,8 +119,7 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
     texts: dict[str, dict[str, Any]] = {}
     records: dict[str, dict[str, dict[str, float]]] = {}
     with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        found = measurer.token_records(world)
-        records["tokens"] = {d.uid: found[d.uid] for d in dialogues}
+        records["tokens"] = measurer.token_records(world)
         if generate and tokenizer.template_source is not None:
             texts = measurer.reply_records(world, generate)
             records["replies"] = {uid: text.pop("sums") for uid, text in texts.items()}
@@ -151,7 +150,7 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
 def by_folder(dialogues: Sequence[HeldOut], records: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Loss and accuracy of each data set."""
     sums: dict[str, dict[str, float]] = {}
-    for d in dialogues:
+    for d in {d.uid: d for d in dialogues}.values():
         into = sums.setdefault(d.source, {"nll": 0.0, "tokens": 0.0, "top1": 0.0, "dialogues": 0.0})
         for name in ("nll", "tokens", "top1"):
             into[name] += records[d.uid][name]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,17 @@ from chatmill.config import ConfigError
 
 from ...data.conversation import Conversation
 from ...data.preference import without_rejected
+from ...data.samples.per_reply import in_pieces
 from ...data.shards.dialogues import read_dialogues
 from ...data.tokenizer.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """One dialogue. turns: the turn of each token, -1 for the template's own. text_bytes: UTF-8 bytes of the supervised text.
+    """One dialogue, or one of its samples where the template asks for one per reply; these have the dialogue's uid.
 
-    cut: tokens beyond the limit, which were left out.
+    turns: the turn of each token, -1 for the template's own. text_bytes: UTF-8 bytes of the supervised text. cut: tokens beyond
+    the limit, which were left out. since: the first turn that no earlier sample of the dialogue holds.
     """
 
     uid: str
@@ -43,6 +45,7 @@ class HeldOut:
     turns: NDArray[np.int32]  # (L,)
     text_bytes: int
     cut: int
+    since: int = 0
 
     def replies(self) -> list[int]:
         """Indices of the assistant turns that are supervised and whole."""
@@ -82,14 +85,24 @@ def read_held_out(
             if conversation.uid in seen:
                 continue
             seen.add(conversation.uid)
-            dialogue = held_out(conversation, tokenizer, limit, str(folder))
-            if dialogue.loss_mask.any():
-                found.append(dialogue)
-                taken += 1
+            samples = samples_of(conversation, tokenizer, limit, str(folder))
+            found += samples
+            taken += bool(samples)
     if not found:
         raise ConfigError(
             f"{', '.join(map(str, folders))}: the split {split} holds no supervised token; nothing can be measured."
         )
+    return found
+
+
+def samples_of(conversation: Conversation, tokenizer: ChatTokenizer, limit: int, source: str = "") -> list[HeldOut]:
+    """A conversation as the samples that its template asks for; those without a supervised token are left out."""
+    found, since = list[HeldOut](), 0
+    for part in in_pieces(without_rejected(conversation), tokenizer):
+        sample = replace(held_out(part, tokenizer, limit, source), uid=conversation.uid, since=since)
+        since = len(part.turns)
+        if sample.loss_mask.any():
+            found.append(sample)
     return found
 
 
@@ -110,15 +123,15 @@ def held_out(conversation: Conversation, tokenizer: ChatTokenizer, limit: int, s
     return HeldOut(conversation.uid, source, conversation, ids, mask, turns, size, max(0, whole - limit))
 
 
-def choose_turn(dialogue: HeldOut, seed: int) -> int | None:
-    """One supervised reply of a dialogue, the same for every model, machine and order; None if it has none.
+def choose_turn(samples: Sequence[HeldOut], seed: int) -> tuple[HeldOut, int] | None:
+    """One supervised reply of a dialogue, given as its samples; the same for every model, machine and order. None: it has none.
 
     Never the first turn, which answers nothing.
     """
-    turns = [turn for turn in dialogue.replies() if turn > 0]
+    turns = [(sample, turn) for sample in samples for turn in sample.replies() if turn > 0]
     if not turns:
         return None
-    return turns[zlib.crc32(f"{seed} turn {dialogue.uid}".encode()) % len(turns)]
+    return turns[zlib.crc32(f"{seed} turn {samples[0].uid}".encode()) % len(turns)]
 
 
 def _conversations(folder: Path, split: str) -> Iterator[Conversation]:

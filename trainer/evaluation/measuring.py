@@ -62,7 +62,14 @@ class Measurer:
 
     def token_records(self, world: World) -> dict[str, Record]:
         """Sums over tokens by uid."""
-        return self._spread(world, "tokens", grouped([len(d.ids) for d in self.dialogues], PACK_TOKENS), self._measure_pack)
+        packs = grouped([len(d.ids) for d in self.dialogues], PACK_TOKENS)
+        found = self._spread(world, "tokens", packs, self._measure_pack)
+        out: dict[str, Record] = {}
+        for i, dialogue in enumerate(self.dialogues):  # a dialogue's samples add up
+            sums = out.setdefault(dialogue.uid, {})
+            for name, value in found[str(i)].items():
+                sums[name] = sums.get(name, 0.0) + value
+        return out
 
     def reply_records(self, world: World, count: int) -> dict[str, dict[str, Any]]:
         """Texts and sums of one generated reply for each of the first `count` dialogues with a turn to answer."""
@@ -87,8 +94,11 @@ class Measurer:
         return {uid: record for number in sorted(merged) for uid, record in merged[number].items()}
 
     def _chosen(self, count: int) -> list[tuple[HeldOut, int]]:
-        pairs = ((d, choose_turn(d, self.seed)) for d in self.dialogues)
-        return [(d, turn) for d, turn in pairs if turn is not None][:count]
+        samples: dict[str, list[HeldOut]] = {}
+        for d in self.dialogues:
+            samples.setdefault(d.uid, []).append(d)
+        chosen = (choose_turn(found, self.seed) for found in samples.values())
+        return [choice for choice in chosen if choice is not None][:count]
 
     @property
     def _device(self) -> torch.device:
@@ -116,7 +126,8 @@ class Measurer:
             order = torch.arange(logits.shape[1], device=device)
             ahead = (logits > picked) | ((logits == picked) & (order < targets))
             rank[start + 1 : stop + 1] = ahead.sum(-1).cpu().numpy()
-        return {d.uid: token_record(d, nll[a:b], rank[a:b]) for d, a, b in zip(held, edges[:-1], edges[1:], strict=True)}
+        spans = zip(pack, held, edges[:-1], edges[1:], strict=True)
+        return {str(i): token_record(d, nll[a:b], rank[a:b]) for i, d, a, b in spans}
 
     # -- generation
 
@@ -169,6 +180,7 @@ def token_record(dialogue: HeldOut, nll: NDArray[np.float64], rank: NDArray[np.i
     out = sums("", dialogue.loss_mask) | {"bytes": float(dialogue.text_bytes)}
     roles = np.array([t.role for t in dialogue.conversation.turns] + [""])[dialogue.turns]  # -1: the template's own
     later = np.arange(len(dialogue.ids)) > 0  # the first token follows nothing
+    later &= dialogue.turns >= dialogue.since  # an earlier sample of the dialogue has counted the others
     for role in ROLES:
         picked = dialogue.loss_mask if role == "assistant" else (roles == role) & later
         if picked.any():

@@ -327,3 +327,33 @@ def test_records_survive_their_json_form() -> None:
     turns = (Turn("user", "a", "Ann", 1.5), Turn("assistant", "b\u2028🙂", loss=False))
     conversation = Conversation("u", turns, "s", "o", {"k": 1})
     assert from_record(json.loads(json.dumps(to_record(conversation)))) == conversation
+
+
+def test_a_template_that_drops_earlier_thoughts_gets_one_sample_per_reply(tmp_path: Path) -> None:
+    """Each learned with its thought, behind the prompt that inference sends, on the side of its conversation."""
+    thinks = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (tmp_path / "thinks.jinja").write_text(thinks)
+    records = chats(80)
+    for record in records:
+        for message in record["messages"][1::2]:
+            message["content"] = f"<think>well</think>{message['content']}"
+    source = write_jsonl(tmp_path / "raw.jsonl", records)
+    tokenizer = {"train": {"vocab_size": 300}, "template": str(tmp_path / "thinks.jinja")}
+    report = build_dataset(recipe(source, tokenizer=tokenizer), tmp_path / "out")
+    changed = next(stage for stage in report["stages"] if stage["name"] == "pair")["changed"]
+    assert changed["cut into one sample per reply, as the chat template asks"] > 20
+    assert verify_dataset(tmp_path / "out", proven=1000) == []
+    loaded, sides = ChatTokenizer.load(tmp_path / "out" / "tokenizer"), dict[str, str]()
+    for split in ("train", "validation"):
+        texts = read_dialogues(tmp_path / "out", read_manifest(tmp_path / "out")["dialogues"][split])
+        for conversation in texts:
+            assert (
+                sum(turn.loss for turn in conversation.turns if turn.role == "assistant") == 1 and conversation.turns[-1].loss
+            )
+            dialogue = loaded.encode_dialogue(conversation)
+            assert loaded.decode(dialogue.ids[dialogue.loss_mask].tolist()) == conversation.turns[-1].content + "<|im_end|>"
+            assert sides.setdefault(conversation.meta["thread"], split) == split

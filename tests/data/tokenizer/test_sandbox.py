@@ -10,6 +10,7 @@ import pytest
 
 from chatmill.data.tokenizer import budget as template_budget
 from chatmill.data.tokenizer.budget import Budget, TemplateRefusedError
+from chatmill.data.tokenizer.replies import ReplyFinder
 from chatmill.data.tokenizer.template import TEMPLATES, ChatTemplate
 
 CHAT = [{"role": "user", "content": "some words"}, {"role": "assistant", "content": "more <words>"}]
@@ -149,8 +150,9 @@ def test_processor_time_is_bounded_too() -> None:
 def test_a_thousand_turns_and_long_contents_are_no_attack() -> None:
     chat = [{"role": ("user", "assistant")[i % 2], "content": "word" * 1000} for i in range(1000)]
     for name in TEMPLATES:
-        text, starts = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"}).reply_starts(chat)
-        assert len(starts) == 500 and len(text) > 4_000_000
+        template, ends = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"}), ("<|im_end|>", "<|eot_id|>")
+        found = ReplyFinder(template, ["</s>", *ends], ["</s>", *ends]).find(chat, range(1, 1000, 2))
+        assert len(found.spans) == 500 and len(found.text) > 4_000_000
 
 
 def python(source: str, **variables: Any) -> str:

@@ -23,7 +23,7 @@ from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.convert.hf import export_hf
 from chatmill.trainer.distributed.world import World
 from chatmill.trainer.evaluation.evaluate import evaluate_fully, load_evaluation
-from chatmill.trainer.evaluation.held_out import HeldOut, choose_turn, held_out, read_held_out
+from chatmill.trainer.evaluation.held_out import HeldOut, choose_turn, held_out, read_held_out, samples_of
 from chatmill.trainer.evaluation.measuring import Measurer, draw_candidates, key_of, reply_pool, selection_record
 from chatmill.trainer.evaluation.options import EvaluationOptions
 from chatmill.trainer.evaluation.text_scores import Bleu
@@ -133,7 +133,9 @@ def test_replies_made_in_groups_are_those_of_the_chat(measurer: Measurer) -> Non
     for dialogue in measurer.dialogues:
         if dialogue.uid not in found:
             continue
-        turn = choose_turn(dialogue, 0)
+        choice = choose_turn([dialogue], 0)
+        assert choice is not None
+        turn = choice[1]
         assert turn == found[dialogue.uid]["turn"] is not None
         assert dialogue.conversation.turns[turn].role == "assistant"
         reply = reply_to(measurer.model, measurer.tokenizer, dialogue.messages(turn), max_new_tokens=24)
@@ -201,6 +203,27 @@ def test_of_a_dialogue_that_is_too_long_only_what_is_read_counts(measurer: Measu
     assert cut.text_bytes == 5 + len(kept.encode())
 
 
+def test_a_dialogue_cut_into_samples_counts_once(measurer: Measurer) -> None:
+    """A thinking template is measured reply by reply: each reply once, each question once, one of them answered."""
+    turns = (Turn("user", "Hi"), Turn("assistant", "<think>a</think>one"), Turn("user", "And?"), Turn("assistant", "two"))
+    thinks = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    plain, conversation = measurer.tokenizer, Conversation("u", turns, "s", "o")
+    cutting = ChatTokenizer(plain.files()["tokenizer.json"].decode(), thinks, plain.config)
+    samples = samples_of(conversation, cutting, 10_000)
+    assert [d.uid for d in samples] == ["u", "u"] and [d.replies() for d in samples] == [[1], [3]]
+    record = replace(measurer, tokenizer=cutting, dialogues=samples).token_records(ALONE)["u"]
+    whole = replace(measurer, dialogues=samples_of(conversation, plain, 10_000)).token_records(ALONE)["u"]
+    assert [record[name] for name in ("tokens", "user tokens", "bytes")] == [
+        whole[n] for n in ("tokens", "user tokens", "bytes")
+    ]
+    mine, theirs = choose_turn(samples, 0), choose_turn(samples_of(conversation, plain, 10_000), 0)
+    assert mine is not None and theirs is not None and mine[1] == theirs[1]
+
+
 def test_the_command_measures_compares_and_feeds_the_report(
     checkpoint: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,6 +286,7 @@ def test_a_file_that_is_no_evaluation_is_refused_in_words(tmp_path: Path) -> Non
 def test_the_first_turn_is_never_the_one_to_answer(measurer: Measurer) -> None:
     turns = (Turn("assistant", "Welcome"), Turn("user", "Hi"), Turn("assistant", "Hello"))
     for uid in map(str, range(20)):
-        assert choose_turn(held_out(Conversation(uid, turns, "s", "o"), measurer.tokenizer, 500), 0) == 2
+        choice = choose_turn([held_out(Conversation(uid, turns, "s", "o"), measurer.tokenizer, 500)], 0)
+        assert choice is not None and choice[1] == 2
     alone: HeldOut = held_out(Conversation("u", turns[:1], "s", "o"), measurer.tokenizer, 500)
-    assert choose_turn(alone, 0) is None
+    assert choose_turn([alone], 0) is None

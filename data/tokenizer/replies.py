@@ -1,0 +1,304 @@
+"""Where the replies of a dialogue lie in its text, and where each of them ends.
+
+    finder = ReplyFinder(template, special=["<|im_end|>"], added=[])
+    found = finder.find(messages, supervised=[1, 3])      # found.text, found.cuts, found.spans
+
+The reply to messages[:i] is what the model says after the prompt that inference sends for it, which is the rendering of
+messages[:i] with add_generation_prompt. What it says is read from the rendering of messages[:i + 1], where it comes last: its
+text and the end-of-turn token behind it. A whole dialogue may be learned in one piece only if each supervised reply stands in
+it exactly so, behind the same prompt. Its end may be another token than that of a last reply (`<|end|>` and `<|return|>`), but
+must be one that ends a turn elsewhere, never the first token of the next turn. Otherwise OneSamplePerReplyError says that the
+dialogue must be cut (data/samples/per_reply.py).
+
+Templates of models that think aloud drop earlier thoughts, and some open the thought in the prompt (`<think>`). There the text
+of a last reply is the prompt, the rest of the reply, and the template's own end of a turn; a reply without a thought closes an
+empty one. Any other loss of a reply's text is refused.
+
+`find` gets the same from one rendering with markers in place of the contents, cached by the sequence of roles, where contents
+do not change what the template prints. data/tokenizer/proof.py checks the result in another way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .budget import TemplateRefusedError
+from .template import ChatTemplate, Message
+
+MARK = "\ue000999999999\ue001"  # digits survive filters such as `upper`
+_OPENED = re.compile(r"<(\w+)>(\s*)$")
+
+
+class OneSamplePerReplyError(TemplateRefusedError):
+    """A dialogue that the template renders otherwise than reply by reply, as it would be asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """text: the dialogue. cuts: characters where a reply begins behind its prompt, ascending.
+
+    spans: of each supervised reply, by message, the characters where it begins, where its end-of-turn token begins and where
+    this ends.
+    """
+
+    text: str
+    cuts: list[int]
+    spans: dict[int, tuple[int, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """A reply that comes last: text = prompt + said + rest; rest[end[0]:end[1]] is the end-of-turn token."""
+
+    prompt: str
+    said: str
+    rest: str
+    end: tuple[int, int]
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.said + self.rest
+
+
+@dataclass(frozen=True, slots=True)
+class _Skeleton:
+    """literals: what stands around the contents. lead: how far before its content a reply begins, None where its prompt is not
+    how the dialogue begins. ends: (gap to its end-of-turn token, length of this), None where it cannot be learned in place.
+    """
+
+    literals: list[str]
+    lead: list[int | None]
+    ends: list[tuple[int, int] | None]
+
+
+def any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the strings, the longest first; nothing if there are none."""
+    return re.compile("|".join(re.escape(t) for t in sorted(strings, key=lambda t: (-len(t), t))) or r"(?!)")
+
+
+class ReplyFinder:
+    """special, added: strings of the tokenizer's special tokens, and of all tokens added to its vocabulary."""
+
+    def __init__(self, template: ChatTemplate, special: Iterable[str], added: Iterable[str]) -> None:
+        self.template = template
+        self._tokens = any_of(t for t in special if t.strip()), any_of(t for t in added if t.strip())
+        self._skeleton = lru_cache(maxsize=4096)(self._make_skeleton)
+
+    # -- the end of a turn
+
+    @property
+    def turn_ends(self) -> tuple[str, ...]:
+        """The tokens with which replies end: the last of a dialogue, then one before another turn."""
+        roles = ["user", "assistant", "user", "assistant"]
+        marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+        self.template.render(marked[:2])  # a template that cannot render a reply is refused here
+        found = list[str]()
+        for length in (2, 4):
+            try:
+                replies = self.find(marked[:length], range(1, length, 2))
+            except TemplateRefusedError:  # it ends no turn with a token, or needs one sample per reply; said when it is used
+                continue
+            found += [replies.text[start:stop] for _, start, stop in replies.spans.values()]
+        return tuple(dict.fromkeys(found))
+
+    def _end_in(self, rest: str) -> tuple[int, int] | None:
+        """The first special token of what follows a turn, else the first added one."""
+        return next((match.span() for tokens in self._tokens if (match := tokens.search(rest))), None)
+
+    @lru_cache(maxsize=1)  # noqa: B019 (one small text per tokenizer)
+    def _user_end(self) -> str | None:
+        """The token that ends a user's turn where nothing follows it."""
+        try:
+            _, mark, rest = self.template.render([{"role": "user", "content": MARK}]).partition(MARK)
+        except TemplateRefusedError:
+            return None
+        end = self._end_in(rest) if mark else None
+        return rest[end[0] : end[1]] if end else None
+
+    def _end_at(self, text: str, at: int, last: str) -> str | None:
+        """The token at text[at:], if it ends turns. last: the one that ends the reply when it comes last."""
+        return next((token for token in (last, self._user_end()) if token and text.startswith(token, at)), None)
+
+    # -- one reply, as the last
+
+    def _as_last(self, messages: Sequence[Message]) -> _Last:
+        """The last message as the reply to those before it. Raises TemplateRefusedError if its text would be lost."""
+        *before, last = messages
+        content = last["content"]
+        prompt = self.template.render(before, add_generation_prompt=True)
+        head, mark, rest = self.template.render([*before, {**last, "content": MARK}]).partition(MARK)
+        if not mark or MARK in rest:
+            often = "more than once" if mark else "nowhere"
+            raise TemplateRefusedError(f"chat template: it prints the text of a reply {often}\nThis is message {len(before)}.")
+        end = self._end_in(rest)
+        if end is None:
+            raise TemplateRefusedError("chat template: no end-of-turn token after a reply; it must end with a special token")
+        text, opened = self.template.render(messages), _OPENED.search(prompt)
+        if text.startswith(prompt) and text.endswith(rest) and len(text) >= len(prompt) + len(rest):
+            said = text[len(prompt) : len(text) - len(rest)]
+            lead = head[len(prompt) :] if head.startswith(prompt) else ""
+            if _holds(said, _without(opened, content), lead):
+                return _Last(prompt, said, rest, end)
+        return _Last(prompt, self._continue(prompt, head, text.removesuffix(rest), content), rest, end)
+
+    def _continue(self, prompt: str, head: str, printed: str, content: str) -> str:
+        """What the model says after a prompt that opens its thought, or whose template prints replies without theirs.
+
+        head: what the template prints before a content without a thought; printed: all that it prints before the end.
+        """
+        opened = _OPENED.search(prompt)
+        if opened is not None:
+            start, tag = prompt[: opened.start()], opened[1]
+            answers = _squeeze(printed).endswith(_squeeze(content.split(f"</{tag}>")[-1]))
+            if answers and head.startswith(start) and _squeeze(head[len(start) :]) in ("", f"<{tag}></{tag}>"):
+                said = _without(opened, content)
+                return said if said != content or f"</{tag}>" in content else f"\n</{tag}>\n\n{content}"
+        if not head.startswith(prompt):
+            raise TemplateRefusedError("chat template: the prompt before a reply is not a prefix of the dialogue")
+        _, thought, answer = content.rpartition("</think>")
+        if thought and not prompt.rstrip().endswith("</think>") and _squeeze(printed) == _squeeze(prompt + answer):
+            return head[len(prompt) :] + content
+        raise TemplateRefusedError(
+            f"chat template: it loses or changes text of a reply\nThe reply begins with {content[:60]!r}. Choose a template "
+            "that prints it whole, or another form of the reply: the prompt may leave no room for a thought, for example."
+        )
+
+    # -- a dialogue
+
+    def find(self, messages: Sequence[Message], supervised: Collection[int]) -> Replies:
+        """The text, and where the supervised replies lie in it.
+
+        Raises OneSamplePerReplyError if they cannot be learned in one piece, TemplateRefusedError if not at all.
+        """
+        return self._find_by_skeleton(messages, supervised) or self.find_by_definition(messages, supervised)
+
+    def find_by_definition(self, messages: Sequence[Message], supervised: Collection[int]) -> Replies:
+        """As `find`, with three renderings per reply."""
+        last = len(messages) - 1
+        found = {i: self._as_last(messages[: i + 1]) for i in sorted(supervised)}
+        text = found[last].text if last in found else self.template.render(messages)
+        spans: dict[int, tuple[int, int, int]] = {}
+        for i, reply in found.items():
+            start, stop = len(reply.prompt), len(reply.prompt) + len(reply.said) + reply.end[0]
+            own = reply.rest[slice(*reply.end)]
+            token = own if i == last else self._end_at(text, stop, own)
+            if token is None or not text.startswith(reply.text[:stop]):
+                raise OneSamplePerReplyError(
+                    f"chat template: a reply reads otherwise in the whole dialogue than as its last reply\nThis is message {i}."
+                )
+            spans[i] = (start, stop, stop + len(token))
+        return Replies(text, self.cuts_by_definition(text, messages), spans)
+
+    def cuts(self, text: str, messages: Sequence[Message]) -> list[int]:
+        """Characters of a text of these messages, a prompt for example, where a reply begins behind its prompt."""
+        skeleton = self._skeleton(tuple(message["role"] for message in messages))
+        if skeleton is not None:
+            starts, whole = _fill(skeleton, messages)
+            if text.startswith(whole) and whole == self.template.render(messages):
+                return [at for at in starts.values() if at < len(text)]
+        return self.cuts_by_definition(text, messages)
+
+    def cuts_by_definition(self, text: str, messages: Sequence[Message]) -> list[int]:
+        """As `cuts`, with one rendering per reply."""
+        found = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = self.template.render(messages[:i], add_generation_prompt=True)
+                if len(prompt) < len(text) and text.startswith(prompt):
+                    found.append(len(prompt))
+        return sorted(set(found))
+
+    def _find_by_skeleton(self, messages: Sequence[Message], supervised: Collection[int]) -> Replies | None:
+        skeleton = self._skeleton(tuple(message["role"] for message in messages))
+        if skeleton is None or any(skeleton.ends[i] is None for i in supervised):
+            return None
+        starts, text = _fill(skeleton, messages)
+        if text != self.template.render(messages):
+            return None
+        spans: dict[int, tuple[int, int, int]] = {}
+        for i in supervised:
+            lead, end = skeleton.lead[i], skeleton.ends[i]
+            assert lead is not None and end is not None
+            stop = starts[i] + lead + len(messages[i]["content"]) + end[0]
+            spans[i] = (starts[i], stop, stop + end[1])
+        return Replies(text, list(starts.values()), spans)
+
+    def _make_skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
+        """None if markers do not survive.
+
+        Replies between equal literals begin and end at the same place in them. So only the first and the last of them are
+        rendered on their own; otherwise a chat of a thousand turns would cost half a million loop iterations.
+        """
+        marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+        literals = self.template.literals(roles)
+        if literals is None:
+            return None
+        at, pieces = list[int](), [literals[0]]
+        for message, literal in zip(marked, literals[1:], strict=True):
+            at.append(sum(map(len, pieces[-2:])) + (at[-1] if at else 0))
+            pieces += (message["content"], literal)
+        text = "".join(pieces)
+        lead: list[int | None] = [None] * len(roles)
+        ends: list[tuple[int, int] | None] = [None] * len(roles)
+        try:
+            alike: dict[tuple[str, str], list[int]] = {}
+            for i, role in enumerate(roles):
+                if role == "assistant":
+                    alike.setdefault((literals[i], literals[i + 1]), []).append(i)
+            for same in alike.values():
+                found = {self._in_place(text, marked[: i + 1], at[i], i == len(roles) - 1) for i in {same[0], same[-1]}}
+                if len(found) != 1:
+                    return None
+                for i in same:
+                    lead[i], ends[i] = next(iter(found))
+        except TemplateRefusedError:
+            return None
+        return _Skeleton(literals, lead, ends)
+
+    def _in_place(
+        self, text: str, messages: Sequence[Message], at: int, is_last: bool
+    ) -> tuple[int | None, tuple[int, int] | None]:
+        """(lead, end) of a marked reply whose content stands at text[at:]."""
+        prompt = self.template.render(messages[:-1], add_generation_prompt=True)
+        if len(prompt) > at or not text.startswith(prompt):
+            return None, None
+        lead, content = at - len(prompt), messages[-1]["content"]
+        reply = self._as_last(messages)
+        stop = at + len(content) + reply.end[0]
+        own = reply.rest[slice(*reply.end)]
+        token = own if is_last else self._end_at(text, stop, own)
+        plain = reply.said == text[len(prompt) : at] + content and text.startswith(reply.text[:stop])
+        return lead, (reply.end[0], len(token)) if plain and token else None
+
+
+def _fill(skeleton: _Skeleton, messages: Sequence[Message]) -> tuple[dict[int, int], str]:
+    """(where each reply begins that has a prompt in the text, the text)."""
+    starts: dict[int, int] = {}
+    pieces, position = [skeleton.literals[0]], len(skeleton.literals[0])
+    for i, message in enumerate(messages):
+        lead, content = skeleton.lead[i], message["content"]
+        if lead is not None:
+            starts[i] = position - lead
+        pieces += (content, skeleton.literals[i + 1])
+        position += len(content) + len(skeleton.literals[i + 1])
+    return starts, "".join(pieces)
+
+
+def _without(opened: re.Match[str] | None, content: str) -> str:
+    """The content without the tag with which the prompt opens its thought."""
+    if opened is None or not content.lstrip().startswith(f"<{opened[1]}>"):
+        return content
+    return content.lstrip()[len(opened[1]) + 2 :].removeprefix(opened[2])
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def _holds(said: str, content: str, lead: str) -> bool:
+    """Is the whole content said, but for blanks and case? lead: what the template puts before every content."""
+    mine, theirs = _squeeze(said), _squeeze(content)
+    return mine.endswith(theirs) and _squeeze(lead).startswith(mine[: len(mine) - len(theirs)])
