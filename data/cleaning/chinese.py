@@ -3,19 +3,18 @@
     chinese_rule("t2s")("漢字轉換")  ->  "汉字转换"
 
 The directions are OpenCC's own names: s simplified, t traditional, tw Taiwan, hk Hong Kong, jp Japanese; a last p also swaps
-regional words (软件 / 軟體). Texts with kana are Japanese: only the directions from and to jp touch them.
+regional words (软件 / 軟體). Texts with kana are Japanese, and only the directions from and to jp touch them; but a single の
+does not make a Chinese text Japanese.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable
 
 from chatmill.config import ConfigError
 
-_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_KANA = re.compile("[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f]")
+from .scripts import has_han, is_japanese
 
 
 def chinese_rule(direction: str) -> Callable[[str], str]:
@@ -31,7 +30,7 @@ def chinese_rule(direction: str) -> Callable[[str], str]:
     japanese = "jp" in direction
 
     def rule(text: str) -> str:
-        if _HAN.search(text) is None or (not japanese and _KANA.search(text) is not None):
+        if not has_han(text) or (not japanese and is_japanese(text)):
             return text
         return str(converter.convert(text))
 

@@ -21,14 +21,16 @@ from ..conversation import Conversation, Turn
 from ..ledger import Ledger
 from ..preference import REJECTED, with_rejected
 from ..recipe import CleanSection, StopWordSection
+from . import phrases_chinese as chinese
 from .chinese import chinese_rule
 from .fences import prose, split_fences
 from .html_text import html_to_text, looks_like_html
-from .language import detector
+from .language import CHINESE_SCRIPTS, chosen_languages, detector
 from .phrases import BOILERPLATE, BOT, BOT_NAMES, DELETED, PROVIDER_ERROR, PROVIDER_IDENTITY, REFUSAL
 from .placeholders import placeholder
 from .privacy import Privacy
 from .repetition import repetition_reason
+from .scripts import chinese_script, weight
 from .stop_words import known_languages, only_stop_words, stop_words, strip_rule
 
 TextRule = Callable[[str], str]
@@ -38,7 +40,9 @@ DialogueRule = Callable[[Conversation], str | None]
 # Control characters except tab and line feed; zero-width space, word joiner, BOM, soft hyphen, direction marks; lone
 # surrogates.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\u00ad\ud800-\udfff]")
-_URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"'()\[\]]*[^\s<>\"'()\[\].,;:!?]", re.I)
+# Chinese text begins right after an address; Chinese characters belong to it only at the start of a part of its path.
+_URL_SIGN = "[^\\s<>\"'()\\[\\]\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uff00-\uffef\u2018-\u201d\u2026]"
+_URL = re.compile(rf"(?<![A-Za-z0-9])(?:https?://|www\.)(?:{_URL_SIGN}|(?<=[/=#_])[\u4e00-\u9fff]+)*(?<![.,;:!?])", re.I)
 _TRAILING = re.compile(r"[^\S\n]+$", re.M)
 _BLANK_LINES = re.compile(r"\n{4,}")
 
@@ -83,11 +87,17 @@ def mojibake_rule() -> TextRule:
 
 def language_rule(languages: list[str], score: float) -> DialogueRule:
     """Drops dialogues whose supervised text is in another language with at least this score. Short texts pass."""
-    detect = detector("clean.languages", "set it to []")
+    detect, wanted = detector("clean.languages", "set it to []"), chosen_languages(languages)
 
     def rule(conversation: Conversation) -> str | None:
-        found = detect(" ".join(prose(text) for text in _learned(conversation)))
-        return f"language {found[0]}" if found and found[0] not in languages and found[1] >= score else None
+        text = " ".join(prose(text) for text in _learned(conversation))
+        found = detect(text)
+        if found is None or found[0] in wanted or found[1] < score:
+            return None
+        script = chinese_script(text) if found[0] == "zh" else None
+        if found[0] == "zh" and (script in wanted or (script is None and wanted & CHINESE_SCRIPTS)):
+            return None
+        return f"language {script or found[0]}"
 
     return rule
 
@@ -226,7 +236,10 @@ def _text_rules(config: CleanSection) -> list[tuple[str, TextRule]]:
         rules.append(("not in NFC", nfc))
     if config.boilerplate or config.strip_lines:
         rules.append(
-            ("boilerplate line", strip_lines_rule([*(BOILERPLATE if config.boilerplate else ()), *config.strip_lines]))
+            (
+                "boilerplate line",
+                strip_lines_rule([*((*BOILERPLATE, *chinese.BOILERPLATE) if config.boilerplate else ()), *config.strip_lines]),
+            )
         )
     if config.urls == "replace":
         rules.append(("URL", lambda text: _URL.sub("[URL]", text)))
@@ -242,14 +255,16 @@ def _turn_rules(config: CleanSection) -> list[TurnRule]:
     low = config.min_turn_chars
     if config.drop_deleted:
         rules.append(lambda turn: "deleted or left out by the exporter" if _is_deleted(turn.content) else None)
+        system = chinese.SYSTEM_LINE
+        rules.append(lambda turn: "a line of the chat program" if system.fullmatch(chinese.plain(turn.content)) else None)
     if config.drop_bots:
         rules.append(lambda turn: "a bot's message" if _is_bot(turn) else None)
     if config.drop_provider_errors:
-        rules.append(lambda turn: "a provider's error message" if PROVIDER_ERROR.fullmatch(turn.content) else None)
+        rules.append(lambda turn: "a provider's error message" if _is_provider_error(turn.content) else None)
     if config.drop_empty_turns:
         rules.append(lambda turn: None if turn.content.strip() else "empty")
     if low:
-        rules.append(lambda turn: f"shorter than {low} characters" if len(turn.content) < low else None)
+        rules.append(lambda turn: f"shorter than {low} characters" if weight(turn.content) < low else None)
     return rules
 
 
@@ -257,8 +272,13 @@ def _is_deleted(text: str) -> bool:
     return DELETED.fullmatch(text) is not None or placeholder(text) in ("media", "deleted")
 
 
+def _is_provider_error(text: str) -> bool:
+    return PROVIDER_ERROR.fullmatch(text) is not None or chinese.PROVIDER_ERROR.fullmatch(chinese.plain(text)) is not None
+
+
 def _is_bot(turn: Turn) -> bool:
-    return (turn.name or "").lower() in BOT_NAMES or BOT.search(prose(turn.content)) is not None
+    name = (turn.name or "").lower()
+    return name in BOT_NAMES or name in chinese.BOT_NAMES or _SAYS_BOT(prose(turn.content))
 
 
 def _dialogue_rules(config: CleanSection) -> list[DialogueRule]:
@@ -267,7 +287,7 @@ def _dialogue_rules(config: CleanSection) -> list[DialogueRule]:
 
     def by_length(c: Conversation) -> str | None:
         total = sum(len(turn.content) for turn in c.turns)
-        if total < low:
+        if total < low and sum(weight(turn.content) for turn in c.turns) < low:
             return f"shorter than {low} characters"
         if high is not None and total > high:
             return f"longer than {high} characters"
@@ -287,9 +307,9 @@ def _dialogue_rules(config: CleanSection) -> list[DialogueRule]:
         limits = config.repetition
         rules.append(lambda c: next((r for r in (repetition_reason(prose(t), limits) for t in _learned(c)) if r), None))
     if config.drop_refusals:
-        rules.append(_learned_rule("refusal", lambda text: REFUSAL.search(text) is not None))
+        rules.append(_learned_rule("refusal", _says(REFUSAL, chinese.REFUSAL)))
     if config.drop_provider_identity:
-        rules.append(_learned_rule("provider identity", lambda text: PROVIDER_IDENTITY.search(text) is not None))
+        rules.append(_learned_rule("provider identity", _says(PROVIDER_IDENTITY, chinese.PROVIDER_IDENTITY)))
     rules += [_pattern_rule(pattern, _compile("clean.drop_patterns", pattern)) for pattern in config.drop_patterns]
     if config.languages:
         rules.append(language_rule(config.languages, config.language_score))
@@ -298,6 +318,16 @@ def _dialogue_rules(config: CleanSection) -> list[DialogueRule]:
 
 def _learned_rule(name: str, breaks: Callable[[str], bool]) -> DialogueRule:
     return lambda c: name if any(breaks(prose(text)) for text in _learned(c)) else None
+
+
+def _says(english: re.Pattern[str], in_chinese: re.Pattern[str]) -> Callable[[str], bool]:
+    """Does a text say this, in English or, whatever the width and script of its characters, in Chinese?"""
+
+    def said(text: str) -> bool:
+        plain = chinese.plain(text)
+        return english.search(plain) is not None or (plain.isascii() is False and in_chinese.search(plain) is not None)
+
+    return said
 
 
 def _compile(field: str, pattern: str) -> re.Pattern[str]:
@@ -313,3 +343,6 @@ def _pattern_rule(name: str, pattern: re.Pattern[str]) -> DialogueRule:
 
 def _learned(conversation: Conversation) -> list[str]:
     return [turn.content for turn in conversation.turns if turn.role == "assistant" and turn.loss]
+
+
+_SAYS_BOT = _says(BOT, chinese.BOT)

