@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from ..shards.dataset import TokenDataset
 from ..tokenizer.tokenizer import ChatTokenizer
 
-MOST_TOKENS_OF_A_CHARACTER = 8
-
 
 @dataclass(frozen=True, slots=True)
 class TokenPiece:
@@ -30,14 +28,21 @@ class TokenPiece:
 
 def token_pieces(tokenizer: ChatTokenizer, ids: Sequence[int], mask: Sequence[bool]) -> Iterator[TokenPiece]:
     """Pieces in order."""
-    run: list[int] = []
+    said = b""
     for i, token in enumerate(ids):
-        run.append(token)
-        text = tokenizer.decode(run)
-        whole = not text.endswith("\ufffd") or i + 1 == len(ids) or mask[i + 1] != mask[i]
-        if whole or len(run) >= MOST_TOKENS_OF_A_CHARACTER:
-            yield TokenPiece(text, bool(mask[i]))
-            run = []
+        said += tokenizer.decoding.token_bytes(int(token))
+        if i + 1 == len(ids) or mask[i + 1] != mask[i] or not _is_unfinished(said):
+            yield TokenPiece(said.decode("utf-8", "replace"), bool(mask[i]))
+            said = b""
+
+
+def _is_unfinished(said: bytes) -> bool:
+    """Could more bytes complete its last character?"""
+    try:
+        said.decode()
+    except UnicodeDecodeError as error:
+        return error.end == len(said) and error.reason == "unexpected end of data"
+    return False
 
 
 def dialogue_tokens(dataset: TokenDataset, number: int) -> tuple[NDArray[np.generic], NDArray[np.bool_], tuple[str, str]]:

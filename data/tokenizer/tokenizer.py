@@ -30,6 +30,7 @@ from chatmill.config import ConfigError
 from ..conversation import Conversation, TokenizedDialogue
 from ..preference import REJECTED, with_rejected, without_rejected
 from .budget import TemplateRefusedError
+from .decoding import Decoding, token_content
 from .generation_settings import GENERATION, end_ids, read_settings, to_bytes, with_ids
 from .pieces import Pieces
 from .proof import Tools, find_fault
@@ -70,7 +71,7 @@ class ChatTokenizer:
         ends: list[int] = []
         if template is not None:
             names = ("bos_token", "eos_token", "pad_token", "unk_token")
-            self._template = ChatTemplate(template, {name: _content(self.config.get(name)) for name in names})
+            self._template = ChatTemplate(template, {name: token_content(self.config.get(name)) for name in names})
             self.replies = ReplyFinder(self._template, self.special, self._added)
             numbers = {token.content: i for i, token in added.items()}
             ends += [numbers[token] for token in self.replies.turn_ends]
@@ -79,6 +80,7 @@ class ChatTokenizer:
         self.stops = tuple(dict.fromkeys((*ends, *end_ids(self.generation))))  # what closes a turn comes first
         self.stop_ids = frozenset(self.stops)
         self._guard(added)
+        self.decoding = Decoding(self._tokenizer, self.config)
         # Does a piece encoded alone decode to itself? Not if the tokenizer prepends a space to every text.
         self._can_cut = self.decode(self.encode("a:\n") + self.encode("Hello")) == "a:\nHello"
         self.tokenizer_sha256 = hashlib.sha256(json.dumps(json.loads(tokenizer_json), sort_keys=True).encode()).hexdigest()
@@ -141,9 +143,8 @@ class ChatTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """Text of ids."""
-        text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
-        return text
+        """Text of ids, as transformers decodes them."""
+        return self.decoding.text(ids, skip_special)
 
     def token(self, i: int) -> str:
         """The vocabulary entry of one id."""
@@ -331,7 +332,7 @@ class ChatTokenizer:
 
     def named_id(self, key: str) -> int | None:
         """The token that tokenizer_config.json names, for example as `pad_token`; None where it names none."""
-        content = _content(self.config.get(key))
+        content = token_content(self.config.get(key))
         found = None if content is None else self._tokenizer.token_to_id(content)
         return None if found is None else int(found)
 
@@ -364,11 +365,6 @@ def train_bpe(
     return ChatTokenizer(
         tokenizer.to_str(), template, {k: v for k, v in config.items() if k[-5:] != "token" or v in special_tokens}
     )
-
-
-def _content(value: Any) -> str | None:
-    """Token text of a tokenizer_config entry, which is a string or {"content": …}."""
-    return value.get("content") if isinstance(value, dict) else value
 
 
 def _config_template(config: Mapping[str, Any]) -> str | None:

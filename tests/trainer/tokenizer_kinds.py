@@ -82,28 +82,32 @@ def _byte_fallback() -> Tokenizer:
 
 def _wordpiece() -> Tokenizer:
     """As BERT's: pieces of words with ##, and blanks that decoding guesses."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[USER]", "[BOT]"]
+    letters = [letter for letter in dict.fromkeys("".join(CORPUS)) if not letter.isspace()]
+    words = dict.fromkeys(word for line in CORPUS for word in line.split() if word.isalpha() and word.isascii())
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *words, "##ing", "##n", "##ed"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[USER]", "[BOT]"]
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
 
 
 def _unigram() -> Tokenizer:
     """As T5's, in its own way of showing blanks ("▁" before every text)."""
-    tokenizer = Tokenizer(models.Unigram())
+    special = ["<unk>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    letters = dict.fromkeys("▁" + "".join(line.replace(" ", "") for line in CORPUS))
+    words = dict.fromkeys("▁" + word for line in CORPUS for word in line.split() if word.isalpha())
+    pieces = [(word, -4.0 - i / 64) for i, word in enumerate(words)] + [
+        (letter, -9.0 - i / 64) for i, letter in enumerate(letters)
+    ]
+    tokenizer = Tokenizer(models.Unigram([*((token, 0.0) for token in special), *pieces], unk_id=0))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    special = ["<unk>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    tokenizer.train_from_iterator(
-        CORPUS,
-        trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False),
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
 
 

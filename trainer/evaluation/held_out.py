@@ -117,10 +117,16 @@ def held_out(conversation: Conversation, tokenizer: ChatTokenizer, limit: int, s
         # of a turn that is cut, only the measured part counts; special tokens are not text
         kept = mask & (turns == turn)
         if whole > limit and turn == turns[-1]:
-            size += len(tokenizer.decode(ids[kept], skip_special=True).encode())
+            size += _spoken_bytes(tokenizer, ids[kept].tolist(), conversation.turns[turn].content)
         else:
             size += len(conversation.turns[turn].content.encode("utf-8", "replace"))
     return HeldOut(conversation.uid, source, conversation, ids, mask, turns, size, max(0, whole - limit))
+
+
+def _spoken_bytes(tokenizer: ChatTokenizer, ids: Sequence[int], content: str) -> int:
+    """UTF-8 bytes of the tokens with which a turn begins, without the blank that some tokenizers put before a text."""
+    said = b"".join(tokenizer.decoding.token_bytes(i) for i in ids if i not in tokenizer.decoding.skipped)
+    return len(said) - (said.startswith(b" ") and not content.startswith(" "))
 
 
 def choose_turn(samples: Sequence[HeldOut], seed: int) -> tuple[HeldOut, int] | None:

@@ -1,35 +1,47 @@
 """Token ids in, text out, piece by piece: what has been released never changes.
 
-text = TextStream(tokenizer.decode, stop_strings=["\\nUser:"])
+text = TextStream(tokenizer, stop_strings=["\\nUser:"])
 for token_id in ids: print(text.push(token_id), end="")
 print(text.finish())
+
+The text is that of the whole reply decoded at once, as transformers' `decode(ids, skip_special_tokens=True)` decodes it
+(data/tokenizer/decoding.py), cut at the first stop string.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from chatmill.config import ConfigError
 
-WINDOW = 32  # tokens decoded again per step at most, so that a long reply costs linear time
+from ...data.tokenizer.decoding import GrowingText
+from ...data.tokenizer.tokenizer import ChatTokenizer
 
 
 class TextStream:
     """Ids in, text out, safe to show at once.
 
-    push(id) returns the text that is certain by now; finish() the rest. Held back: a last character whose UTF-8
-    bytes are incomplete, and any tail that could still grow into a stop string. `stopped` turns True when one
-    is met: nothing of it, and nothing after it, is ever released.
+    push(id) returns the text that is certain by now; finish() the rest. Held back: characters that later ids may still change,
+    and any tail that could still grow into a stop string. `stopped` turns True with the first id after which the text contains
+    a stop string, or with a special token that is one: nothing of it, and nothing after it, is ever released.
+
+    skip_special: leave out special tokens. before: ids of a text that the reply continues (none in a chat: a turn begins anew).
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        stop_strings: Sequence[str] = (),
+        *,
+        skip_special: bool = True,
+        before: Sequence[int] = (),
+    ) -> None:
         if any(not s for s in stop_strings):
             raise ConfigError("stop_strings: an empty string would stop every reply at once; remove it.")
-        self._decode = decode
+        self._growing = GrowingText(tokenizer.decoding, skip_special=skip_special, before=before)
         self._stops = tuple(stop_strings)
-        self._ids: list[int] = []
-        self._done = 0  # characters of decode(self._ids) that were taken over
-        self._held = ""  # decoded, but perhaps the start of a stop string
+        self._stop_tokens = {tokenizer.special[stop] for stop in self._stops if skip_special and stop in tokenizer.special}
+        self._held = ""  # certain, but perhaps the start of a stop string
         self.text = ""
         self.stopped = False
 
@@ -37,40 +49,40 @@ class TextStream:
         """Text that became certain with this token; often empty."""
         if self.stopped:
             return ""
-        self._ids.append(token_id)
-        text = self._decode(self._ids)
-        # An unfinished UTF-8 sequence decodes to exactly one replacement character, at the very end.
-        end = len(text) - text.endswith("\ufffd")
-        piece, self._done = text[self._done : end], max(self._done, end)
-        if len(self._ids) > WINDOW and end == len(text):
-            # Some tokens stay as left context: the first token of a text may be decoded without its leading space.
-            self._ids = self._ids[-WINDOW // 4 :]
-            self._done = len(self._decode(self._ids))
-        return self._release(piece)
+        if token_id in self._stop_tokens:
+            last = self.finish()
+            self.stopped = True
+            return last
+        self._held += self._growing.push(token_id)
+        # A stop string may end with text that is not certain yet; if the reply ends here, it is.
+        rest = self._growing.rest().rstrip("\ufffd") if self._stops else ""
+        if (piece := self._cut(self._held + rest)) is not None:
+            return piece
+        return self._release(len(self._held) - _possible_start(self._held, self._stops))
 
     def finish(self) -> str:
         """Whatever was still held back: after this the text is complete."""
         if self.stopped:
             return ""
-        rest = self._decode(self._ids)[self._done :] if self._ids else ""
-        self._ids, self._done = [], 0
-        piece = self._release(rest)
-        if not self.stopped:
-            self.text += self._held
-            piece, self._held = piece + self._held, ""
+        self._held += self._growing.rest()
+        self._growing.close()
+        piece = self._cut(self._held)
+        return self._release(len(self._held)) if piece is None else piece
+
+    def _cut(self, text: str) -> str | None:
+        """What precedes the first stop string in the text that was not released; None if it holds none."""
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if not found:
+            return None
+        self.stopped, self._held = True, text
+        piece = self._release(min(found))
+        self._held = ""
         return piece
 
-    def _release(self, piece: str) -> str:
-        pending = self._held + piece
-        found = [at for at in (pending.find(s) for s in self._stops) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            out = pending[: min(found)]
-        else:
-            keep = _possible_start(pending, self._stops)
-            out, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
-        self.text += out
-        return out
+    def _release(self, count: int) -> str:
+        piece, self._held = self._held[:count], self._held[count:]
+        self.text += piece
+        return piece
 
 
 def _possible_start(text: str, stops: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Generation against transformers, text streaming against whole decoding, sampling against transformers' warpers."""
+"""Generation against transformers, sampling against transformers' warpers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers.generation import logits_process
 
 from chatmill.config import ConfigError
@@ -24,7 +22,6 @@ from chatmill.trainer.generation.prompt import Prompt, fit_messages
 from chatmill.trainer.generation.replies import replies_to_many, reply_to
 from chatmill.trainer.generation.rules import Rules, penalise_repeats
 from chatmill.trainer.generation.sampling import Sampling, filtered_logits, make_generator, next_token
-from chatmill.trainer.generation.text_stream import TextStream
 from chatmill.trainer.model.decoder import Decoder
 
 TEXT = "Zoë says: 你好 👩‍👩‍👧 naïve\n```py\nx = 1\n```"
@@ -163,37 +160,6 @@ def test_replies_made_together_are_those_made_alone(extra: dict[str, Any]) -> No
 # -- text
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=120))
-@settings(max_examples=60, deadline=None)
-def test_streamed_pieces_join_to_the_decoded_text_without_broken_characters(text: str) -> None:
-    vocabulary = _bytes_tokenizer()
-    ids = vocabulary.encode(text)
-    stream = TextStream(vocabulary.decode)
-    pieces = [stream.push(i) for i in ids]
-    assert all("\ufffd" not in piece or "\ufffd" in text for piece in pieces)
-    assert "".join(pieces) + stream.finish() == vocabulary.decode(ids) == stream.text == text
-
-
-def test_broken_bytes_stream_like_they_decode() -> None:
-    vocabulary = _bytes_tokenizer()
-    good = vocabulary.encode("é👍" * 20)
-    ids = [i for at, i in enumerate(good) if at % 5]  # every fifth byte is missing
-    stream = TextStream(vocabulary.decode)
-    assert "".join(stream.push(i) for i in ids) + stream.finish() == vocabulary.decode(ids)
-
-
-@pytest.mark.parametrize("stops", [("END",), ("ND", "END"), ("👍x",), ("abab",)])
-def test_no_part_of_a_stop_string_is_ever_shown(stops: tuple[str, ...]) -> None:
-    vocabulary = _bytes_tokenizer()
-    for text in ("hi EN E ENDED", "aba abab", "ok👍👍x no", "E", "EN", "ababa"):
-        stream = TextStream(vocabulary.decode, stops)
-        shown = "".join(stream.push(i) for i in vocabulary.encode(text))
-        shown += stream.finish()
-        found = [text.find(s) for s in stops if s in text]
-        assert shown == stream.text == (text[: min(found)] if found else text)
-        assert stream.stopped == bool(found)
-
-
 def test_generation_stops_at_a_stop_string(model: Decoder, tokenizer: ChatTokenizer) -> None:
     prompt = tokenizer.encode("hello")
     ids = [step.id for step in Generation(model, prompt, max_new_tokens=40)]
@@ -324,13 +290,3 @@ def test_greedy_replies_of_smollm2_are_those_of_transformers(smollm2: Checkpoint
     for i, prompt in enumerate(asked):
         alone = [step.id for step in Generation(ours, prompt.ids, max_new_tokens=12, stop_ids=tokenizer.stop_ids)]
         assert (together[i].text, together[i].tokens) == (tokenizer.decode(alone), len(alone))
-
-
-_BYTES: list[ChatTokenizer] = []
-
-
-def _bytes_tokenizer() -> ChatTokenizer:
-    """Every byte its own token: the hardest case for streaming."""
-    if not _BYTES:
-        _BYTES.append(train_bpe(iter([]), 259))
-    return _BYTES[0]

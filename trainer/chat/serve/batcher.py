@@ -192,7 +192,7 @@ class Batcher:
                 grammar=job.grammar,
             )
             self.counts.reused_tokens += self._kept.lend(steps)
-            self._active.append(_Active(job, steps, TextStream(self.chat.tokenizer.decode, job.stop_strings)))
+            self._active.append(_Active(job, steps, TextStream(self.chat.tokenizer, job.stop_strings)))
             self.counts.prompt_tokens += len(job.prompt_ids)
         except Exception as error:  # one bad request must not end the thread that serves all others
             self._fail(job, error)

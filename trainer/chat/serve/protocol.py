@@ -218,9 +218,8 @@ def chat_logprobs(tokenizer: ChatTokenizer, steps: Sequence[TokenStep]) -> dict[
     """The `logprobs` of chat completions."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token_id])
-        # A token may be part of a character: then its text does not tell its bytes.
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+        said = tokenizer.decoding.token_bytes(token_id)  # perhaps only part of a character
+        return {"token": said.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(said)}
 
     content = [entry(s.id, s.logprob) | {"top_logprobs": [entry(i, p) for i, p in s.top]} for s in steps]
     return {"content": content, "refusal": None}
@@ -233,8 +232,12 @@ def text_logprobs(
 
     first: the first token of an echoed prompt, which has no probability because nothing precedes it.
     """
+
+    def text(token_id: int) -> str:
+        return tokenizer.decoding.token_bytes(token_id).decode("utf-8", "replace")
+
     ids = [step.id for step in steps] if first is None else [first, *(step.id for step in steps)]
-    tokens = [tokenizer.decode([i]) for i in ids]
+    tokens = [text(i) for i in ids]
     offsets = [offset]
     for token in tokens[:-1]:
         offsets.append(offsets[-1] + len(token))
@@ -243,7 +246,7 @@ def text_logprobs(
     for step in steps:
         told: dict[str, float] = {}
         for i, chance in step.top:  # best first: of two tokens with the same text, the more likely one stays
-            told.setdefault(tokenizer.decode([i]), chance)
+            told.setdefault(text(i), chance)
         top.append(told)
     if first is not None:
         chances, top = [None, *chances], [None, *top]
