@@ -11,6 +11,10 @@ from pydantic import Field, model_validator
 
 from chatmill.config import Section
 
+# Positions are counted in fp32, which knows every whole number up to this one. The other limits are far above every model; they
+# keep a damaged file from asking for more memory than there is.
+MOST_CONTEXT = 1 << 24
+
 
 class RopeScaling(Section):
     """Stretching of the rotary angles for contexts longer than those of pre-training.
@@ -21,12 +25,18 @@ class RopeScaling(Section):
 
     kind: Literal["linear", "llama3", "yarn"]
     factor: float = Field(gt=0)
-    original_context: int = Field(gt=0)
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    original_context: int = Field(gt=0, le=MOST_CONTEXT)
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
     attention_factor: float | None = None
+
+    @model_validator(mode="after")
+    def _check_bands(self) -> RopeScaling:
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}")
+        return self
 
 
 class ModelConfig(Section):
@@ -36,18 +46,18 @@ class ModelConfig(Section):
     sliding_window: tokens seen by a query, itself included; applied to the layers in `sliding_layers` (None: all).
     """
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
-    vocab_size: int = Field(default=49152, gt=0)
-    hidden_size: int = Field(default=576, gt=0)
-    intermediate_size: int = Field(default=1536, gt=0)
-    layers: int = Field(default=30, gt=0)
-    heads: int = Field(default=9, gt=0)
-    kv_heads: int = Field(default=3, gt=0)
-    head_dim: int | None = Field(default=None, gt=0)
-    context: int = Field(default=8192, gt=0)
-    rope_theta: float = Field(default=10_000.0, gt=0)
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "seed_oss"] = "llama"
+    vocab_size: int = Field(default=49152, gt=0, le=1 << 24)
+    hidden_size: int = Field(default=576, gt=0, le=1 << 20)
+    intermediate_size: int = Field(default=1536, gt=0, le=1 << 22)
+    layers: int = Field(default=30, gt=0, le=1024)
+    heads: int = Field(default=9, gt=0, le=1 << 14)
+    kv_heads: int = Field(default=3, gt=0, le=1 << 14)
+    head_dim: int | None = Field(default=None, gt=0, le=1 << 14)
+    context: int = Field(default=8192, gt=0, le=MOST_CONTEXT)
+    rope_theta: float = Field(default=10_000.0, gt=1)
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = Field(default=1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0, lt=1)
     tied_embeddings: bool = True
     qkv_bias: bool = False
     output_bias: bool = False

@@ -24,9 +24,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, with unknown keys refused."""
+    """Base of all sections: frozen, with unknown keys, NaN and infinite numbers refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)

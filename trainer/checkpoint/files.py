@@ -19,6 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -194,6 +195,16 @@ def tensor_index(path: Path, manifest: Mapping[str, Any]) -> dict[str, TensorEnt
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path / file}: cannot be read ({error})") from None
     return {name: index[name] for name in manifest["tensors"]}
+
+
+def not_finite(tensor: Tensor) -> str:
+    """`holds NaN or infinite values (N of M)`, or "" for a tensor of finite numbers. Takes one pass and no memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return ""
+    low, high = torch.aminmax(tensor)  # both are NaN where one value is
+    if bool(low.isfinite() & high.isfinite()):
+        return ""
+    return f"holds NaN or infinite values ({int((~tensor.isfinite()).sum()):,} of {tensor.numel():,})"
 
 
 def file_problem(path: Path, facts: Mapping[str, Any], contents: bool = True) -> str:

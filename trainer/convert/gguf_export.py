@@ -47,6 +47,11 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
     if path.is_dir() or (path.exists() and not overwrite):
         raise ConfigError(f"{path} exists already. Choose another file name, or remove it.")
     config = checkpoint.config
+    if config.family not in ARCHITECTURES:
+        raise ConfigError(
+            f"GGUF export: family {config.family} is not known to this writer (known: {', '.join(ARCHITECTURES)}).\n"
+            "Use `chatmill export --to hf` and llama.cpp's convert_hf_to_gguf.py on that folder."
+        )
     _check_expressible(config)
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)

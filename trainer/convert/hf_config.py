@@ -3,86 +3,80 @@
     config = read_hf_config(json.loads(text), where)       # ConfigError for what the decoder cannot compute exactly
     raw = write_hf_config(config, dtype="bfloat16")
 
-Families: llama (Llama 2, Llama 3.x, SmolLM2 and everything saved as LlamaForCausalLM), mistral, qwen2, qwen3.
+Families: families.py (`llama` is also SmolLM2, Yi and everything else saved as LlamaForCausalLM).
 Rotary settings have two spellings, `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5); both
-are read and both are written. An unknown setting that changes the numbers is refused, never ignored.
+are read and both are written; where they differ, what transformers 5 takes is taken. An unknown setting that changes the
+numbers is refused, never ignored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from chatmill.config import ConfigError, validate
 
 from ...data.tokenizer.generation_settings import as_setting, end_ids
 from ..model_config import ModelConfig, RopeScaling
+from .families import FAMILIES, Family
 
-
-@dataclass(frozen=True)
-class Family:
-    """What a Hugging Face architecture fixes, and its defaults for keys that config.json may omit."""
-
-    architecture: str
-    kv_heads: int | None = None  # None: as many as query heads
-    head_dim: int | None = None  # None: hidden_size / heads
-    sliding_window: int | None = None
-    qk_norm: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM", kv_heads=8, sliding_window=4096),
-    "qwen2": Family("Qwen2ForCausalLM", kv_heads=32),
-    "qwen3": Family("Qwen3ForCausalLM", kv_heads=32, head_dim=128, qk_norm=True),
-}
 LAYER_KINDS = {"full_attention": False, "sliding_attention": True}
 
 
-def read_hf_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
-    """The shape described by a config.json. where: its path, for messages."""
-    family = raw.get("model_type")
+def read_hf_config(raw: Mapping[str, Any], where: str, held: Collection[str] | None = None) -> ModelConfig:
+    """The shape described by a config.json. where: its path, for messages.
+
+    held: names of the folder's tensors; where config.json does not say whether the embeddings are tied, they do.
+    """
+    name = raw.get("model_type")
     known = ", ".join(f.architecture for f in FAMILIES.values())
-    if family not in FAMILIES:
-        raise ConfigError(f"{where}: model_type {family!r} is not supported.\nSupported architectures: {known}.")
-    architectures = raw.get("architectures") or [FAMILIES[family].architecture]
-    if FAMILIES[family].architecture not in architectures:
-        raise ConfigError(f"{where}: architecture {architectures[0]!r} is not supported.\nSupported architectures: {known}.")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ConfigError(f"{where}: model_type {name!r} is not supported.\nSupported architectures: {known}.")
+    family = FAMILIES[name]
+    architectures = raw.get("architectures") or [family.architecture]
+    if not isinstance(architectures, list) or family.architecture not in architectures:
+        found = architectures[0] if isinstance(architectures, list) else architectures
+        raise ConfigError(f"{where}: architecture {found!r} is not supported.\nSupported architectures: {known}.")
     _refuse_unsupported(raw, where)
-    defaults = FAMILIES[family]
+    raw = {**family.defaults, **raw}
 
-    def need(key: str) -> Any:
-        if raw.get(key) is None:
+    def need(key: str) -> int:
+        found = _integer(raw, key, where)
+        if found is None:
             raise ConfigError(f"{where}: {key!r} is missing; it must state the shape of the model.")
-        return raw[key]
+        return found
 
-    heads, layers = need("num_attention_heads"), need("num_hidden_layers")
-    head_dim = raw.get("head_dim", defaults.head_dim)
-    context = raw.get("max_position_embeddings") or 2048
-    theta, scaling = _read_rope(raw, context, where)
+    def bias(rule: bool | str) -> bool:
+        return _flag(raw, rule, where) if isinstance(rule, str) else rule
+
+    heads, layers, hidden = need("num_attention_heads"), need("num_hidden_layers"), need("hidden_size")
+    head_dim = _integer(raw, "head_dim", where)
+    context = _integer(raw, "max_position_embeddings", where) or 2048
+    theta, scaling = _read_rope(raw, family, context, where)
     window, windowed = _read_window(raw, family, layers, where)
-    attention_bias = bool(raw.get("attention_bias", False))
+    untold = raw.get("tie_word_embeddings") is None and held is not None
     return validate(
         ModelConfig,
         {
-            "family": family,
+            "family": name,
             "vocab_size": need("vocab_size"),
-            "hidden_size": need("hidden_size"),
+            "hidden_size": hidden,
             "intermediate_size": need("intermediate_size"),
             "layers": layers,
             "heads": heads,
-            "kv_heads": raw.get("num_key_value_heads", defaults.kv_heads) or heads,
-            "head_dim": None if head_dim == need("hidden_size") / heads else head_dim,  # one spelling for one shape
+            "kv_heads": _integer(raw, "num_key_value_heads", where) or heads,
+            "head_dim": None if head_dim and head_dim * heads == hidden else head_dim,  # one spelling for one shape
             "context": context,
             "rope_theta": theta,
             "rope_scaling": scaling,
             "norm_eps": raw.get("rms_norm_eps", 1e-6),
-            "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
-            "qkv_bias": family == "qwen2" or (family != "mistral" and attention_bias),
-            "output_bias": family in ("llama", "qwen3") and attention_bias,
-            "qk_norm": defaults.qk_norm,
+            "tied_embeddings": "lm_head.weight" not in held
+            if untold and held is not None
+            else _flag(raw, "tie_word_embeddings", where),
+            "qkv_bias": bias(family.qkv_bias),
+            "output_bias": bias(family.output_bias),
+            "qk_norm": family.qk_norm,
             "sliding_window": window,
             "sliding_layers": windowed,
             "initializer_range": raw.get("initializer_range") or 0.02,
@@ -96,9 +90,10 @@ def read_hf_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
 
 def write_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """config.json for transformers 4 and 5. dtype: `float32`, `bfloat16` or `float16`. ConfigError if no architecture fits."""
-    _refuse_unfitting(config)
+    family = FAMILIES[config.family]
+    _refuse_unfitting(config, family)
     raw: dict[str, Any] = {
-        "architectures": [FAMILIES[config.family].architecture],
+        "architectures": [family.architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -124,13 +119,11 @@ def write_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     raw["rope_theta"] = config.rope_theta
     raw["rope_scaling"] = None if config.rope_scaling is None else rope
     raw["rope_parameters"] = {**rope, "rope_theta": config.rope_theta}
-    if config.family in ("llama", "qwen3"):
-        raw["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
-        raw["mlp_bias"] = False
-    if config.family == "mistral":
+    biases = ((family.qkv_bias, config.qkv_bias), (family.output_bias, config.output_bias))
+    raw |= {key: value for key, value in biases if isinstance(key, str)} | dict(family.extra)
+    if family.windows == "all":
         raw["sliding_window"] = config.sliding_window
-    if config.family in ("qwen2", "qwen3"):
+    if family.windows == "layers":
         windows = [config.window_of(layer) is not None for layer in range(config.layers)]
         raw["use_sliding_window"] = any(windows)
         raw["sliding_window"] = config.sliding_window if any(windows) else None
@@ -152,55 +145,93 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: mixture-of-experts models are not supported.")
 
 
-def _read_rope(raw: Mapping[str, Any], context: int, where: str) -> tuple[float, dict[str, Any] | None]:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+def _read_rope(raw: Mapping[str, Any], family: Family, context: int, where: str) -> tuple[float, dict[str, Any] | None]:
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(field) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise ConfigError(f"{where}: rotary settings per layer type are not supported (rope_parameters is nested).")
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ConfigError(f"{where}: partial_rotary_factor is not 1; the decoder turns all channels of a head.")
+        raise ConfigError(f"{where}: rotary settings per layer type are not supported ({field} is nested).")
+    place = f"{where}: {field}"
+    theta = _number(rope, "rope_theta", place) or _number(raw, "rope_theta", where) or 10_000.0
+    part = _number(rope, "partial_rotary_factor", place) or _number(raw, "partial_rotary_factor", where) or 1.0
+    if part != 1.0:
+        raise ConfigError(f"{where}: partial_rotary_factor is {part}, not 1; the decoder turns all channels of a head.")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ConfigError(f"{where}: rope_type {kind!r} is not supported. Supported: default, linear, llama3, yarn.")
-    original = rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or context
-    scaling: dict[str, Any] = {"kind": kind, "factor": rope.get("factor") or context / original, "original_context": original}
-    if kind == "llama3":
-        scaling |= {key: rope[key] for key in ("low_freq_factor", "high_freq_factor") if rope.get(key) is not None}
+    if kind not in family.rope:
+        supported = ", ".join(("default", *family.rope))
+        raise ConfigError(f"{place}: rope_type {kind!r} is not supported. Supported for {family.architecture}: {supported}.")
+    # beside the scaling it counts for more than inside it, as in transformers 5
+    original = _integer(raw, "original_max_position_embeddings", where)
+    if kind == "linear" or original is None:
+        original = _integer(rope, "original_max_position_embeddings", place) or context
+    factor = _number(rope, "factor", place)
+    needed = {"linear": (), "llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ()}[kind]
+    missing = [key for key in needed if rope.get(key) is None]
+    if factor is None and kind != "yarn":
+        missing.insert(0, "factor")
+    if missing:
+        raise ConfigError(f"{place}: {', '.join(missing)} is missing; rope_type {kind!r} needs it.")
+    scaling: dict[str, Any] = {"kind": kind, "factor": factor or context / original, "original_context": original}
+    scaling |= {key: rope[key] for key in needed}
     if kind == "yarn":
         if rope.get("truncate", True) is False:
-            raise ConfigError(f"{where}: yarn with truncate=false is not supported.")
-        scaling |= {key: rope[key] for key in ("beta_fast", "beta_slow", "attention_factor") if rope.get(key) is not None}
-        if "attention_factor" not in scaling and rope.get("mscale") and rope.get("mscale_all_dim"):
-            scaling["attention_factor"] = _mscale(scaling["factor"], rope["mscale"]) / _mscale(
-                scaling["factor"], rope["mscale_all_dim"]
-            )
+            raise ConfigError(f"{place}: yarn with truncate=false is not supported.")
+        # 0 means the default, as in transformers
+        scaling |= {key: value for key in ("beta_fast", "beta_slow") if (value := _number(rope, key, place))}
+        if (given := _number(rope, "attention_factor", place)) is not None:
+            scaling["attention_factor"] = given
+        mscale, everywhere = _number(rope, "mscale", place), _number(rope, "mscale_all_dim", place)
+        if given is None and mscale and everywhere:
+            scaling["attention_factor"] = _mscale(scaling["factor"], mscale) / _mscale(scaling["factor"], everywhere)
     return theta, scaling
+
+
+def _number(raw: Mapping[str, Any], key: str, where: str) -> float | None:
+    """A finite number, or None where the key is missing or null. Raises ConfigError for anything else."""
+    value = raw.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{where}: {key} is {value!r}; expected a number.")
+    return float(value)
+
+
+def _integer(raw: Mapping[str, Any], key: str, where: str) -> int | None:
+    """A whole number above 0, or None where the key is missing or null. Raises ConfigError for anything else."""
+    value = _number(raw, key, where)
+    if value is not None and (value != int(value) or value <= 0):
+        raise ConfigError(f"{where}: {key} is {raw[key]!r}; expected a whole number above 0.")
+    return None if value is None else int(raw[key])
+
+
+def _flag(raw: Mapping[str, Any], key: str, where: str) -> bool:
+    """True or false; false where the key is missing or null. Raises ConfigError for anything else, such as "false"."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{where}: {key} is {value!r}; expected true or false.")
+    return bool(value)
 
 
 def _mscale(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _read_window(raw: Mapping[str, Any], family: str, layers: int, where: str) -> tuple[int | None, tuple[int, ...] | None]:
+def _read_window(raw: Mapping[str, Any], family: Family, layers: int, where: str) -> tuple[int | None, tuple[int, ...] | None]:
     """The sliding window in tokens and the layers that have it (None: all of them)."""
-    window = raw.get("sliding_window", FAMILIES[family].sliding_window)
-    if family == "llama" or window is None:
+    if family.windows == "none" or (family.windows == "layers" and not _flag(raw, "use_sliding_window", where)):
         return None, None
-    if family == "mistral":
+    window = _integer(raw, "sliding_window", where)
+    if window is None or family.windows == "all":
         return window, None
-    if not raw.get("use_sliding_window", False):
-        return None, None
     kinds = raw.get("layer_types")
     if kinds is None:
-        first = raw.get("max_window_layers", 28)
-        return _only(window, tuple(range(first, layers)))
-    if len(kinds) != layers or not set(kinds) <= set(LAYER_KINDS):
-        raise ConfigError(
-            f"{where}: layer_types must have {layers} entries, each {' or '.join(LAYER_KINDS)}; "
-            f"got {len(kinds)}: {', '.join(sorted(set(map(str, kinds))))}."
-        )
+        first = _number(raw, "max_window_layers", where)
+        return _only(window, tuple(range(int(first or 0), min(layers, 1 << 16))))
+    known = isinstance(kinds, list) and all(isinstance(kind, str) and kind in LAYER_KINDS for kind in kinds)
+    if not known or len(kinds) != layers:
+        got = f"{len(kinds)}: {', '.join(sorted(set(map(str, kinds))))}" if isinstance(kinds, list) else repr(kinds)
+        raise ConfigError(f"{where}: layer_types must have {layers} entries, each {' or '.join(LAYER_KINDS)}; got {got}.")
     return _only(window, tuple(i for i, kind in enumerate(kinds) if LAYER_KINDS[kind]))
 
 
@@ -219,22 +250,30 @@ def _rope_dict(scaling: RopeScaling) -> dict[str, Any]:
     return rope if scaling.attention_factor is None else rope | {"attention_factor": scaling.attention_factor}
 
 
-def _refuse_unfitting(config: ModelConfig) -> None:
+def _refuse_unfitting(config: ModelConfig, family: Family) -> None:
     """The error for a config that no Hugging Face architecture of the family can compute; it names the field."""
     windows = [config.window_of(layer) for layer in range(config.layers)]
     problems = []
     if config.attention_softcap or config.logit_softcap:
         problems.append("a soft-cap on attention or logits has no counterpart in any of them")
-    if config.family == "llama" and any(windows):
-        problems.append("sliding_window needs family mistral, qwen2 or qwen3")
-    if config.family == "mistral" and any(windows) and not all(windows):
-        problems.append("mistral has its window on all layers or on none")
-    if config.qk_norm != FAMILIES[config.family].qk_norm:
+    if family.windows == "none" and any(windows):
+        able = [name for name, other in FAMILIES.items() if other.windows != "none"]
+        problems.append(f"sliding_window needs family {', '.join(able[:-1])} or {able[-1]}")
+    if family.windows == "all" and any(windows) and not all(windows):
+        problems.append(f"{config.family} has its window on all layers or on none")
+    if config.qk_norm != family.qk_norm:
         problems.append("qk_norm belongs to family qwen3, and only there")
-    expected = {"llama": config.output_bias, "qwen3": config.output_bias, "mistral": False, "qwen2": True}[config.family]
-    if config.qkv_bias != expected or (config.output_bias and config.family in ("mistral", "qwen2")):
-        problems.append("biases: llama and qwen3 have qkv_bias = output_bias, mistral has none, qwen2 has qkv_bias alone")
+    if config.rope_scaling is not None and config.rope_scaling.kind not in family.rope:
+        problems.append(f"{config.family} has no rope_scaling of kind {config.rope_scaling.kind}")
+    rules = (family.qkv_bias, family.output_bias)
+    biases = (config.qkv_bias, config.output_bias)
+    fixed = any(isinstance(rule, bool) and rule != has for rule, has in zip(rules, biases, strict=True))
+    if fixed or (rules[0] == rules[1] and biases[0] != biases[1]):
+        allowed = {True: "always", False: "never"}
+        said = [
+            f"{name} {allowed[rule] if isinstance(rule, bool) else f'as {rule} says'}"
+            for name, rule in zip(("qkv_bias", "output_bias"), rules, strict=True)
+        ]
+        problems.append(f"biases: {config.family} has {' and '.join(said)}")
     if problems:
-        raise ConfigError(
-            f"this model cannot be exported as {FAMILIES[config.family].architecture}: " + "; ".join(problems) + "."
-        )
+        raise ConfigError(f"this model cannot be exported as {family.architecture}: " + "; ".join(problems) + ".")

@@ -6,10 +6,9 @@ gguf_name("layers.0.attention.q.weight")    "blk.0.attn_q.weight"
 
 from __future__ import annotations
 
-import torch
-
-from ..model.decoder import Decoder
+from ..model.shapes import parameter_shapes
 from ..model_config import ModelConfig
+from .families import FAMILIES
 
 # ours: (Hugging Face's, GGUF's)
 NAMES = {
@@ -48,7 +47,14 @@ def _translated(name: str, column: int, layers: str) -> str:
     return f"{layers}{layer}.{NAMES[part][column]}.{kind}"
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter of the decoder with its shape; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
+def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Each tensor of a Hugging Face folder -> our parameters whose rows it holds, in order (one, unless it is fused)."""
+    fused = {part: theirs for theirs, parts in FAMILIES[config.family].fused.items() for part in parts}
+    found: dict[str, tuple[str, ...]] = {}
+    for name in parameter_shapes(config):
+        part = name.rpartition(".")[0].split(".", 2)[-1]  # layers.0.attention.q.weight: attention.q
+        theirs = hf_name(name)
+        if part in fused:
+            theirs = theirs.replace(NAMES[part][0], fused[part])
+        found[theirs] = (*found.get(theirs, ()), name)
+    return found

@@ -72,6 +72,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"head_dim": 16, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 6, "layer_types": LAYERS},
     ),
+    "llama, yarn with its first context beside it": (
+        "Llama",
+        {"rope_parameters": {k: v for k, v in YARN.items() if k[:4] != "orig"}, "original_max_position_embeddings": 16},
+    ),
+    "llama, yarn with two first contexts": ("Llama", {"rope_parameters": YARN, "original_max_position_embeddings": 32}),
+    "llama 3.1 with two first contexts": ("Llama", {"rope_parameters": LLAMA3, "original_max_position_embeddings": 32}),
+    "phi3": ("Phi3", {"rms_norm_eps": 1e-5}),
+    "phi3 with a window, no grouping": ("Phi3", {"sliding_window": 5, "num_key_value_heads": 4}),
+    "phi3, tied": ("Phi3", {"tie_word_embeddings": True}),
+    "seed_oss": ("SeedOss", {"head_dim": 16}),
+    "seed_oss, bias on the output": ("SeedOss", {"head_dim": 8, "attention_out_bias": True}),
+    "seed_oss without biases": ("SeedOss", {"head_dim": 16, "attention_bias": False, "rope_parameters": YARN}),
     "qwen3, biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
 }
 each_case = pytest.mark.parametrize(("family", "extra"), CASES.values(), ids=CASES.keys())
@@ -149,6 +161,7 @@ def test_export_then_import_is_bit_identical(tmp_path: Path, family: str, extra:
     export_hf(first, tmp_path / "back", shard_bytes=9_000)
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
     second = import_hf(tmp_path / "back", tmp_path / "second", shard_bytes=5_000)
+    assert tensors_of(tmp_path / "hf").keys() == tensors_of(tmp_path / "back").keys()  # their own form, fused where it was
     assert second.config == first.config
     assert sorted(second.names()) == sorted(first.names())
     for name in first.names():
@@ -224,6 +237,12 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "another activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "feed-forward biases": ({"mlp_bias": True}, "mlp_bias"),
     "quantised weights": ({"quantization_config": {"bits": 4}}, "quantised"),
+    "a scaling that depends on the length": (
+        {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "su", "short_factor": [1.0]}},
+        "rope_scaling: rope_type 'su' is not supported. Supported for Phi3ForCausalLM: default",
+    ),
+    "partial rotation": ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
+    "a scaling without its factor": ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
     "unknown scaling": ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
     "another size": ({"intermediate_size": 44}, r"shape \(32, 40\), config.json implies \(32, 44\)"),
     "a larger vocabulary": ({"vocab_size": 64}, r"shape \(61, 32\), config.json implies \(64, 32\)"),
@@ -247,9 +266,7 @@ def test_an_import_that_cannot_be_exact_says_why_and_leaves_nothing(
 
 
 def remove_head(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["lm_head.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    drop(folder, "lm_head.weight")
 
 
 def truncate_weights(folder: Path) -> None:
@@ -261,13 +278,22 @@ def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def drop(folder: Path, *names: str) -> None:
+    tensors = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name not in names}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def use_integers(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({name: t.to(torch.int8) for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 DAMAGED = {
-    "no head": (remove_head, "tie_word_embeddings=true"),
+    "no head": (remove_head, "lm_head.weight(.|\\n)*tie_word_embeddings=true"),
+    "one tensor of a fused pair": (
+        lambda folder: drop(folder, "model.layers.1.mlp.gate_proj.weight"),
+        "1 tensor.* missing: .*gate",
+    ),
     "half a file": (truncate_weights, "not a readable safetensors file"),
     "pickles only": (pickle_weights, "pytorch_model.bin: pickled weights"),
     "integers": (use_integers, "expected bf16, fp16 or fp32"),
@@ -284,6 +310,43 @@ def test_damaged_folders_are_refused_in_words_and_leave_nothing(tmp_path: Path, 
     with pytest.raises(ConfigError, match=message):
         import_hf(tmp_path / "hf", tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_shards_without_an_index_are_found_and_say_whether_the_embeddings_are_tied(tmp_path: Path, tied: bool) -> None:
+    model = save_reference(tmp_path / "hf", "Llama", {"tie_word_embeddings": tied}, max_shard_size="8KB")
+    (tmp_path / "hf" / "model.safetensors.index.json").unlink()
+    rewrite(tmp_path / "hf", tie_word_embeddings=None)
+    checkpoint = import_hf(tmp_path / "hf", tmp_path / "ours")
+    assert checkpoint.config.tied_embeddings is tied
+    assert float((our_logits(checkpoint, prompt()) - reference_logits(model, prompt())).abs().max()) <= 1e-4
+    victim = sorted((tmp_path / "hf").glob("model-*.safetensors"))[1]
+    data = victim.read_bytes()
+    victim.unlink()
+    with pytest.raises(ConfigError, match=f"weight files are missing: {victim.name}"):
+        import_hf(tmp_path / "hf", tmp_path / "ours")
+    victim.write_bytes(data)
+    (tmp_path / "hf" / "old-copy.safetensors").write_bytes(data)
+    with pytest.raises(ConfigError, match=f"is in {victim.name} and in old-copy"):
+        import_hf(tmp_path / "hf", tmp_path / "ours")
+
+
+def test_where_both_spellings_of_the_rotary_settings_differ_the_choice_is_that_of_transformers(tmp_path: Path) -> None:
+    save_reference(tmp_path / "hf", "Llama", {"rope_parameters": LLAMA3})
+    rewrite(tmp_path / "hf", rope_scaling={"type": "linear", "factor": 3.0}, rope_theta=777.0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    got = our_logits(import_hf(tmp_path / "hf", tmp_path / "ours"), prompt())
+    assert float((got - reference_logits(model, prompt())).abs().max()) <= 1e-4
+
+
+def test_a_fused_model_exports_only_as_what_it_can_be(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "family": "phi3"}
+    write_hf_config(ModelConfig(**shape), "float32")
+    scaled = ModelConfig(**shape, rope_scaling=RopeScaling(kind="yarn", factor=2.0, original_context=64))
+    with pytest.raises(ConfigError, match="phi3 has no rope_scaling of kind yarn"):
+        write_hf_config(scaled, "float32")
+    with pytest.raises(ConfigError, match="biases: phi3 has qkv_bias never"):
+        write_hf_config(ModelConfig(**shape, qkv_bias=True), "float32")
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
