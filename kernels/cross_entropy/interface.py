@@ -28,7 +28,7 @@ from ..layer.rms_norm import rms_norm
 from ..tensors import wide_dtype
 from .operators import GatherRows, ShardedLoss, rows_op, spread, sum_op
 from .reference import linear_cross_entropy_reference
-from .rows import LossMetrics, LossOptions, Reduction, VocabularyShard, check_options, row_coefficients, weighted
+from .rows import LossMetrics, LossOptions, Reduction, VocabularyShard, check_options, known_labels, row_coefficients, weighted
 
 NAME = "linear_cross_entropy"
 
@@ -107,7 +107,7 @@ def linear_cross_entropy(
         factors = None if token_weights is None else token_weights.index_select(0, at)
         valid = (rows >= 0) & (labels != ignore_index)
         x = GatherRows.apply(hidden, rows, valid)
-    labels = torch.where(valid, labels, 0).to(torch.int64)
+    labels = known_labels(labels, valid, weight.shape[0] if shard is None else shard.vocabulary)
     if norm is not None:
         x = norm(x)
 

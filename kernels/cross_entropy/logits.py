@@ -25,6 +25,7 @@ from .rows import (
     VocabularyShard,
     check_options,
     finish_rows,
+    known_labels,
     row_coefficients,
     weighted,
 )
@@ -60,7 +61,7 @@ def cross_entropy(
     check_options("cross_entropy", targets, token_weights, label_smoothing, softcap, reduction, normalizer)
     chosen = choose("linear_cross_entropy", impl, logits.device, {"triton": why_no_triton(logits.device), "torch": None})
     valid = targets != ignore_index
-    labels = torch.where(valid, targets, 0).to(torch.int64)
+    labels = known_labels(targets, valid, logits.shape[1] if shard is None else shard.vocabulary)
     coefficients, count = row_coefficients(valid, token_weights, reduction, normalizer, wide_dtype(logits.dtype))
     if shard is not None:
         labels = shard.local(labels, logits.shape[1])

@@ -27,11 +27,12 @@ def linear_cross_entropy_reference(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     valid = targets != ignore_index
-    labels = torch.where(valid, targets, 0).to(torch.int64)[:, None]
+    exists = (targets >= 0) & (targets < logits.shape[1])
+    labels = torch.where(exists, targets, 0).to(torch.int64)[:, None]
     lse = torch.logsumexp(logits, dim=1)
     own = logits.gather(1, labels)
     losses = (1 - label_smoothing) * (lse - own.squeeze(1)) + label_smoothing * (lse - logits.mean(1)) + z_loss * lse**2
-    losses = torch.where(valid, losses, 0.0)
+    losses = torch.where(valid, torch.where(exists, losses, float("inf")), 0.0)
     weighted = losses if token_weights is None else losses * torch.where(valid, token_weights.detach(), 0.0)
     count = valid.sum()
     loss = weighted
@@ -41,5 +42,5 @@ def linear_cross_entropy_reference(
         loss = loss / (count.clamp(min=1) if normalizer is None else normalizer)
     with torch.no_grad():
         rivals = logits.scatter(1, labels, float("-inf"))
-        hits = own.squeeze(1) > rivals.amax(1)
+        hits = exists & (own.squeeze(1) > rivals.amax(1))
     return loss, LossMetrics(torch.where(valid, lse, 0.0).detach(), (hits & valid).sum(), count, losses.detach())

@@ -63,8 +63,18 @@ def check_options(
         raise ValueError(f"{name}: reduction={reduction!r}; expected 'mean', 'sum' or 'none'.")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"{name}: normalizer divides a mean; got it with reduction={reduction!r}. Drop one of the two.")
-    if not 0.0 <= label_smoothing < 1.0 or (softcap is not None and softcap <= 0):
-        raise ValueError(f"{name}: label_smoothing={label_smoothing} must be in [0, 1), softcap={softcap} positive or None.")
+    if not 0.0 <= label_smoothing <= 1.0 or (softcap is not None and not softcap > 0):
+        raise ValueError(f"{name}: label_smoothing={label_smoothing} must be in [0, 1], softcap={softcap} positive or None.")
+
+
+def known_labels(targets: Tensor, valid: Tensor, vocabulary: int) -> Tensor:
+    """Int64 (R,): the targets, 0 where `valid` is False, -1 where there is no such token: the loss of that row is inf.
+
+    A target outside the vocabulary is a fault of the data; it must neither look like a loss nor wait for the GPU to be found.
+    """
+    labels = targets.to(torch.int64)
+    exists = (labels >= 0) & (labels < vocabulary)
+    return torch.where(valid, torch.where(exists, labels, -1), 0)
 
 
 def row_coefficients(
@@ -100,7 +110,7 @@ class VocabularyShard:
 class Statistics:
     """Per row: largest rival and sum of exponentials relative to it, over tiles (R, tiles); the target's logit (R,).
 
-    total: sum of all logits per tile, or None. own is -inf where no tile held the label.
+    total: sum of all logits per tile, or None. own is -inf where no tile holds the label.
     """
 
     tile_max: Tensor
@@ -145,7 +155,11 @@ def finish_rows(stats: Statistics, vocabulary: int, options: LossOptions, shard:
 def row_losses(top: Tensor, sum_exp: Tensor, own: Tensor, mean: Tensor | None, options: LossOptions) -> Tensor:
     """Loss per row; differences of logits are taken before the small logarithm is added."""
     log_sum = sum_exp.log()
-    losses = (1 - options.label_smoothing) * (log_sum + (top - own))
+    if options.label_smoothing < 1:
+        losses = (1 - options.label_smoothing) * (log_sum + (top - own))
+    else:
+        # of a target outside the vocabulary inf, as 0 * inf would be nan
+        losses = torch.zeros_like(own).masked_fill(own == float("-inf"), float("inf"))
     if mean is not None:
         losses += options.label_smoothing * (log_sum + (top - mean))
     return losses + options.z_loss * (top + log_sum).square() if options.z_loss else losses

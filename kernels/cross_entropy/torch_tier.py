@@ -27,7 +27,7 @@ def run_torch(
     needs: tuple[bool, bool],
     shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(losses (R,), lse (R,), hits (R,), d_x, d_weight) of x (R, H), weight (V, H), labels int64 (R,) in [0, V).
+    """(losses (R,), lse (R,), hits (R,), d_x, d_weight) of x (R, H), weight (V, H), labels int64 (R,): [0, V) or -1.
 
     coefficients (R,) scale each row's gradient. needs: whether d_x, d_weight are wanted; otherwise they come back empty.
     """
@@ -75,11 +75,11 @@ def consume_logits(
     if softcap:
         z.div_(softcap).tanh_().mul_(softcap)
     slope = 1 - (z / softcap).square_() if softcap and coefficients is not None else None
-    held = labels >= 0  # in a sharded head -1 marks a target that another rank holds
-    label = labels.clamp(min=0)[:, None] if shard else labels[:, None]
+    held = labels >= 0  # -1 marks a target outside the vocabulary, or in a sharded head one that another rank holds
+    label = labels.clamp(min=0)[:, None]
     picked = z.gather(1, label).squeeze(1)  # (C,)
     total = z.sum(1, keepdim=True) if label_smoothing else None
-    own = torch.where(held, picked, float("-inf")) if shard else picked
+    own = torch.where(held, picked, float("-inf"))
     z.scatter_(1, label, torch.where(held, float("-inf"), picked)[:, None])
     rival = z.amax(1)
     if shard is not None:

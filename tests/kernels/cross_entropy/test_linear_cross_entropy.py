@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from chatmill.kernels.cross_entropy import LossMetrics, linear_cross_entropy, linear_cross_entropy_with_metrics
 from chatmill.kernels.cross_entropy import operators as module
-from chatmill.kernels.cross_entropy.rows import VocabularyShard
+from chatmill.kernels.cross_entropy.logits import cross_entropy
+from chatmill.kernels.cross_entropy.rows import VocabularyShard, known_labels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLEMENTATIONS = ["torch", "triton", "reference"]
@@ -101,6 +102,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"z_loss": 1e-2},
     {"softcap": 3.0},
     {"softcap": 3.0, "label_smoothing": 0.2, "z_loss": 1e-2, "reduction": "none"},
+    {"label_smoothing": 1.0},
     {"softcap": 30.0, "label_smoothing": 0.05, "z_loss": 1e-4, "normalizer": 11.0},
 ]
 
@@ -115,6 +117,39 @@ def test_every_option_equals_cross_entropy_of_all_logits_in_float64(impl: str, o
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_vocabulary_and_width_are_exact_to_the_edge(impl: str, shape: tuple[int, int, int]) -> None:
     assert_equal_to_truth(*problem(*shape, torch.float64), impl)
+
+
+NO_SUCH_TOKEN = [-1, -99, -(2**33), 65, 66, 127, 128, 2**31, 2**32 + 3, 2**33]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"label_smoothing": 1.0}, {"softcap": 3.0}], ids=str
+)
+def test_a_target_outside_the_vocabulary_has_an_infinite_loss(impl: str, options: dict[str, Any]) -> None:
+    """V = 65: the last tile of a kernel also holds columns 65 to 127, and 2**32 + 3 is 3 in 32 bits."""
+    hidden, weight, targets = problem(len(NO_SUCH_TOKEN) + 4, 16, 65, torch.float32, ignored=0.0)
+    targets[1 : 1 + len(NO_SUCH_TOKEN)] = torch.tensor(NO_SUCH_TOKEN)
+    targets[-1] = -100
+    bad = torch.zeros(len(targets), dtype=torch.bool)
+    bad[1 : 1 + len(NO_SUCH_TOKEN)] = True
+    a, b = leaves(hidden, weight)
+    losses, metrics = linear_cross_entropy_with_metrics(a, b, targets, reduction="none", impl=impl, **options)
+    assert (losses.isposinf() == bad).all() and losses[-1] == 0
+    expected = truth(hidden[~bad], weight, targets[~bad], reduction="none", **options)
+    torch.testing.assert_close(losses[~bad].detach(), expected, rtol=1e-5, atol=1e-5)
+    assert linear_cross_entropy(a, b, targets, impl=impl, **options).isposinf()
+    assert int(metrics.correct) <= 3
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("label", [-7, 65, 100, 2**33])
+def test_given_logits_have_an_infinite_loss_there_too_and_a_shard_knows_no_such_token(impl: str, label: int) -> None:
+    logits, targets = torch.randn(4, 65, device=DEVICE), torch.tensor([3, label, 64, -100], device=DEVICE)
+    losses, _ = cross_entropy(logits, targets, reduction="none", impl=impl)
+    assert losses.isposinf().tolist() == [False, True, False, False]
+    valid = targets != -100
+    assert VocabularyShard(65, 130).local(known_labels(targets, valid, 130), 65).tolist()[1] in (-1, label - 65)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
