@@ -29,6 +29,7 @@ IMPORTERS: dict[str, str] = {
     "telegram": "messengers.telegram",
     "slack": "messengers.slack",
     "chatgpt": "assistants.chatgpt",
+    "chatmill": "datasets.written",
     "preference": "datasets.preference",
     "openai": "datasets.openai_messages",
     "sharegpt": "datasets.sharegpt",
@@ -50,7 +51,7 @@ IMPORTERS: dict[str, str] = {
 
 
 # Formats with independent records, one per line: several processes read a large file.
-LINE_FORMATS = ("openai", "preference", "sharegpt", "alpaca", "documents")
+LINE_FORMATS = ("chatmill", "openai", "preference", "sharegpt", "alpaca", "documents")
 SPAN_BYTES = 32 << 20
 MEMBERS_TRIED = 100  # of a tar, to find its format
 

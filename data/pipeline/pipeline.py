@@ -41,6 +41,7 @@ from ..shards.publish import publish
 from ..shards.writer import ShardWriter
 from ..tokenizer.tokenizer import ChatTokenizer, train_bpe
 from .destination import Progress, built_report, copy_out, published_report
+from .dialogues_file import check_dialogues_file, write_dialogues
 from .executor import Task, available_cores, run_tasks
 from .inputs import build_digest, given_tokenizer, raw_files, recipe_facts, template_tokenizer, trained_template
 from .stages import ImportFile, PrepareChunk, TokenizeChunk
@@ -52,12 +53,19 @@ SPLITS = ("train", "validation")
 
 
 def build_dataset(
-    recipe: DataRecipe, out: str | Path | None = None, progress: Progress | None = None, until: Stage = "shard"
+    recipe: DataRecipe,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    until: Stage = "shard",
+    dialogues: str | Path | None = None,
 ) -> dict[str, Any]:
     """Build the data set of a recipe, or bring it as far as the stage `until`. Returns the report.
 
+    dialogues: JSONL to write what the stage import, clean or pair made (data/pipeline/dialogues_file.py).
     Report: {"stages": [{"name", "unit", "kept", "dropped", "changed", "examples", "seconds"}], "built": bool, "out": str, …}.
     """
+    if dialogues is not None:
+        check_dialogues_file(dialogues, until)
     place = str(out or recipe.place)
     url = place.rstrip("/") if is_url(place) else None
     folder = (staging_folder(url) if url else Path(place)).absolute()
@@ -80,6 +88,8 @@ def build_dataset(
             (work.folder / stage).mkdir(parents=True, exist_ok=True)
         build = _Build(work, folder, digest, inputs, left_out, tokenizer, progress or (lambda stage, done, total: None))
         report = build.run(until)
+        if dialogues is not None:
+            report["dialogues"] = write_dialogues(work, until, Path(dialogues))
         if until == "shard":
             remove_work(folder)
             if url:

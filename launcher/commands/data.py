@@ -9,6 +9,7 @@ from chatmill.formatting import counted
 
 from .arguments import RUN_HELP, add_command, add_group, add_recipe, add_run
 
+WRITTEN = ("import", "clean", "pair")  # stages that --out FILE.jsonl writes
 STAGES = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")
 
 
@@ -20,12 +21,16 @@ def add_commands(commands: Any) -> None:
     for stage, command in (("shard", build), *zip(STAGES, parts, strict=True)):
         command.set_defaults(until=stage)
         add_recipe(command)
-        command.add_argument("--out", help="data-set folder (default: the recipe's)")
-    summary = "counts, lengths, loss share, coloured mask preview, packing fill"
+        written = "; FILE.jsonl: write what the stage made, to look at, edit and read again" if stage in WRITTEN else ""
+        command.add_argument("--out", help=f"data-set folder (default: the recipe's){written}")
+    summary = "a data set: counts, loss share, coloured masks; raw chats before a build: formats, speakers, a random sample"
     command = add_command(data, "inspect", _inspect, summary, "data")
-    command.add_argument("path", metavar="DIR")
+    command.add_argument("path", metavar="PATH", help="a data-set folder; or raw chats: file, folder, glob or a data recipe")
+    words = "of raw chats: fields of the source such as format=whatsapp, assistant=Ann, limit=1000"
+    command.add_argument("overrides", nargs="*", metavar="field=value", help=words)
     command.add_argument("--samples", type=int, default=2, metavar="N", help="dialogues to show (default 2)")
-    command.add_argument("--html", metavar="FILE", help="also write the page with coloured tokens")
+    command.add_argument("--seed", type=int, help="of the random sample of raw chats (default: another one each time)")
+    command.add_argument("--html", metavar="FILE", help="of a data set: also write the page with coloured tokens")
     summary = "recompute hashes, masks and the split certificate; exit 1 if anything is wrong"
     command = add_command(data, "verify", _verify, summary, "data")
     command.add_argument("path", metavar="DIR")
@@ -64,14 +69,32 @@ def _build(options: argparse.Namespace) -> int:
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done, total=total)
 
-        report = build_dataset(recipe, options.out, show, options.until)
+        is_file = str(options.out or "").endswith(".jsonl")
+        out, dialogues = (None, options.out) if is_file else (options.out, None)
+        report = build_dataset(recipe, out, show, options.until, dialogues)
     print_funnel(report, console)
+    if dialogues is not None:
+        print(f"{dialogues}: {counted(report['dialogues'], 'dialogue')} as OpenAI messages; it can be a source of a recipe")
     if options.until == "shard":
         print(report["out"] if report["built"] else f"{report['out']}: already built from the same inputs and recipe")
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from chatmill.config import ConfigError
+
+    from ...data.check.raw_sample import inspect_raw, raw_sources
+
+    sources = raw_sources(options.path, options.overrides)
+    if sources is not None:
+        if options.html:
+            raise ConfigError(
+                f"{options.path} holds raw chats: --html needs a data set. Build one first (chatmill data build)."
+            )
+        inspect_raw(sources, options.samples, options.seed)
+        return 0
+    if options.overrides:
+        raise ConfigError(f"{options.path} is a data set: {options.overrides[0]!r} is for raw chats.")
     from ...data.check.inspection import inspect_dataset
 
     inspect_dataset(options.path, options.samples, html=options.html)

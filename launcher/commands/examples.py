@@ -20,7 +20,11 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "data inspect": (
         "chatmill data inspect corpora/chitchat --samples 5",
         "chatmill data inspect corpora/chitchat --html look.html",
+        "chatmill data inspect exports/ assistant=Ann --samples 5   # raw chats, before any build",
     ),
+    "data import": ("chatmill data import my.yaml --out imported.jsonl",),
+    "data clean": ("chatmill data clean my.yaml --out cleaned.jsonl   # edit it, then sources: [{path: cleaned.jsonl}]",),
+    "data pair": ("chatmill data pair my.yaml --out samples.jsonl",),
     "data verify": ("chatmill data verify corpora/chitchat", "chatmill data verify corpora/chitchat --repair"),
     "data at": ("chatmill data at runs/demo 12",),
     "data where": ("chatmill data where runs/demo 06a6f4c8…   # a uid that `data at` or `data inspect` printed",),

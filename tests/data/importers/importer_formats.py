@@ -28,6 +28,7 @@ from xml.sax.saxutils import quoteattr
 import pyarrow
 import pyarrow.parquet as parquet
 
+from chatmill.data.conversation import Conversation, Role, Turn, dump_line
 from chatmill.data.importers.datasets.chitchat import installed_file
 from chatmill.data.importers.datasets.chitchat import read as read_chitchat
 from chatmill.data.ledger import Ledger
@@ -35,6 +36,7 @@ from chatmill.data.recipe import SourceSection
 
 from .app_formats import APP_FORMATS
 
+_ROLES: tuple[Role, Role] = ("user", "assistant")
 Dialogue = list[str]  # contents; Ann (user) and Bob (assistant) take turns
 START = datetime(2023, 5, 20, 9, 0, tzinfo=UTC).timestamp()
 
@@ -51,6 +53,15 @@ def render_openai(folder: Path, dialogues: list[Dialogue]) -> Path:
     ]
     (folder / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder / "chats.jsonl"
+
+
+def render_written(folder: Path, dialogues: list[Dialogue]) -> Path:
+    lines = [
+        dump_line(Conversation(f"u{n}", tuple(Turn(_ROLES[k % 2], t) for k, t in enumerate(d)), "s", f"r:{n}"))
+        for n, d in enumerate(dialogues)
+    ]
+    (folder / "made.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / "made.jsonl"
 
 
 def render_preference(folder: Path, dialogues: list[Dialogue]) -> Path:
@@ -390,6 +401,7 @@ LATIN = "latin"
 DOCUMENT = "document"  # no turns: a dialogue becomes one text
 FORMATS: dict[str, tuple[str, Callable[[Path, list[Dialogue]], Path], set[str]]] = {
     "openai": ("openai", render_openai, set()),
+    "chatmill": ("chatmill", render_written, set()),
     "openai array": ("openai", render_openai_array, set()),
     "openai tar": ("openai", render_openai_tar, set()),
     "preference": ("preference", render_preference, set()),

@@ -1,0 +1,143 @@
+"""Look at raw chats before any build: what each file is read as, how many dialogues, who speaks, and a random sample.
+
+    inspect_raw([SourceSection(path="exports/")], samples=3, seed=0)
+
+The files are read as a build would read them, with the same importers and roles; nothing is cleaned, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from chatmill.config import ConfigError, parse_overrides, validate
+from chatmill.formatting import counted
+
+from ..conversation import Conversation
+from ..importers.registry import is_recognised, read_file, recognise, source_files
+from ..ledger import Ledger, ranked, shorten
+from ..raw.files import RawFile, distinct
+from ..recipe import RECIPES, SourceSection, load_data_recipe
+from ..remote.files import is_url
+from ..shards.manifest import MANIFEST
+
+SPEAKERS_SHOWN, TURNS_SHOWN, REASONS_SHOWN, LONGEST_SAID = 8, 8, 6, 400
+_RAW_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".csv", ".tsv", ".zip", ".gz", ".zst", ".bz2", ".xz", ".tar", ".parquet")
+
+
+@dataclass
+class _File:
+    """What one raw file holds."""
+
+    label: str
+    format: str
+    dialogues: int = 0
+    turns: Counter[str] = field(default_factory=Counter)  # (name, role) shown -> turns
+    first: float | None = None
+    last: float | None = None
+    ledger: Ledger = field(default_factory=lambda: Ledger("conversations"))
+
+    def add(self, conversation: Conversation) -> None:
+        self.dialogues += 1
+        for turn in conversation.turns:
+            self.turns[f"{turn.name} ({turn.role})" if turn.name else turn.role] += 1
+            if turn.time is not None:
+                self.first = turn.time if self.first is None else min(self.first, turn.time)
+                self.last = turn.time if self.last is None else max(self.last, turn.time)
+
+
+def raw_sources(path: str, overrides: Sequence[str] = ()) -> list[SourceSection] | None:
+    """The sources that `path` names: a data recipe's, or raw chats with `overrides` such as assistant=Ann. None: a data set."""
+    place = Path(path)
+    if place.suffix in (".yaml", ".yml") or (not place.exists() and (RECIPES / f"{path}.yaml").is_file()):
+        return load_data_recipe(path, overrides).sources
+    is_data_set = (place / MANIFEST).exists() or (is_url(path) and not path.lower().endswith(_RAW_SUFFIXES) and "*" not in path)
+    if is_data_set or (place.is_dir() and (place / "dialogues").is_dir() and (place / "tokenizer").is_dir()):
+        return None
+    if not place.exists() and not is_url(path) and not any(sign in path for sign in "*?["):
+        raise ConfigError(
+            f"{path} does not exist: expected a data-set folder, raw chats (file, folder or glob) or a data recipe."
+        )
+    return [validate(SourceSection, {"path": path, **parse_overrides(overrides)}, path)]
+
+
+def inspect_raw(
+    sources: Sequence[SourceSection], samples: int = 2, seed: int | None = None, console: Console | None = None
+) -> list[Conversation]:
+    """Print files, formats, speakers, counts and `samples` random dialogues, which are returned. seed None: random."""
+    console = console or Console()
+    seed = random.randrange(10_000) if seed is None else seed
+    rng, chosen, total = random.Random(seed), list[Conversation](), 0
+    files, left_out = list[_File](), list[str]()
+    for options in sources:
+        found = distinct(source_files(options))
+        for file in found:
+            if options.format == "auto" and len(found) > 1 and not is_recognised(file):
+                left_out.append(file.label)
+                continue
+            facts = _File(file.label, _format(file, options))
+            files.append(facts)
+            for conversation in read_file(file, options, facts.ledger):
+                facts.add(conversation)
+                total += 1
+                if len(chosen) < samples:
+                    chosen.append(conversation)
+                elif (place := rng.randrange(total)) < samples:  # every dialogue is as likely to stay (Vitter's R)
+                    chosen[place] = conversation
+    if not files:
+        recognise(source_files(sources[0])[0])  # says what is wrong with the first
+    _print_files(files, left_out, console)
+    console.print(f"\n{counted(total, 'dialogue')}; {len(chosen):,} of them at random (--seed {seed})", highlight=False)
+    for conversation in chosen:
+        _print_dialogue(conversation, console)
+    return chosen
+
+
+def _format(file: RawFile, options: SourceSection) -> str:
+    return options.format if options.format != "auto" else recognise(file)
+
+
+def _print_files(files: list[_File], left_out: list[str], console: Console) -> None:
+    for facts in files:
+        span = " – ".join(dict.fromkeys(_day(time) for time in (facts.first, facts.last) if time is not None))
+        counts = f"{facts.format}, {counted(facts.dialogues, 'dialogue')}, {counted(facts.turns.total(), 'turn')}"
+        line = f"[bold]{escape(facts.label)}[/bold]: {counts}{', ' * bool(span)}{span}"
+        console.print(line, highlight=False, soft_wrap=True)
+        speakers = list(ranked(facts.turns).items())
+        shown = [f"{name} {n:,}" for name, n in speakers[:SPEAKERS_SHOWN]]
+        shown += [f"{len(speakers) - SPEAKERS_SHOWN:,} more"] if len(speakers) > SPEAKERS_SHOWN else []
+        if shown:
+            console.print(f"  turns: {escape(', '.join(shown))}", highlight=False, soft_wrap=True)
+        reasons = [f"-{n:,} {reason}" for reason, n in ranked(facts.ledger.dropped).items()]
+        reasons += [f"~{n:,} {reason}" for reason, n in ranked(facts.ledger.changed).items()]
+        for reason in reasons[:REASONS_SHOWN]:
+            console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
+    if left_out:
+        line = f"left out, empty or of no known format: {', '.join(left_out)}"
+        console.print(escape(line), style="yellow", highlight=False, soft_wrap=True)
+
+
+def _print_dialogue(conversation: Conversation, console: Console) -> None:
+    console.print(f"\n[bold]{escape(conversation.origin)}[/bold] {counted(len(conversation.turns), 'turn')}", highlight=False)
+    for turn in conversation.turns[:TURNS_SHOWN]:
+        style = "green" if turn.role == "assistant" and turn.loss else "default"
+        name = f"{turn.role} {turn.name}" if turn.name else turn.role
+        console.print(
+            f"  {escape(name)}: {escape(shorten(turn.content, LONGEST_SAID))}", style=style, highlight=False, soft_wrap=True
+        )
+    if len(conversation.turns) > TURNS_SHOWN:
+        console.print(f"  … {counted(len(conversation.turns) - TURNS_SHOWN, 'more turn')}")
+
+
+def _day(time: float) -> str:
+    try:
+        return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d")
+    except (ValueError, OverflowError, OSError):
+        return "?"
