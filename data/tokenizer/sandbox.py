@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, LoopContext, Macro, Undefined
@@ -159,6 +159,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return self.from_string(_Meter(self).visit(self.parse(source)))
         except (TemplateError, RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
             raise TemplateRefusedError(f"chat template: does not compile ({str(error)[:500]})") from error
+
+    def variables_of(self, source: str) -> frozenset[str]:
+        """Names that a template reads and does not set, the sandbox's own functions not among them."""
+        return frozenset(meta.find_undeclared_variables(self.parse(source))) - frozenset(self.globals)
 
     def render(self, template: Template, variables: Mapping[str, Any]) -> str:
         """The text. Raises TemplateRefusedError."""

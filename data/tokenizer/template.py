@@ -11,9 +11,11 @@ Where the replies lie, and where each of them ends, is found in data/tokenizer/r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
+
+from chatmill.config import ConfigError
 
 from .budget import TemplateRefusedError
 from .sandbox import Sandbox
@@ -59,9 +61,21 @@ class ChatTemplate:
         self._variables = {key: value or "" for key, value in variables.items()}
         self._literals = lru_cache(maxsize=4096)(self._find_literals)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text of a dialogue; with the header of the reply to come when asked for."""
+    def check_variables(self, more: Mapping[str, Any]) -> None:
+        """Raise ConfigError for variables that this template does not read, or that are not the client's to set."""
+        own = {"messages", "add_generation_prompt", *self._variables}
+        offered = sorted(self._sandbox.variables_of(self.source) - own)
+        for name in more:
+            if name not in offered:
+                known = f"it reads {', '.join(offered)}" if offered else "it reads none"
+                raise ConfigError(f"the chat template takes no variable {name[:100]!r}: {known}.")
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, more: Mapping[str, Any] | None = None
+    ) -> str:
+        """The text of a dialogue; with the header of the reply to come when asked for. more: further variables."""
         variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **self._variables}
+        variables = {**(more or {}), **variables}
         return self._sandbox.render(self._template, variables)
 
     def literals(self, roles: tuple[str, ...]) -> list[str] | None:
@@ -104,3 +118,12 @@ class ChatTemplate:
             return None
         edges = [0, *(edge for match in found for edge in match.span()), len(text)]
         return [text[edges[k] : edges[k + 1]] for k in range(0, len(edges), 2)]
+
+
+def each_string(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [each_string(item, change) for item in value]
+    return {change(k): each_string(v, change) for k, v in value.items()} if isinstance(value, Mapping) else value

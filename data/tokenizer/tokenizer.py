@@ -35,7 +35,7 @@ from .generation_settings import GENERATION, end_ids, read_settings, to_bytes, w
 from .pieces import Pieces
 from .proof import Tools, find_fault
 from .replies import OneSamplePerReplyError, Replies, ReplyFinder, any_of
-from .template import TEMPLATES, ChatTemplate, Message
+from .template import TEMPLATES, ChatTemplate, Message, each_string
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -200,10 +200,11 @@ class ChatTokenizer:
             raise ConfigError("tokenizer: it has no chat template. Set `template:` in the data recipe (for example chatml).")
         return self._template
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids to send for the next assistant turn, generation prompt included."""
+    def prompt_ids(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
+        """Ids to send for the next assistant turn, generation prompt included. variables: more of them for the template."""
         clean = self._clean(messages)
-        text = self.template.render(clean, add_generation_prompt=True)
+        more = each_string(variables or {}, self.escape_special)
+        text = self.template.render(clean, add_generation_prompt=True, more=more)
         return self._encode_pieces(text, self.replies.cuts(text, clean)).ids()
 
     def encode_dialogue(self, conversation: Conversation) -> TokenizedDialogue:

@@ -31,6 +31,44 @@ class Prompt:
     grammar: Grammar | None = None
 
 
+def bad_text(value: Any, where: str = "") -> str | None:
+    """The place of the first string in parsed JSON that UTF-8 cannot say: it holds half of a character (a lone surrogate).
+
+    None where there is none. A lone surrogate is what is left of an emoji that was cut in half, or of bytes that were no UTF-8.
+    """
+    if isinstance(value, str):
+        return None if says_utf8(value) else where or "the text"
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if not says_utf8(name):
+                return f"a name in {where}" if where else "a name"
+            if found := bad_text(item, f"{where}.{name}" if where else name):
+                return found
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            if found := bad_text(item, f"{where}.{i}" if where else str(i)):
+                return found
+    return None
+
+
+def says_utf8(text: str) -> bool:
+    """Whether the text can be written in UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise ConfigError for a text that is not valid Unicode."""
+    if not says_utf8(text):
+        raise ConfigError(
+            f"{what}: not valid Unicode: it holds half of a character (a lone surrogate), or bytes that are not UTF-8.\n"
+            "Is the text in another encoding, or was it cut inside an emoji?"
+        )
+
+
 def check_prompt(prompt_ids: Sequence[int], context: int, vocab_size: int) -> None:
     """Raise ConfigError for a prompt that the model cannot take."""
     if not prompt_ids:
@@ -56,6 +94,8 @@ def fit_messages(
     Returns (ids, number of dropped turns). Raises ConfigError if the last turn alone does not fit.
     """
     turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+    for turn in turns:
+        check_text(turn["content"], f"the {turn['role']} message")
     system = turns[:1] if turns and turns[0]["role"] == "system" else []
     rest = turns[len(system) :]
     budget = context - min(reserve, context // 2)

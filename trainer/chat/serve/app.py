@@ -1,6 +1,7 @@
 """The HTTP side: an OpenAI-compatible API and a chat page over one `Batcher`.
 
-    GET /   GET /health   GET /metrics   GET /v1/models   POST /v1/chat/completions   POST /v1/completions
+    GET /   GET /health   GET /metrics   GET /v1/models   GET /v1/models/{id}
+    POST /v1/chat/completions   POST /v1/completions
 
 Rules: bodies are limited in size and in the time they may take; JSON only (a foreign web page cannot post it without a
 preflight, which is never granted: CORS is off); without a token only loopback host names are answered, so that a
@@ -29,10 +30,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chatmill.config import ConfigError
 
-from ...generation.prompt import check_prompt
+from ....data.tokenizer.plain import PlainText
+from ...generation.grammar import Grammar, Grammars
+from ...generation.prompt import bad_text, check_prompt
 from .batcher import Batcher
 from .completion import Completion, Limits
-from .protocol import ChatRequest, RequestError, TextRequest, parse
+from .errors import RequestError
+from .protocol import ChatRequest, TextRequest, named_first, parse
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -56,6 +60,7 @@ def create_app(batcher: Batcher, *, token: str | None = None, limits: Limits | N
     app.get("/health")(service.health)
     app.get("/metrics")(service.metrics)
     app.get("/v1/models")(service.models)
+    app.get("/v1/models/{name:path}")(service.model)
     app.post("/v1/chat/completions")(service.chat_completions)
     app.post("/v1/completions")(service.completions)
     return app
@@ -68,6 +73,8 @@ class Service:
         self.batcher, self.limits = batcher, limits
         self.chat = batcher.chat
         self.started = int(time.time())
+        self._plain = PlainText(self.chat.tokenizer)
+        self._grammars = Grammars(self.chat.tokenizer, self.chat.model.config.vocab_size)
 
     async def health(self) -> Response:
         """Whether the server answers, and how busy it is."""
@@ -84,8 +91,21 @@ class Service:
 
     async def models(self) -> Response:
         """The one model that is served."""
+        return JSONResponse({"object": "list", "data": [self._entry()]})
+
+    async def model(self, name: str) -> Response:
+        """The same entry by its name."""
+        if name != self.chat.name:
+            raise self._not_served(name)
+        return JSONResponse(self._entry())
+
+    def _entry(self) -> dict[str, Any]:
         entry = {"id": self.chat.name, "object": "model", "created": self.started, "owned_by": "chatmill"}
-        return JSONResponse({"object": "list", "data": [entry | {"context_length": self.chat.model.config.context}]})
+        return entry | {"context_length": self.chat.model.config.context}
+
+    def _not_served(self, name: str) -> RequestError:
+        text = f"model {name[:200]!r} is not served here; this is {self.chat.name!r}."
+        return RequestError(404, text, param="model", code="model_not_found")
 
     async def chat_completions(self, request: Request) -> Response:
         """Reply to a conversation."""
@@ -101,25 +121,36 @@ class Service:
             asked = parse(kind, await read_json(request, self.limits))
         except ClientDisconnect:
             return Response(status_code=499)
-        name, config = self.chat.name, self.chat.model.config
-        if asked.model not in (None, name):
-            raise RequestError(
-                404, f"model {asked.model!r} is not served here; this is {name!r}.", param="model", code="model_not_found"
-            )
-        prompts = await run_in_threadpool(asked.prompts, self.chat.tokenizer)
+        config = self.chat.model.config
+        if asked.model is not None and asked.model != self.chat.name:
+            raise self._not_served(asked.model)
+        grammar = await run_in_threadpool(self._grammar, asked)
+        prompts = await run_in_threadpool(asked.prompts, self.chat.tokenizer, self._plain)
         for ids in prompts:
             try:
                 check_prompt(ids, config.context, config.vocab_size)
             except ConfigError as error:
                 code = "context_length_exceeded" if len(ids) >= config.context else None
                 raise RequestError(400, str(error), param="messages" if kind is ChatRequest else "prompt", code=code) from None
-        completion = Completion(asked, prompts, self.chat, self.limits, deadline)
+        completion = Completion(asked, prompts, self.chat, self.limits, deadline, grammar)
         completion.submit(self.batcher)
         if asked.stream:
             headers = {"Cache-Control": "no-store"}
             return StreamingResponse(completion.stream(), media_type="text/event-stream", headers=headers)
         answer = await completion.whole(request)
         return Response(status_code=499) if answer is None else JSONResponse(answer)
+
+    def _grammar(self, asked: ChatRequest | TextRequest) -> Grammar | None:
+        """The grammar of the replies. Raises RequestError for one that cannot be, and for what this model cannot do."""
+        schema = asked.wanted_schema
+        try:
+            asked.sampling({}).check_against(self.chat.model.config.vocab_size, with_grammar=schema is not None)
+        except ValueError as error:
+            raise RequestError(400, str(error), param=named_first(str(error))) from None
+        try:
+            return None if schema is None else self._grammars.json(schema)
+        except ConfigError as error:
+            raise RequestError(400, f"response_format: {error}", param="response_format") from None
 
 
 async def page() -> Response:
@@ -210,6 +241,14 @@ async def read_json(request: Request, limits: Limits) -> Any:
     except TimeoutError:
         raise RequestError(408, f"the body did not arrive within {limits.body_timeout_s:.0f} s.") from None
     try:
-        return json.loads(body)
+        found = json.loads(body, parse_constant=_no_number)
+        place = bad_text(found)
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {error}") from None
+    if place is not None:
+        raise RequestError(400, f"{place[:200]}: not valid Unicode: it holds half of a character (a lone surrogate).")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

@@ -21,9 +21,11 @@ from fastapi import Request
 
 from ...generation.defaults import sampling_of
 from ...generation.generation import TokenStep
+from ...generation.grammar import Grammar
 from ..chat_model import ChatModel
 from .batcher import Batcher, BusyError, Done, Event, Failed, Job, Piece
-from .protocol import ChatRequest, RequestError, TextRequest, chat_logprobs, text_logprobs, usage
+from .errors import RequestError
+from .protocol import ChatRequest, TextRequest, chat_logprobs, text_logprobs, usage
 
 KEEP_ALIVE_S = 10.0
 DISCONNECT_POLL_S = 0.25
@@ -44,12 +46,23 @@ class Completion:
     """The replies to one request: `n` to each prompt. Create it on the event loop. deadline: time.monotonic()."""
 
     def __init__(
-        self, asked: ChatRequest | TextRequest, prompts: list[list[int]], chat: ChatModel, limits: Limits, deadline: float
+        self,
+        asked: ChatRequest | TextRequest,
+        prompts: list[list[int]],
+        chat: ChatModel,
+        limits: Limits,
+        deadline: float,
+        grammar: Grammar | None = None,
     ) -> None:
         self.asked, self.chat = asked, chat
         self.is_chat = isinstance(asked, ChatRequest)
         self.has_echo = isinstance(asked, TextRequest) and asked.echo
         self.wanted_tokens = limits.default_tokens if asked.wanted_tokens is None else asked.wanted_tokens
+        longest = max(1, min(self.wanted_tokens, limits.max_tokens))
+        if (asked.min_tokens or 0) > longest:
+            raise RequestError(
+                400, f"min_tokens: {asked.min_tokens} is more than the longest reply ({longest}).", param="min_tokens"
+            )
         self.prompt_tokens = sum(map(len, prompts))
         self._id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -59,13 +72,14 @@ class Completion:
         self.jobs = [
             Job(
                 prompt_ids=ids,
-                max_new_tokens=max(1, min(self.wanted_tokens, limits.max_tokens)),
+                max_new_tokens=longest,
                 emit=functools.partial(self._emit, index),
                 sampling=sampling,
                 stop_strings=asked.stops,
                 seed=None if asked.seed is None else asked.seed + k,
                 logprobs=asked.wanted_logprobs,
                 prompt_logprobs=asked.wanted_logprobs if self.has_echo else None,
+                grammar=None if grammar is None else grammar.copy(),
                 deadline=deadline,
             )
             for index, (ids, k) in enumerate(itertools.product(prompts, range(asked.n or 1)))
@@ -129,7 +143,7 @@ class Completion:
             for index, (text, steps, done) in enumerate(replies):
                 logprobs, tokens = self._logprobs(steps, 0), done.completion_tokens
                 if self.has_echo:
-                    text, logprobs, tokens = self._with_prompt(self.jobs[index], text, steps, done)
+                    text, logprobs, tokens = self._with_prompt(index, text, steps, done)
                 choices.append(self._choice(index, text, logprobs, done.finish_reason))
                 generated += tokens
             kind = "chat.completion" if self.is_chat else "text_completion"
@@ -164,16 +178,22 @@ class Completion:
             return None
         return chat_logprobs(self.chat.tokenizer, steps) if self.is_chat else text_logprobs(self.chat.tokenizer, steps, offset)
 
-    def _with_prompt(self, job: Job, text: str, steps: list[TokenStep], done: Done) -> tuple[str, dict[str, Any] | None, int]:
-        """(text, log-probabilities, generated tokens) of an answer that begins with its prompt."""
-        prompt = self.chat.tokenizer.decode(job.prompt_ids)
+    def _with_prompt(self, index: int, text: str, steps: list[TokenStep], done: Done) -> tuple[str, dict[str, Any] | None, int]:
+        """(text, log-probabilities, generated tokens) of an answer that begins with its prompt, as it was given."""
+        assert isinstance(self.asked, TextRequest)
+        job, decode = self.jobs[index], self.chat.tokenizer.decode
+        given = self.asked.given[index // (self.asked.n or 1)]
+        prompt = given if isinstance(given, str) else decode(job.prompt_ids)
+        is_added = isinstance(given, str) and job.prompt_ids[0] == self.chat.tokenizer.bos_id
+        bos = decode(job.prompt_ids[:1]) if is_added else ""
+        hidden = 0 if prompt.startswith(bos) else len(bos)
         stop, tokens = done.stop_step, done.completion_tokens
         if self.wanted_tokens == 0:
             text, steps, stop, tokens = "", [], None, 0
         if job.logprobs is None:
             return prompt + text, None, tokens
         every = [*done.prompt_steps, *steps, *([stop] if stop is not None else [])]
-        return prompt + text, text_logprobs(self.chat.tokenizer, every, 0, first=job.prompt_ids[0]), tokens
+        return prompt + text, text_logprobs(self.chat.tokenizer, every, 0, job.prompt_ids[0], hidden), tokens
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.chat.name, "choices": choices}

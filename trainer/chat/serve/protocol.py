@@ -1,77 +1,110 @@
 """The supported requests of the OpenAI API, and the answers, as plain data.
 
-Unsupported fields that would change the answer are refused with status 400 (tools, JSON mode, penalties on presence and
-frequency, logit_bias); harmless ones (user, metadata, store ...) are ignored.
-Extensions: top_k, min_p, repetition_penalty.
+Fields that are not honoured here are refused by name unless they are harmless (fields.py). Extensions, with the names and
+meanings of vLLM: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids, ignore_eos, chat_template_kwargs,
+add_special_tokens.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from chatmill.config import ConfigError
 
+from ....data.tokenizer.plain import PlainText
 from ....data.tokenizer.tokenizer import ChatTokenizer
 from ...generation.generation import TokenStep
-from ...generation.sampling import Sampling
+from ...generation.grammar import ANY_OBJECT
+from ...generation.sampling import SEEDS, Sampling
+from .errors import RequestError
+from .fields import NO_TOOLS, refuse_fields
 
 MAX_REPLIES = 64  # to one request: prompts times n
-
-
-class RequestError(Exception):
-    """A request that is refused, with the HTTP status and the fields of an OpenAI error body."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    def body(self) -> dict[str, Any]:
-        """The JSON to send."""
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+MAX_STOP_IDS = 256
+PART_FIELDS = ("type", "text", "cache_control", "prompt_cache_breakpoint")  # the last two: hints to a cache
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())  # "1" and true are no numbers
 
 
 class StreamOptions(BaseModel):
-    """include_usage: one more chunk with the token counts at the end of a stream."""
+    """include_usage: one more chunk with the token counts at the end of a stream. include_obfuscation is harmless: none is."""
 
-    include_usage: bool = False
+    model_config = STRICT
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class JsonSchema(BaseModel):
+    """A schema and its name; strict or not, it is enforced."""
+
+    model_config = STRICT
+
+    name: str = Field(max_length=64)
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """text, any JSON object, or JSON that a schema accepts."""
+
+    model_config = STRICT
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema_if_it_needs_one(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('expected json_schema: {"name": ..., "schema": {...}} together with type "json_schema"')
+        return self
 
 
 class Request(BaseModel):
     """What both kinds of completion share."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model_config = STRICT
 
     model: str | None = None  # without one: the model that is served
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
-    seed: int | None = None
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = Field(default=None, ge=SEEDS[0], le=SEEDS[1])
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=MAX_STOP_IDS)
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(default=None, ge=0)
     max_tokens: int | None = Field(default=None, ge=1)
     n: int | None = Field(default=None, ge=1, le=MAX_REPLIES)  # replies to one prompt; a seed gives seed, seed + 1, ...
-    presence_penalty: float | None = Field(default=None, ge=0, le=0)
-    frequency_penalty: float | None = Field(default=None, ge=0, le=0)
+    response_format: ResponseFormat | None = None
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _ids_and_values(cls, found: dict[str, float] | None) -> dict[str, float] | None:
+        for name, value in (found or {}).items():
+            if not (name.isascii() and name.isdigit() and len(name) < 10) or not -100 <= value <= 100:
+                raise ValueError("expected token ids, each with a value from -100 to 100")
+        return found
 
     @model_validator(mode="after")
-    def _refuse_unsupported(self) -> Request:
-        for name in ("tools", "functions", "logit_bias", "audio", "suffix"):
-            if (self.model_extra or {}).get(name):
-                raise ValueError(f"{name} is not supported by this server")
-        form = (self.model_extra or {}).get("response_format")
-        if isinstance(form, dict) and form.get("type") not in (None, "text"):
-            raise ValueError("response_format: only text is supported by this server")
+    def _check_together(self) -> Request:
         stops = self.stops
         if len(stops) > 16 or any(not s or len(s) > 200 for s in stops):
             raise ValueError("stop: expected at most 16 strings of 1 to 200 characters")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only possible with stream")
+        self.sampling({})  # whatever else it refuses
         return self
 
     @property
@@ -81,9 +114,19 @@ class Request(BaseModel):
 
     def sampling(self, defaults: Mapping[str, Any]) -> Sampling:
         """Those given, else the model's own (defaults); without either the temperature is 1, as in the OpenAI API."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return Sampling(**{"temperature": 1.0, **defaults, **given})
+        knobs = "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty min_tokens ignore_eos"
+        given = {name: value for name in knobs.split() if (value := getattr(self, name)) is not None}
+        bias = {int(name): value for name, value in (self.logit_bias or {}).items()}
+        lists = {"logit_bias": tuple(bias.items()), "stop_token_ids": tuple(self.stop_token_ids or ())}
+        return Sampling(**{"temperature": 1.0, **defaults, **given, **lists})
+
+    @property
+    def wanted_schema(self) -> Mapping[str, Any] | None:
+        """What a reply in JSON must follow; None: the reply is text."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return ANY_OBJECT if form.json_schema is None else form.json_schema.schema_
 
 
 class Message(BaseModel):
@@ -92,29 +135,37 @@ class Message(BaseModel):
     Tool calls and their results are refused, not ignored: the chat templates do not support them.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config = STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[dict[str, Any]]
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_tools(cls, raw: Any) -> Any:
-        if isinstance(raw, dict):
-            if raw.get("role") in ("tool", "function"):
-                raise ValueError(f"role {raw['role']!r} is not supported: the chat template of this model knows no tools")
-            for name in ("tool_calls", "function_call"):
-                if raw.get(name):
-                    raise ValueError(f"{name} is not supported: the chat template of this model knows no tools")
-        return raw
+    def _refuse_more(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        if raw.get("role") in ("tool", "function"):
+            raise ValueError(f"role {raw['role']!r} is not supported: {NO_TOOLS}")
+        for name, value in raw.items():
+            if name in ("role", "content") or value is None or value in ([], {}, ""):
+                continue
+            if name in ("tool_calls", "function_call"):
+                raise ValueError(f"{name} is not supported: {NO_TOOLS}")
+            raise ValueError(f"{name[:100]!r} is not supported: the template gets role and content of a message")
+        return {name: raw[name] for name in ("role", "content") if name in raw}
 
     @property
     def text(self) -> str:
         """The content as one string. Raises RequestError for parts that are not text."""
         if isinstance(self.content, str):
             return self.content
-        if any(p.get("type") != "text" or not isinstance(p.get("text"), str) for p in self.content):
-            raise RequestError(400, "messages: only text content is supported.", param="messages")
+        for part in self.content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RequestError(400, "messages: only text content is supported.", param="messages")
+            if more := [name for name, value in part.items() if value is not None and name not in PART_FIELDS]:
+                text = f"messages: {more[0][:100]!r} in a text part is not supported."
+                raise RequestError(400, text, param="messages", code="unknown_parameter")
         return "".join(p["text"] for p in self.content)
 
 
@@ -125,12 +176,27 @@ class ChatRequest(Request):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] | None = None
 
-    def prompts(self, tokenizer: ChatTokenizer) -> list[list[int]]:
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: only possible with logprobs")
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens: differs from max_completion_tokens; give one of them")
+        return self
+
+    def prompts(self, tokenizer: ChatTokenizer, plain: PlainText) -> list[list[int]]:
         """The conversation as the model reads it: one prompt."""
         turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in self.messages]
+        variables = self.chat_template_kwargs
+        if variables:
+            try:
+                tokenizer.template.check_variables(variables)
+            except ConfigError as error:
+                raise RequestError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
         try:
-            return [tokenizer.prompt_ids(turns)]
+            return [tokenizer.prompt_ids(turns, variables)]
         except ConfigError as error:
             raise RequestError(400, f"messages: {error}", param="messages") from None
 
@@ -157,6 +223,7 @@ class TextRequest(Request):
     logprobs: int | None = Field(default=None, ge=0, le=20)
     max_tokens: int | None = Field(default=None, ge=0)
     echo: bool = False
+    add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _check_echo(self) -> TextRequest:
@@ -173,13 +240,18 @@ class TextRequest(Request):
         """Several prompts, or a list of one."""
         return isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
 
-    def prompts(self, tokenizer: ChatTokenizer) -> list[list[int]]:
-        """Each text as tokens; special-token strings in it stay plain text."""
+    @property
+    def given(self) -> Sequence[str | Sequence[int]]:
+        """The prompts as the client gave them."""
+        found: Any = self.prompt if self.is_batch else [self.prompt]
+        return found
+
+    def prompts(self, tokenizer: ChatTokenizer, plain: PlainText) -> list[list[int]]:
+        """Each text as tokens: taken as it is, special tokens included, after the BOS token that the tokenizer puts there."""
         found: list[list[int]] = []
-        given: Any = self.prompt if self.is_batch else [self.prompt]
-        for prompt in given:
-            ids = tokenizer.encode(tokenizer.escape_special(prompt)) if isinstance(prompt, str) else [int(i) for i in prompt]
-            if not ids:
+        for prompt in self.given:
+            ids = plain.encode(prompt, self.add_special_tokens) if isinstance(prompt, str) else list(prompt)
+            if not prompt:
                 raise RequestError(400, "prompt: it is empty.", param="prompt")
             found.append(ids)
         return found
@@ -196,16 +268,25 @@ class TextRequest(Request):
 
 
 def parse(kind: type[ChatRequest | TextRequest], raw: Any) -> ChatRequest | TextRequest:
-    """kind(**raw), or a RequestError that names the first invalid field."""
+    """kind(**raw), or a RequestError that names the first field that is unknown or invalid."""
     if not isinstance(raw, dict):
         raise RequestError(400, "the body must be a JSON object.")
+    other: type[BaseModel] = TextRequest if kind is ChatRequest else ChatRequest
+    given = refuse_fields(raw, kind.model_fields, other.model_fields)
     try:
-        return kind.model_validate(raw)
+        return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         told = first["msg"].removeprefix("Value error, ")
-        raise RequestError(400, f"{where}: {told}." if where else f"{told}.", param=where or None) from None
+        if not where:  # a rule about several fields names the first of them
+            raise RequestError(400, f"{told.rstrip('.')}.", param=named_first(told)) from None
+        raise RequestError(400, f"{where}: {told}.", param=where) from None
+
+
+def named_first(message: str) -> str:
+    """The field that an error names at its beginning: `min_tokens: ...`, `top_p=2: ...`."""
+    return re.split(r"\W", message, maxsplit=1)[0]
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -226,11 +307,12 @@ def chat_logprobs(tokenizer: ChatTokenizer, steps: Sequence[TokenStep]) -> dict[
 
 
 def text_logprobs(
-    tokenizer: ChatTokenizer, steps: Sequence[TokenStep], offset: int = 0, first: int | None = None
+    tokenizer: ChatTokenizer, steps: Sequence[TokenStep], offset: int = 0, first: int | None = None, hidden: int = 0
 ) -> dict[str, Any]:
     """The `logprobs` of plain completions. offset: characters before the first of these tokens.
 
     first: the first token of an echoed prompt, which has no probability because nothing precedes it.
+    hidden: characters of these tokens' texts that are not part of the answer's text: a BOS token that the server put there.
     """
 
     def text(token_id: int) -> str:
@@ -250,4 +332,5 @@ def text_logprobs(
         top.append(told)
     if first is not None:
         chances, top = [None, *chances], [None, *top]
-    return {"tokens": tokens, "token_logprobs": chances, "top_logprobs": top, "text_offset": offsets[: len(tokens)]}
+    shown = [max(0, at - hidden) for at in offsets[: len(tokens)]]
+    return {"tokens": tokens, "token_logprobs": chances, "top_logprobs": top, "text_offset": shown}
