@@ -13,7 +13,6 @@
 # Environment: CHATMILL_PYTHON. launcher/jobs/slurm.py writes what lies between here and `set -euo pipefail`.
 #SBATCH --job-name=chatmill-data
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=2
 #SBATCH --signal=B:USR1@60
 #SBATCH --open-mode=append

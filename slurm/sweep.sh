@@ -8,7 +8,6 @@
 # goes on from its checkpoint. launcher/jobs/slurm.py writes what lies between here and `set -euo pipefail`.
 #SBATCH --job-name=chatmill
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:USR1@180
 #SBATCH --open-mode=append
 #SBATCH --output=chatmill-%j.out

@@ -6,12 +6,12 @@
 #   sbatch --nodes=2 --ntasks-per-node=2 slurm/train.sh RECIPE        # no GPUs: two processes on each of two nodes
 #   sbatch --array=1-10%1 --time=04:00:00 slurm/train.sh RECIPE       # ten wall times, one after the other
 #
+# docs/slurm.md lists every way to ask for GPUs and tasks, and what becomes of it: one process per GPU, or per task without GPUs.
 # Near the time limit (--signal) all ranks save and the job requeues itself; after a crash they start again from the newest
 # checkpoint. Environment: CHATMILL_PYTHON, CHATMILL_PROCESSES (per node), CHATMILL_PREFLIGHT=0|1, CHATMILL_NODE_CHECK=PROGRAM,
 # CHATMILL_HANG_S. launcher/jobs/slurm.py writes what lies between here and `set -euo pipefail`.
 #SBATCH --job-name=chatmill
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:USR1@180
 #SBATCH --open-mode=append
 #SBATCH --output=chatmill-%j.out
@@ -23,11 +23,9 @@ if [[ -z ${CHATMILL_PYTHON:-} && -x $CHATMILL_CODE/.venv/bin/python ]]; then
   CHATMILL_PYTHON=$CHATMILL_CODE/.venv/bin/python
 fi
 export CHATMILL_PYTHON=${CHATMILL_PYTHON:-python3}
-export CHATMILL_PROCESSES=${CHATMILL_PROCESSES:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
 CHATMILL_RUN_DIR=''
 CHATMILL_LEAD=180
 CHATMILL_MAX_NO_PROGRESS=3
-export CHATMILL_PREFLIGHT=${CHATMILL_PREFLIGHT:-$((SLURM_NNODES > 1 && ${SLURM_GPUS_ON_NODE:-0} > 0))}
 srun_options=()
 container=()
 
@@ -41,7 +39,27 @@ if [[ -d $CHATMILL_CODE/src/chatmill ]]; then export PYTHONPATH=$CHATMILL_CODE/s
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1     # the checkout itself must not come first on sys.path
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$CHATMILL_LEAD
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_NTASKS SLURM_NPROCS  # one task per node, with all its CPUs
+
+# Processes per node from what Slurm gave the job; what cannot be one run is refused here (docs/slurm.md has the table).
+given=$("$CHATMILL_PYTHON" -m chatmill.launcher.supervise.allocation)
+read -r CHATMILL_PROCESSES CHATMILL_GPUS <<<"$given"
+export CHATMILL_PROCESSES CHATMILL_GPUS
+export CHATMILL_PREFLIGHT=${CHATMILL_PREFLIGHT:-$((SLURM_NNODES > 1 && CHATMILL_GPUS > 0))}
+
+# The step below asks for one task per node with all CPUs, GPUs and memory of the job there. srun also reads how the job was asked
+# for (SLURM_GPUS_PER_TASK, SLURM_TRES_PER_TASK ...), even where sbatch inherited that from a shell inside another job.
+for name in ${!SLURM_@} ${!SRUN_@}; do
+  case $name in
+    SLURM_JOB_*) ;;
+    SLURM_*_PER_* | SLURM_NTASKS | SLURM_NPROCS | SLURM_GPUS | SLURM_GPU_* | SLURM_GRES* | SLURM_TRES_* | SLURM_STEP* | SRUN_* | \
+    SLURM_CPU_* | SLURM_MEM_* | SLURM_DIST* | SLURM_HINT | SLURM_EXACT | SLURM_EXCLUSIVE | SLURM_OVERLAP | SLURM_WHOLE | \
+    SLURM_*_SPEC | SLURM_CONSTRAINT | SLURM_HOSTFILE | SLURM_OVERCOMMIT | SLURM_TIMELIMIT | SLURM_EXPORT_ENV | SLURM_*MODE | \
+    SLURM_HET_* | SLURM_PACK_*)
+      unset "$name" ;;
+  esac
+done
+step_gpus=none
+if (( CHATMILL_GPUS )); then step_gpus=gpu:$CHATMILL_GPUS; fi
 
 # One rendezvous: the first node, by the address that Slurm itself uses. The supervisor adds a port of this job's own.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -66,7 +84,7 @@ agent=("$CHATMILL_PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES" --no
   --redirects=3 --tee=3 --local-ranks-filter=0)
 logs=$CHATMILL_LOGS/node-$SLURM_NODEID
 "$CHATMILL_PYTHON" -m chatmill.launcher.supervise.node_check \
-  --gpus "${SLURM_GPUS_ON_NODE:-0}" --folder "$CHATMILL_RUN_DIR" || exit 78
+  --gpus "$CHATMILL_GPUS" --processes "$CHATMILL_PROCESSES" --folder "$CHATMILL_RUN_DIR" || exit 78
 if (( CHATMILL_PREFLIGHT )); then
   "${agent[@]}" --master-port=$((MASTER_PORT + 1)) --log-dir="$logs-preflight" \
     -m chatmill.launcher.supervise.preflight || exit 79
@@ -75,7 +93,7 @@ exec "${agent[@]}" --master-port="$MASTER_PORT" --log-dir="$logs" -m chatmill.tr
 '
 
 # --kill-on-bad-exit and --wait: when one node fails, no other one waits for it for ever.
-exec "$CHATMILL_PYTHON" -m chatmill.launcher.supervise --run-dir "$run_dir" \
+exec "$CHATMILL_PYTHON" -m chatmill.launcher.supervise --slurm --run-dir "$run_dir" \
   --max-no-progress "$CHATMILL_MAX_NO_PROGRESS" --lead "$CHATMILL_LEAD" --hang "${CHATMILL_HANG_S:-0}" -- \
-  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60 \
-  "${srun_options[@]}" "${container[@]}" bash -c "$node_program" node "${arguments[@]}"
+  srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --gres="$step_gpus" --mem=0 --cpu-bind=none \
+  --export=ALL --kill-on-bad-exit=1 --wait=60 "${srun_options[@]}" "${container[@]}" bash -c "$node_program" node "${arguments[@]}"

@@ -18,6 +18,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from chatmill.config import ConfigError
+from chatmill.run_files import leave_refusal
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.distributed.world import relaunch_if_alone
 from chatmill.trainer.loop.loop import train
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             train(load_recipe(words[0], words[1:]))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        leave_refusal(str(error))
         return 2
     return 0
 

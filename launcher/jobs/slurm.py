@@ -46,7 +46,6 @@ def header(spec: JobSpec) -> list[str]:
     options: list[tuple[str, object | None]] = [
         ("--job-name", spec.name),
         ("--nodes", spec.nodes),
-        ("--ntasks-per-node", 1),
         ("--gpus-per-node", _gpus(spec)),
         ("--cpus-per-task", spec.cpus_per_task),
         ("--mem", spec.memory),
@@ -91,13 +90,9 @@ def settings(spec: JobSpec) -> list[str]:
     if spec.arguments:
         lines.append(f"export CHATMILL_PROCESSES={spec.processes}")
         lines.append(f"set -- {shlex.join(spec.arguments)}")
-    else:
-        lines.append("export CHATMILL_PROCESSES=${CHATMILL_PROCESSES:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}")
     lines.append(f"CHATMILL_RUN_DIR={shlex.quote(spec.run_dir or '')}")
     lines.append(f"CHATMILL_LEAD={spec.signal_lead_s}")
     lines.append(f"CHATMILL_MAX_NO_PROGRESS={spec.max_no_progress}")
-    several_gpu_nodes = "SLURM_NNODES > 1 && ${SLURM_GPUS_ON_NODE:-0} > 0"
-    lines.append(f"export CHATMILL_PREFLIGHT=${{CHATMILL_PREFLIGHT:-$(({several_gpu_nodes}))}}")
     lines.append(f"srun_options=({shlex.join(_srun_options(spec))})")
     lines.append(f"container=({shlex.join(_container(spec))})")
     return lines

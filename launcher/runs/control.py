@@ -12,8 +12,13 @@ from pathlib import Path
 from chatmill.config import ConfigError
 
 from ..jobs.launch import next_commands, run_here, submit, write_record
+from ..programs import output_of
 from ..supervise.run_state import CANCEL, attempts, needed_lead_s
 from .status import ACTIVE, current_state, find_run, is_supervising, last_job, last_launch, query_slurm, training_process
+
+# Slurm 22.05's `scancel --batch --signal` of an array's element keeps trying until that element has ended. The supervisor also
+# looks for the file.
+SIGNAL_S = 5.0
 
 
 def cancel(name: str, *, now: bool) -> int:
@@ -27,15 +32,15 @@ def cancel(name: str, *, now: bool) -> int:
             print(f"job {job} is not in the queue: nothing to cancel")
             return 0
         (run_dir / CANCEL).parent.mkdir(parents=True, exist_ok=True)
-        (run_dir / CANCEL).touch()
-        array = tried[-1].lines.get("array") if tried else None
-        if array:  # elements that have not started yet would continue the run
-            subprocess.run(["scancel", "--state=PENDING", str(array)], capture_output=True, check=False)
+        (run_dir / CANCEL).write_text(job, encoding="utf-8")
         gentle = state == "RUNNING" and not now
-        command = ["scancel", "--batch", "--signal=USR1", job] if gentle else ["scancel", job]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ConfigError(f"{' '.join(command)}: {done.stderr.strip()}")
+        if gentle:  # of a chain, the elements that have not started yet would continue the run
+            output_of(["scancel", "--state=PENDING", job])
+            output_of(["scancel", "--batch", "--signal=USR1", job], timeout_s=SIGNAL_S)
+        else:
+            done = subprocess.run(["scancel", job], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise ConfigError(f"scancel {job}: {done.stderr.strip()}")
         print(f"job {job}: asked to save and stop" if gentle else f"job {job} cancelled")
     elif tried and tried[-1].outcome is None and is_supervising(tried[-1]):
         supervisor = int(tried[-1].lines["pid"])

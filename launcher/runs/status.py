@@ -103,32 +103,43 @@ def last_launch(run_dir: Path) -> dict[str, Any] | None:
 
 
 def last_job(run_dir: Path) -> str:
-    """Slurm job id of the newest launch or attempt, `local-PID`, or "" when nothing is known."""
+    """Slurm job id of the newest launch or attempt (of a chain: its array's), `local-PID`, or "" when nothing is known."""
     launch, tried = last_launch(run_dir), attempts(run_dir)
     submitted = str(launch["job"]) if launch and launch.get("job") else ""
     if launch and submitted and (not tried or float(launch["time"]) > tried[-1].began):
         return submitted
-    return tried[-1].job if tried else submitted
+    return str(tried[-1].lines.get("array") or tried[-1].job) if tried else submitted
 
 
 def query_slurm(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """State and reason by Slurm job id: one squeue, then one sacct for the jobs it no longer knows. Empty without Slurm."""
+    """State and reason by Slurm job id: one squeue, then one sacct for the jobs it no longer knows. Empty without Slurm.
+
+    A job array has the state of the element that is furthest: one that runs, else one that waits, else the last that ended.
+    """
     jobs = [job for job in jobs if job.isdigit()]
     if not jobs:
         return {}
-    command = ["squeue", "-h", "--states=all", f"--user={getpass.getuser()}", "-o", "%A|%T|%r|%L|%N"]
+    command = ["squeue", "-h", "--states=all", f"--user={getpass.getuser()}", "-o", "%A|%F|%T|%r|%L|%N"]
     found: dict[str, tuple[str, str]] = {}
     for line in (output_of(command) or "").splitlines():
-        job, state, reason, left, nodes = line.split("|", 4)
+        job, array, state, reason, left, nodes = line.split("|", 5)
         detail = f"{left} left on {nodes}" if state == "RUNNING" else reason.replace("None", "")
-        found[job] = (state, detail)
+        for name in {job, array}:
+            if name not in found or _rank(state) <= _rank(found[name][0]):
+                found[name] = (state, detail)
     missing = [job for job in jobs if job not in found]
     if missing:
-        command = ["sacct", "-n", "-X", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,State,ExitCode"]
+        command = ["sacct", "-n", "-X", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,JobID,State,ExitCode"]
         for line in (output_of(command) or "").splitlines():
-            job, state, code = line.split("|")
-            found[job] = (state.split()[0], f"exit code {code}")
+            job, shown, state, code = line.split("|")
+            for name in {job, shown.partition("_")[0]}:
+                found[name] = (state.split()[0], f"exit code {code}")
     return found
+
+
+def _rank(state: str) -> int:
+    """How far a job is from its end: 0 for one that runs."""
+    return ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "REQUEUED", "PENDING", state).index(state)
 
 
 def describe(run_dir: Path, queue: dict[str, tuple[str, str]]) -> RunStatus:

@@ -2,6 +2,8 @@
 
 When one rank dies, every other rank fails a moment later with a broken connection. torchrun's @record writes error.json with a
 time for each rank that raised. A rank that was killed writes none; if all others only lost a connection, it is the cause.
+
+A cause is permanent only if our own code said so, in the file that `leave_refusal` writes, never for what a program printed.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from chatmill.run_files import REFUSED
 
 _COLLATERAL = (
     "Connection closed by peer",
@@ -46,10 +50,10 @@ def find_cause(logs: Path) -> Cause | None:
             node, local_rank = _place(file, logs)
             cause = Cause(node, local_rank, message, file.with_name("stderr.log"))
             raised.append((_only_lost_others(message), seconds, cause))
-    spoken = [c for file in sorted(logs.glob("node-*/**/stderr.log")) if (c := _last_words(file, logs)) is not None]
-    refused = [c for c in spoken if c.permanent]
+    refused = [c for file in sorted(logs.glob(f"{REFUSED}-*.json")) if (c := _refusal(file, logs)) is not None]
     if refused:
         return refused[0]
+    spoken = [c for file in sorted(logs.glob("node-*/**/stderr.log")) if (c := _last_words(file, logs)) is not None]
     if raised:
         collateral, _, first = min(raised, key=lambda item: item[:2])
         silent = _silent_ranks(logs, {(cause.node, cause.local_rank) for *_, cause in raised})
@@ -80,15 +84,20 @@ def _error(file: Path) -> tuple[str, float] | None:
         return None
 
 
+def _refusal(file: Path, logs: Path) -> Cause | None:
+    try:
+        left: Any = json.loads(file.read_text(encoding="utf-8"))
+        node, local_rank, message = int(left["node"]), int(left["local_rank"]), " ".join(str(left["message"]).split())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    spoken = sorted(logs.glob(f"node-{node}/**/{local_rank}/stderr.log"))
+    return Cause(node, local_rank, message, spoken[-1] if spoken else file, permanent=True)
+
+
 def _last_words(file: Path, logs: Path) -> Cause | None:
-    lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    node, local_rank = _place(file, logs)
-    for i, line in enumerate(lines):
-        if line.startswith("error: "):  # what trainer/train.py prints for input that cannot work, with exit code 2
-            message = " ".join(part.strip() for part in lines[i : i + 6]).removeprefix("error: ")
-            return Cause(node, local_rank, message, file, permanent=True)
-    errors = [line.strip() for line in lines if "Error" in line and not line.lstrip().startswith("[W")]
-    return Cause(node, local_rank, errors[-1], file) if errors else None
+    lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if ("Error" in line or line.startswith("error: ")) and not line.startswith("[W")]
+    return Cause(*_place(file, logs), errors[-1], file) if errors else None
 
 
 def _place(file: Path, logs: Path) -> tuple[int, int]:

@@ -1,9 +1,10 @@
 """Is this node fit to take part? Run on every node before the processes start; exit code 78 says no, and why.
 
-    python -m chatmill.launcher.supervise.node_check --gpus 8 --folder runs/x
+    python -m chatmill.launcher.supervise.node_check --gpus 8 --processes 8 --folder runs/x
 
 A node that fails leaves $CHATMILL_LOGS/bad-node-NAME with the reason; the supervisor then asks Slurm for other nodes. A site
-can add its own test with CHATMILL_NODE_CHECK=/path/to/program (exit code 0: the node is good). Standard library only.
+can add its own test with CHATMILL_NODE_CHECK=/path/to/program (exit code 0: the node is good). A step that was given fewer GPUs
+than it has processes is refused for good: the next attempt would get as few. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+
+from chatmill.run_files import leave_refusal
 
 BAD_NODE = 78
 LEAST_FREE_BYTES = 1 << 30
@@ -31,6 +34,21 @@ def findings(folder: Path, gpus: int, own_check: str | None) -> list[str]:
         if done.returncode:
             found.append(f"{own_check}: exit code {done.returncode}: {(done.stdout + done.stderr).strip()[-400:]}")
     return [line for line in found if line]
+
+
+def missing_gpus(processes: int, visible: str | None) -> str:
+    """Why this step cannot start one process per GPU, or "". visible: CUDA_VISIBLE_DEVICES, or None where it is not set."""
+    if visible is None:
+        return ""
+    shown = [name for name in visible.split(",") if name.strip()]
+    if any(name.startswith("MIG-") for name in shown):
+        shown = shown[:1]  # CUDA shows a process one slice only
+    if len(shown) >= processes:
+        return ""
+    return (
+        f"this step sees {len(shown)} GPUs (CUDA_VISIBLE_DEVICES={visible}) for {processes} processes.\n"
+        "Ask for whole nodes' GPUs with --gpus-per-node=N, without --gpu-bind and without options per task"
+    )
 
 
 def _writable(folder: Path) -> str:
@@ -62,8 +80,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Check, report on stderr and in a file; returns 0 or 78."""
     parser = argparse.ArgumentParser(prog="python -m chatmill.launcher.supervise.node_check")
     parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--folder", type=Path, required=True)
     options = parser.parse_args(arguments)
+    if options.gpus and (short := missing_gpus(options.processes, os.environ.get("CUDA_VISIBLE_DEVICES"))):
+        print(f"error: {short}", file=sys.stderr, flush=True)
+        leave_refusal(short)
+        return BAD_NODE
     problems = findings(options.folder, options.gpus, os.environ.get("CHATMILL_NODE_CHECK"))
     if not problems:
         return 0

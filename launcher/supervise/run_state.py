@@ -19,7 +19,7 @@ from typing import Any
 from chatmill.run_files import list_checkpoints, read_jsonl, step_of
 
 ATTEMPTS = "logs/attempts.jsonl"
-CANCEL = "logs/cancel"  # left by `chatmill cancel`: the supervisor saves, stops and does not requeue
+CANCEL = "logs/cancel"  # left by `chatmill cancel`, with the job's id: the supervisor saves, stops and does not requeue
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Attempt:
     outcome: str | None = None
     code: int | None = None
     cause: str | None = None
+    permanent: bool = False
     lines: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
@@ -67,8 +68,17 @@ def attempts(run_dir: Path) -> list[Attempt]:
                 outcome=str(line["outcome"]),
                 code=line.get("code"),
                 cause=line.get("cause"),
+                permanent=bool(line.get("permanent")),
             )
     return [found[number] for number in sorted(found)]
+
+
+def cancelled_job(run_dir: Path) -> str:
+    """The job that `chatmill cancel` asked to stop, or ""."""
+    try:
+        return (run_dir / CANCEL).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def attempt_spans(run_dir: Path, *, active: bool) -> list[tuple[float, float]]:

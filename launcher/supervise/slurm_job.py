@@ -13,23 +13,47 @@ from dataclasses import dataclass
 from ..programs import output_of
 
 
+def show_job(job: str, *, details: bool = False) -> str | None:
+    """The line of `scontrol show job` about this job, without other elements of its array; None where Slurm does not answer."""
+    text = output_of(["scontrol", "show", "job", *(["-d"] if details else []), "-o", job])
+    lines = [line for line in (text or "").splitlines() if line.startswith(f"JobId={job} ")]
+    return lines[0] if lines else None
+
+
 @dataclass(frozen=True)
 class SlurmJob:
-    """id: what squeue and scontrol take. is_array: one element of a chain of jobs; the next element continues the run."""
+    """id: what squeue and scontrol take. array: the id of the job array (a chain of jobs that is one run), or None."""
 
     id: str
     nodes: list[str]
-    is_array: bool = False
+    array: str | None = None
 
     @classmethod
     def current(cls) -> SlurmJob | None:
-        """From the environment of a batch script; None elsewhere, and in an interactive salloc or srun shell."""
+        """The job of this process, or None outside of Slurm.
+
+        Whether it is an element of an array is asked of Slurm: a job that was submitted from within an element inherits its
+        SLURM_ARRAY_* variables.
+        """
         job = os.environ.get("SLURM_JOB_ID")
         if not job or "SLURM_JOB_NODELIST" not in os.environ:
             return None
         listed = output_of(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
         nodes = listed.split() if listed else [os.environ.get("SLURMD_NODENAME", "?")]
-        return cls(job, nodes, "SLURM_ARRAY_TASK_ID" in os.environ)
+        shown = show_job(job)
+        if shown is None:
+            return cls(job, nodes, os.environ.get("SLURM_ARRAY_JOB_ID"))
+        array = re.search(r" ArrayJobId=(\d+) ", shown)
+        return cls(job, nodes, array[1] if array else None)
+
+    def has_successor(self) -> bool:
+        """Whether an element of the same array is still to come."""
+        if self.array is None:
+            return False
+        queued = output_of(["squeue", "-h", "-j", self.array, "-t", "PENDING,CONFIGURING,RUNNING,SUSPENDED", "-o", "%A"])
+        if queued is None:  # Slurm does not answer
+            return os.environ.get("SLURM_ARRAY_TASK_ID") != os.environ.get("SLURM_ARRAY_TASK_MAX")
+        return any(job != self.id for job in queued.split())
 
     def seconds_left(self) -> float | None:
         """Seconds to the time limit, or None when there is none or Slurm does not answer."""
@@ -42,8 +66,8 @@ class SlurmJob:
 
     def requeue(self, exclude: list[str] | None = None) -> bool:
         """Put this job back into the queue, without the nodes in `exclude`. False: it no longer runs, or Slurm refused."""
-        shown = output_of(["scontrol", "show", "job", "-o", self.id])
-        if shown is None or "JobState=RUNNING" not in shown:
+        shown = show_job(self.id)
+        if shown is None or " JobState=RUNNING " not in shown:
             return False
         if output_of(["scontrol", "requeue", self.id]) is None:
             return False

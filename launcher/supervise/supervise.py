@@ -1,12 +1,13 @@
 """Keeps one run going: start the whole group, forward stop signals, start again after a failure, hand back to Slurm.
 
     python -m chatmill.launcher.supervise --run-dir runs/x -- torchrun ...
-    exec python -m chatmill.launcher.supervise --run-dir "$run" -- srun ... torchrun ...     (slurm/train.sh)
+    exec python -m chatmill.launcher.supervise --slurm --run-dir "$run" -- srun ... torchrun ...     (slurm/train.sh)
 
 One attempt = one start of all processes. What ends it, and what follows:
     finished    exit code 0 and no PREEMPTED mark: done.
     preempted   the trainer saved and left PREEMPTED (a signal came): under Slurm the job is requeued, else we stop. A run that
-                `chatmill cancel` stopped (logs/cancel) is never requeued.
+                `chatmill cancel` stopped (logs/cancel) is never requeued. In a chain of jobs the next element continues; the
+                last one ends with exit code 75 and says so.
     terminated  this process itself got SIGTERM (scancel, or Slurm requeueing by itself): stop, Slurm decides.
     failed      anything else: the first cause is printed and all processes are started again, unless the recipe itself was
                 refused or `--max-no-progress` attempts in a row brought no newer checkpoint.
@@ -36,6 +37,7 @@ from .run_state import (
     CANCEL,
     attempt_logs,
     attempts,
+    cancelled_job,
     failures_without_progress,
     last_activity,
     needed_lead_s,
@@ -87,16 +89,21 @@ def free_port(first: int) -> int:
     raise OSError(f"no free port in {first}..{first + 199}")
 
 
-def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: float, hang_s: float = 0.0) -> int:
+def supervise(
+    run_dir: Path, command: list[str], max_no_progress: int, lead_s: float, hang_s: float = 0.0, under_slurm: bool = False
+) -> int:
     """Run attempts until the run is done, handed back or given up; returns the exit code.
 
     lead_s: seconds before the time limit at which Slurm signals. Where the run's own figures ask for more, the stop is asked
-    for earlier from here. hang_s: kill an attempt that writes no record for this long (0: never).
+    for earlier from here. hang_s: kill an attempt that writes no record for this long (0: never). under_slurm: the command
+    starts steps of this Slurm job, which may be requeued; a torchrun that someone starts in a job of his own is none of that.
     """
     signals = Signals()
-    (run_dir / CANCEL).unlink(missing_ok=True)
-    slurm = SlurmJob.current()
+    slurm = SlurmJob.current() if under_slurm else None
     job = slurm.id if slurm else f"local-{os.getpid()}"
+    if slurm is not None and (code := _over_already(run_dir, slurm)) is not None:
+        return code
+    (run_dir / CANCEL).unlink(missing_ok=True)
     while True:
         number = len(attempts(run_dir)) + 1
         port = free_port(first_port(job, number))
@@ -108,7 +115,7 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
         since = now()
         began = {"time": since, "event": "begin", "attempt": number, "job": job, "nodes": nodes, "step": before, "port": port}
         place = {"pid": os.getpid(), "host": socket.gethostname(), "log": own_output()}
-        append_jsonl(run_dir / ATTEMPTS, began | place | {"array": os.environ.get("SLURM_ARRAY_JOB_ID")})
+        append_jsonl(run_dir / ATTEMPTS, began | place | {"array": slurm.array if slurm else None})
         say(f"attempt {number} on {' '.join(nodes)}, {describe_step(before)}, rendezvous port {port}, logs in {logs}")
         deadline = _early_stop(run_dir, slurm, lead_s)
         environment = os.environ | {"CHATMILL_ATTEMPT": str(number), "CHATMILL_LOGS": str(logs), "MASTER_PORT": str(port)}
@@ -129,7 +136,8 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
         else:
             outcome, cause = "failed", find_cause(logs)
         ended = {"time": now(), "event": "end", "attempt": number, "step": after, "outcome": outcome, "code": code}
-        append_jsonl(run_dir / ATTEMPTS, ended | {"cause": str(cause) if cause else None})
+        permanent = outcome == "failed" and (code == 2 or (cause is not None and cause.permanent))
+        append_jsonl(run_dir / ATTEMPTS, ended | {"cause": str(cause) if cause else None, "permanent": permanent})
         say(f"attempt {number} {outcome} (exit code {code}), {describe_step(after)}")
         if outcome == "finished":
             return 0
@@ -138,7 +146,7 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
             say(f"first cause: {cause}" if cause else f"no rank said why; see {logs}")
             if page := write_page(run_dir, attempts(run_dir)[-1], cause):
                 say(f"all about it: {page}")
-            if code == 2 or (cause and cause.permanent):
+            if permanent:
                 say("the same start would fail again: not restarted")
                 return 2
         if stale >= max_no_progress:
@@ -147,7 +155,7 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
         if outcome in ("preempted", "terminated"):
             return _hand_back(slurm, signals, outcome, (run_dir / CANCEL).is_file())
         bad = [path.name.removeprefix(BAD_NODE_PREFIX) for path in logs.glob(BAD_NODE_PREFIX + "*")]
-        if bad and slurm is not None and not slurm.is_array:
+        if bad and slurm is not None and slurm.array is None:
             say(f"{', '.join(bad)} failed the node check: requeued without that node")
             return 0 if slurm.requeue(exclude=bad) else 1
         pause = min(30.0, 2.0**stale - 1.0)
@@ -156,6 +164,21 @@ def supervise(run_dir: Path, command: list[str], max_no_progress: int, lead_s: f
             _sleep(pause, signals)
             if signals.stop:
                 return _hand_back(slurm, signals, "terminated", (run_dir / CANCEL).is_file())
+
+
+def _over_already(run_dir: Path, slurm: SlurmJob) -> int | None:
+    """Exit code of a job that has nothing to do any more, or None."""
+    if cancelled_job(run_dir) in (slurm.id, slurm.array):
+        say("this job was cancelled (`chatmill cancel`): nothing was started")
+        return 128 + signal.SIGTERM
+    earlier = [attempt for attempt in attempts(run_dir) if slurm.array and attempt.lines.get("array") == slurm.array]
+    if earlier and earlier[-1].outcome == "finished":
+        say(f"job {earlier[-1].job} of this chain finished the run: nothing to do")
+        return 0
+    if earlier and earlier[-1].permanent:
+        say(f"job {earlier[-1].job} of this chain was refused, and the same start would fail again: {earlier[-1].cause}")
+        return 2
+    return None
 
 
 def _early_stop(run_dir: Path, slurm: SlurmJob | None, lead_s: float) -> float | None:
@@ -174,9 +197,14 @@ def _hand_back(slurm: SlurmJob | None, signals: Signals, outcome: str, cancelled
     if signals.terminated:
         say("Slurm ends this job itself: leaving")
         return 0 if outcome == "preempted" else 128 + signal.SIGTERM
-    if slurm.is_array:
-        say("the next element of the job array continues")
-        return 0
+    if slurm.array is not None:
+        if slurm.has_successor():
+            say("the next element of the job array continues")
+            return 0
+        say(
+            "this was the last element of the job array, and the run is NOT finished: submit the same command again to continue"
+        )
+        return TRY_LATER
     if slurm.requeue():
         say("requeued; the same job continues when it starts again")
         return 0
@@ -209,6 +237,8 @@ def run_attempt(
             pass
         if deadline is not None and time.monotonic() >= deadline:
             signals.stop, deadline = True, None
+        if slurm is not None and not signals.stop and (run_dir / CANCEL).exists():
+            signals.stop = True  # `scancel --signal` does not always come back, or arrive, for an element of an array
         obeyed = bool(last_sent) and ((run_dir / PREEMPTED).exists() or is_finished(run_dir, started))
         if signals.stop and slurm is not None and not obeyed and time.monotonic() - last_sent >= 5.0:
             if not last_sent:
@@ -281,13 +311,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--max-no-progress", type=int, default=3)
     parser.add_argument("--lead", type=float, default=180.0, help="seconds before the time limit at which Slurm signals")
+    parser.add_argument("--slurm", action="store_true", help="the command starts steps of this Slurm job (slurm/train.sh)")
     parser.add_argument("--hang", type=float, default=0.0, help="kill an attempt after this many silent seconds (0: never)")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         parser.error("no command after --")
-    return supervise(options.run_dir, command, options.max_no_progress, options.lead, options.hang)
+    return supervise(options.run_dir, command, options.max_no_progress, options.lead, options.hang, options.slurm)
 
 
 if __name__ == "__main__":

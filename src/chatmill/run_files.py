@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PREEMPTED = "PREEMPTED"  # left by a trainer that saved and stopped because of a signal
+REFUSED = "refused"  # refused-*.json in $CHATMILL_LOGS, left by whoever refuses a start that would fail again
 MANIFEST = "manifest.json"  # of a checkpoint; written last
 _STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
@@ -74,3 +75,19 @@ def append_text(path: Path, text: str) -> None:
             with contextlib.suppress(OSError):
                 handle.truncate(size)  # half a line would spoil the next one
             raise
+
+
+def leave_refusal(message: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Tell the supervisor of this attempt, if there is one, that the same start would fail in the same way.
+
+    An exit code cannot say so: torchrun and srun return codes of their own.
+    """
+    logs = environment.get("CHATMILL_LOGS")
+    if not logs:
+        return
+    node = environment.get("GROUP_RANK") or environment.get("SLURM_NODEID") or "0"
+    local_rank = environment.get("LOCAL_RANK", "0")
+    place = {"node": int(node), "local_rank": int(local_rank)}
+    with contextlib.suppress(OSError):
+        path = Path(logs) / f"{REFUSED}-{node}-{local_rank}.json"
+        path.write_text(json.dumps(place | {"message": message}), encoding="utf-8")

@@ -5,8 +5,8 @@
         cluster.wait(job)
 
 Needs root and Debian's slurm-wlm and munge (tests/launcher/install_slurm.sh), but no systemd; touches nothing outside `folder`.
-Each node n1, n2 ... has 8 CPUs and 4 GPUs that are char devices like /dev/null: with plain files Slurm would set no
-CUDA_VISIBLE_DEVICES. Partitions: `gpu` (the default) and `urgent`, whose jobs preempt those of `gpu` by requeueing them.
+Each node n1, n2 ... has 8 CPUs and 4 GPUs of type h100. They are char devices like /dev/null: with plain files Slurm would set
+no CUDA_VISIBLE_DEVICES. Partitions: `gpu` (the default) and `urgent`, whose jobs preempt those of `gpu` by requeueing them.
 
 With isolated=True every node has a network namespace, a host name and an address (10.77.0.1x) of its own behind one bridge, and
 cut(node) takes its cable out.
@@ -47,7 +47,8 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=500
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,batch_sched_delay=0,defer_batch
 PreemptType=preempt/partition_prio
@@ -195,9 +196,9 @@ class SlurmCluster:
                 os.mknod(self.folder / f"gpu{i}-{g}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
             conf += (
                 f"NodeName=n{i} {self._address(i)} Port={port + i} CPUs=8 Boards=1 SocketsPerBoard=1 "
-                f"CoresPerSocket=8 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:{self.gpus} State=UNKNOWN\n"
+                f"CoresPerSocket=8 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:h100:{self.gpus} State=UNKNOWN\n"
             )
-            gres += f"NodeName=n{i} Name=gpu Count={self.gpus} File={self.folder}/gpu{i}-[0-{self.gpus - 1}]\n"
+            gres += f"NodeName=n{i} Name=gpu Type=h100 Count={self.gpus} File={self.folder}/gpu{i}-[0-{self.gpus - 1}]\n"
         conf += f"PartitionName=gpu Nodes=n[1-{self.nodes}] Default=YES MaxTime=INFINITE PriorityTier=1 State=UP\n"
         conf += f"PartitionName=urgent Nodes=n[1-{self.nodes}] MaxTime=INFINITE PriorityTier=9 State=UP\n"
         (self.folder / "slurm.conf").write_text(conf)

@@ -183,7 +183,8 @@ def make_run(folder: Path, job: str, *, step: int, outcome: str | None) -> Path:
 def test_the_state_of_many_runs_takes_one_question_to_slurm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls = fake_slurm(tmp_path, monkeypatch, "11|RUNNING|None|1:00:00|n1\n12|PENDING|Priority|1:00:00|", "13|NODE_FAIL|1:0")
+    queue = "11|11|RUNNING|None|1:00:00|n1\n12|12|PENDING|Priority|1:00:00|"
+    calls = fake_slurm(tmp_path, monkeypatch, queue, "13|13|NODE_FAIL|1:0")
     monkeypatch.chdir(tmp_path)
     for job in ("11", "12", "13"):
         make_run(tmp_path / "runs" / f"r{job}", job, step=50, outcome=None)
@@ -193,6 +194,25 @@ def test_the_state_of_many_runs_takes_one_question_to_slurm(
     assert "NODE_FAIL" in found[2]["detail"]
     assert found[0]["eta_s"] == pytest.approx(50 * 2.0) and found[0]["goodput"] == pytest.approx(50 * 2.0 / 400, rel=0.05)
     assert calls.read_text().split() == ["squeue", "sacct"]
+
+
+def test_a_chain_between_two_elements_waits_and_is_neither_resumed_nor_called_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue = "71|70|COMPLETED|None|0:00|n1\n70|70|PENDING|Priority|1:00:00|\n72|70|FAILED|NonZeroExitCode|0:00|n1"
+    fake_slurm(tmp_path, monkeypatch, queue)
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "runs" / "chained", "71", step=50, outcome=None)
+    line = {"event": "begin", "attempt": 2, "job": "71", "nodes": ["n1"], "time": time.time(), "step": -1, "array": "70"}
+    append_jsonl(run / ATTEMPTS, line)
+    append_jsonl(run / ATTEMPTS, line | {"event": "end", "outcome": "preempted", "code": 0})
+    assert main(["status", "chained", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["state"], shown["detail"], shown["job"]) == ("PENDING", "Priority", "70")
+    (run / "launches" / "001").mkdir(parents=True)
+    (run / "launches" / "001" / "job.json").write_text(json.dumps({"on": "slurm", "job": "70", "time": 1.0, "command": []}))
+    assert main(["resume", "chained"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
 
 
 def test_a_failed_run_shows_its_first_cause_and_fails_the_command(

@@ -25,7 +25,7 @@ from chatmill.launcher.supervise.run_state import (
 )
 from chatmill.launcher.supervise.slurm_job import parse_duration
 from chatmill.launcher.supervise.supervise import first_port, free_port
-from chatmill.run_files import append_jsonl, read_jsonl
+from chatmill.run_files import append_jsonl, leave_refusal, read_jsonl
 
 STAND_IN = """
 import os, signal, sys, time
@@ -41,6 +41,12 @@ stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 if behaviour == "crash": sys.exit(1)
 if behaviour == "refuse": sys.exit(2)
+if behaviour == "refuse-under-torchrun":
+    from chatmill.run_files import leave_refusal
+    leave_refusal("data.path: no data set there\\nrun: chatmill data build"); sys.exit(1)
+if behaviour == "noise":
+    folder = Path(os.environ["CHATMILL_LOGS"]) / "node-0" / "none_x" / "attempt_0" / "0"; folder.mkdir(parents=True)
+    (folder / "stderr.log").write_text("error: command 'gcc' failed: no space left on device\\n"); sys.exit(1)
 if behaviour == "crash-once-per-step": save(start + 1); sys.exit(0 if start + 1 == 5 else 1)
 if behaviour == "wait":
     (run / "pid").write_text(str(os.getpid())); (run / "ready").touch()
@@ -104,6 +110,19 @@ def test_a_refused_recipe_is_not_tried_twice(tmp_path: Path) -> None:
     assert done.returncode == 2 and outcomes(tmp_path) == ["failed"]
 
 
+def test_a_refusal_that_torchrun_turns_into_exit_code_1_is_not_tried_twice_either(tmp_path: Path) -> None:
+    done = supervise(tmp_path, "refuse-under-torchrun")
+    assert done.returncode == 2 and outcomes(tmp_path) == ["failed"]
+    (attempt,) = attempts(tmp_path / "run")
+    assert attempt.permanent and attempt.cause == "node 0, local rank 0: data.path: no data set there run: chatmill data build"
+
+
+def test_what_another_program_prints_as_error_does_not_make_a_failure_permanent(tmp_path: Path) -> None:
+    done = supervise(tmp_path, "noise", "--max-no-progress", "2")
+    assert done.returncode == 1 and outcomes(tmp_path) == ["failed"] * 2
+    assert "first cause: node 0, local rank 0: error: command 'gcc' failed" in done.stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_makes_the_run_save_and_stop(tmp_path: Path, number: int) -> None:
     process = subprocess.Popen(command(tmp_path, "wait"), env=environment(), stdout=subprocess.DEVNULL)
@@ -136,35 +155,85 @@ def test_a_process_that_dies_after_the_run_has_finished_does_not_start_it_again(
     assert done.returncode == 0 and outcomes(tmp_path) == ["finished"]
 
 
-@pytest.mark.parametrize("how", ["job", "array", "cancelled"])
-def test_under_slurm_a_saved_run_is_requeued_unless_a_chain_continues_it_or_it_was_cancelled(tmp_path: Path, how: str) -> None:
-    calls, run = tmp_path / "calls", tmp_path / "run"
+def under_slurm(tmp_path: Path, *, element: bool = False, queued: str = "") -> dict[str, str]:
+    """Variables of job 77, which may be an element of array 70, and stand-ins for Slurm's commands that note their calls."""
+    array = " ArrayJobId=70 ArrayTaskId=2" if element else ""
+    shown = f"JobId=77{array} JobState=RUNNING Reason=None"
     programs = {
-        "scontrol": 'case "$1 $2" in "show hostnames") echo a1; echo a2;; "show job") echo JobState=RUNNING;; esac',
-        "scancel": f"kill -TERM $(cat {run}/pid)",  # a signal to the job's steps
-        "squeue": "echo UNLIMITED",
+        "scontrol": f'case "$2" in hostnames) echo a1; echo a2;; job) echo "{shown}";; esac',
+        "scancel": f"kill -TERM $(cat {tmp_path}/run/pid)",  # a signal to the job's steps
+        "squeue": f'if [[ "$*" == *%L* ]]; then echo UNLIMITED; else echo 77 {queued}; fi',
     }
     for name, text in programs.items():
-        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{calls}\n{text}\n')
+        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{tmp_path}/calls\n{text}\n')
         (tmp_path / name).chmod(0o755)
-    variables = environment() | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NODELIST": "a[1-2]",
-    }
-    if how == "array":
-        variables |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "70"}
-    process = subprocess.Popen(command(tmp_path, "wait"), env=variables, stdout=subprocess.PIPE, text=True)
+    job = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "a[1-2]"}
+    return environment() | job | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_JOB_ID": "70"}  # possibly inherited from elsewhere
+
+
+ENDS = {
+    "job": (0, "requeued"),
+    "element": (0, "the next element of the job array continues"),
+    "last element": (75, "this was the last element of the job array, and the run is NOT finished"),
+    "cancelled": (0, "stopped; `chatmill resume`"),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_under_slurm_a_saved_run_is_requeued_unless_a_chain_continues_it_or_it_was_cancelled(tmp_path: Path, how: str) -> None:
+    run = tmp_path / "run"
+    variables = under_slurm(tmp_path, element="element" in how, queued="78" if how == "element" else "")
+    process = subprocess.Popen(command(tmp_path, "wait", "--slurm"), env=variables, stdout=subprocess.PIPE, text=True)
     wait_for(run / "ready")
     if how == "cancelled":
-        (run / CANCEL).touch()
-    process.send_signal(signal.SIGUSR1)
+        (run / CANCEL).write_text("77")  # is seen without a signal
+    else:
+        process.send_signal(signal.SIGUSR1)
     said, _ = process.communicate(timeout=300)
     (attempt,) = attempts(run)
-    assert process.returncode == 0 and (attempt.job, attempt.nodes, attempt.outcome) == ("77", ("a1", "a2"), "preempted")
-    assert "scancel --signal=USR1 77" in calls.read_text()
-    assert ("scontrol requeue 77" in calls.read_text()) == (how == "job")
-    assert {"job": "requeued", "array": "next element", "cancelled": "stopped; `chatmill resume`"}[how] in said
+    assert (attempt.job, attempt.nodes, attempt.outcome) == ("77", ("a1", "a2"), "preempted")
+    assert attempt.lines["array"] == ("70" if "element" in how else None)
+    calls = (tmp_path / "calls").read_text()
+    assert "scancel --signal=USR1 77" in calls and ("scontrol requeue 77" in calls) == (how == "job")
+    code, words = ENDS[how]
+    assert process.returncode == code and words in said
+
+
+@pytest.mark.parametrize(
+    ("outcome", "permanent", "cancelled", "code", "words"),
+    [
+        ("finished", False, "", 0, "job 71 of this chain finished the run"),
+        ("failed", True, "", 2, "job 71 of this chain was refused, and the same start would fail again: bad recipe"),
+        ("preempted", False, "70", 128 + signal.SIGTERM, "this job was cancelled"),
+        ("preempted", False, "12", 0, "attempt 2 finished"),  # another job was, long ago
+        ("failed", False, "", 0, "attempt 2 finished"),
+    ],
+)
+def test_an_element_of_a_chain_starts_nothing_when_the_run_is_over(
+    tmp_path: Path, outcome: str, permanent: bool, cancelled: str, code: int, words: str
+) -> None:
+    run = tmp_path / "run"
+    line = {"time": 1.0, "attempt": 1, "job": "71", "nodes": ["a1"], "array": "70"}
+    append_jsonl(run / ATTEMPTS, line | {"event": "begin", "step": -1})
+    end = {"event": "end", "step": 1, "outcome": outcome, "code": 1, "cause": "bad recipe", "permanent": permanent}
+    append_jsonl(run / ATTEMPTS, line | end)
+    if cancelled:
+        (run / CANCEL).write_text(cancelled)
+    variables = under_slurm(tmp_path, element=True)
+    words_of = command(tmp_path, "finish", "--slurm")
+    done = subprocess.run(words_of, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code and words in done.stdout
+    assert len(attempts(run)) == (2 if words.startswith("attempt") else 1)
+
+
+def test_a_torchrun_inside_a_job_of_ones_own_is_stopped_like_one_anywhere_else(tmp_path: Path) -> None:
+    """The steps of that job are not this run's, and the job is not ours to requeue."""
+    variables = under_slurm(tmp_path)
+    process = subprocess.Popen(command(tmp_path, "wait"), env=variables, stdout=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "ready")
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "stopped; `chatmill resume`" in said and not (tmp_path / "calls").exists()
 
 
 def test_an_old_preempted_mark_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
@@ -266,8 +335,10 @@ def test_a_rank_that_was_killed_is_the_cause_when_the_others_only_lost_it(tmp_pa
 def test_a_refused_recipe_is_a_permanent_cause(tmp_path: Path) -> None:
     write_rank(tmp_path, 0, 0, LOST, at=1)
     write_rank(tmp_path, 1, 0, None, stderr="error: data.path: no data set there\nrun: chatmill data build\n")
+    leave_refusal("data.path: no data set there\nrun", {"CHATMILL_LOGS": str(tmp_path), "GROUP_RANK": "1", "LOCAL_RANK": "0"})
     cause = find_cause(tmp_path)
-    assert cause is not None and cause.permanent and cause.message.startswith("data.path: no data set there run:")
+    assert cause is not None and cause.permanent and str(cause) == "node 1, local rank 0: data.path: no data set there run"
+    assert cause.log.name == "stderr.log" and "node-1" in str(cause.log)
 
 
 def test_without_error_files_the_first_rank_that_lost_more_than_a_connection_is_the_cause(tmp_path: Path) -> None:
