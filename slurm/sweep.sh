@@ -26,4 +26,4 @@ trap '' USR1                                  # until the worker takes over
 cd "$SLURM_SUBMIT_DIR"
 if [[ -d $CHATMILL_CODE/src/chatmill ]]; then export PYTHONPATH=$CHATMILL_CODE/src${PYTHONPATH:+:$PYTHONPATH}; fi
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
-exec "$CHATMILL_PYTHON" -m chatmill.launcher.sweep.worker "$@"
+exec "$CHATMILL_PYTHON" -m chatmill.launcher.sweep.worker --slurm "$@"

@@ -156,7 +156,8 @@ def _in_queue(name: str) -> bool:
 @contextlib.contextmanager
 def _as_outside_of_a_job() -> Iterator[None]:
     """Without the variables of a job that this build may be: datatrove would take itself for an element, srun obey limits."""
-    held = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith("SLURM_") and key != "SLURM_CONF"}
+    inherited = [key for key in os.environ if key.startswith(("SLURM_", "SRUN_")) and key != "SLURM_CONF"]
+    held = {key: os.environ.pop(key) for key in inherited}
     try:
         yield
     except (subprocess.CalledProcessError, FileNotFoundError) as error:

@@ -26,6 +26,21 @@ SECRET_VALUE = re.compile(  # a login in an address, a signed address, and token
     re.IGNORECASE,
 )
 ASSIGNMENT = re.compile(r"(?:^|[\s;&|])([A-Za-z_][A-Za-z0-9_]*)=([^\s;&|]+)")
+# sbatch options that decide how many processes start or how a job ends, and the field for each: the launcher must know it
+OWN_FIELDS = {
+    "--nodes": "nodes",
+    "--gpus-per-node": "gpus_per_node",
+    "--gpus": "gpus_per_node",
+    "--gpus-per-task": "gpus_per_node",
+    "--gpus-per-socket": "gpus_per_node",
+    "--tres-per-task": "gpus_per_node",
+    "--gres": "gpus_per_node",
+    "--ntasks": "processes_per_node",
+    "--ntasks-per-node": "processes_per_node",
+    "--ntasks-per-gpu": "processes_per_node",
+    "--array": "chain",
+    "--signal": "signal_lead_s",
+}
 
 
 def _allowed(pattern: str, what: str) -> AfterValidator:
@@ -140,5 +155,16 @@ class JobSpec(Section):
             raise ValueError(
                 f"{'; '.join(hidden)} looks like a secret, and job scripts are kept in plain text. "
                 f"Export it in your shell and list its name under secrets"
+            )
+        for option in self.options:
+            name, _, value = option.partition("=")
+            if name in OWN_FIELDS and not (name == "--gres" and not value.startswith("gpu")):
+                raise ValueError(
+                    f"options: {option} would start other processes than the launcher counts: set {OWN_FIELDS[name]}"
+                )
+        if self.processes_per_node and 0 < self.gpus_per_node < self.processes_per_node:
+            raise ValueError(
+                f"processes_per_node: {self.processes_per_node}, but gpus_per_node is {self.gpus_per_node}: "
+                "at most one process per GPU"
             )
         return self

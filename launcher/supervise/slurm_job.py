@@ -61,8 +61,14 @@ class SlurmJob:
         return parse_duration(text.strip()) if text else None
 
     def signal_steps(self, name: str = "USR1") -> None:
-        """Send a signal to every process of the job's steps (not to the batch script)."""
-        output_of(["scancel", f"--signal={name}", self.id])
+        """Send a signal to every process of the job's steps (not to the batch script).
+
+        Steps are named one by one: for an element of an array of which two are still to come, Slurm 22.05's scancel takes the
+        whole job for one "in transitional state", and sends the signal again and again for more than a minute.
+        """
+        listed = output_of(["squeue", "-h", "-s", "-j", self.id, "-o", "%i"]) or ""
+        steps = [step for step in listed.split() if step.rpartition(".")[2].isdigit()]  # not .batch and .extern
+        output_of(["scancel", f"--signal={name}", *(steps or [self.id])], timeout_s=10.0)
 
     def requeue(self, exclude: list[str] | None = None) -> bool:
         """Put this job back into the queue, without the nodes in `exclude`. False: it no longer runs, or Slurm refused."""

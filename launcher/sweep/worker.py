@@ -1,9 +1,10 @@
 """One worker of a sweep: takes trials until none are left. Started by `chatmill sweep` and by slurm/sweep.sh.
 
-    python -m chatmill.launcher.sweep.worker SWEEP.yaml
+    python -m chatmill.launcher.sweep.worker [--slurm] SWEEP.yaml
 
 A trial is an ordinary training run in SWEEP/runs/trial-0007. Its validation losses are reported as they are measured; a trial
-that Optuna prunes is stopped like a preempted run. A worker that is stopped itself puts its trial back, unfinished.
+that Optuna prunes is stopped like a preempted run. A worker that is stopped itself puts its trial back, unfinished. With --slurm
+(slurm/sweep.sh) it also requeues its job.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ GRACE_S = 120.0  # for a trial to save after SIGTERM
 Ending = Literal["complete", "pruned", "failed", "stopped"]
 
 
-def work(sweep: SweepConfig) -> int:
+def work(sweep: SweepConfig, under_slurm: bool = False) -> int:
     """Take and run trials; returns 0 when none are left."""
     optuna = load_optuna()
     states = optuna.trial.TrialState
@@ -53,7 +54,7 @@ def work(sweep: SweepConfig) -> int:
                 study.tell(trial.number, state=states.PRUNED if ending == "pruned" else states.FAIL)
             if sweep.keep_checkpoints == "best":
                 drop_checkpoints(study, sweep)
-    slurm = SlurmJob.current()
+    slurm = SlurmJob.current() if under_slurm else None
     if slurm is not None and not signals.terminated:
         slurm.requeue()
     return 0
@@ -139,13 +140,14 @@ def drop_checkpoints(study: Any, sweep: SweepConfig) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Work on the sweep file given; the report is updated when this worker has nothing left to do."""
-    words = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in given if word != "--slurm"]
     if len(words) != 1 or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if words and words[0] in ("-h", "--help") else 2
     try:
         sweep = load_sweep(Path(words[0]))
-        code = work(sweep)
+        code = work(sweep, under_slurm="--slurm" in given)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

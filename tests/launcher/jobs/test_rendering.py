@@ -192,6 +192,22 @@ def test_no_other_field_does_either(fields: dict[str, Any]) -> None:
         validate(JobSpec, fields, "test")
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"options": ["--gres=gpu:h100:8"]}, "set gpus_per_node"),
+        ({"options": ["--gpus-per-task=1"]}, "set gpus_per_node"),
+        ({"options": ["--ntasks-per-node=8"]}, "set processes_per_node"),
+        ({"options": ["--array=1-4"]}, "set chain"),
+        ({"gpus_per_node": 2, "processes_per_node": 4}, "at most one process per GPU"),
+    ],
+)
+def test_what_changes_the_number_of_processes_has_a_field_of_its_own(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        validate(JobSpec, fields, "test")
+    assert validate(JobSpec, {"options": ["--gres=nic:1", "--exclusive"]}, "test").options[0] == "--gres=nic:1"
+
+
 def test_hostile_arguments_arrive_as_they_were_typed_and_run_nothing(tmp_path: Path) -> None:
     """The script's settings are executed for real; the arguments come out of bash unchanged."""
     words = tuple(w for w in HOSTILE if w.isprintable() and w)

@@ -162,7 +162,7 @@ def under_slurm(tmp_path: Path, *, element: bool = False, queued: str = "") -> d
     programs = {
         "scontrol": f'case "$2" in hostnames) echo a1; echo a2;; job) echo "{shown}";; esac',
         "scancel": f"kill -TERM $(cat {tmp_path}/run/pid)",  # a signal to the job's steps
-        "squeue": f'if [[ "$*" == *%L* ]]; then echo UNLIMITED; else echo 77 {queued}; fi',
+        "squeue": f'case "$*" in *%L*) echo UNLIMITED;; *" -s "*) echo 77.batch 77.0;; *) echo 77 {queued};; esac',
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{tmp_path}/calls\n{text}\n')
@@ -194,7 +194,7 @@ def test_under_slurm_a_saved_run_is_requeued_unless_a_chain_continues_it_or_it_w
     assert (attempt.job, attempt.nodes, attempt.outcome) == ("77", ("a1", "a2"), "preempted")
     assert attempt.lines["array"] == ("70" if "element" in how else None)
     calls = (tmp_path / "calls").read_text()
-    assert "scancel --signal=USR1 77" in calls and ("scontrol requeue 77" in calls) == (how == "job")
+    assert "scancel --signal=USR1 77.0\n" in calls and ("scontrol requeue 77" in calls) == (how == "job")
     code, words = ENDS[how]
     assert process.returncode == code and words in said
 
