@@ -3,8 +3,8 @@
     python -m chatmill.launcher.sweep.worker [--slurm] SWEEP.yaml
 
 A trial is an ordinary training run in SWEEP/runs/trial-0007. Its validation losses are reported as they are measured; a trial
-that Optuna prunes is stopped like a preempted run. A worker that is stopped itself puts its trial back, unfinished. With --slurm
-(slurm/sweep.sh) it also requeues its job.
+that Optuna prunes is stopped like a preempted run. A worker that is stopped itself puts its trial back, unfinished. With
+--slurm (slurm/sweep.sh) it also requeues its job.
 """
 
 from __future__ import annotations
