@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def output_of(command: Sequence[str], timeout_s: float = 60.0) -> str | None:
@@ -15,3 +16,13 @@ def output_of(command: Sequence[str], timeout_s: float = 60.0) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> int | None:
+    """How many GPUs a process here would see, or None where nothing says so. Of several MIG slices CUDA shows one."""
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        names = [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+        return min(len(names), 1) if any(name.startswith("MIG-") for name in names) else len(names)
+    listed = output_of(["nvidia-smi", "-L"])
+    return None if listed is None else sum(line.startswith("GPU ") for line in listed.splitlines())

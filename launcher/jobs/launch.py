@@ -26,6 +26,7 @@ import yaml
 from chatmill.config import ConfigError, dump_yaml, read_yaml, validate
 from chatmill.formatting import counted
 
+from ..programs import visible_gpus
 from ..supervise.run_state import needed_lead_s
 from ..supervise.supervise import LOGS
 from .job import JobSpec
@@ -102,6 +103,8 @@ def describe(prepared: Launch) -> str:
     lines = [f"note: {note}" for note in prepared.resolved.notes]
     if prepared.on == "slurm" and spec.cpus_per_task is None and "--exclusive" not in spec.options:
         lines.append("note: no --cpus-per-task: the processes of a node share the cluster's default, often one CPU")
+    if prepared.on != "slurm" and spec.world_size == 1 and (shown := visible_gpus() or 0) > 1:
+        lines.append(f"note: 1 process uses 1 of the {shown} GPUs here; for all: --on torchrun --gpus-per-node {shown}")
     lines.append(f"run         {prepared.resolved.run_dir}")
     nodes = f"{counted(spec.nodes, 'node')} x {spec.processes}"
     lines.append(f"processes   {spec.world_size} = {nodes}, {recipe.parallel.strategy}")
@@ -148,6 +151,11 @@ def check_inputs(prepared: Launch) -> None:
     missing = [name for name in prepared.spec.secrets if name not in os.environ]
     if missing:
         raise ConfigError(f"secrets: {', '.join(missing)} is not set in this shell; export it before launching")
+    shown, wanted = visible_gpus(), prepared.spec.processes if prepared.spec.gpus_per_node else 0
+    if prepared.on != "slurm" and shown is not None and shown < wanted:
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        where = "" if chosen is None else f" (CUDA_VISIBLE_DEVICES={chosen})"
+        raise ConfigError(f"gpus_per_node: {wanted} processes, but this machine shows {shown} GPUs{where}: one process per GPU")
     if prepared.spec.container:
         return  # paths are those inside the image
     for path in recipe.data.paths.values():

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from chatmill.run_files import leave_refusal
 
+from ..programs import visible_gpus
+
 BAD_NODE = 78
 LEAST_FREE_BYTES = 1 << 30
 
@@ -38,15 +40,11 @@ def findings(folder: Path, gpus: int, own_check: str | None) -> list[str]:
 
 def missing_gpus(processes: int, visible: str | None) -> str:
     """Why this step cannot start one process per GPU, or "". visible: CUDA_VISIBLE_DEVICES, or None where it is not set."""
-    if visible is None:
-        return ""
-    shown = [name for name in visible.split(",") if name.strip()]
-    if any(name.startswith("MIG-") for name in shown):
-        shown = shown[:1]  # CUDA shows a process one slice only
-    if len(shown) >= processes:
+    shown = visible_gpus({"CUDA_VISIBLE_DEVICES": visible}) if visible is not None else None
+    if shown is None or shown >= processes:
         return ""
     return (
-        f"this step sees {len(shown)} GPUs (CUDA_VISIBLE_DEVICES={visible}) for {processes} processes.\n"
+        f"this step sees {shown} GPUs (CUDA_VISIBLE_DEVICES={visible}) for {processes} processes.\n"
         "Ask for whole nodes' GPUs with --gpus-per-node=N, without --gpu-bind and without options per task"
     )
 

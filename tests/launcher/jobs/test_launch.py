@@ -15,6 +15,7 @@ from tests.launcher.tiny_run import make_data, wait_until, write_recipe
 from chatmill.config import ConfigError
 from chatmill.launcher.__main__ import main
 from chatmill.launcher.jobs.resolve import resolve
+from chatmill.launcher.programs import visible_gpus
 from chatmill.launcher.runs.status import all_runs, describe, find_run, query_slurm
 from chatmill.launcher.supervise.run_state import ATTEMPTS, attempts, newest_step
 from chatmill.run_files import append_jsonl, read_jsonl
@@ -97,6 +98,30 @@ def test_missing_data_and_missing_secrets_are_refused_before_anything_starts(
     assert main(["launch", str(path), "--job", str(job)]) == 2
     assert "CHATMILL_TEST_TOKEN is not set" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "shown"), [("", 0), ("0", 1), ("0,3", 2), ("GPU-a,GPU-b", 2), ("MIG-a,MIG-b", 1), ("-1", 0), (None, None)]
+)
+def test_the_gpus_that_a_process_would_see_are_counted(
+    visible: str | None, shown: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == shown
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: A (UUID: GPU-a)'\necho 'GPU 1: A (UUID: GPU-b)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert visible_gpus({}) == 2
+
+
+def test_more_processes_than_visible_gpus_are_refused_here_and_unused_gpus_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert main(["launch", str(path), "--on", "torchrun", "--gpus-per-node", "4"]) == 2
+    assert "4 processes, but this machine shows 2 GPUs (CUDA_VISIBLE_DEVICES=0,1)" in capsys.readouterr().err
+    assert main(["launch", str(path), "--on", "torchrun", "--dry-run"]) == 0
+    assert "note: 1 process uses 1 of the 2 GPUs here; for all: --on torchrun --gpus-per-node 2" in capsys.readouterr().out
 
 
 def test_several_processes_make_a_recipe_for_one_into_ddp_unless_one_was_asked_for(tmp_path: Path) -> None:
