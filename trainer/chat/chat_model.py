@@ -34,6 +34,7 @@ def load_chat_model(checkpoint: str | Path, device: str | None = None) -> ChatMo
     Raises ConfigError if it is missing or damaged, has no chat template, or its tokenizer has ids that the model lacks.
     """
     found = open_checkpoint(checkpoint)
+    found.check_model()
     tokenizer = ChatTokenizer.load(found.path)
     if tokenizer.vocab_size > found.config.vocab_size:
         raise ConfigError(

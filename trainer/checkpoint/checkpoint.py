@@ -26,15 +26,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from chatmill.config import validate
+from chatmill.config import ConfigError, read_json, validate
 from chatmill.files import sync
 from chatmill.run_files import MANIFEST, list_checkpoints, step_of
 
+from ..model.shapes import parameter_shapes
 from ..model_config import ModelConfig
 from .files import (
+    DTYPES,
     CheckpointError,
     Share,
     ShareWriter,
@@ -42,12 +43,15 @@ from .files import (
     file_facts,
     file_problem,
     merge_parts,
+    not_finite,
+    open_tensors,
     read_manifest,
     tensor_index,
     write_manifest,
 )
 
 BEST = "best.json"
+WEIGHTS = ("float32", "bfloat16", "float16")
 
 
 class CheckpointWriter:
@@ -184,28 +188,51 @@ class Checkpoint:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.path / file, framework="pt").__enter__()
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.path / file}: cannot be read ({error})") from None
+            self._open[file] = open_tensors(self.path / file, self.index)
         return self._open[file]
 
-    def load_into(self, model: nn.Module) -> None:
-        """Copy every parameter into model (names must match exactly). Raises CheckpointError."""
-        targets = dict(model.named_parameters())
+    def check_model(self) -> None:
+        """Compare the tensors with those that config.json implies. Nothing is read: call it before a model takes memory.
+
+        Raises CheckpointError.
+        """
+        layers = {name.split(".")[1] for name in self.names() if name.startswith("layers.")}
+        if len(layers) != self.config.layers:  # before a decoder of so many layers is described
+            raise CheckpointError(f"{self.path}: config.json says {self.config.layers} layers, its tensors {len(layers)}.")
+        shapes = parameter_shapes(self.config)
+        self._check_names(set(shapes))
+        for name, shape in shapes.items():
+            if self.shape(name) != tuple(shape):
+                raise CheckpointError(f"{self.path}: {name} has shape {self.shape(name)}, config.json implies {tuple(shape)}.")
+            if (kind := DTYPES.get(self.index[name].dtype, self.index[name].dtype)) not in WEIGHTS:
+                raise CheckpointError(f"{self.path}: {name} is {kind}; expected {', '.join(WEIGHTS)}.")
+
+    def check_values(self, part: tuple[int, int] = (0, 1)) -> list[str]:
+        """The weights that hold NaN or infinite values, one line each. part: (rank, world size), to share the reading."""
+        names = self.names()[part[0] :: part[1]]
+        return [f"{self.path}: {name} {problem}" for name in names if (problem := not_finite(self.tensor(name)))]
+
+    def _check_names(self, wanted: set[str]) -> None:
         held = self.names()
-        missing, extra = sorted(set(targets) - set(held)), sorted(set(held) - set(targets))
+        missing, extra = sorted(wanted - set(held)), sorted(set(held) - wanted)
         if missing or extra:
             raise CheckpointError(
                 f"{self.path}: its tensors do not match the model.\n"
                 f"  missing: {_few(missing)}\n  not in the model: {_few(extra)}"
             )
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy every parameter into model (names must match exactly). Raises CheckpointError, also for NaN."""
+        targets = dict(model.named_parameters())
+        self._check_names(set(targets))
         with torch.no_grad():
             for name, tensor in self.tensors():
                 if tensor.shape != targets[name].shape:
                     raise CheckpointError(
                         f"{self.path}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(targets[name].shape)}"
                     )
+                if problem := not_finite(tensor):
+                    raise CheckpointError(f"{self.path}: {name} {problem}. Such a model answers nothing; use another one.")
                 targets[name].copy_(tensor)
 
 
@@ -242,7 +269,7 @@ def best_of(run_dir: Path) -> Path:
     """Folder of the run's best checkpoint. Raises CheckpointError where there is none."""
     try:
         name = json.loads((run_dir / "checkpoints" / BEST).read_text(encoding="utf-8"))["checkpoint"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{run_dir} names no best checkpoint (checkpoints/{BEST}).\n"
             "Train with checkpoint.best=loss (or accuracy) and evaluation.every_steps, or leave out --best."
@@ -299,7 +326,10 @@ def _open_folder(path: Path, verify: bool) -> Checkpoint:
     problems = [problem for name, facts in manifest["files"].items() if (problem := file_problem(path / name, facts, verify))]
     if problems:
         raise CheckpointError("damaged checkpoint: " + "; ".join(problems))
-    config = validate(ModelConfig, json.loads((path / "config.json").read_text(encoding="utf-8")), str(path / "config.json"))
+    try:
+        config = validate(ModelConfig, read_json(path / "config.json"), str(path / "config.json"))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None  # a run then has its older checkpoints
     return Checkpoint(path, config, manifest["meta"], manifest, tensor_index(path, manifest))
 
 

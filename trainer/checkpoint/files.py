@@ -30,6 +30,21 @@ from chatmill.files import sync
 from chatmill.run_files import MANIFEST
 
 FORMAT = 2
+# of safetensors -> of torch; format 1 has the former in its index
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 _NO_CHECKSUM = "0" * 32
 _CHECKSUM_AT = len(b'{"checksum": "')
 
@@ -157,7 +172,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         data = (path / MANIFEST).read_bytes()
         manifest: dict[str, Any] = json.loads(data)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST}: cannot be read ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") not in (1, FORMAT):
         found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -166,7 +181,65 @@ def read_manifest(path: Path) -> dict[str, Any]:
         zeroed = data[:_CHECKSUM_AT] + _NO_CHECKSUM.encode() + data[_CHECKSUM_AT + 32 :]
         if manifest.get("checksum") != xxhash.xxh3_128_hexdigest(zeroed):
             raise CheckpointError(f"{path / MANIFEST}: contents differ from what was written (hash mismatch)")
+    if problem := _structure_problem(manifest):
+        raise CheckpointError(f"{path / MANIFEST}: {problem}. It was not written by Chatmill.")
     return manifest
+
+
+def _structure_problem(manifest: Mapping[str, Any]) -> str:
+    """What keeps a manifest from being read further, or ""; nothing in it is trusted before."""
+    meta, files, tensors = (manifest.get(key) for key in ("meta", "files", "tensors"))
+    if not (isinstance(meta, dict) and isinstance(files, dict) and isinstance(tensors, dict)):
+        return "meta, files or tensors is missing"
+    for name, facts in files.items():
+        if Path(name).name != name:
+            return f"{name!r} is not the name of a file in this folder"
+        if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int) or not isinstance(facts.get("xxh3"), str):
+            return f"{name} has no size and hash"
+    for name, entry in tensors.items():
+        held = [str(entry)] if manifest["format"] == 1 else _pieces(entry)
+        if held is None:
+            return f"tensor {name}: its group, dtype, shape or pieces are missing, or leave a gap"
+        if unknown := [file for file in held if file not in files]:
+            return f"tensor {name} lies in {unknown[0]!r}, which is not among the files"
+    return ""
+
+
+def _pieces(entry: Any) -> list[str] | None:
+    """The files of a tensor, or None where its entry makes no sense."""
+    try:
+        group, dtype, shape, pieces = (entry[key] for key in ("group", "dtype", "shape", "pieces"))
+        at = 0
+        for _, start, stop in pieces:
+            if start != at or stop < start:
+                return None
+            at = stop
+        whole = all(isinstance(size, int) and size >= 0 for size in shape) and at == prod(shape)
+        return [str(file) for file, _, _ in pieces] if whole and isinstance(group, str) and isinstance(dtype, str) else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def open_tensors(path: Path, index: Mapping[str, TensorEntry]) -> Any:
+    """A safetensors file of a checkpoint, its header compared with the manifest. Raises CheckpointError."""
+    try:
+        handle = safe_open(path, framework="pt").__enter__()
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    expected = {name: entry for name, entry in index.items() if any(file == path.name for file, _, _ in entry.pieces)}
+    held = set(handle.keys())
+    if apart := sorted(held ^ set(expected)):
+        known = "is not in the manifest" if apart[0] in held else "is missing"
+        raise CheckpointError(f"{path}: tensor {apart[0]} {known} ({len(apart)} such). The file is of another checkpoint.")
+    for name, entry in expected.items():
+        part = handle.get_slice(name)
+        kind, count = DTYPES.get(part.get_dtype(), part.get_dtype()), prod(part.get_shape())
+        wanted = sum(stop - start for file, start, stop in entry.pieces if file == path.name)
+        if kind != DTYPES.get(entry.dtype, entry.dtype) or count != wanted:
+            raise CheckpointError(
+                f"{path}: tensor {name} has {count} elements of {kind}, the manifest says {wanted} of {entry.dtype}."
+            )
+    return handle
 
 
 def tensor_index(path: Path, manifest: Mapping[str, Any]) -> dict[str, TensorEntry]:

@@ -21,6 +21,7 @@ from chatmill.config import ConfigError
 from chatmill.files import sync
 
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.files import not_finite
 from ..config import ModelConfig
 from ..generation.defaults import sampling_of
 from .endings import endings
@@ -53,6 +54,7 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
             "Use `chatmill export --to hf` and llama.cpp's convert_hf_to_gguf.py on that folder."
         )
     _check_expressible(config)
+    checkpoint.check_model()
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(temporary, ARCHITECTURES[config.family])
@@ -69,7 +71,10 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name in kinds:
-            values = checkpoint.tensor(name).float().numpy()
+            tensor = checkpoint.tensor(name)
+            if problem := not_finite(tensor):
+                raise ConfigError(f"{checkpoint.path}: {name} {problem}. A model with such weights is not exported.")
+            values = tensor.float().numpy()
             if ARCHITECTURES[config.family] == "llama" and (heads := rotary_heads(name, config)):
                 values = reorder_rotary_rows(values, heads, to_gguf=True)
             writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))

@@ -26,11 +26,13 @@ from chatmill.config import ConfigError, validate
 
 from ...data.tokenizer.generation_settings import GENERATION, to_bytes, with_ids
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from ..checkpoint.files import not_finite
 from ..config import ModelConfig
 from .hf import refuse_foreign_folder
 from .names import gguf_name, parameter_shapes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", list: "a list"}
 END_LIST = "tokenizer.ggml.eos_token_ids"
 # our name -> name in gguf.Keys.General
 SAMPLING_KEYS = {
@@ -57,13 +59,19 @@ def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
     refuse_foreign_folder(out_dir)
     try:
         reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
-        raise ConfigError(f"{path}: not a readable GGUF file ({error})") from None
+    except Exception as error:  # the library checks little; numpy raises whatever a damaged file makes it do
+        raise ConfigError(f"{path}: not a readable GGUF file ({type(error).__name__}: {error})") from None
     fields = dict(reader.fields)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(fields, tensors, path)
-    tokenizer = _tokenizer(fields, config, path)
-    names = {name: gguf_name(name) for name in parameter_shapes(config)}
+    try:
+        config = _config(fields, tensors, path)
+        tokenizer = _tokenizer(fields, config, path)
+    except ConfigError:
+        raise
+    except Exception as error:  # values of another type or size than the format has
+        raise ConfigError(f"{path}: its metadata makes no sense ({type(error).__name__}: {error}). Fetch it again.") from None
+    shapes = parameter_shapes(config)
+    names = {name: gguf_name(name) for name in shapes}
     if missing := sorted(set(names.values()) - set(tensors)):
         raise ConfigError(
             f"{path}: {len(missing)} tensor(s) missing: {', '.join(missing[:5])}. The file is damaged or partial."
@@ -73,18 +81,29 @@ def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
             f"{path}: it has tensors that this decoder would ignore: {', '.join(extra[:5])} ({len(extra)} in all).\n"
             "Import the model's Hugging Face folder instead."
         )
+    for name, source_name in names.items():
+        held = tuple(int(size) for size in reversed(tensors[source_name].shape))
+        if held != tuple(shapes[name]):
+            raise ConfigError(f"{path}: {source_name} has shape {held}, its metadata implies {tuple(shapes[name])}.")
     meta = {
         "imported_from": path.name,
-        "name": _value(fields, "general.name", ""),
-        "license": _value(fields, "general.license", ""),
+        "name": _value(fields, "general.name", "", str),
+        "license": _value(fields, "general.license", "", str),
     }
     with CheckpointWriter(out_dir, config, meta={"source": meta}) as writer:
         for name, source_name in names.items():
             tensor = tensors[source_name]
-            values = np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+            try:
+                values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32, order="C")
+            except (NotImplementedError, ValueError) as error:
+                raise ConfigError(
+                    f"{path}: {source_name} of type {tensor.tensor_type.name} cannot be read ({error})."
+                ) from None
+            if problem := not_finite(torch.from_numpy(values)):
+                raise ConfigError(f"{path}: {source_name} {problem}. The weights are damaged; fetch the file again.")
             if heads := rotary_heads(name, config):
                 values = reorder_rotary_rows(values, heads, to_gguf=False)
-            writer.add(name, torch.from_numpy(values.copy()))
+            writer.add(name, torch.from_numpy(values))
         for file, data in tokenizer.items():
             writer.add_file(file, data)
     return open_checkpoint(out_dir, verify=False)
@@ -120,9 +139,20 @@ def reorder_rotary_rows(weight: NDArray[np.float32], heads: int, *, to_gguf: boo
     return np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(weight.shape)
 
 
-def _value(fields: dict[str, Any], key: str, default: Any = None) -> Any:
+def _value(fields: dict[str, Any], key: str, default: Any = None, kind: type | None = None) -> Any:
+    """A metadata value; kind: what it must be. Raises ConfigError naming the key."""
     field = fields.get(key)
-    return default if field is None else field.contents()
+    if field is None:
+        return default
+    try:
+        value = field.contents()
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"GGUF metadata: {key} cannot be read ({error}). Fetch the file again.") from None
+    if kind is float and isinstance(value, int):
+        value = float(value)
+    if kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+        raise ConfigError(f"GGUF metadata: {key} is {value!r:.80}; expected {KINDS[kind]}.")
+    return value
 
 
 def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> ModelConfig:
@@ -138,13 +168,13 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Mode
             f"{path}: rotary scaling in GGUF is not read ({', '.join(stretched)}). Import the Hugging Face folder."
         )
 
-    def need(key: str) -> Any:
-        value = _value(fields, f"llama.{key}")
+    def need(key: str, kind: type = int) -> Any:
+        value = _value(fields, f"llama.{key}", None, kind)
         if value is None:
             raise ConfigError(f"{path}: metadata llama.{key} is missing. The file is damaged or older than GGUF v2.")
         return value
 
-    heads, head_dim = need("attention.head_count"), _value(fields, "llama.rope.dimension_count")
+    heads, head_dim = need("attention.head_count"), _value(fields, "llama.rope.dimension_count", None, int)
     table = tensors.get("token_embd.weight")
     return validate(
         ModelConfig,
@@ -155,12 +185,12 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Mode
             "intermediate_size": need("feed_forward_length"),
             "layers": need("block_count"),
             "heads": heads,
-            "kv_heads": _value(fields, "llama.attention.head_count_kv", heads),
-            "head_dim": None if head_dim == need("embedding_length") / heads else head_dim,
+            "kv_heads": _value(fields, "llama.attention.head_count_kv", heads, int),
+            "head_dim": None if head_dim and head_dim * heads == need("embedding_length") else head_dim,
             "context": need("context_length"),
-            "rope_theta": float(_value(fields, "llama.rope.freq_base", 10_000.0)),
+            "rope_theta": _value(fields, "llama.rope.freq_base", 10_000.0, float),
             # stored as float32: 1e-5 comes back as 9.9999997e-06
-            "norm_eps": float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
+            "norm_eps": float(f"{need('attention.layer_norm_rms_epsilon', float):.6g}"),
             "tied_embeddings": "output.weight" not in tensors,
             "bos_token_id": _value(fields, "tokenizer.ggml.bos_token_id"),
             "eos_token_id": _value(fields, "tokenizer.ggml.eos_token_id"),
@@ -177,11 +207,16 @@ def _tokenizer(fields: dict[str, Any], config: ModelConfig, path: Path) -> dict[
             f"{path}: tokenizer {kind!r} with pre-tokenizer {rule!r}; GGUF import knows 'gpt2' with 'smollm'.\n"
             "Import the model's Hugging Face folder, which has its tokenizer.json."
         )
-    tokens: list[str] = _value(fields, "tokenizer.ggml.tokens")
-    types: list[int] = _value(fields, "tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    tokens: list[str] = _value(fields, "tokenizer.ggml.tokens", [], list)
+    types: list[int] = _value(fields, "tokenizer.ggml.token_type", None, list) or [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise ConfigError(f"{path}: {len(tokens)} tokens, but {len(types)} token types. The file is damaged.")
     if len(tokens) != config.vocab_size:
         raise ConfigError(f"{path}: {len(tokens)} tokens, but the embedding has {config.vocab_size} rows. The file is damaged.")
-    tokenizer = smollm_tokenizer(tokens, types, _value(fields, "tokenizer.ggml.merges"))
+    tokenizer = smollm_tokenizer(tokens, types, _value(fields, "tokenizer.ggml.merges", [], list))
+    for key in ("bos", "eos", "padding", "unknown"):
+        if not 0 <= (index := _value(fields, f"tokenizer.ggml.{key}_token_id", 0, int)) < len(tokens):
+            raise ConfigError(f"{path}: tokenizer.ggml.{key}_token_id is {index}, but there are {len(tokens)} tokens.")
     special = {
         name: tokens[index]
         for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))

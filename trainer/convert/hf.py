@@ -95,6 +95,7 @@ def export_hf(
     out = Path(out_dir)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not (overwrite and (out / "config.json").is_file()):
         raise ConfigError(f"{out} exists already. Choose another folder" + (": it holds no export." if overwrite else "."))
+    checkpoint.check_model()
     held, found = checkpoint.tensor(checkpoint.names()[0]).dtype, endings(checkpoint)
     raw = write_hf_config(checkpoint.config, str(DTYPES[dtype] if dtype else held).removeprefix("torch."))
     raw |= {"bos_token_id": found.bos, "eos_token_id": as_setting(found.stops), "pad_token_id": found.pad}

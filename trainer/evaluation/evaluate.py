@@ -99,6 +99,7 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
         )
     limit = min(options.sequence_length or LONGEST, checkpoint.config.context)
     dialogues = read_held_out(folders, tokenizer, split=options.split, limit=limit, max_dialogues=options.max_dialogues)
+    checkpoint.check_model()
     model = Decoder(checkpoint.config)
     checkpoint.load_into(model)
     model.to(world.device).eval().requires_grad_(False)

@@ -9,7 +9,7 @@ problem = checkpoints.wait()
 
 from __future__ import annotations
 
-import json
+import contextlib
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -81,7 +81,7 @@ class RunCheckpoints:
 
     def restore(self, checkpoint: Checkpoint, engine: Engine, stream: PackedStream) -> TrainState:
         """Put engine, stream and random generators where the checkpoint left them; returns the rest."""
-        state, position = TrainState.from_json(checkpoint.files()["state.json"].read_text(encoding="utf-8"))
+        state, position = _read_state(checkpoint)
         engine.load_model(checkpoint)
         engine.load_optimizer(checkpoint)
         if engine.average is not None:
@@ -158,8 +158,9 @@ class RunCheckpoints:
         if result.meta["best"]:
             self._note_best(result.meta["best"])
         self.folder.event("checkpoint", step=step, seconds=round(result.seconds, 3), stall_s=round(result.stall_s, 4))
-        best = self.folder.path / "checkpoints" / BEST
-        protect = {json.loads(best.read_text(encoding="utf-8"))["checkpoint"]} if best.is_file() else set()
+        protect = set()
+        with contextlib.suppress(CheckpointError):
+            protect = {best_of(self.folder.path).name}
         keep = self.run.recipe.checkpoint
         prune(self.folder.path, keep.keep, frozenset(protect), keep.keep_every_steps)
 
@@ -201,10 +202,18 @@ def origin(checkpoint: Checkpoint, recipe: Recipe, world: World) -> dict[str, An
     }
 
 
+def _read_state(checkpoint: Checkpoint) -> tuple[TrainState, dict[str, Any]]:
+    file = checkpoint.path / "state.json"
+    try:
+        return TrainState.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not the state of a run ({error!r}); it cannot be continued from here.") from None
+
+
 def _step_of_best(run_dir: Path) -> int:
     try:
         return step_of(best_of(run_dir))
-    except CheckpointError:
+    except (CheckpointError, ValueError, IndexError):
         return -1
 
 
@@ -213,6 +222,8 @@ def _random_tensors(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
     names = checkpoint.names("rng")
     if names == ["rng.cpu"]:  # before format 2
         return {"cpu": checkpoint.tensor("rng.cpu")}
+    if not names:
+        raise CheckpointError(f"{checkpoint.path}: no random generators (rng) in it; it cannot continue a run.")
     writers = 1 + max(int(name.rsplit(".", 1)[1]) for name in names)
     ending = f".{rank % writers}"
     return {name.split(".")[1]: checkpoint.tensor(name) for name in names if name.endswith(ending)}

@@ -43,7 +43,7 @@ from .budget import in_steps
 from .checkpoints import RunCheckpoints, newest_readable, origin
 from .context import RunContext
 from .dpo import check_objective, pair_objective
-from .starting import announce, check_same_data, choose_shape, claim, run_tokenizer
+from .starting import announce, check_same_data, check_weights, choose_shape, claim, run_tokenizer
 from .stream import merged, overlong_figures, take, training_stream
 from .validation import Validation
 
@@ -84,6 +84,8 @@ def _train(run: RunContext, checkpoints: RunCheckpoints) -> int:
     torch.manual_seed(recipe.train.seed)
     resume = checkpoints.newest()
     start = resume or run.starting_checkpoint()
+    if start is not None:
+        check_weights(start, world)
     engine = build_engine(recipe, _model(run, start), world)
     check_same_data(run.mixture, world)
     stream = training_stream(run, run.exclude)

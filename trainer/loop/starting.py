@@ -65,6 +65,19 @@ def run_tokenizer(dataset: TokenDataset, start: Checkpoint | None) -> ChatTokeni
     return tokenizer.with_settings(settings) if settings else tokenizer
 
 
+def check_weights(start: Checkpoint, world: World) -> None:
+    """Refuse weights of another shape than config.json's, or with NaN in them, before memory is taken. Raises ConfigError.
+
+    The ranks share the reading and come to the same verdict.
+    """
+    start.check_model()
+    found = [problem for part in world.gather(start.check_values((world.rank, world.world_size))) for problem in part]
+    if found:
+        raise ConfigError(
+            "\n".join(found[:5]) + f"\n{len(found)} tensor(s): such weights cannot be trained. Use another checkpoint."
+        )
+
+
 def check_same_data(mixture: Mixture, world: World) -> None:
     """Refuse to train where a machine has another copy of a data set, or another quarantine. Raises ConfigError."""
     mark = float(int(mixture.identity[:10], 16))  # 40 bits: sums of it are exact in float64

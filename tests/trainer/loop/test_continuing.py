@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -17,9 +18,10 @@ import yaml
 from chatmill.config import ConfigError
 from chatmill.launcher.jobs.resolve import model_shape, resolve
 from chatmill.run_files import MANIFEST, read_jsonl
-from chatmill.trainer.checkpoint.checkpoint import open_checkpoint
+from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter, open_checkpoint
 from chatmill.trainer.config import Recipe, load_recipe
 from chatmill.trainer.loop.loop import train
+from chatmill.trainer.model.decoder import Decoder
 from chatmill.trainer.run.folder import RunFolder
 from chatmill.trainer.train import _save_on_interrupt, main
 
@@ -107,6 +109,7 @@ def test_steps_may_change_where_those_done_keep_their_learning_rates(
 HOLDER = """
 import sys, time
 from pathlib import Path
+from chatmill.trainer.model.decoder import Decoder
 from chatmill.trainer.run.folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 assert folder.claim()
@@ -188,6 +191,18 @@ def test_another_base_is_another_recipe_even_when_the_first_is_gone(write_recipe
     shutil.rmtree(tmp_path / "runs" / "tuned" / "checkpoints")
     with pytest.raises(ConfigError, match="base is not a checkpoint: no such folder"):
         train(load_recipe(recipe))  # nothing to continue from: here it is needed
+
+
+def test_a_base_with_not_a_number_in_it_is_named_before_the_first_step(write_recipe, tmp_path: Path) -> None:
+    shape = load_recipe(str(write_recipe("shape"))).model.shape()
+    model = Decoder(shape)
+    model.init_weights(0)
+    with CheckpointWriter(tmp_path / "bad", shape) as writer:
+        for name, tensor in model.named_parameters():
+            writer.add(name, tensor.detach().masked_fill(tensor.detach() > 0.05, math.nan) if "1.mlp.up" in name else tensor)
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up\.weight holds NaN or infinite values"):
+        train(load_recipe(str(from_base(write_recipe, "tuned", tmp_path / "bad"))))
+    assert not (tmp_path / "runs" / "tuned" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
