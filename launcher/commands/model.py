@@ -11,7 +11,10 @@ from ...trainer.evaluation.options import add_arguments as add_evaluation_argume
 from ...trainer.evaluation.options import options_from
 from .arguments import add_checkpoint, add_command, add_recipe
 
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "system")
+SAMPLING = (
+    *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "min_tokens", "ignore_eos", "seed", "system"),
+)
 
 
 def add_commands(commands: Any) -> None:
@@ -71,6 +74,16 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--min-p", type=float, help="drop tokens less likely than this fraction of the most likely one")
     penalty = f"above 1: tokens that were already used become less likely (default: {source} 1)"
     command.add_argument("--repetition-penalty", type=float, help=penalty)
+    command.add_argument("--presence-penalty", type=float, help="-2 to 2, subtracted for every token of the reply so far")
+    command.add_argument("--frequency-penalty", type=float, help="-2 to 2, subtracted for each time a token came")
+    bias = "add VALUE (-100 to 100) to the logit of token ID (repeatable)"
+    command.add_argument("--logit-bias", action="append", default=[], type=_bias, metavar="ID=VALUE", help=bias)
+    command.add_argument("--min-tokens", type=int, help="no stop token ends the reply before it has this many tokens")
+    stop_id = "token ID ends the reply, too (repeatable)"
+    command.add_argument("--stop-token-id", action="append", default=[], type=int, metavar="ID", help=stop_id)
+    command.add_argument(
+        "--ignore-eos", action="store_true", default=None, help="the model's own stop tokens do not end the reply"
+    )
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the reply before TEXT (repeatable)")
     command.add_argument("--seed", type=int, help="the same seed gives the same reply")
     command.add_argument("--system", help="system message")
@@ -79,7 +92,13 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given: the checkpoint knows the others."""
     given = {name: getattr(options, name) for name in SAMPLING}
-    return {name: value for name, value in given.items() if value is not None} | {"stop": tuple(options.stop)}
+    lists = {"stop": options.stop, "logit_bias": options.logit_bias, "stop_token_ids": options.stop_token_id}
+    return {name: value for name, value in given.items() if value is not None} | {n: tuple(v) for n, v in lists.items()}
+
+
+def _bias(word: str) -> tuple[int, float]:
+    name, _, value = word.partition("=")
+    return int(name), float(value)
 
 
 def _train(options: argparse.Namespace) -> int:

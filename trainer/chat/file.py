@@ -17,7 +17,7 @@ from typing import Any, Self
 from chatmill.config import ConfigError
 from chatmill.files import replace_text
 
-from ..generation.prompt import Prompt, fit_messages
+from ..generation.prompt import Prompt, bad_text, check_text, fit_messages
 from ..generation.replies import replies_to_many
 from .chat_model import load_chat_model
 from .terminal import Settings
@@ -30,6 +30,7 @@ def generate_file(
 ) -> int:
     """Reply to each line of a JSONL file, `batch` at a time; the prompts are checked before anything loads."""
     Settings(**settings)  # refuses before anything loads
+    check_text(system or "", "--system")
     target = Path(out)
     if batch < 1:
         raise ConfigError(f"--batch {batch}: expected at least 1.")
@@ -115,7 +116,7 @@ class Progress:
 def read_prompts(path: Path, system: str | None = None) -> Iterator[tuple[dict[str, Any], list[dict[str, str]]]]:
     """(the line's object, its messages) of a prompts file; ConfigError names the invalid line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut inside a text: at U+2028, for example
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from error
     for number, line in enumerate(lines, 1):
@@ -123,8 +124,11 @@ def read_prompts(path: Path, system: str | None = None) -> Iterator[tuple[dict[s
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+            place = bad_text(row)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}:{number}: not JSON ({error}).") from None
+        if place is not None:
+            raise ConfigError(f"{path}:{number}: {place}: not valid Unicode: it holds half of a character (a lone surrogate).")
         messages = row.get("messages") if isinstance(row, dict) else None
         if isinstance(row, dict) and isinstance(row.get("prompt"), str):
             messages = [{"role": "user", "content": row["prompt"]}]

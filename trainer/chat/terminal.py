@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import sys
 import time
@@ -25,15 +26,17 @@ from rich.markup import escape
 from chatmill.config import ConfigError
 
 from ..generation.defaults import sampling_of
+from ..generation.prompt import check_text
 from ..generation.replies import Reply, reply_to
-from ..generation.sampling import Sampling
+from ..generation.sampling import Sampling, check_seed
 from .chat_model import ChatModel, load_chat_model
 
 HELP = """\
 [bold]/system[/] TEXT       set the system message (without TEXT: show it; /system - removes it)
 [bold]/reset[/]             forget the conversation, keep the system message
 [bold]/regenerate[/]        answer the last question again
-[bold]/params[/] NAME=VALUE temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, seed
+[bold]/params[/] NAME=VALUE temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, seed,
+                   presence_penalty, frequency_penalty, min_tokens
 [bold]/save[/] FILE         append the conversation to a JSONL file that `chatmill data` reads
 [bold]/quit[/]              leave (Ctrl-D too)
 A line that ends in \\ goes on; a line of three double quotes opens and closes a longer text. Ctrl-C stops a reply."""
@@ -56,10 +59,24 @@ class Settings:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens}: expected at least 1.")
+        if self.min_tokens > self.max_new_tokens:
+            raise ConfigError(f"min_tokens={self.min_tokens}: more than max_new_tokens={self.max_new_tokens}.")
+        for text in self.stop:
+            check_text(text, "--stop")
+        try:
+            check_seed(self.seed)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         _ = self.sampling
 
     @classmethod
@@ -71,14 +88,14 @@ class Settings:
     def sampling(self) -> Sampling:
         """The sampling knobs alone."""
         try:
-            return Sampling(self.temperature, self.top_k or None, self.top_p, self.min_p, self.repetition_penalty)
+            return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling)})
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
     def changed(self, words: list[str]) -> Settings:
         """With NAME=VALUE words applied; VALUE none switches a knob off."""
         values: dict[str, Any] = {}
-        kinds = {f.name: str(f.type) for f in fields(self) if f.name != "stop"}
+        kinds = {f.name: str(f.type) for f in fields(self) if str(f.type).startswith(("int", "float"))}
         for word in words:
             name, sign, text = word.partition("=")
             if name not in kinds or not sign:
@@ -110,6 +127,7 @@ class Chat:
 
     def take(self, text: str, on_text: Callable[[str], None]) -> Reply | None:
         """Run a command, or answer; None if there is no reply. A reply stopped by Ctrl-C stays in the history."""
+        check_text(text, "this entry")
         if text.startswith("/"):
             name, _, rest = text.partition(" ")
             if name == "/regenerate":
@@ -177,12 +195,21 @@ class Chat:
 def run_chat(checkpoint: str | Path, *, system: str | None = None, **settings: Any) -> int:
     """The chat loop on this process' terminal, or over a pipe. Settings as in `Settings`. Returns the exit code."""
     Settings(**settings)  # refuses before anything loads
+    check_text(system or "", "--system")
+    survive_bad_text()
     chat_model = load_chat_model(checkpoint)
     start = Settings.of(chat_model, settings)
     answer = answer_with(chat_model)
     if sys.stdin.isatty() and sys.stdout.isatty():
         return _terminal(answer, start, system, chat_model.name)
     return pipe(answer, start, system, sys.stdin, sys.stdout)
+
+
+def survive_bad_text() -> None:
+    """Let bytes that are not UTF-8 arrive, to be refused line by line, and let no character end the output."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def answer_with(chat_model: ChatModel) -> Answer:
@@ -297,6 +324,9 @@ def _read(console: Console) -> str:
 def generate_one(checkpoint: str | Path, prompt: str, *, system: str | None = None, **settings: Any) -> int:
     """Print the reply to one prompt while it is generated."""
     Settings(**settings)  # refuses before anything loads
+    check_text(prompt, "the prompt")
+    check_text(system or "", "--system")
+    survive_bad_text()
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     clean = printable if sys.stdout.isatty() else str
     chat_model = load_chat_model(checkpoint)

@@ -136,6 +136,52 @@ def test_a_pipe_gets_replies_and_nothing_else(capsys: pytest.CaptureFixture[str]
     assert code == 2
 
 
+def test_half_a_character_is_refused_and_the_next_line_is_answered(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sink, save = io.StringIO(), tmp_path / "saved.jsonl"
+    bad = b"caf\xe9".decode("utf-8", "surrogateescape")
+    source = io.StringIO(f"a\n{bad}\n/system {bad}\n/save {save}{bad}\n/save {save}\nb\n\ud83d\n")
+    assert pipe(echo, Settings(), None, source, sink) == 2
+    assert sink.getvalue() == "u|a|None\nuau|b|None\n"
+    assert capsys.readouterr().err.count("not valid Unicode") == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["saved.jsonl"] and json.loads(save.read_text(encoding="utf-8"))
+
+
+def test_bytes_that_are_no_utf8_never_end_in_a_traceback(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "chatmill.launcher", "chat", str(checkpoint), "--max-new-tokens", "2"]
+    there = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3] / "src"), "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=b"hi\ncaf\xe9\nho\n", capture_output=True, env=there, check=False)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr and b"not valid Unicode" in done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("prompt", "\udce9"), ("system", "\ud83d"), ("stop", ("\ud83d",))])
+def test_bad_text_on_the_command_line_is_refused_by_name(checkpoint: Path, name: str, value: Any) -> None:
+    given: dict[str, Any] = {"prompt": "hi", name: value}
+    with pytest.raises(ConfigError, match=f"{name}: not valid Unicode"):
+        generate_one(checkpoint, **given)
+
+
+def test_lines_of_a_prompts_file_are_cut_at_newlines_alone(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes('\ufeff{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n'.encode())
+    assert [row["prompt"] for row, _ in read_prompts(file)] == ["a\u2028b\x85c", "d"]
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"seed": 2**63},
+        {"min_tokens": 300},
+        {"presence_penalty": 3.0},
+        {"logit_bias": ((1, 101.0),)},
+        {"temperature": float("nan")},
+    ],
+)
+def test_settings_beyond_their_limits_are_refused_by_name(knobs: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(knobs))):
+        Settings(**knobs)
+
+
 def test_control_characters_cannot_reach_the_terminal() -> None:
     assert printable("a\x1b[31mb\x07\r\x9bc\n\té你") == "a[31mbc\n\té你"
 
@@ -214,6 +260,13 @@ def test_the_command_line_hands_every_knob_on(checkpoint: Path, capsys: pytest.C
     stop = greedy[6:9]
     assert chatmill([*words, "--temperature", "0", "--stop", "never there", "--stop", stop]) == 0
     assert capsys.readouterr().out == greedy[: greedy.index(stop)] + "\n"
+    rules = ("--presence-penalty", "0.5", "--frequency-penalty", "0.4", "--logit-bias", "70=3", "--logit-bias", "71=-9")
+    ends = ("--min-tokens", "4", "--stop-token-id", "72", "--ignore-eos")
+    assert chatmill([*words, "--temperature", "1", *rules, *ends]) == 0
+    bias = ((70, 3.0), (71, -9.0))
+    knobs = Sampling(1.0, None, 0.95, None, 1.0, 0.5, 0.4, bias, 4, (72,), True)
+    whole = reply_to(chat.model, chat.tokenizer, messages, max_new_tokens=30, sampling=knobs, seed=3).text
+    assert capsys.readouterr().out.rstrip("\n") == whole.rstrip("\n")
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}'])
