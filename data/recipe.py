@@ -193,11 +193,17 @@ class TrainTokenizerSection(Section):
 
 
 class TokenizerSection(Section):
-    """path: tokenizer or checkpoint folder; or train: a new one. template: a shipped name or a .jinja file."""
+    """path: tokenizer or checkpoint folder; or train: a new one. template: a shipped name or a .jinja file; the model that is
+    trained on the data keeps it.
+
+    add_special_tokens: new ones that the template needs and the tokenizer lacks, for example "<|im_start|>" and "<|im_end|>"
+    for chatml on a base model. Training gives them rows.
+    """
 
     path: str | None = None
     train: TrainTokenizerSection | None = None
     template: str | None = None
+    add_special_tokens: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _one_of(self) -> TokenizerSection:

@@ -18,6 +18,7 @@ from ..recipe import DataRecipe
 from ..remote.files import RemotePath
 from ..samples.decontaminate import benchmark_files
 from ..shards.manifest import FORMAT_VERSION
+from ..tokenizer.new_tokens import with_special_tokens
 from ..tokenizer.template import TEMPLATES
 from ..tokenizer.tokenizer import SPECIAL_TOKENS, ChatTokenizer, train_bpe
 
@@ -89,7 +90,7 @@ def given_tokenizer(recipe: DataRecipe) -> ChatTokenizer | None:
             f"{error}\nIt is named by tokenizer.path; `chatmill import` makes one from a downloaded model."
         ) from error
     _ = tokenizer.template  # fails now, not after the cleaning
-    return tokenizer
+    return with_special_tokens(tokenizer, recipe.tokenizer.add_special_tokens)
 
 
 def trained_template(recipe: DataRecipe) -> str:
@@ -130,5 +131,7 @@ def recipe_facts(recipe: DataRecipe) -> dict[str, Any]:
     for source in facts["sources"]:
         source.pop("path")
     facts["tokenizer"].pop("path")
+    if not recipe.tokenizer.add_special_tokens:  # as before there were any
+        facts["tokenizer"].pop("add_special_tokens")
     facts["dedup"].pop("decontaminate")
     return facts

@@ -31,6 +31,7 @@ from ..conversation import Conversation, TokenizedDialogue
 from ..preference import REJECTED, with_rejected, without_rejected
 from .budget import TemplateRefusedError
 from .decoding import Decoding, token_content
+from .folder import config_in, template_in
 from .generation_settings import GENERATION, end_ids, read_settings, to_bytes, with_ids
 from .pieces import Pieces
 from .proof import Tools, find_fault
@@ -59,7 +60,7 @@ class ChatTokenizer:
         self._tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer_json) | {"post_processor": None}))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = 1 + max(self.ids(), default=-1)  # ids may have gaps
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = frozenset(token.content for token in added.values() if token.content.strip())
         self.special = {token.content: i for i, token in added.items() if token.special}
@@ -102,15 +103,23 @@ class ChatTokenizer:
                 f"tokenizer {path}: no tokenizer.json there. Expected a tokenizer folder or a Chatmill checkpoint."
             )
         try:
-            config_file, jinja = path / "tokenizer_config.json", path / "chat_template.jinja"
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
             if template is None and use_template:
-                template = jinja.read_text(encoding="utf-8") if jinja.is_file() else _config_template(config)
+                template = template_in(path)
+            config = config_in(path)
             return cls(file.read_text(encoding="utf-8"), template, config, read_settings(path))
         except ConfigError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
             raise ConfigError(f"tokenizer {path}: cannot be read ({error})") from error
+
+    @property
+    def source(self) -> str:
+        """tokenizer.json."""
+        return self._json
+
+    def ids(self) -> set[int]:
+        """The ids of all tokens; a vocabulary may have gaps."""
+        return set(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def with_settings(self, generation: Mapping[str, Any]) -> ChatTokenizer:
         """This tokenizer and template with the generation settings of a model."""
@@ -366,10 +375,3 @@ def train_bpe(
     return ChatTokenizer(
         tokenizer.to_str(), template, {k: v for k, v in config.items() if k[-5:] != "token" or v in special_tokens}
     )
-
-
-def _config_template(config: Mapping[str, Any]) -> str | None:
-    found = config.get("chat_template")
-    if isinstance(found, list):  # several named templates
-        found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
-    return found

@@ -13,6 +13,7 @@ import torch
 
 from chatmill.config import ConfigError
 
+from ...data.tokenizer.generation_settings import end_ids
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import open_checkpoint
 from ..model.decoder import Decoder
@@ -45,6 +46,8 @@ def load_chat_model(checkpoint: str | Path, device: str | None = None) -> ChatMo
         raise ConfigError(
             f"{found.path}: no chat template (chat_template.jinja), so it is unknown how to put a question to it."
         )
+    if ends := set(end_ids({"eos_token_id": found.config.eos_token_id})) - tokenizer.stop_ids:  # of an import by 0.1
+        tokenizer = tokenizer.with_settings({**tokenizer.generation, "eos_token_id": [*tokenizer.stops, *sorted(ends)]})
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = Decoder(found.config)
     found.load_into(model)

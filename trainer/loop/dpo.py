@@ -33,6 +33,7 @@ from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import CheckpointError
+from ..checkpoint.vocabulary import with_new_rows
 from ..config import PreferenceSection, Recipe
 from ..distributed.world import World
 from ..engine.engine import Engine, Objective
@@ -171,7 +172,8 @@ def pair_objective(run: RunContext, engine: Engine, state: TrainState, resume: C
     scores: list[Tensor] = []
     with run.watchdog.paused():
         if resume is not None:
-            engine.load_model(base)
+            assert base is not None  # the recipe was checked
+            engine.load_model(with_new_rows(base, run.config, run.tokenizer))
         engine.objective = ScoreObjective(scores)
         engine.model.eval()
         passes = (reference_pass(recipe, source, world) for source in sources)

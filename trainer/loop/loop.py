@@ -23,6 +23,7 @@ from ...data.packing.sources import exclusions, open_mixture
 from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.vocabulary import with_new_rows
 from ..config import Recipe
 from ..distributed.world import end_world, start_world
 from ..engine.choose import build_engine
@@ -43,7 +44,7 @@ from .budget import in_steps
 from .checkpoints import RunCheckpoints, newest_readable, origin
 from .context import RunContext
 from .dpo import check_objective, pair_objective
-from .starting import announce, check_same_data, check_weights, choose_shape, claim, run_tokenizer
+from .starting import announce, check_same_data, check_validation, check_weights, choose_shape, claim, run_tokenizer
 from .stream import merged, overlong_figures, take, training_stream
 from .validation import Validation
 
@@ -58,6 +59,7 @@ def train(recipe: Recipe) -> int:
     base = open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint and begun is None else None
     tokenizer = run_tokenizer(dataset, begun or base)
     config = choose_shape(recipe, begun or base, dataset)
+    check_validation(splits, dataset)
     exclude = exclusions(recipe.data, recipe.run_dir)
     world = start_world(recipe)
     trackers = Trackers(recipe, recipe.run_dir, world.is_main)
@@ -93,7 +95,7 @@ def _train(run: RunContext, checkpoints: RunCheckpoints) -> int:
     if resume is not None:
         state = checkpoints.restore(resume, engine, stream)
     elif start is not None:
-        engine.load_model(start)
+        engine.load_model(with_new_rows(start, run.config, run.tokenizer))
     if start is not None:
         state.lineage.append(origin(start, recipe, world))
     proof = engine.describe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from chatmill.config import ConfigError
@@ -9,9 +10,12 @@ from chatmill.config import ConfigError
 from ...data.check.verify import quarantine_lines
 from ...data.packing.mixture import Mixture
 from ...data.shards.dataset import TokenDataset
+from ...data.tokenizer.folder import template_in
 from ...data.tokenizer.generation_settings import read_settings
+from ...data.tokenizer.new_tokens import tokens_beyond
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.vocabulary import rows_for
 from ..config import Recipe
 from ..distributed.world import World
 from ..model_config import ModelConfig
@@ -21,7 +25,10 @@ from .context import RunContext
 
 
 def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset) -> ModelConfig:
-    """The model's shape, checked against the recipe, the data and the tokenizer. Raises ConfigError."""
+    """The model's shape, checked against the recipe, the data and the tokenizer. Raises ConfigError.
+
+    The tokenizer must be that of the checkpoint; new special tokens may give it more rows. The template is the data set's.
+    """
     config = recipe.model.shape()
     if base is not None:
         written = {name: getattr(config, name) for name in recipe.model.model_fields_set if name != "checkpoint"}
@@ -32,8 +39,8 @@ def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset)
         ]
         if wrong:
             raise ConfigError(f"{base.path} has another shape than the recipe: {', '.join(wrong)}.\nLeave those fields out.")
-        config = base.config
-        check_tokenizer(base, dataset)
+        tokenizer = ChatTokenizer.load(dataset.path / "tokenizer")
+        config = base.config.model_copy(update={"vocab_size": rows_for(base, tokenizer, str(dataset.path))})
     if dataset.vocab_size > config.vocab_size:
         raise ConfigError(
             f"{dataset.path} holds token ids up to {dataset.vocab_size - 1}, model.vocab_size is {config.vocab_size}.\n"
@@ -46,16 +53,15 @@ def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset)
     return config
 
 
-def check_tokenizer(checkpoint: Checkpoint, dataset: TokenDataset) -> None:
-    """Refuse data made with a tokenizer or chat template other than the checkpoint's. Raises ConfigError."""
-    if "tokenizer.json" not in checkpoint.files():
-        return
-    theirs = ChatTokenizer.load(checkpoint.path).fingerprint
-    if ChatTokenizer.load(dataset.path / "tokenizer").fingerprint != theirs:
-        raise ConfigError(
-            f"{dataset.path} was tokenised with another tokenizer or chat template than that of {checkpoint.path}.\n"
-            "Build the data set with the checkpoint's tokenizer: set tokenizer.path in the data recipe."
-        )
+def check_validation(splits: Mapping[str, TokenDataset], dataset: TokenDataset) -> None:
+    """Refuse validation sets that were tokenised otherwise than the training data. Raises ConfigError."""
+    for name, split in splits.items():
+        for field in ("tokenizer_sha256", "template_sha256"):
+            if split.manifest[field] != dataset.manifest[field]:
+                raise ConfigError(
+                    f"evaluation.data: {name!r} and {dataset.path} have different {field}: they were not tokenised alike.\n"
+                    f"Build {split.path} again with tokenizer.path={dataset.path / 'tokenizer'}."
+                )
 
 
 def run_tokenizer(dataset: TokenDataset, start: Checkpoint | None) -> ChatTokenizer:
@@ -123,5 +129,22 @@ def announce(run: RunContext, state: TrainState, proof: dict[str, Any], resume: 
     )
     extras = [f"{name} {proof[name]}" for name in ("offload", "activation_checkpointing", "compile", "ema")]
     say(f"sharding {proof['sharding']}  " + "  ".join(extras))
+    if run.base is not None:
+        for line in changes(run.base, run):
+            say(line)
     if resume is not None:
         say(f"continuing {folder.path} from step {state.step} ({resume.path.name})")
+
+
+def changes(base: Checkpoint, run: RunContext) -> Iterator[str]:
+    """What the run has otherwise than the checkpoint that it starts from: the template, and new tokens."""
+    if "tokenizer.json" not in base.files():
+        return
+    theirs = ChatTokenizer.load(base.path, use_template=False)
+    if new := tokens_beyond(theirs, run.tokenizer):
+        names = ", ".join(f"{token} ({i})" for token, i in new.items())
+        rows = f"{base.config.vocab_size:,} -> {run.config.vocab_size:,} rows"
+        yield f"new special tokens: {names}; {rows}, new ones begin as the mean of the others"
+    if (template := template_in(base.path)) != run.tokenizer.template_source:
+        has = "none" if template is None else "another"
+        yield f"the chat template is that of {run.recipe.data.path}; {base.path} has {has}"

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.stream import PackedBatch, PackedStream
+from chatmill.trainer.checkpoint.vocabulary import WiderTables
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.distributed.world import World
 from chatmill.trainer.engine.choose import build_engine
@@ -392,6 +393,37 @@ def compiled_layers_and_recomputation_equal_one_process(world: World, data: str)
         close(train(engine, 2), wanted)
         proof = engine.describe()
         assert (proof["activation_checkpointing"], proof["compile"]) == (recompute, "aot_eager" if compiled else "none")
+
+
+@check
+def new_rows_are_the_same_in_every_engine(world: World, data: str) -> None:
+    for strategy in ("ddp", "fsdp2"):
+        load_new_rows(world, data, strategy)
+
+
+@check
+def new_rows_are_the_same_under_zero(world: World, data: str) -> None:
+    for strategy in ("zero1", "zero2", "zero3"):
+        load_new_rows(world, data, strategy)
+
+
+def load_new_rows(world: World, data: str, strategy: str) -> None:
+    """384 untied rows in a model of 389: weights and average are those of the source, and it trains as one process does."""
+    sections: dict[str, Any] = {"model": {"tied_embeddings": False}}
+    small = Held(state(make_engine(alone(), recipe_for(data, "single", **sections))))
+    source = WiderTables(small, 389, range(370), {380, 381, 384})
+    sections = {"model": {"tied_embeddings": False, "vocab_size": 389}, "train": {"ema": 0.9}}
+    engine = make_engine(world, recipe_for(data, strategy, **sections))
+    engine.load_model(source)
+    found = state(engine)
+    mean = small.tensor("embed.weight")[:370].double().mean(0).float()
+    assert torch.equal(found["model:embed.weight"][[380, 381, *range(384, 389)]], mean.expand(7, -1))
+    for name in source.names():
+        assert torch.equal(found[f"model:{name}"], source.tensor(name)), name
+        assert torch.equal(found[f"ema:ema.{name}"], source.tensor(name)), name
+    single = make_engine(alone(), recipe_for(data, "single", **sections))
+    single.load_model(source)
+    close(train(engine, 2), train(single, 2))
 
 
 @check

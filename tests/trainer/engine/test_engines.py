@@ -62,6 +62,7 @@ def test_two_processes_equal_one_with_every_optimizer_and_option(tiny_data: Path
         "compiled_layers_and_recomputation_equal_one_process",
         "a_missing_gradient_is_refused",
         "a_step_left_out_leaves_no_trace",
+        "new_rows_are_the_same_in_every_engine",
     ]
     if TORCHAO:
         checks.append("eight_bit_moments_do_not_depend_on_the_world_size")
@@ -83,6 +84,7 @@ def test_zero_offloads_and_averages_as_one_process_does(tiny_data: Path, tmp_pat
         "the_average_works_under_zero",
         "a_step_left_out_leaves_no_trace_under_zero",
         "zero_offload_equals_one_process",
+        "new_rows_are_the_same_under_zero",
     )
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from chatmill.config import ConfigError
 from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.stream import PackedStream
 from chatmill.run_files import list_checkpoints, read_jsonl
@@ -201,25 +200,6 @@ def test_unusable_input_exits_2_with_a_reason_and_writes_nothing(
     assert main([str(write_recipe("bad")), *overrides]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_checkpoint_made_for_another_tokenizer_is_refused(write_recipe, tmp_path: Path) -> None:
-    train(load_recipe(str(write_recipe("base"))))
-    folder = list_checkpoints(tmp_path / "runs" / "base")[-1]
-    from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter
-
-    base = open_checkpoint(folder)
-    with CheckpointWriter(tmp_path / "other", base.config) as writer:
-        for name, tensor in base.tensors():
-            writer.add(name, tensor)
-        for name, path in base.files().items():
-            if name in ("tokenizer.json", "tokenizer_config.json"):
-                writer.add_file(name, path.read_bytes())
-            if name == "chat_template.jinja":
-                writer.add_file(name, path.read_bytes() + b" ")
-    recipe = write_recipe("tuned", model={"checkpoint": str(tmp_path / "other")})
-    with pytest.raises(ConfigError, match="another tokenizer or chat template"):
-        train(load_recipe(str(recipe)))
 
 
 def test_fine_tuning_starts_from_the_checkpoints_weights(write_recipe, tmp_path: Path) -> None:
