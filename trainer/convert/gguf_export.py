@@ -25,8 +25,9 @@ from ..checkpoint.files import not_finite
 from ..config import ModelConfig
 from ..generation.defaults import sampling_of
 from .endings import endings
-from .gguf_import import CONTROL, END_LIST, NORMAL, SAMPLING_KEYS, USER_DEFINED, reorder_rotary_rows, rotary_heads
+from .gguf_import import END_LIST, SAMPLING_KEYS, reorder_rotary_rows, rotary_heads
 from .names import gguf_name, parameter_shapes
+from .splitting import CONTROL, NORMAL, USER_DEFINED, rule_of
 
 # our name -> name of gguf.GGMLQuantizationType
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -124,7 +125,8 @@ def _tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
         raise ConfigError(f"{checkpoint.path} has no tokenizer.json; a GGUF file carries its tokenizer.")
     described = json.loads(files["tokenizer.json"].read_text(encoding="utf-8"))
     model = described["model"]
-    if model.get("type") != "BPE" or _splitting_rule(described.get("pre_tokenizer")) is None:
+    rule = rule_of(described)
+    if rule is None:
         raise ConfigError(
             f"GGUF export: {checkpoint.path}/tokenizer.json splits text by a rule that this writer does not know.\n"
             "Use `chatmill export --to hf` and llama.cpp's convert_hf_to_gguf.py on that folder."
@@ -137,7 +139,7 @@ def _tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
         tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_splitting_rule(described["pre_tokenizer"]))
+    writer.add_tokenizer_pre(rule)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
@@ -169,17 +171,6 @@ def _ends(writer: Any, checkpoint: Checkpoint) -> None:
         if (value := known.get(name)) is not None and hasattr(gguf.Keys.General, key):  # older releases lack them
             add = writer.add_int32 if name == "top_k" else writer.add_float32
             add(getattr(gguf.Keys.General, key), value)
-
-
-def _splitting_rule(rule: dict[str, Any] | None) -> str | None:
-    """llama.cpp's name of a byte-level splitting rule, or None for one not known here."""
-    parts = rule.get("pretokenizers", [rule]) if rule else []
-    kinds = [part["type"] for part in parts]
-    if not parts or kinds[-1] != "ByteLevel" or parts[-1].get("add_prefix_space") or not parts[-1].get("use_regex", True):
-        return None
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
-        return "smollm"
-    return "gpt-2" if kinds == ["ByteLevel"] else None
 
 
 def _kind(gguf: Any, shape: torch.Size, wanted: Any) -> Any:

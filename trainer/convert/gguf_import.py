@@ -6,21 +6,19 @@
 Quantised tensors are expanded to fp32, one at a time. Llama-family files hold the rows of q and k in the order of
 llama.cpp's rotary embedding (neighbouring channels turn together); the decoder, like Hugging Face, turns channel i with
 i + D/2, so rows are reordered: within a head, GGUF row 2i + j is our row i + j * D/2.
-Formats: the GGUF specification of ggml; the byte-level BPE that llama.cpp calls `gpt2`, split by its `smollm` rule.
+Formats: the GGUF specification of ggml; the byte-level BPE that llama.cpp calls `gpt2` (splitting.py).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from chatmill.config import ConfigError, validate
 
@@ -30,8 +28,8 @@ from ..checkpoint.files import not_finite
 from ..config import ModelConfig
 from .hf import refuse_foreign_folder
 from .names import gguf_name, parameter_shapes
+from .splitting import NORMAL, RULES, byte_level
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", list: "a list"}
 END_LIST = "tokenizer.ggml.eos_token_ids"
 # our name -> name in gguf.Keys.General
@@ -202,9 +200,9 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Mode
 
 def _tokenizer(fields: dict[str, Any], config: ModelConfig, path: Path) -> dict[str, bytes]:
     kind, rule = _value(fields, "tokenizer.ggml.model"), _value(fields, "tokenizer.ggml.pre", "default")
-    if (kind, rule) != ("gpt2", "smollm"):
+    if kind != "gpt2" or rule not in RULES:
         raise ConfigError(
-            f"{path}: tokenizer {kind!r} with pre-tokenizer {rule!r}; GGUF import knows 'gpt2' with 'smollm'.\n"
+            f"{path}: tokenizer {kind!r} with pre-tokenizer {rule!r}; GGUF import knows 'gpt2' with {', '.join(RULES)}.\n"
             "Import the model's Hugging Face folder, which has its tokenizer.json."
         )
     tokens: list[str] = _value(fields, "tokenizer.ggml.tokens", [], list)
@@ -213,7 +211,7 @@ def _tokenizer(fields: dict[str, Any], config: ModelConfig, path: Path) -> dict[
         raise ConfigError(f"{path}: {len(tokens)} tokens, but {len(types)} token types. The file is damaged.")
     if len(tokens) != config.vocab_size:
         raise ConfigError(f"{path}: {len(tokens)} tokens, but the embedding has {config.vocab_size} rows. The file is damaged.")
-    tokenizer = smollm_tokenizer(tokens, types, _value(fields, "tokenizer.ggml.merges", [], list))
+    tokenizer = byte_level(tokens, types, _value(fields, "tokenizer.ggml.merges", [], list), rule)
     for key in ("bos", "eos", "padding", "unknown"):
         if not 0 <= (index := _value(fields, f"tokenizer.ggml.{key}_token_id", 0, int)) < len(tokens):
             raise ConfigError(f"{path}: tokenizer.ggml.{key}_token_id is {index}, but there are {len(tokens)} tokens.")
@@ -259,20 +257,3 @@ def _generation_settings(fields: dict[str, Any]) -> dict[str, Any]:
         if not settings["do_sample"]:
             settings.pop("temperature")
     return with_ids(settings, ends, token("bos"), token("padding"))
-
-
-def smollm_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str]) -> Tokenizer:
-    """Byte-level BPE of SmolLM2: each digit is a separate word, then GPT-2's splitting rule."""
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    for kinds, special in (({CONTROL, UNKNOWN}, True), ({USER_DEFINED}, False)):
-        added = [
-            AddedToken(t, special=special, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind in kinds
-        ]
-        tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
-    return tokenizer

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from chatmill.config import ConfigError
+from chatmill.data.tokenizer.template import TEMPLATES
 from chatmill.data.tokenizer.tokenizer import ChatTokenizer
 from chatmill.launcher.__main__ import main
 from chatmill.trainer.checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
@@ -19,6 +22,7 @@ from chatmill.trainer.convert.gguf_export import export_gguf
 from chatmill.trainer.convert.gguf_import import import_gguf, reorder_rotary_rows
 from chatmill.trainer.convert.hf import export_hf
 from chatmill.trainer.convert.model_card import model_card
+from chatmill.trainer.convert.splitting import rule_of
 from chatmill.trainer.loop.loop import train
 from chatmill.trainer.model.decoder import Decoder
 
@@ -124,6 +128,61 @@ def test_what_gguf_cannot_say_is_refused_and_nothing_is_left(tiny_data: Path, tm
         export_gguf(tmp_path / "o", tmp_path / "m.gguf")
     assert (tmp_path / "there.gguf").read_bytes() == b"mine"
     assert [p.name for p in tmp_path.glob("*.gguf*")] == ["there.gguf"] and not list(tmp_path.glob(".m.gguf*"))
+
+
+# as in the tokenizer.json of Qwen2; Llama 3's takes three digits together
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "gpt-2": {"pre": pre_tokenizers.ByteLevel(add_prefix_space=False)},
+    "qwen2": {"pattern": QWEN, "normalizer": normalizers.NFC()},
+    "llama-bpe": {"pattern": QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|"), "ignore_merges": True},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tokenizers_of_the_usual_families_come_back_from_gguf_with_every_id(name: str, tmp_path: Path) -> None:
+    given = PUBLISHED[name]
+    trained = Tokenizer(models.BPE())
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = [pre_tokenizers.Split(Regex(given["pattern"]), "isolated"), letters] if "pattern" in given else []
+    trained.pre_tokenizer = given["pre"] if "pre" in given else pre_tokenizers.Sequence(split)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    texts = ["It's 1234567, isn't it?\n\n  你好，世界。 don't 2024 1234", "the cats\r\n the dogs  are 12 and 345"] * 5
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(texts, trainer)
+    raw = json.loads(trained.to_str())
+    raw["model"]["ignore_merges"] = bool(given.get("ignore_merges"))
+    tokenizer = Tokenizer.from_str(json.dumps(raw))
+    tokenizer.decoder = decoders.ByteLevel()
+    if "normalizer" in given:
+        tokenizer.normalizer = given["normalizer"]
+    chat = ChatTokenizer(tokenizer.to_str(), TEMPLATES["chatml"], {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+    checkpoint = make(tmp_path / "c", chat)
+    export_gguf(checkpoint, tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == name
+    back = ChatTokenizer.load(import_gguf(tmp_path / "m.gguf", tmp_path / "back").path)
+    for text in (*texts[:2], "a\t\n b's 98765 <|im_end|> ☃ 中文 e\u0301"):
+        assert back.encode(text) == chat.encode(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
+    ],
+    ids=["another text", "a blank before the text", "no splitting"],
+)
+def test_a_tokenizer_that_gguf_would_change_is_no_known_rule(change: dict[str, Any], tiny_data: Path) -> None:
+    described = json.loads((tiny_data / "tokenizer" / "tokenizer.json").read_text())
+    assert rule_of(described) == "smollm" and rule_of(described | change) is None
+    assert rule_of(described | {"model": described["model"] | {"ignore_merges": True}}) is None
 
 
 def test_the_command_writes_both_kinds(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
