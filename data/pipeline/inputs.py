@@ -98,9 +98,15 @@ def trained_template(recipe: DataRecipe) -> str:
     return template_source(recipe.tokenizer.template) or TEMPLATES["chatml"]
 
 
+def trained_tokens(recipe: DataRecipe) -> tuple[str, ...]:
+    """The special tokens of a tokenizer that the build trains."""
+    return tuple(dict.fromkeys((*SPECIAL_TOKENS, *recipe.tokenizer.add_special_tokens)))
+
+
 def template_tokenizer(recipe: DataRecipe, given: ChatTokenizer | None) -> ChatTokenizer:
     """A tokenizer with the chat template and the special tokens of the one to come, for the stages before it is trained."""
-    return given or train_bpe(iter(()), 256 + len(SPECIAL_TOKENS), template=trained_template(recipe))
+    tokens = trained_tokens(recipe)
+    return given or train_bpe(iter(()), 256 + len(tokens), tokens, trained_template(recipe))
 
 
 def template_source(name: str | None) -> str | None:

@@ -39,11 +39,11 @@ from ..shards.dialogues import DialogueWriter
 from ..shards.manifest import FORMAT_VERSION, MANIFEST
 from ..shards.publish import publish
 from ..shards.writer import ShardWriter
-from ..tokenizer.tokenizer import SPECIAL_TOKENS, ChatTokenizer, train_bpe
+from ..tokenizer.tokenizer import ChatTokenizer, train_bpe
 from .destination import Progress, built_report, copy_out, published_report
 from .dialogues_file import check_dialogues_file, write_dialogues
 from .executor import Task, available_cores, run_tasks
-from .inputs import build_digest, given_tokenizer, raw_files, recipe_facts, template_tokenizer, trained_template
+from .inputs import build_digest, given_tokenizer, raw_files, recipe_facts, template_tokenizer, trained_template, trained_tokens
 from .stages import ImportFile, PrepareChunk, TokenizeChunk
 from .work_folder import WorkFolder, build_lock, load_arrays, remove_work, save_arrays
 
@@ -247,8 +247,7 @@ class _Build:
                 assert self.recipe.tokenizer.train is not None
                 self.progress("train tokenizer", 0, 1)
                 vocab_size, texts = self.recipe.tokenizer.train.vocab_size, self._training_texts(chunks)
-                special = tuple(dict.fromkeys((*SPECIAL_TOKENS, *self.recipe.tokenizer.add_special_tokens)))
-                self.tokenizer = train_bpe(texts, vocab_size, special, trained_template(self.recipe))
+                self.tokenizer = train_bpe(texts, vocab_size, trained_tokens(self.recipe), trained_template(self.recipe))
                 self.progress("train tokenizer", 1, 1)
                 now = time.perf_counter()
                 self.seconds["train tokenizer"], self.started = round(now - self.started, 3), now

@@ -15,6 +15,7 @@ import transformers
 import yaml
 
 from chatmill.config import ConfigError
+from chatmill.data.pipeline.inputs import template_tokenizer
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
 from chatmill.data.tokenizer.template import TEMPLATES
@@ -163,3 +164,11 @@ def test_preference_training_compares_with_the_same_new_rows(recipe_for: Callabl
     train(recipe)  # goes on from step 1, and takes the reference from the base model again
     assert (load_reference(run / REFERENCE).values == reference.values).all()
     assert torch.equal(open_checkpoint(run).tensor("embed.weight"), weights)
+
+
+def test_a_tokenizer_that_the_build_trains_gets_the_tokens_of_its_template() -> None:
+    tokens = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    section = {"train": {"vocab_size": 300}, "template": "llama3", "add_special_tokens": tokens}
+    recipe = DataRecipe.model_validate({"name": "x", "sources": [{"format": "openai", "path": "x"}], "tokenizer": section})
+    tokenizer = template_tokenizer(recipe, None)
+    assert tokenizer.token(tokenizer.stops[0]) == "<|eot_id|>" and set(tokens) <= set(tokenizer.special)
