@@ -1,10 +1,14 @@
-"""The small files of a tokenizer folder: tokenizer_config.json and the chat template."""
+"""The files of a tokenizer folder, which checkpoints hold too: their names, tokenizer_config.json and the chat template."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from .generation_settings import GENERATION
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION)
 
 
 def config_in(folder: Path) -> dict[str, Any]:

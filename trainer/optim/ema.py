@@ -21,6 +21,7 @@ from torch import Tensor
 
 from chatmill.config import ConfigError
 
+from ...data.tokenizer.folder import FILES
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..checkpoint.sharding import local_of
 
@@ -76,7 +77,7 @@ def export_average(source: Checkpoint, out: str | Path) -> Path:
     with CheckpointWriter(out, source.config, {**source.meta, "weights": "ema", "from": str(source.path)}) as writer:
         for name, tensor in source.tensors(GROUP):
             writer.add(name.removeprefix(PREFIX), tensor)
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        for name in FILES:
             if name in files:
                 writer.add_file(name, files[name].read_bytes())
     return Path(out)

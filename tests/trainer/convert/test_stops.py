@@ -97,6 +97,7 @@ def test_transformers_generates_from_an_export_what_chatmill_generates(kind: str
         reply = whole[ids["input_ids"].shape[1] :]
         stopped = reply[-1] in ends
         assert (found["finish_reason"] == "stop", found["tokens"]) == (stopped, len(reply) - stopped), prompt
+        assert found["reply"] == tokenizer.decode(reply, skip_special_tokens=True), prompt
     assert {"stop", "length"} >= {found["finish_reason"] for found in ours} >= {"stop"}
 
 
@@ -151,6 +152,20 @@ def test_a_fine_tune_keeps_the_ends_and_the_sampling_of_its_source(write_recipe,
         assert SOURCE.items() <= found.items(), folder
         assert set(end_ids(found)) == {40, 2}, folder
     assert load_chat_model(tuned.path).tokenizer.stop_ids == {40, 2}
+
+
+def test_averaged_weights_end_where_the_others_do(tmp_path: Path) -> None:
+    run = save_checkpoint(tmp_path / "run", small_tokenizer(generation=SOURCE | {"eos_token_id": [9]}))
+    with CheckpointWriter(tmp_path / "averaged", run.config) as writer:
+        for name, tensor in run.tensors():
+            writer.add(name, tensor)
+            writer.add(f"ema.{name}", tensor, "ema")
+        for name, path in run.files().items():
+            if name != "config.json":
+                writer.add_file(name, path.read_bytes())
+    assert chatmill(["export", str(tmp_path / "averaged"), str(tmp_path / "out"), "--ema"]) == 0
+    assert ends_of(tmp_path / "out") == ((2, 0, 9), (2, 0, 9))
+    assert SOURCE.items() <= json_of(tmp_path / "out" / "generation_config.json").items()
 
 
 def test_a_checkpoint_of_0_1_is_exported_with_its_ends(tmp_path: Path) -> None:
