@@ -32,7 +32,7 @@ def with_special_tokens(tokenizer: ChatTokenizer, tokens: Iterable[str]) -> Chat
     inner = Tokenizer.from_str(tokenizer.source)
     before = inner.get_vocab(with_added_tokens=True)
     inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in wanted])
-    found = {token: int(inner.token_to_id(token)) for token in wanted}
+    found = {token: index for token in wanted if (index := inner.token_to_id(token)) is not None}
     taken = {index: token for token, index in before.items()}
     if clash := [token for token, index in found.items() if taken.get(index, token) != token]:
         raise ConfigError(
