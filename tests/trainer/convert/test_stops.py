@@ -248,7 +248,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
 
 def test_the_command_line_comes_before_the_model_and_the_model_before_our_defaults(sampled: ChatModel) -> None:
     assert Settings.of(sampled, {}).sampling == Sampling(0.6, 20, None, None, 1.05)
-    assert Settings.of(sampled, {"temperature": 0.0, "top_k": 0}).sampling == Sampling(0.0, None, None, None, 1.05)
+    assert Settings.of(sampled, {"temperature": 0.0, "top_k": 0}).sampling == Sampling(0.0, 0, None, None, 1.05)
     assert Settings().sampling == Sampling(0.7, None, 0.95, None, 1.0)
 
 
