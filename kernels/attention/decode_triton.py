@@ -20,7 +20,7 @@ WANTED_PROGRAMS = 264
 
 
 @triton.jit
-def decode_stretch_kernel(
+def attention_decode_stretch_kernel(
     Q, K, V, PART, TOP, TOTAL, LENGTHS, splits, kv_heads, group, window, scale2, cap2,
     q_batch, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -76,7 +76,9 @@ def decode_stretch_kernel(
 
 
 @triton.jit
-def decode_merge_kernel(PART, TOP, TOTAL, OUT, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr):
+def attention_decode_merge_kernel(
+    PART, TOP, TOTAL, OUT, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr
+):
     """out (B, Hq, Dv) of one conversation and head from its stretches."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
@@ -93,9 +95,11 @@ def decode_merge_kernel(PART, TOP, TOTAL, OUT, splits, DV: tl.constexpr, BLOCK_D
     tl.store(OUT + row * DV + channel, out.to(OUT.dtype.element_ty), mask=channel < DV)
 
 
-def stages(D: int, DV: int, element_bytes: int) -> int:
-    """Pipeline depth that the shared memory of every generation holds."""
-    return 3 if max(D, DV) <= 128 and element_bytes <= 2 else 2
+def tile(D: int, DV: int, element_bytes: int) -> tuple[int, int]:
+    """Keys of a step and pipeline depth that the 99 KB of shared memory of the smallest generations (8.6, 8.9, 12) hold."""
+    if max(D, DV) <= 128:
+        return BLOCK_N, 3 if element_bytes <= 2 else 2
+    return (BLOCK_N, 2) if element_bytes <= 2 else (16, 2)
 
 
 @on_its_device
@@ -106,20 +110,21 @@ def decode_attention_triton(
     q, k_cache, v_cache = (with_adjacent_columns(x) for x in (q, k_cache, v_cache))
     B, heads, D = q.shape
     C, kv_heads, DV = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
+    block_n, num_stages = tile(D, DV, q.element_size())
     if splits is None:
-        splits = max(1, min(triton.cdiv(C, 2 * BLOCK_N), WANTED_PROGRAMS // (B * kv_heads), 128))
+        splits = max(1, min(triton.cdiv(C, 2 * block_n), WANTED_PROGRAMS // (B * kv_heads), 128))
     part = q.new_empty(B, heads, splits, DV, dtype=torch.float32)
     top, total = (q.new_empty(B, heads, splits, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(B, heads, DV)
-    decode_stretch_kernel[(B * kv_heads * splits,)](
+    attention_decode_stretch_kernel[(B * kv_heads * splits,)](
         q, k_cache, v_cache, part, top, total, lengths.to(device=q.device, dtype=torch.int32), splits, kv_heads,
         heads // kv_heads,
         rules.window, *rules.base2, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        D=D, DV=DV, BLOCK_D=padded(D), BLOCK_DV=padded(DV), BLOCK_G=padded(heads // kv_heads), BLOCK_N=BLOCK_N,
+        D=D, DV=DV, BLOCK_D=padded(D), BLOCK_DV=padded(DV), BLOCK_G=padded(heads // kv_heads), BLOCK_N=block_n,
         HAS_WINDOW=rules.window > 0, HAS_CAP=rules.softcap > 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=stages(D, DV, q.element_size()),
+        num_warps=4, num_stages=num_stages,
     )  # fmt: skip
-    decode_merge_kernel[(B * heads,)](
+    attention_decode_merge_kernel[(B * heads,)](
         part, top, total, out, splits, DV=DV, BLOCK_DV=padded(DV), BLOCK_S=max(2, 1 << (splits - 1).bit_length()), num_warps=4
     )
     return out

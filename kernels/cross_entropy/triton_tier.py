@@ -1,11 +1,13 @@
 """The linear cross-entropy in Triton: contract and maths in interface.py.
 
 For each chunk of rows
-  1. project_kernel: one GEMM tile of the logits; the epilogue takes, from the fp32 accumulator, each row's largest rival
-     (logit of a token that is not the target), the rivals' sum of exponentials relative to it, and the target's own logit.
+  1. cross_entropy_project_kernel: one GEMM tile of the logits; the epilogue takes, from the fp32 accumulator, each row's
+     largest rival (logit of a token that is not the target), the rivals' sum of exponentials relative to it, and the target's
+     own logit.
      Only then are the logits rounded and stored; the loss-only path stores none.
   2. finish_rows: the tiles' statistics to lse, loss and hit, on R-sized vectors in torch.
-  3. gradient_kernel: the logits become their own gradient in place; the one-hot is subtracted in fp32 before rounding.
+  3. cross_entropy_gradient_kernel: the logits become their own gradient in place; the one-hot is subtracted in fp32 before
+     rounding.
   4. d_x by cuBLAS; d_weight summed in fp32 and rounded once (weight_gradient.py). Every output element has one
      writer: no atomics, so results are bitwise repeatable.
 Extra memory: one chunk of logits and, where a bf16 weight's rows need more than one chunk, the lower halves of d_weight's
@@ -42,7 +44,7 @@ def _capped(z, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def project_kernel(
+def cross_entropy_project_kernel(
     X,
     W,
     LABELS,
@@ -114,7 +116,7 @@ def project_kernel(
 
 
 @triton.jit
-def statistics_kernel(
+def cross_entropy_statistics_kernel(
     LOGITS,
     LABELS,
     TILE_MAX,
@@ -127,7 +129,7 @@ def statistics_kernel(
     NEEDS_TOTAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """project_kernel's statistics of given logits; one program: BLOCK columns of one row."""
+    """cross_entropy_project_kernel's statistics of given logits; one program: BLOCK columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
@@ -149,7 +151,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def cross_entropy_gradient_kernel(
     LOGITS,
     OUT,
     LABELS,
@@ -236,14 +238,14 @@ def run_triton(
 
 @on_its_device
 def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, options: LossOptions) -> Statistics:
-    """Launch project_kernel; logits (R, >= V), or None, is written raw (before the soft-cap), no promise beyond V."""
+    """Launch the projection; logits (R, >= V), or None, is written raw (before the soft-cap), with no promise beyond V."""
     n_rows, width = x.shape
     vocabulary = weight.shape[0]
     tile = shapes.tiles(x, weight)[0]
     n_tiles = triton.cdiv(vocabulary, tile.columns)
     stats = _new_statistics(x, n_tiles, n_rows, options)
     described = shapes.has_descriptors(x, weight)
-    project_kernel[(triton.cdiv(n_rows, tile.rows) * n_tiles,)](
+    cross_entropy_project_kernel[(triton.cdiv(n_rows, tile.rows) * n_tiles,)](
         TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]) if described else x,
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if described else weight,
         labels,
@@ -272,11 +274,11 @@ def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, op
 
 @on_its_device
 def statistics(logits: Tensor, labels: Tensor, options: LossOptions) -> Statistics:
-    """Launch statistics_kernel on raw logits (R, V) with adjacent columns."""
+    """Launch cross_entropy_statistics_kernel on raw logits (R, V) with adjacent columns."""
     n_rows, vocabulary = logits.shape
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(vocabulary))
     stats = _new_statistics(logits, triton.cdiv(vocabulary, block), n_rows, options)
-    statistics_kernel[stats.tile_max.shape](
+    cross_entropy_statistics_kernel[stats.tile_max.shape](
         logits,
         labels,
         *_arguments(stats),
@@ -314,7 +316,7 @@ def to_gradient(
     options: LossOptions,
     out: Tensor | None = None,
 ) -> None:
-    """Launch gradient_kernel: out (in place without one) becomes d(sum of coefficient x loss) / d(logits (R, V)).
+    """Launch cross_entropy_gradient_kernel: out (in place without one) becomes d(sum of coefficient x loss) / d(logits (R, V)).
 
     vocabulary: of the whole head; logits may be one shard's columns of it, and padding, which then holds anything.
     """
@@ -325,7 +327,7 @@ def to_gradient(
     hit_scale = coefficients * (1 - label_smoothing)
     floor = coefficients * (label_smoothing / vocabulary) if label_smoothing else hit_scale
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(columns))
-    gradient_kernel[(logits.shape[0], triton.cdiv(columns, block))](
+    cross_entropy_gradient_kernel[(logits.shape[0], triton.cdiv(columns, block))](
         logits,
         out,
         labels,

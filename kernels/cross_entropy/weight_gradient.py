@@ -26,7 +26,7 @@ from . import tiles as shapes
 
 
 @triton.jit
-def accumulate_kernel(
+def cross_entropy_accumulate_kernel(
     G,
     X,
     TOTAL,
@@ -87,7 +87,7 @@ def _add_to(
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """TOTAL[columns, h0 : h0 + BLOCK] += part, as accumulate_kernel keeps it."""
+    """TOTAL[columns, h0 : h0 + BLOCK] += part, as cross_entropy_accumulate_kernel keeps it."""
     hs = h0 + tl.arange(0, BLOCK)
     at = columns.to(tl.int64)[:, None] * width + hs[None, :]
     mask = (columns < vocabulary)[:, None] & (hs < width)[None, :]
@@ -149,14 +149,14 @@ class WeightGradient:
 def accumulate(
     total: Tensor, gradient: Tensor, x: Tensor, low: Tensor | None = None, *, first: bool = False, last: bool = False
 ) -> None:
-    """Launch accumulate_kernel; total bf16 with low int16 (not needed where first and last) are the halves of fp32 sums."""
+    """Launch the accumulation; total bf16 with low int16 (not needed where first and last) are the halves of fp32 sums."""
     n_rows, width = x.shape
     tile = shapes.tiles(gradient, x)[1]
     described = shapes.has_descriptors(gradient, x)
     is_split = total.dtype is torch.bfloat16
     kept = total.view(torch.int16) if is_split else total
     grid = (triton.cdiv(gradient.shape[1], tile.rows) * triton.cdiv(width, tile.columns),)
-    accumulate_kernel[grid](
+    cross_entropy_accumulate_kernel[grid](
         TensorDescriptor.from_tensor(gradient, [tile.depth, tile.rows]) if described else gradient,
         TensorDescriptor.from_tensor(x, [tile.depth, tile.columns]) if described else x,
         kept,

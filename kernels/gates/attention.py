@@ -17,8 +17,10 @@ from ..attention.triton_tier import attention_dkdv_kernel, attention_dq_kernel, 
 from .cross_compile import BuildCase, build_case
 
 KERNELS = {"forward": attention_forward_kernel, "dkdv": attention_dkdv_kernel, "dq": attention_dq_kernel}
-# generations that ship: A100, Hopper, Blackwell; (D, Dv, with the small tiles of short documents too)
-ARCHS = (80, 90, 100)
+# generations that ship: A100, Ada, Hopper, Blackwell of data centres and of desktops; (D, Dv, with the small tiles of short
+# documents too). Ada and desktop Blackwell run A100's code with less shared memory: there the largest tiles are compiled.
+ARCHS = (80, 89, 90, 100, 120)
+LITTLE_MEMORY = (89, 120)
 DIMS = ((64, 64, True), (80, 80, False), (128, 128, True), (192, 128, False), (256, 256, False))
 # bytes spilled, by kernel, D and generation, where triton 3.6 or 3.7 goes past FEW: addresses and, at D = 256, part of what its
 # masked steps hold; its unmasked steps touch no spilled register, those of D = 80 and 128 two or three. With one pipeline
@@ -42,7 +44,9 @@ def shipped_cases() -> Iterator[BuildCase]:
     """What must compile clean."""
     for arch in ARCHS:
         for D, DV, has_short in DIMS:
-            for short in (False, True) if has_short else (False,):
+            if arch in LITTLE_MEMORY and D not in (64, 128, 256):
+                continue
+            for short in (False, True) if has_short and arch not in LITTLE_MEMORY else (False,):
                 config = kernel_config(arch, 2, max(D, DV), short)
                 for kernel in KernelConfig._fields:
                     budget = SPILLS.get((kernel, D, arch), FEW)
@@ -112,8 +116,8 @@ def hopper_backward_cases() -> Iterator[BuildCase]:
         )
     prepare = {"D": 128, "BLOCK_M": fused.ROWS, "HAS_DLSE": True}
     for kernel, constants in (
-        (fused.backward_prepare_kernel, prepare),
-        (fused.backward_finish_kernel, {"BLOCK": fused.FINISH_BLOCK}),
+        (fused.attention_hopper_backward_prepare_kernel, prepare),
+        (fused.attention_hopper_backward_finish_kernel, {"BLOCK": fused.FINISH_BLOCK}),
     ):
         yield build_case(f"backward hopper {kernel.__name__}", kernel, constants, tensor_cores=False)
 

@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..cross_entropy.tiles import ROWS, UNALIGNED, Tile
-from ..cross_entropy.triton_tier import GRADIENT_BLOCK, gradient_kernel, project_kernel, statistics_kernel
-from ..cross_entropy.weight_gradient import accumulate_kernel
+from ..cross_entropy.triton_tier import (
+    GRADIENT_BLOCK,
+    cross_entropy_gradient_kernel,
+    cross_entropy_project_kernel,
+    cross_entropy_statistics_kernel,
+)
+from ..cross_entropy.weight_gradient import cross_entropy_accumulate_kernel
 from .cross_compile import WHOLE_VECTORS, BuildCase, build_case
 
 
@@ -24,11 +29,11 @@ def shipped_cases() -> Iterator[BuildCase]:
         constants = {"SOFTCAP": softcap, "SMOOTHING": softcap > 0, "BLOCK": GRADIENT_BLOCK}
         strides: tuple[str, ...] = ("n_columns", "logits_stride", "out_stride")
         name = f"gradient softcap {softcap:g}"
-        yield build_case(name, gradient_kernel, constants, num_warps=8, aligned=strides, **WHOLE_VECTORS)
+        yield build_case(name, cross_entropy_gradient_kernel, constants, num_warps=8, aligned=strides, **WHOLE_VECTORS)
     constants = {"SOFTCAP": 30.0, "NEEDS_TOTAL": True, "BLOCK": GRADIENT_BLOCK}
     strides = ("vocabulary", "logits_stride")
     gates = WHOLE_VECTORS | {"instructions": WHOLE_VECTORS["instructions"][:1]}  # it stores next to nothing
-    yield build_case("statistics", statistics_kernel, constants, num_warps=8, aligned=strides, **gates)
+    yield build_case("statistics", cross_entropy_statistics_kernel, constants, num_warps=8, aligned=strides, **gates)
 
 
 def _product_cases(arch: int, narrow: bool, pair: tuple[Tile, Tile], described: bool, aligned: bool) -> Iterator[BuildCase]:
@@ -47,7 +52,7 @@ def _product_cases(arch: int, narrow: bool, pair: tuple[Tile, Tile], described: 
         options = {"SOFTCAP": softcap, "NEEDS_TOTAL": total, "STORE": store}
         yield build_case(
             f"project {name} {kind}",
-            project_kernel,
+            cross_entropy_project_kernel,
             {**options, **fixed, "BLOCK_R": t.rows, "BLOCK_V": t.columns, "BLOCK_H": t.depth},
             types=types,
             num_warps=t.warps,
@@ -69,7 +74,7 @@ def _product_cases(arch: int, narrow: bool, pair: tuple[Tile, Tile], described: 
         tiles = {"BLOCK_V": t.rows, "BLOCK_H": t.columns, "BLOCK_R": t.depth}
         yield build_case(
             f"accumulate {name} {kind}",
-            accumulate_kernel,
+            cross_entropy_accumulate_kernel,
             {**fixed, **tiles, "SPLIT": split, "FIRST": first, "LAST": last},
             types={"G": operand(t.depth, t.rows), "X": operand(t.depth, t.columns), "TOTAL": kept, "LOW": kept},
             num_warps=t.warps,

@@ -104,6 +104,20 @@ def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch: pytest.Mo
     assert launch(torch.zeros(2), there) == [] and launch(1) == [] and current == []
 
 
+def test_the_name_of_every_kernel_says_its_operation() -> None:
+    """A profile lists kernels of torch, NCCL and other libraries beside ours, by name alone."""
+    names = [
+        function.name
+        for file in Path(dispatch.__file__).parent.rglob("*.py")
+        for function in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(function, ast.FunctionDef)
+        and any("jit" in ast.unparse(d) for d in function.decorator_list)
+        and function.name.endswith("_kernel")
+    ]
+    operations = ("attention_", "cross_entropy_", "rms_norm_", "rope_", "swiglu_")
+    assert len(names) > 15 and all(name.startswith(operations) for name in names), names
+
+
 def test_every_function_that_launches_a_kernel_is_guarded() -> None:
     bare, launching = [], 0
     for file in sorted(Path(dispatch.__file__).parent.rglob("*.py")):

@@ -46,7 +46,7 @@ ALIGNED_ROWS = tl.constexpr(4)
 
 
 @triton.jit
-def backward_prepare_kernel(
+def attention_hopper_backward_prepare_kernel(
     OUT, DOUT, LSE, DLSE, LSE2, DELTA, DQ_SUM, T, heads, padded_T, o_row, o_head, do_row, do_head,
     D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def backward_prepare_kernel(
 
 
 @triton.jit
-def backward_finish_kernel(DQ_SUM, DQ, count, scale, BLOCK: tl.constexpr):
+def attention_hopper_backward_finish_kernel(DQ_SUM, DQ, count, scale, BLOCK: tl.constexpr):
     """dq = scale * its fp32 sums, rounded."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.load(DQ_SUM + at, mask=at < count, other=0.0)
@@ -163,7 +163,7 @@ def attention_backward_hopper(
     dq, dk, dv = q.new_empty(T, heads, D), k.new_empty(T, kv_heads, D), v.new_empty(T, kv_heads, D)
     if not T:  # a descriptor of no rows is refused by the driver
         return dq, dk, dv
-    backward_prepare_kernel[(triton.cdiv(T, ROWS) * heads,)](
+    attention_hopper_backward_prepare_kernel[(triton.cdiv(T, ROWS) * heads,)](
         out, dout, lse, lse if dlse is None else dlse.contiguous(), lse2, delta, dq_sum, T, heads, padded_T,
         *strides_of(out, dout), D=D, BLOCK_M=ROWS, HAS_DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def attention_backward_hopper(
         D=D, BLOCK_M=block_m, BLOCK_N=block_n, HAS_CAP=rules.softcap > 0, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     finish = (triton.cdiv(dq.numel(), FINISH_BLOCK),)
-    backward_finish_kernel[finish](dq_sum, dq, dq.numel(), rules.scale, BLOCK=FINISH_BLOCK, num_warps=4)
+    attention_hopper_backward_finish_kernel[finish](dq_sum, dq, dq.numel(), rules.scale, BLOCK=FINISH_BLOCK, num_warps=4)
     return dq, dk, dv
 
 

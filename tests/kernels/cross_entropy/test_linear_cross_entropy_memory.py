@@ -68,9 +68,12 @@ class NoLaunch:
 @pytest.fixture
 def unlaunched(monkeypatch: pytest.MonkeyPatch) -> dict[str, NoLaunch]:
     """Every Triton kernel by name, made silent."""
-    found = {name: NoLaunch() for name in ("project_kernel", "gradient_kernel", "accumulate_kernel")}
+    found = {
+        name: NoLaunch()
+        for name in ("cross_entropy_project_kernel", "cross_entropy_gradient_kernel", "cross_entropy_accumulate_kernel")
+    }
     for name, silent in found.items():
-        monkeypatch.setattr(head if name == "accumulate_kernel" else kernels, name, silent)
+        monkeypatch.setattr(head if name == "cross_entropy_accumulate_kernel" else kernels, name, silent)
     return found
 
 
@@ -123,7 +126,7 @@ def test_the_extra_memory_of_a_step_with_a_vocabulary_of_128k_is_what_was_promis
     extra = step("triton", n_rows, norm=norm).most - gradients(n_rows)
     halves, logits = V * H * 2, shapes.logits_bytes(n_rows, V, 2)
     assert halves + logits < extra < min(PROMISE, halves + logits + (3 if norm else 1) * n_rows * H * 2 + 30e6)
-    assert len(unlaunched["accumulate_kernel"].programs) == -(-n_rows // shapes.chunk_rows(n_rows, V, 2)) > 1
+    assert len(unlaunched["cross_entropy_accumulate_kernel"].programs) == -(-n_rows // shapes.chunk_rows(n_rows, V, 2)) > 1
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -173,8 +176,8 @@ def work(share: float, impl: str, unlaunched: dict[str, NoLaunch]) -> float:
     flops = float(counter.get_total_flops())
     if impl == "triton":
         project, add = shapes.tiles()
-        flops += sum(unlaunched["project_kernel"].programs) * 2 * project.rows * project.columns * H
-        launches = unlaunched["accumulate_kernel"].programs
+        flops += sum(unlaunched["cross_entropy_project_kernel"].programs) * 2 * project.rows * project.columns * H
+        launches = unlaunched["cross_entropy_accumulate_kernel"].programs
         flops += sum(launches) * 2 * add.rows * add.columns * round(N * share) / len(launches)
     return flops
 

@@ -249,8 +249,8 @@ def test_a_ragged_vocabulary_is_stored_and_rewritten_in_whole_vectors(monkeypatc
 
             return launch
 
-    monkeypatch.setattr(kernels, "project_kernel", Recorder(kernels.project_kernel, "n_stored"))
-    monkeypatch.setattr(kernels, "gradient_kernel", Recorder(kernels.gradient_kernel, "n_columns"))
+    monkeypatch.setattr(kernels, "cross_entropy_project_kernel", Recorder(kernels.cross_entropy_project_kernel, "n_stored"))
+    monkeypatch.setattr(kernels, "cross_entropy_gradient_kernel", Recorder(kernels.cross_entropy_gradient_kernel, "n_columns"))
     x, w, labels = problem(9, 16, 61, torch.bfloat16)
     linear_cross_entropy(x.requires_grad_(), w.requires_grad_(), labels, impl="triton").backward()
     assert told == [128, 128]
