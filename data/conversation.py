@@ -21,18 +21,37 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message. loss: may carry loss, if its role is assistant. time: seconds since 1970, UTC."""
+    """One message. loss: may carry loss, if its role is assistant. time: seconds since 1970, UTC.
+
+    reasoning: the thought before a reply, which the content does not hold. calls: so many of the content's last lines are calls
+    of tools, one JSON object {"name", "arguments"} each; `tool_calls` gives them, `said` the words before them.
+    """
 
     role: Role
     content: str
     name: str | None = None
     time: float | None = None
     loss: bool = True
+    reasoning: str | None = None
+    calls: int = 0
+
+    @property
+    def tool_calls(self) -> list[dict[str, Any]]:
+        """The calls of tools, {"name", "arguments"} each."""
+        lines = self.content.split("\n")[-self.calls :] if self.calls else []
+        found: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        return found
+
+    @property
+    def said(self) -> str:
+        """The content without its calls of tools."""
+        return "\n".join(self.content.split("\n")[: -self.calls]) if self.calls else self.content
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One dialogue. origin: raw file and line (or key) that it came from; meta: whatever the importer knows.
+    """One dialogue. origin: raw file and line (or key) that it came from; meta: whatever the importer knows, among it "tools":
+    the declarations of the tools that may be called.
 
     A plain document is a Conversation of a single assistant turn with meta["document"] = True: every token has loss.
     """
@@ -79,6 +98,10 @@ def to_record(conversation: Conversation) -> dict[str, Any]:
             message["time"] = turn.time
         if not turn.loss:
             message["loss"] = False
+        if turn.reasoning is not None:
+            message["reasoning_content"] = turn.reasoning
+        if turn.calls:
+            message["calls"] = turn.calls
         messages.append(message)
     return {
         "uid": conversation.uid,
@@ -92,8 +115,12 @@ def to_record(conversation: Conversation) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any]) -> Conversation:
     """Inverse of to_record."""
     turns = tuple(
-        Turn(cast(Role, m["role"]), m["content"], m.get("name"), m.get("time"), m.get("loss", True)) for m in record["messages"]
-    )
+        Turn(
+            cast(Role, m["role"]), m["content"], m.get("name"), m.get("time"), m.get("loss", True), m.get("reasoning_content"),
+            m.get("calls", 0),
+        )
+        for m in record["messages"]
+    )  # fmt: skip
     return Conversation(record["uid"], turns, record["source"], record["origin"], record.get("meta", {}))
 
 

@@ -160,7 +160,7 @@ class Cleaner:
             strip, judges = self.stop_words.rules_for(conversation)
             turn_rules = [*turn_rules, *judges]
         for turn in conversation.turns:
-            cleaned = self._text(turn, self.text_rules, conversation, ledger)
+            cleaned = self._thought(self._text(turn, self.text_rules, conversation, ledger), conversation, ledger)
             reason = next((r for r in (rule(cleaned) for rule in turn_rules) if r), None)
             if strip and reason is None:  # after the turn rules, which judge what was said
                 cleaned = self._text(cleaned, strip, conversation, ledger)
@@ -169,7 +169,7 @@ class Cleaner:
                 turns.append(cleaned)
             else:
                 ledger.change(f"turn: {reason}", f"{conversation.origin}: {cleaned.content or turn.content}")
-        turns = self.privacy.apply(turns, lambda kind: ledger.change(f"private: {kind}"))
+        turns = self._private(turns, ledger)
         result = replace(conversation, turns=tuple(turns)) if tuple(turns) != conversation.turns else conversation
         for rule in self.dialogue_rules:
             reason = rule(result)
@@ -179,6 +179,23 @@ class Cleaner:
                 return None
         ledger.keep()
         return result
+
+    def _private(self, turns: list[Turn], ledger: Ledger) -> list[Turn]:
+        """The turns without private data, in what is said and in the thoughts beside it."""
+        thoughts = [Turn("assistant", turn.reasoning) for turn in turns if turn.reasoning is not None]
+        found = self.privacy.apply([*turns, *thoughts], lambda kind: ledger.change(f"private: {kind}"))
+        rest = iter(found[len(turns) :])
+        return [
+            turn if turn.reasoning is None else replace(turn, reasoning=next(rest).content)
+            for turn in map(_with_whole_calls, found[: len(turns)])
+        ]
+
+    def _thought(self, turn: Turn, conversation: Conversation, ledger: Ledger) -> Turn:
+        """The turn with its thought cleaned by the rules on texts."""
+        if turn.reasoning is None:
+            return turn
+        cleaned = self._text(Turn("assistant", turn.reasoning), self.text_rules, conversation, ledger).content
+        return replace(turn, reasoning=cleaned or None)
 
     def _text(self, turn: Turn, rules: list[tuple[str, TextRule]], conversation: Conversation, ledger: Ledger) -> Turn:
         # Code stays code: prose that a rule has changed is split again on its own, so it cannot open a fence around code.
@@ -195,6 +212,15 @@ class Cleaner:
                 parts[-1] = (False, parts[-1][1].rstrip())
         text = _join(parts)
         return turn if text == turn.content else replace(turn, content=text)
+
+
+def _with_whole_calls(turn: Turn) -> Turn:
+    """The turn; if a rule has broken its calls of tools, they are words like others."""
+    try:
+        broken = turn.calls > 0 and not all(isinstance(call, dict) for call in turn.tool_calls)
+    except ValueError:
+        broken = True
+    return replace(turn, calls=0) if broken else turn
 
 
 class _StopWords:

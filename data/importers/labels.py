@@ -30,4 +30,4 @@ def role_of(name: str) -> Role | None:
     if found := ROLE_OF_LABEL.get(label):
         return found
     bare = label.partition("(")[0].partition("（")[0].strip().rstrip("0123456789一二三 ")
-    return ROLE_OF_LABEL.get(bare)
+    return ROLE_OF_LABEL.get(bare) if len(bare) > 1 or not bare.isascii() else None  # q7 is somebody

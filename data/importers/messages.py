@@ -66,7 +66,7 @@ def to_conversation(
             or turns[-1].time is None
             or message.time - turns[-1].time <= merge_s
         )
-        if message.sender == last and near:
+        if turns and message.sender == last and near:
             turns[-1] = Turn(turns[-1].role, turns[-1].content + "\n" + message.text, message.sender, turns[-1].time)
         else:
             turns.append(Turn("assistant" if role == "assistant" else "user", message.text, message.sender, message.time))

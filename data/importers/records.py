@@ -1,6 +1,7 @@
 """Dialogues of numbered records, one JSON object or table row each. A bad record is counted and passed over, never an error.
 
-turns, meta = guarded(reader, record, origin, ledger) or next       # whatever is wrong with it, it is dropped and shown
+for conversation in read_records(records, reader, file, source, ledger): ...
+for message in read_messages(entries, reader, file, ledger): ...
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from chatmill.config import ConfigError
 from ..conversation import Conversation, Turn, make_uid
 from ..ledger import Ledger
 from ..raw.files import RawFile
+from .messages import ChatMessage
 
 Record = dict[str, Any]
 # What reading a value of an unexpected type or size raises: null for a number, a text for a list, 1e999 for a time.
@@ -56,6 +58,26 @@ def read_records(
         ledger.add(noted)
         ledger.keep()
         yield Conversation(make_uid(source, origin), tuple(turns), source, origin, meta)
+
+
+def read_messages(
+    entries: Iterable[Any], reader: Callable[[Record], ChatMessage | str], file: RawFile, ledger: Ledger
+) -> Iterator[ChatMessage]:
+    """What `reader` makes of every entry of a chat. A text says why one is left out, and so does whatever is wrong with it."""
+    for number, entry in enumerate(entries, 1):
+        detail = ""
+        try:
+            found = reader(entry_of(entry))
+            if not isinstance(found, str):
+                text_of(found.text)
+        except MALFORMED as error:
+            bad, detail = why_bad(error)
+            found = f"{bad} left out"
+        if isinstance(found, str):
+            key = entry.get("id", number) if isinstance(entry, dict) else number
+            ledger.change(found, f"{file.label}:{key}: {detail}")
+        else:
+            yield found
 
 
 def entry_of(value: Any) -> Record:

@@ -7,7 +7,7 @@ Adding one: write the module, add its name here and a renderer in tests/data/imp
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Protocol, cast
 
@@ -16,6 +16,7 @@ from chatmill.config import ConfigError
 from ..conversation import Conversation
 from ..ledger import Ledger, shorten
 from ..raw.files import RawFile, find_files
+from ..raw.json_lines import first_object
 from ..recipe import SourceSection
 from .messengers.dated import looks_dated
 
@@ -28,8 +29,15 @@ IMPORTERS: dict[str, str] = {
     "chitchat": "datasets.chitchat",
     "telegram": "messengers.telegram",
     "slack": "messengers.slack",
+    "deepseek": "assistants.deepseek",
     "chatgpt": "assistants.chatgpt",
     "chatmill": "datasets.written",
+    "claude": "assistants.claude",
+    "gemini": "assistants.gemini",
+    "messenger": "messengers.messenger",
+    "signal": "messengers.signal",
+    "wechat": "messengers.wechat",
+    "kakaotalk": "messengers.kakaotalk",
     "preference": "datasets.preference",
     "openai": "datasets.openai_messages",
     "sharegpt": "datasets.sharegpt",
@@ -37,9 +45,9 @@ IMPORTERS: dict[str, str] = {
     "oasst_ranks": "datasets.oasst_ranks",
     "reddit": "forums.reddit",
     "alpaca": "datasets.alpaca",
+    "pairs": "datasets.pairs",
+    "utterances": "datasets.utterances",
     "corpora": "datasets.dialogue_corpora",
-    "wechat": "messengers.wechat",
-    "kakaotalk": "messengers.kakaotalk",
     "csv": "plain.table",
     "irc": "messengers.irc",
     "whatsapp": "messengers.whatsapp",
@@ -51,7 +59,7 @@ IMPORTERS: dict[str, str] = {
 
 
 # Formats with independent records, one per line: several processes read a large file.
-LINE_FORMATS = ("chatmill", "openai", "preference", "sharegpt", "alpaca", "documents")
+LINE_FORMATS = ("chatmill", "openai", "preference", "sharegpt", "alpaca", "pairs", "utterances", "documents")
 SPAN_BYTES = 32 << 20
 MEMBERS_TRIED = 100  # of a tar, to find its format
 
@@ -75,9 +83,9 @@ def importer(name: str) -> Importer:
     return cast(Importer, importlib.import_module(f"chatmill.data.importers.{IMPORTERS[name]}"))
 
 
-def recognise(file: RawFile) -> str:
-    """Name of the format of a file; ConfigError if none fits."""
-    if name := _fitting(file):
+def recognise(file: RawFile, columns: Mapping[str, str] | None = None) -> str:
+    """Name of the format of a file; ConfigError if none fits. JSON of which sources.columns says what is what is `pairs`."""
+    if name := _fitting(file, columns):
         return name
     if file.is_tar:
         raise ConfigError(
@@ -99,15 +107,17 @@ def recognise(file: RawFile) -> str:
     )
 
 
-def is_recognised(file: RawFile) -> bool:
+def is_recognised(file: RawFile, columns: Mapping[str, str] | None = None) -> bool:
     """Would `recognise` name a format? A file that cannot be read (damaged, or its package is absent) is an error here, too."""
-    return _fitting(file) is not None
+    return _fitting(file, columns) is not None
 
 
-def _fitting(file: RawFile) -> str | None:
+def _fitting(file: RawFile, columns: Mapping[str, str] | None = None) -> str | None:
     """The format of a file; of a tar, that of the first of its members that has one."""
     for member in islice(file.members(), MEMBERS_TRIED):
         head = member.head()
+        if columns and set(columns) != {"text"} and first_object(head) is not None:
+            return "pairs"
         if name := next((name for name in IMPORTERS if importer(name).recognise(head, member.stem)), None):
             return name
     return None
@@ -139,10 +149,10 @@ def read_file(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator
 
 
 def _read(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[Conversation]:
-    kind = options.format if options.format != "auto" else recognise(file)
+    kind = options.format if options.format != "auto" else recognise(file, options.columns)
     for member in file.members():
         if file.is_tar and options.format == "auto":
-            found = _fitting(member)
+            found = _fitting(member, options.columns)
             if found is None:
                 ledger.drop("member of a tar in no known format", member.label)
                 continue

@@ -37,12 +37,14 @@ def raw_files(recipe: DataRecipe) -> tuple[list[tuple[int, RawFile]], list[str]]
     per_source = Counter(number for number, _ in found)
     for number, file in labelled:
         guessed = per_source[number] > 1 and recipe.sources[number].format == "auto"
-        if guessed and not is_recognised(file):
+        if guessed and not is_recognised(file, recipe.sources[number].columns):
             left_out.append(file.label)
         else:
             files.append((number, file))
     for number in sorted(set(per_source) - {number for number, _ in files}):
-        recognise(next(file for n, file in found if n == number))  # says what is wrong with the first
+        recognise(
+            next(file for n, file in found if n == number), recipe.sources[number].columns
+        )  # says what is wrong with the first
     return files, left_out
 
 
@@ -54,7 +56,7 @@ def describe_inputs(recipe: DataRecipe, files: list[tuple[int, RawFile]]) -> lis
     records: list[dict[str, Any]] = []
     for number, file in files:
         given = recipe.sources[number].format
-        kind = given if given != "auto" else recognise(file)
+        kind = given if given != "auto" else recognise(file, recipe.sources[number].columns)
         importer(kind)
         records.append(
             {"source": number, "file": file.label, "format": kind, "bytes": input_bytes(file), "sha256": hashes[file.path]}

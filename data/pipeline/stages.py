@@ -134,6 +134,7 @@ class TokenizeChunk:
             for turn in conversation.turns:
                 if tokenizer.escape_special(turn.content) != turn.content:
                     ledger.change("special-token string escaped", f"{conversation.origin}: {turn.content}")
+            _note_unused(conversation, ledger)
             texts[side].add(conversation)
             ledger.keep()
         save_arrays(
@@ -152,6 +153,14 @@ class TokenizeChunk:
 def load_tokenizer(folder: Path) -> ChatTokenizer:
     """The tokenizer of a folder, read once per process: a large vocabulary takes longer to load than a chunk to encode."""
     return _tokenizer(str(folder), (folder / "tokenizer.json").stat().st_mtime_ns)
+
+
+def _note_unused(conversation: Conversation, ledger: Ledger) -> None:
+    """Count what the dialogue shards keep beside the texts that are learned."""
+    if thoughts := sum(turn.reasoning is not None for turn in conversation.turns):
+        ledger.change("thought beside a reply kept, not learned", conversation.origin, thoughts)
+    if conversation.meta.get("tools"):
+        ledger.change("declarations of tools kept, not in the prompt", conversation.origin)
 
 
 @lru_cache(maxsize=1)

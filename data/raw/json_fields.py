@@ -47,6 +47,8 @@ class _Buffer:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.data, self.position)
+            except RecursionError as error:
+                raise ConfigError(f"{self.file.label}: the JSON is nested too deeply ({error})") from error
             except ValueError as error:
                 if not self._more(size):
                     raise ConfigError(f"{self.file.label}: the JSON ends early or is damaged ({error})") from error
@@ -90,6 +92,8 @@ def _walk(buffer: _Buffer, path: Path, entered: Collection[Path]) -> Iterator[tu
         buffer.skip("{")
         while buffer.peek() not in ("}", ""):
             key = buffer.value()
+            if not isinstance(key, str):
+                raise ConfigError(f"{buffer.file.label}: not the JSON expected: {key!r} in place of a name")
             buffer.skip(":")
             yield from _walk(buffer, (*path, key), entered)
         buffer.skip("}")

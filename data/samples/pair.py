@@ -24,7 +24,10 @@ def merge_same_role(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         if merged and merged[-1].role == turn.role and turn.role != "tool" and merged[-1].loss == turn.loss:
             last = merged[-1]
             name = last.name if last.name == turn.name else None
-            merged[-1] = Turn(last.role, f"{last.content}\n{turn.content}", name, last.time, last.loss)
+            thought = "\n\n".join(text for text in (last.reasoning, turn.reasoning) if text) or None
+            # Calls of tools are the last lines: those above words become words.
+            calls = turn.calls + (0 if turn.said else last.calls) if turn.calls else 0
+            merged[-1] = Turn(last.role, f"{last.content}\n{turn.content}", name, last.time, last.loss, thought, calls)
         else:
             merged.append(turn)
     return tuple(merged)

@@ -1,23 +1,33 @@
 """ChatGPT's data export, conversations.json: [{"title", "current_node", "mapping": {id: {message, parent, children}}}, …].
 
 Each conversation is a tree; the path to current_node is what was shown last. Other branches (regenerated replies, edited
-messages) are left out and counted. Hidden system messages and the model's own thoughts are not part of the dialogue.
+messages) are left out and counted. Only what was said to each other is the dialogue: hidden system messages, the model's
+thoughts, its calls of tools (a `recipient` other than all) and what the tools answered are not. Marks of citations are taken
+out of the texts.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from ...conversation import Conversation, Role, Turn, make_uid
+from ...conversation import Conversation, Role, Turn
 from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
 from ..datasets.openai_messages import other_parts
+from ..messengers.dated import seconds_of
+from ..records import BadRecordError, Record, read_records
+from .branches import shown_branch
 
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 _THOUGHTS = ("thoughts", "reasoning_recap", "user_editable_context", "model_editable_context")
+# \ue200cite\ue202turn0search0\ue201, and of earlier years 【12†source】. A mark may carry words: entity names one, url a title.
+_MARK = re.compile("[ \u00a0]?\ue200([a-z_]*)((?:\ue202[^\ue200\ue201]*)*)\ue201|[ \u00a0]?【\\d+(?::\\d+)?†[^】\n]{0,200}】")
+_STRAY = re.compile("[\ue200-\ue206]")
 
 
 def recognise(head: bytes, name: str) -> bool:
@@ -30,32 +40,19 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """One dialogue per conversation."""
-    for number, record in json_lines(file, options.encoding, ledger):
-        origin = f"{file.label}:{number}"
-        nodes = record.get("mapping")
-        path = _path(nodes, record.get("current_node")) if isinstance(nodes, dict) else []
-        if not isinstance(nodes, dict) or not path:
-            ledger.drop("no path to current_node", f"{origin}: {record.get('title')}")
-            continue
-        spoken = {key for key, node in nodes.items() if _said(node)}
-        if aside := len(spoken - set(path)):
-            ledger.change("message of another branch left out", f"{origin}: {record.get('title')}", aside)
-        turns = [turn for key in path if key in spoken and (turn := _turn(nodes[key]["message"], origin, ledger)) is not None]
-        ledger.keep()
-        yield Conversation(make_uid(source, origin), tuple(turns), source, origin, {"title": str(record.get("title") or "")})
+    yield from read_records(json_lines(file, options.encoding, ledger), _dialogue, file, source, ledger)
 
 
-def _path(nodes: dict[str, Any], last: Any) -> list[str]:
-    """Ids from the root to the node `last`; without one, along the newest children."""
-    if last not in nodes:
-        last = next((key for key, node in nodes.items() if not node.get("parent")), None)
-        while last in nodes and nodes[last].get("children"):
-            last = nodes[last]["children"][-1]
-    path: list[str] = []
-    while last in nodes and last not in path:
-        path.append(last)
-        last = nodes[last].get("parent")
-    return path[::-1]
+def _dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], dict[str, Any]]:
+    nodes = record.get("mapping")
+    path = shown_branch(nodes, record.get("current_node")) if isinstance(nodes, dict) else []
+    if not isinstance(nodes, dict) or not path:
+        raise BadRecordError("no path to current_node", record.get("title"))
+    spoken = {key for key, node in nodes.items() if _said(node)}
+    if aside := len(spoken - set(path)):
+        ledger.change("message of another branch left out", f"{origin}: {record.get('title')}", aside)
+    turns = [turn for key in path if key in spoken and (turn := _turn(nodes[key]["message"], origin, ledger)) is not None]
+    return turns, {"title": str(record.get("title") or "")}
 
 
 def _said(node: Any) -> bool:
@@ -73,6 +70,9 @@ def _turn(message: dict[str, Any], origin: str, ledger: Ledger) -> Turn | None:
     content, role = message.get("content") or {}, (message.get("author") or {}).get("role")
     kind = content.get("content_type")
     parts = content.get("parts") or []
+    if role == "tool" or message.get("recipient") not in (None, "", "all"):
+        ledger.change("call or answer of a tool left out", f"{origin}: {role} to {message.get('recipient')}")
+        return None
     if kind in _THOUGHTS or role not in _ROLES:
         ledger.change("thoughts and settings left out", f"{origin}: {kind} of {role}")
         return None
@@ -85,5 +85,30 @@ def _turn(message: dict[str, Any], origin: str, ledger: Ledger) -> Turn | None:
         if not pictures:
             ledger.change("empty message left out", f"{origin}: {kind} of {role}")
         return None
-    time = message.get("create_time")
-    return Turn(_ROLES[role], text, time=float(time) if isinstance(time, int | float) else None)
+    if role == "assistant":
+        plain = without_citations(text)
+        if plain != text:
+            ledger.change("marks of citations taken out", f"{origin}: {text}")
+        text = plain
+        if not text.strip():
+            return None
+    return Turn(_ROLES[role], text, time=seconds_of(message.get("create_time")))
+
+
+def without_citations(text: str) -> str:
+    """A reply without the marks that the page shows as links; the words that a mark carries stay."""
+    return _STRAY.sub("", _MARK.sub(_words, text))
+
+
+def _words(found: re.Match[str]) -> str:
+    kind, fields = found[1], (found[2] or "").split("\ue202")[1:]
+    if not fields or kind not in ("entity", "url"):
+        return ""
+    word = fields[0]
+    if kind == "entity":  # ["city","Paris","…"]
+        try:
+            names = json.loads(word)
+            word = str(names[1])
+        except (ValueError, TypeError, IndexError, KeyError, RecursionError):
+            return ""
+    return found[0][: len(found[0]) - len(found[0].lstrip(" \u00a0"))] + word

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 from chatmill.config import ConfigError
@@ -19,6 +18,8 @@ from ...raw.files import RawFile
 from ...raw.json_fields import object_items
 from ...recipe import SourceSection
 from ..messages import ChatMessage, to_conversation
+from ..messengers.dated import seconds_of
+from ..records import MALFORMED, Record, entry_of, read_messages
 
 
 def installed_file() -> RawFile:
@@ -40,11 +41,12 @@ def recognise(head: bytes, name: str) -> bool:
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """All chats in file order."""
     for key, chat in object_items(file, set(), options.encoding):
-        messages = [
-            ChatMessage(m["sender"], m["text"], _seconds(m.get("timestamp")))
-            for group in chat.get("messages", [])
-            for m in group
-        ]
+        try:
+            groups = [group if isinstance(group, list) else [group] for group in entry_of(chat).get("messages") or []]
+        except MALFORMED as error:
+            ledger.drop("bad record", f"{file.label}:{key}: {error}")
+            continue
+        messages = list(read_messages((message for group in groups for message in group), _message, file, ledger))
         found = to_conversation(
             messages,
             source=source,
@@ -57,11 +59,5 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
             yield found
 
 
-def _seconds(stamp: str | None) -> float | None:
-    if not stamp:
-        return None
-    try:
-        moment = datetime.fromisoformat(stamp)
-    except ValueError:
-        return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+def _message(entry: Record) -> ChatMessage | str:
+    return ChatMessage(str(entry["sender"]), entry["text"], seconds_of(entry.get("timestamp")))

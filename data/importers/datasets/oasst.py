@@ -16,6 +16,7 @@ from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
+from ..records import MALFORMED, BadRecordError, entry_of, text_of, why_bad
 
 
 def recognise(head: bytes, name: str) -> bool:
@@ -35,29 +36,76 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
 def trees(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any]]]:
     """(tree id, root message with nested replies). Flat files list a tree's messages together: one tree is in memory."""
     tree: list[dict[str, Any]] = []
-    for _, record in json_lines(file, options.encoding, ledger):
+    for number, record in json_lines(file, options.encoding, ledger):
+        where = f"{file.label}:{number}"
         if "prompt" in record:
-            yield record["message_tree_id"], record["prompt"]
+            root = _node(record["prompt"], where, ledger)
+            if root is not None:
+                yield str(record.get("message_tree_id")), root
             continue
-        if tree and tree[0]["message_tree_id"] != record["message_tree_id"]:
+        node = _node({**record, "replies": []}, where, ledger)
+        if node is None:
+            continue
+        if tree and tree[0]["message_tree_id"] != node["message_tree_id"]:
             yield from _roots(tree, file, ledger)
             tree = []
-        tree.append(record)
+        tree.append(node)
     if tree:
         yield from _roots(tree, file, ledger)
 
 
+def _node(value: Any, where: str, ledger: Ledger) -> dict[str, Any] | None:
+    """A message and its replies with all fields as they must be; what is not so is left out and counted, with its replies."""
+    try:
+        node = entry_of(value)
+        rank, replies = node.get("rank"), node.get("replies") or []
+        if not isinstance(replies, list):
+            raise BadRecordError("replies are not a list", type(replies).__name__)
+        fields = {
+            "message_id": text_of(node["message_id"], "message_id"), "text": text_of(node["text"]), "role": node.get("role"),
+            "rank": None if rank is None else float(rank), "deleted": bool(node.get("deleted")), "lang": node.get("lang"),
+            "message_tree_id": str(node.get("message_tree_id")), "parent_id": node.get("parent_id"),
+        }  # fmt: skip
+        if fields["role"] not in ("prompter", "assistant"):
+            raise BadRecordError("unknown role", fields["role"])
+        if fields["parent_id"] is not None:
+            text_of(fields["parent_id"], "parent_id")
+        return fields | {"replies": [reply for item in replies if (reply := _node(item, where, ledger)) is not None]}
+    except MALFORMED as error:
+        reason, detail = why_bad(error)
+        ledger.change(f"{reason}: message left out", f"{where}: {detail}", _count(value))
+        return None
+
+
+def _count(value: Any) -> int:
+    """Messages of a tree, whatever its form."""
+    count, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        count += 1
+        replies = item.get("replies") if isinstance(item, dict) else None
+        waiting += replies if isinstance(replies, list) else []
+    return count
+
+
 def _roots(messages: list[dict[str, Any]], file: RawFile, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any]]]:
     nodes = {m["message_id"]: {**m, "replies": []} for m in messages}
+    if twice := len(messages) - len(nodes):
+        ledger.change("message that occurs twice left out", f"{file.label}:{messages[0]['message_tree_id']}", twice)
     roots = []
     for node in nodes.values():
         parent = nodes.get(node.get("parent_id") or "")
         if parent is not None:
             parent["replies"].append(node)
-        elif node.get("parent_id"):
-            ledger.change("message without its parent left out", f"{file.label}:{node['message_id']}")
-        else:
+        elif not node.get("parent_id"):
             roots.append(node)
+    reached = sum(_count(root) for root in roots)
+    lost = [node for node in nodes.values() if node.get("parent_id") and node["parent_id"] not in nodes]
+    for node in lost:  # all replies below are known now
+        ledger.change("message without its parent left out", f"{file.label}:{node['message_id']}", _count(node))
+    orphans = sum(map(_count, lost))
+    if circles := len(nodes) - reached - orphans:
+        ledger.change("message that answers itself in a circle left out", f"{file.label}:{messages[0]['message_id']}", circles)
     for root in roots:
         yield root["message_tree_id"], root
 
@@ -68,14 +116,17 @@ def _paths(root: dict[str, Any], tree: str, file: RawFile, source: str, ledger: 
     while stack:
         path = stack.pop()
         if path[-1].get("deleted"):
-            ledger.change("deleted message left out", f"{file.label}:{path[-1].get('message_id')}")
+            ledger.change("deleted message left out", f"{file.label}:{path[-1].get('message_id')}", _count(path[-1]))
             continue
         replies = [reply for reply in path[-1].get("replies") or [] if not reply.get("deleted")]
+        if gone := [reply for reply in path[-1]["replies"] if reply["deleted"]]:
+            ledger.change("deleted message left out", f"{file.label}:{gone[0]['message_id']}", sum(map(_count, gone)))
         if replies:
             ranked = sorted(replies, key=lambda m: (m.get("rank") is None, m.get("rank") or 0))
             stack += [[*path, reply] for reply in reversed(ranked)]
             continue
         if path[-1].get("role") != "assistant":
+            ledger.change("last message without an answer left out", f"{file.label}:{path[-1]['message_id']}")
             path = path[:-1]
         if not path or path[-1]["message_id"] in taught:
             ledger.drop("prompt without an answer", f"{file.label}:{tree}")

@@ -19,7 +19,7 @@ from ...preference import REJECTED
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
-from ..records import BadRecordError, Record, read_records
+from ..records import MALFORMED, BadRecordError, Record, read_records, text_of
 from .openai_messages import turn_of
 
 TEXTS = ("text", "response", "content", "completion")
@@ -32,7 +32,12 @@ def recognise(head: bytes, name: str) -> bool:
     first = first_object(head)
     if first is None:
         return b'"chosen"' in head[:20_000] and b'"rejected"' in head
-    return {"chosen", "rejected"} <= first.keys() or _rated(first) is not None
+    if {"chosen", "rejected"} <= first.keys():
+        return True
+    try:
+        return _rated(first) is not None
+    except MALFORMED:
+        return False
 
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
@@ -43,7 +48,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
 def _dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[tuple[Turn, ...], dict[str, Any]]:
     try:
         turns, rejected = _pair(record)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadRecordError("bad preference record", error) from error
     return turns, {key: record[key] for key in ("id", "license") if key in record} | {REJECTED: rejected}
 
@@ -81,4 +86,11 @@ def _rated(record: dict[str, Any]) -> list[tuple[float, str]] | None:
     text = next((key for key in TEXTS if key in replies[0]), None)
     if rating is None or text is None:
         return None
-    return [(float(item[rating]), str(item[text])) for item in replies]
+    return [(_rating(item[rating]), text_of(item[text])) for item in replies]
+
+
+def _rating(value: Any) -> float:
+    number = float(value)
+    if number != number:
+        raise BadRecordError("a rating is not a number", value)
+    return number

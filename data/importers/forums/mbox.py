@@ -1,7 +1,8 @@
 """mbox mailboxes: mails become messages, In-Reply-To and References their threads.
 
-Quoted lines, "On … wrote:" and signatures are removed; HTML-only mails become text. The texts of a mailbox are kept in a table
-on disk (spill.py), because an answer may come anywhere in it; memory holds one mail, or the texts of one thread.
+Quoted lines, "On … wrote:", "原始邮件" and signatures are removed (quotes.py); HTML-only mails become text. The texts of a
+mailbox are kept in a table on disk (spill.py), because an answer may come anywhere in it; memory holds one mail, or the texts
+of one thread.
 """
 
 from __future__ import annotations
@@ -21,12 +22,10 @@ from ...raw.files import RawFile
 from ...raw.spill import Spill, key, packed, unpacked
 from ...recipe import SourceSection
 from ..messages import ChatMessage, to_conversation
+from ..records import MALFORMED
+from .quotes import own_words
 
 _FROM = re.compile(rb"^From \S+.* \d\d:\d\d(:\d\d)? ")
-_WROTE = re.compile(
-    r"\n*^(On\b.{4,200}\bwrote:|Am\b.{4,200}\bschrieb\b.{0,100}:|Le\b.{4,200}\ba écrit\s?:|-+ ?Original Message ?-+)\s*$",
-    re.M | re.S,
-)
 _IDS = re.compile(r"<[^<>\s]+>")
 
 
@@ -39,12 +38,11 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
     """One conversation per thread, mails in order of time; threads in order of their first mail."""
     with Spill(*_TABLES) as db:
         for number, raw in enumerate(_mails(file), 1):
-            mail = email.message_from_bytes(raw, policy=email.policy.default)
-            assert isinstance(mail, EmailMessage)
-            name = (_IDS.findall(str(mail.get("Message-ID", ""))) or [f"{number}"])[0]
-            parents = _IDS.findall(f"{mail.get('References', '')} {mail.get('In-Reply-To', '')}")
-            text = own_words(_body(mail))
-            person, address = parseaddr(str(mail.get("From", "")))
+            try:
+                name, parents, sender, subject, time, text = _mail(raw, number)
+            except (*MALFORMED, AssertionError) as error:  # the library's parser gives up on some headers
+                ledger.change("mail that cannot be read left out", f"{file.label}:{number}: {type(error).__name__}: {error}")
+                continue
             if not text:
                 ledger.change("mail without text left out", f"{file.label}:{name}")
                 continue
@@ -52,10 +50,8 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
             thread = next((found[0] for found in known if found), key(parents[0] if parents else name))
             for one in (name, *parents):
                 db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (key(one), thread))
-            db.execute("INSERT OR IGNORE INTO threads VALUES (?, ?, ?)", (thread, number, packed(str(mail.get("Subject", "")))))
-            moment = getattr(mail.get("Date"), "datetime", None)
-            time = moment.timestamp() if moment else None
-            stored = packed((address or person).lower(), text, time, name)
+            db.execute("INSERT OR IGNORE INTO threads VALUES (?, ?, ?)", (thread, number, packed(subject)))
+            stored = packed(sender, text, time, name)
             db.execute("INSERT INTO mails VALUES (?, ?, ?)", (thread, time or 0.0, stored))
         for _, rows in groupby(db.execute(_IN_ORDER), key=lambda row: row[0]):
             mails, subject = list[ChatMessage](), ""
@@ -68,6 +64,18 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
                 yield found
 
 
+def _mail(raw: bytes, number: int) -> tuple[str, list[str], str, str, float | None, str]:
+    """(id, ids of those it answers, sender, subject, seconds since 1970, own words) of one mail."""
+    mail = email.message_from_bytes(raw, policy=email.policy.default)
+    assert isinstance(mail, EmailMessage)
+    name = (_IDS.findall(str(mail.get("Message-ID", ""))) or [f"{number}"])[0]
+    parents = _IDS.findall(f"{mail.get('References', '')} {mail.get('In-Reply-To', '')}")
+    person, address = parseaddr(str(mail.get("From", "")))
+    moment = getattr(mail.get("Date"), "datetime", None)
+    time = moment.timestamp() if moment else None
+    return name, parents, (address or person).lower(), str(mail.get("Subject", "")), time, own_words(_body(mail))
+
+
 _TABLES = (
     "CREATE TABLE mails (thread, time REAL, entry)",
     "CREATE TABLE ids (id PRIMARY KEY, thread) WITHOUT ROWID",
@@ -76,18 +84,6 @@ _TABLES = (
 _IN_ORDER = """
     SELECT threads.first, threads.subject, mails.entry FROM mails JOIN threads ON threads.thread = mails.thread
     ORDER BY threads.first, mails.time, mails.rowid"""
-
-
-def own_words(text: str) -> str:
-    """What the sender of a mail typed: no quotes, no attribution line, no signature."""
-    text = text.replace("\r\n", "\n")
-    wrote = _WROTE.search(text)
-    if wrote and all(line.startswith(">") or not line.strip() for line in text[wrote.end() :].split("\n")[:3]):
-        text = text[: wrote.start()] + "\n" + text[wrote.end() :]
-    elif wrote and "Original Message" in wrote[1]:
-        text = text[: wrote.start()]
-    lines = [line for line in text.split("\n-- \n")[0].split("\n") if not line.startswith(">")]
-    return "\n".join(lines).strip()
 
 
 def _body(mail: EmailMessage) -> str:

@@ -18,6 +18,8 @@ from ...raw.json_lines import first_object, json_lines
 from ...raw.spill import Spill, key, packed, unpacked
 from ...recipe import SourceSection
 from ..messages import ChatMessage, to_conversation
+from ..messengers.dated import seconds_of
+from ..records import MALFORMED, text_of
 
 MAX_DEPTH = 12
 _GONE = ("[deleted]", "[removed]", "")
@@ -35,7 +37,11 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
     """The best path of every thread; a thread whose post is not in the file begins at its top comments."""
     with Spill("CREATE TABLE posts (key, entry)", "CREATE TABLE comments (key, parent, score, time, entry)") as db:
         for number, record in json_lines(file, options.encoding, ledger):
-            entry = _entry(record)
+            try:
+                entry = _entry(record)
+            except MALFORMED as error:
+                ledger.change("bad record left out", f"{file.label}:{number}: {error}")
+                continue
             reason = None if entry else "no body"
             if entry and (entry["author"] in ("AutoModerator", "[deleted]") or entry["author"].lower().endswith("bot")):
                 reason = "bot or deleted account"
@@ -102,7 +108,7 @@ def _entry(record: dict[str, Any]) -> dict[str, Any] | None:
         parent = str(record.get("parent_id"))
     else:
         name, parent = f"t3_{record.get('id')}", None
-        text = f"{record.get('title', '')}\n\n{record.get('selftext') or ''}".strip()
+        text = f"{text_of(record.get('title') or '')}\n\n{text_of(record.get('selftext') or '')}".strip()
         if record.get("selftext") in ("[deleted]", "[removed]"):
             text = record["selftext"]
     if not isinstance(text, str):
@@ -112,6 +118,6 @@ def _entry(record: dict[str, Any]) -> dict[str, Any] | None:
         "parent": parent,
         "author": str(record.get("author") or "[deleted]"),
         "text": html.unescape(text),
-        "score": int(record.get("score") or 0),
-        "time": float(record.get("created_utc") or 0),
+        "score": max(-(2**62), min(2**62, int(record.get("score") or 0))),
+        "time": seconds_of(record.get("created_utc")) or 0.0,
     }

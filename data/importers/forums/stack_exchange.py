@@ -29,16 +29,16 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
     with Spill(*_TABLES) as db:
         for row in _rows(file):
             if row.get("PostTypeId") == "1" and row.get("AcceptedAnswerId"):
-                db.execute("INSERT OR REPLACE INTO accepted VALUES (?, ?)", (row["Id"], row["AcceptedAnswerId"]))
+                db.execute("INSERT OR REPLACE INTO accepted VALUES (?, ?)", (row.get("Id", ""), row["AcceptedAnswerId"]))
             elif row.get("PostTypeId") == "2":
-                db.execute(
-                    "INSERT INTO answers VALUES (?, ?, ?)", (row.get("ParentId", ""), int(row.get("Score", "0")), row["Id"])
-                )
+                db.execute("INSERT INTO answers VALUES (?, ?, ?)", (row.get("ParentId", ""), _score(row), row.get("Id", "")))
         for statement in _CHOOSE:
             db.execute(statement)
         for row in _rows(file):
             kind = row.get("PostTypeId")
-            if kind == "1":
+            if kind in ("1", "2") and not row.get("Id"):
+                ledger.drop("row without an Id", f"{file.label}: {row.get('Title') or row.get('Body', '')}")
+            elif kind == "1":
                 if db.one("SELECT 1 FROM chosen WHERE question = ?", (row["Id"],)):
                     db.execute("INSERT OR REPLACE INTO waiting VALUES (?, ?)", (row["Id"], packed(row)))
                 else:
@@ -52,7 +52,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
                 if asked is None:
                     ledger.change("answer that is not the best left out", f"{file.label}:{row['Id']}")
                     continue
-                db.execute("DELETE FROM waiting WHERE question = ?", (row["ParentId"],))
+                db.execute("DELETE FROM waiting WHERE question = ?", (row.get("ParentId", ""),))
                 ledger.keep()
                 yield _dialogue(unpacked(asked[0])[0], row, file, source)
         for (number,) in db.execute("SELECT question FROM waiting ORDER BY rowid"):
@@ -77,10 +77,17 @@ _CHOOSE = (
 def _dialogue(question: dict[str, str], answer: dict[str, str], file: RawFile, source: str) -> Conversation:
     origin = f"{file.label}:{question['Id']}"
     asked = f"{question.get('Title', '')}\n\n{html_to_text(question.get('Body', ''))}".strip()
-    meta: dict[str, object] = {"score": int(answer.get("Score", "0")), "tags": question.get("Tags", ""), "answer": answer["Id"]}
+    meta: dict[str, object] = {"score": _score(answer), "tags": question.get("Tags", ""), "answer": answer["Id"]}
     meta["authors"] = [a for a in (question.get("OwnerUserId"), answer.get("OwnerUserId")) if a]
     turns = (Turn("user", asked), Turn("assistant", html_to_text(answer.get("Body", ""))))
     return Conversation(make_uid(source, origin), turns, source, origin, meta)
+
+
+def _score(row: dict[str, str]) -> int:
+    try:
+        return max(-(2**62), min(2**62, int(row.get("Score") or "0")))
+    except ValueError:
+        return 0
 
 
 def _rows(file: RawFile) -> Iterator[dict[str, str]]:
@@ -95,5 +102,5 @@ def _rows(file: RawFile) -> Iterator[dict[str, str]]:
                     element.clear()
                     if root is not None:
                         root.clear()
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, LookupError, ValueError) as error:  # also an encoding that nobody knows
             raise ConfigError(f"{file.label}: the XML is damaged or cut short ({error})") from error

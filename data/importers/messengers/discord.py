@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from functools import partial
+from typing import Any
 
 from ...conversation import Conversation
 from ...ledger import Ledger
@@ -15,6 +16,8 @@ from ...raw.json_fields import object_items
 from ...recipe import SourceSection
 from ..messages import ChatMessage
 from ..rebuild import conversations
+from ..records import read_messages
+from .dated import seconds_of
 
 
 def recognise(head: bytes, name: str) -> bool:
@@ -30,40 +33,34 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
 def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[ChatMessage]:
     """Every message that a person typed. The sender is the account's id; options.assistant may give its name or id."""
     seen, announced = 0, None
-    for key, entry in object_items(file, {"messages"}, options.encoding):
-        if key == "messageCount":
-            announced = int(entry)
-        if key != "messages":
-            continue
-        seen += 1
-        author = entry.get("author") or {}
-        names = {str(author.get(field)) for field in ("id", "name", "nickname") if author.get(field)}
-        where = f"{file.label}:{entry.get('id')}"
-        if entry.get("type") not in ("Default", "Reply", 0, 19):
-            ledger.change("service entry left out", f"{where}: {entry.get('type')}")
-            continue
-        if author.get("isBot") and options.assistant not in names:
-            ledger.change("bot left out", f"{where}: {author.get('name')}")
-            continue
-        text = entry.get("content") or ""
-        if not text.strip():
-            ledger.change("media left out", where)
-            continue
-        sender = (
-            options.assistant
-            if options.assistant in names and options.assistant
-            else str(author.get("id") or author.get("name"))
-        )
-        reply = (entry.get("reference") or {}).get("messageId")
-        yield ChatMessage(
-            sender, text, _seconds(entry.get("timestamp")), str(entry.get("id", "")), str(reply) if reply else None
-        )
+
+    def entries() -> Iterator[Any]:
+        nonlocal seen, announced
+        for key, entry in object_items(file, {"messages"}, options.encoding):
+            if key == "messageCount":
+                announced = entry
+            elif key == "messages":
+                seen += 1
+                yield entry
+
+    yield from read_messages(entries(), partial(_message, options.assistant), file, ledger)
     if announced is not None and announced != seen:
         ledger.change("file announces another number of messages", f"{file.label}: {announced} announced, {seen} there")
 
 
-def _seconds(stamp: str | None) -> float | None:
-    try:
-        return datetime.fromisoformat(stamp).timestamp() if stamp else None
-    except ValueError:
-        return None
+def _message(assistant: str | None, entry: dict[str, Any]) -> ChatMessage | str:
+    """A message, or why it is left out."""
+    author = entry.get("author") or {}
+    names = {str(author.get(field)) for field in ("id", "name", "nickname") if author.get(field)}
+    if entry.get("type") not in ("Default", "Reply", 0, 19):
+        return "service entry left out"
+    if author.get("isBot") and assistant not in names:
+        return "bot left out"
+    text = entry.get("content") or ""
+    if not text.strip():
+        return "media left out"
+    sender = assistant if assistant is not None and assistant in names else str(author.get("id") or author.get("name"))
+    reply = (entry.get("reference") or {}).get("messageId")
+    return ChatMessage(
+        sender, text, seconds_of(entry.get("timestamp")), str(entry.get("id", "")), str(reply) if reply else None
+    )

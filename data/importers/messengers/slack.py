@@ -21,6 +21,8 @@ from ...raw.files import RawFile
 from ...recipe import SourceSection
 from ..messages import ChatMessage
 from ..rebuild import conversations
+from ..records import MALFORMED, read_messages
+from .dated import seconds_of
 
 _LINK = re.compile(r"<([@#!]?)([^<>|]+)(?:\|([^<>]*))?>")
 _PEOPLE_SUBTYPES = (None, "thread_broadcast", "me_message", "file_comment")
@@ -46,21 +48,25 @@ def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[
         with day.open() as raw:
             try:
                 entries = json.load(raw)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{day.label}: not JSON ({error})") from error
-        for entry in sorted(entries, key=lambda e: float(e.get("ts", 0))):
-            where = f"{day.label}:{entry.get('ts')}"
-            if entry.get("type") != "message" or entry.get("subtype") not in _PEOPLE_SUBTYPES:
-                ledger.change(f"{entry.get('subtype') or entry.get('type')} left out", where)
-                continue
-            user = entry.get("user")
-            if user is None:
-                ledger.change("bot left out", where)
-                continue
-            text = _LINK.sub(partial(_resolve, names), entry.get("text") or "")
-            thread = entry.get("thread_ts")
-            sender = names.get(user, user) if options.assistant in (names.get(user), None) else user
-            yield ChatMessage(sender, html.unescape(text), float(entry["ts"]), entry["ts"], thread=thread)
+        if not isinstance(entries, list):
+            raise ConfigError(f"{day.label}: expected a list of messages, found a {type(entries).__name__}")
+        found = read_messages(entries, partial(_message, names, options.assistant), day, ledger)
+        yield from sorted(found, key=lambda message: message.time or 0.0)
+
+
+def _message(names: dict[str, str], assistant: str | None, entry: dict[str, Any]) -> ChatMessage | str:
+    """A message, or why it is left out."""
+    if entry.get("type") != "message" or entry.get("subtype") not in _PEOPLE_SUBTYPES:
+        return f"{entry.get('subtype') or entry.get('type')} left out"
+    user, thread = entry.get("user"), entry.get("thread_ts")
+    if user is None:
+        return "bot left out"
+    text = _LINK.sub(partial(_resolve, names), entry.get("text") or "")
+    sender = names.get(user, str(user)) if assistant in (names.get(user), None) else str(user)
+    time = seconds_of(entry["ts"])
+    return ChatMessage(sender, html.unescape(text), time, str(entry["ts"]), thread=None if thread is None else str(thread))
 
 
 def _resolve(names: dict[str, str], match: re.Match[str]) -> str:
@@ -76,8 +82,13 @@ def _user_names(file: RawFile) -> dict[str, str]:
     users = file.sibling_above("users.json")
     if users is None:
         return {}
-    with users.open() as raw:
-        entries: list[dict[str, Any]] = json.load(raw)
-    return {
-        u["id"]: (u.get("profile") or {}).get("display_name") or u.get("real_name") or u.get("name") or u["id"] for u in entries
-    }
+    try:
+        with users.open() as raw:
+            entries: list[dict[str, Any]] = json.load(raw)
+        return {str(user["id"]): str(_name(user)) for user in entries}
+    except MALFORMED as error:
+        raise ConfigError(f"{users.label}: not Slack's list of users ({type(error).__name__}: {error})") from error
+
+
+def _name(user: dict[str, Any]) -> Any:
+    return (user.get("profile") or {}).get("display_name") or user.get("real_name") or user.get("name") or user["id"]

@@ -7,7 +7,6 @@ counted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
@@ -18,6 +17,8 @@ from ...raw.json_fields import OPENED, walk
 from ...recipe import SourceSection
 from ..messages import ChatMessage
 from ..rebuild import conversations
+from ..records import read_messages
+from .dated import seconds_of
 
 
 def recognise(head: bytes, name: str) -> bool:
@@ -40,7 +41,7 @@ _ENTERED = {(), ("messages",)} | {
 }  # fmt: skip
 
 
-def entries(file: RawFile, encoding: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def entries(file: RawFile, encoding: str) -> Iterator[tuple[int, str, Any]]:
     """(number of the chat, its id, message); a file of one chat has the number 0 and needs no id."""
     number, channel = 0, ""
     for path, value in walk(file, _ENTERED, encoding):
@@ -48,36 +49,29 @@ def entries(file: RawFile, encoding: str) -> Iterator[tuple[int, str, dict[str, 
             number, channel = number + 1, ""
         elif len(path) == 4 and path[1:] == ("list", "*", "id"):
             channel = str(value)
-        elif path[-2:] == ("messages", "*") and isinstance(value, dict):
+        elif path[-2:] == ("messages", "*") or path[-1:] == ("messages",):
             yield number, channel, value
 
 
-def messages(entries: Iterable[dict[str, Any]], file: RawFile, ledger: Ledger) -> Iterator[ChatMessage]:
+def messages(entries: Iterable[Any], file: RawFile, ledger: Ledger) -> Iterator[ChatMessage]:
     """Every message with text."""
-    for entry in entries:
-        where = f"{file.label}:{entry.get('id')}"
-        if entry.get("type") != "message":
-            ledger.change("service entry left out", f"{where}: {entry.get('action', '')}")
-            continue
-        text = _text(entry.get("text", ""))
-        if not text.strip():
-            ledger.change("media left out", f"{where}: {entry.get('media_type', 'file' if 'file' in entry else 'photo')}")
-            continue
-        sender = entry.get("from_id") or entry.get("from") or "deleted account"
-        reply = entry.get("reply_to_message_id")
-        yield ChatMessage(str(sender), text, _seconds(entry), str(entry.get("id", "")), None if reply is None else str(reply))
+    yield from read_messages(entries, _message, file, ledger)
+
+
+def _message(entry: dict[str, Any]) -> ChatMessage | str:
+    """A message, or why it is left out."""
+    if entry.get("type") != "message":
+        return "service entry left out"
+    text = _text(entry.get("text", ""))
+    if not text.strip():
+        return "media left out"
+    sender = entry.get("from_id") or entry.get("from") or "deleted account"
+    reply = entry.get("reply_to_message_id")
+    time = seconds_of(entry["date_unixtime"] if "date_unixtime" in entry else entry.get("date"))
+    return ChatMessage(str(sender), text, time, str(entry.get("id", "")), None if reply is None else str(reply))
 
 
 def _text(text: Any) -> str:
     if isinstance(text, str):
         return text
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in text)
-
-
-def _seconds(entry: dict[str, Any]) -> float | None:
-    try:
-        if "date_unixtime" in entry:
-            return float(entry["date_unixtime"])
-        return datetime.fromisoformat(entry["date"]).replace(tzinfo=UTC).timestamp()
-    except (KeyError, ValueError):
-        return None

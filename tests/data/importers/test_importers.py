@@ -78,8 +78,8 @@ def test_a_conversation_survives_its_rendering(
 
 
 def test_every_importer_is_rendered_above() -> None:
-    # oasst_ranks makes pairs of replies, not dialogues: test_preference.py; chatgpt: test_own_data.py
-    assert {kind for kind, _, _ in FORMATS.values()} == set(IMPORTERS) - {"oasst_ranks", "chatgpt"}
+    # oasst_ranks makes pairs of replies, not dialogues: test_preference.py
+    assert {kind for kind, _, _ in FORMATS.values()} == set(IMPORTERS) - {"oasst_ranks"}
 
 
 def test_times_survive_where_the_format_has_them(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_openai_parts_weights_and_tools_are_understood(tmp_path: Path) -> None:
     assert found[0].turns == (
         Turn("system", "be kind"),
         Turn("user", "hi"),
-        Turn("assistant", '{"arguments": "{}", "name": "f"}', loss=False),
+        Turn("assistant", '{"name": "f", "arguments": {}}', loss=False, calls=1),
         Turn("tool", "42", "f"),
         Turn("assistant", "done"),
     )
