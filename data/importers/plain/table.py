@@ -49,7 +49,9 @@ def usual_names(field: str) -> tuple[str, ...]:
 
 def column_map(names: list[str], given: Mapping[str, str], label: str) -> dict[str, str]:
     """Our field -> column, from sources.columns or from usual column names."""
-    missing = [column for column in given.values() if column not in names]
+    inside = ("role", "sender", "content") if "messages" in given else ()  # keys of the messages, not columns
+    wanted = [column for field, column in given.items() if field not in inside]
+    missing = [column for column in wanted if column not in names and column.split(".")[0] not in names]
     if missing:
         raise ConfigError(f"{label}: sources.columns names {missing}, the table has {names}")
     if given:

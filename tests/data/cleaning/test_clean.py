@@ -10,7 +10,7 @@ from chatmill.config import ConfigError
 from chatmill.data.cleaning.clean import Cleaner
 from chatmill.data.conversation import Conversation, Turn
 from chatmill.data.ledger import Ledger
-from chatmill.data.recipe import CleanSection, PairSection
+from chatmill.data.recipe import CleanSection, PairSection, PrivacySection
 from chatmill.data.samples.pair import make_samples
 
 
@@ -141,3 +141,32 @@ def test_all_pairs_of_a_conversation_share_its_thread() -> None:
     ledger = Ledger()
     found = list(make_samples(talk("a", "b", "c", "d"), PairSection(mode="pairs"), ledger))
     assert len({c.uid for c in found}) == 2 and {c.meta["thread"] for c in found} == {"u"}
+
+
+def test_thoughts_beside_replies_are_cleaned_and_made_private_like_words() -> None:
+    turns = (
+        Turn("user", "mail me"),
+        Turn("assistant", "I will write to ann@example.org.", reasoning="The address is ann@example.org.\u200b  \n"),
+    )
+    cleaned = Cleaner(CleanSection(privacy=PrivacySection(mode="redact"))).apply(Conversation("u", turns, "s", "o"), Ledger())
+    assert cleaned is not None and cleaned.turns[1].content == "I will write to [EMAIL]."
+    assert cleaned.turns[1].reasoning == "The address is [EMAIL]."
+
+
+def test_calls_of_tools_survive_cleaning_or_become_words() -> None:
+    line = '{"name": "f", "arguments": {"to": "ann@example.org"}}'
+    conversation = Conversation("u", (Turn("user", "please do it"), Turn("assistant", f"Yes.\n{line}", calls=1)), "s", "o")
+    kept = Cleaner(CleanSection(privacy=PrivacySection(mode="redact"))).apply(conversation, Ledger())
+    assert kept is not None and kept.turns[1].said == "Yes."
+    assert kept.turns[1].tool_calls == [{"name": "f", "arguments": {"to": "[EMAIL]"}}]
+    broken = Cleaner(CleanSection(strip_lines=[r"\{.*"])).apply(conversation, Ledger())
+    assert broken is not None and broken.turns[1].content == "Yes." and broken.turns[1].calls == 0
+
+
+@pytest.mark.parametrize("text", ["<省略影音内容>", "[图片]", "撤回了一条消息", "Tämä viesti poistettiin"])
+def test_what_clients_write_in_place_of_a_message_is_dropped_from_any_source(text: str) -> None:
+    turns = (Turn("user", "how was the film yesterday?"), Turn("assistant", text), Turn("assistant", "I liked it."))
+    ledger = Ledger()
+    cleaned = Cleaner(CleanSection()).apply(Conversation("u", turns, "s", "o"), ledger)
+    assert cleaned is not None and [t.content for t in cleaned.turns] == [turns[0].content, "I liked it."]
+    assert ledger.changed["turn: deleted or left out by the exporter"] == 1
