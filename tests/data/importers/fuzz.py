@@ -100,7 +100,19 @@ def outcome(path: Path, kind: str, **options: Any) -> tuple[int, Ledger, str]:
 
 
 # Formats of one object per dialogue: the number of records is what json_lines hands out.
-RECORDS = ("openai", "sharegpt", "alpaca", "preference", "pairs", "utterances", "chatgpt", "deepseek", "claude", "gemini")
+RECORDS = (
+    "chatmill",
+    "openai",
+    "sharegpt",
+    "alpaca",
+    "preference",
+    "pairs",
+    "utterances",
+    "chatgpt",
+    "deepseek",
+    "claude",
+    "gemini",
+)
 
 
 def records_of(text: str) -> list[Any]:

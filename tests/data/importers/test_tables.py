@@ -33,7 +33,11 @@ def test_rows_of_a_conversation_that_are_not_adjacent_stay_one_conversation(tmp_
 
 
 def test_times_put_rows_in_order(tmp_path: Path) -> None:
-    rows = [["k", "Bob", "b", "2023/5/1 下午9:16"], ["k", "Ann", "a", "2023/5/1 下午9:15"], ["k", "Ann", "c", "2023/5/1 下午9:17"]]
+    rows = [
+        ["k", "Bob", "b", "2023/5/1 下午9:16"],
+        ["k", "Ann", "a", "2023/5/1 下午9:15"],
+        ["k", "Ann", "c", "2023/5/1 下午9:17"],
+    ]
     path = write_csv(tmp_path / "t.csv", ["conversation", "sender", "content", "time"], rows)
     assert shown(path) == [["u a", "a b", "u c"]]
     rows[1][3] = "long ago"  # not all have a time: the order of the rows
@@ -44,7 +48,9 @@ def test_times_put_rows_in_order(tmp_path: Path) -> None:
 def test_a_chat_log_in_a_table_is_cut_at_silences(unit: int, tmp_path: Path) -> None:
     """60 chats of WeChat in one table, as epoch seconds or milliseconds, are 60 dialogues."""
     rows = [
-        [("小红", "我")[k % 2], f"第{n}次第{k}句", (1_700_000_000 + n * 86_400 + k * 60) * unit] for n in range(60) for k in range(4)
+        [("小红", "我")[k % 2], f"第{n}次第{k}句", (1_700_000_000 + n * 86_400 + k * 60) * unit]
+        for n in range(60)
+        for k in range(4)
     ]
     path = write_csv(tmp_path / "t.csv", ["who", "said", "at"], rows)
     columns = {"sender": "who", "content": "said", "time": "at"}
