@@ -54,7 +54,7 @@ class RawFile:
         name = "/".join(part for part in str(self.path).split("/")[-1 - self.folders :] if part)
         if self.member is None:
             return name
-        return f"{name}!{self.member}" if self.entry is None else f"{name}:{self.member}"
+        return f"{name}!{_readable(self.member)}" if self.entry is None else f"{name}:{self.member}"
 
     @property
     def stem(self) -> str:
@@ -232,6 +232,18 @@ class RawFile:
         if isinstance(file, _Recoded) or start.isascii() or text_encoding(start) != "gb18030":
             return start
         return codecs.getincrementaldecoder("gb18030")("replace").decode(start).encode("utf-8", "replace")
+
+
+def _readable(member: str) -> str:
+    """The name of a zip's member. Chinese Windows writes GBK, which the format takes for code page 437: `╙δ└÷└÷` is 与丽丽."""
+    try:
+        raw = member.encode("cp437")
+    except UnicodeError:
+        return member
+    if raw.isascii():
+        return member
+    found = text_encoding(raw)
+    return raw.decode(found, "replace") if found in ("gb18030", "utf-8") else member
 
 
 @lru_cache(maxsize=64)

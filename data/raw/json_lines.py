@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from ..ledger import Ledger
@@ -106,6 +107,7 @@ def _array(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[int, 
             buffer = buffer[end:]
 
 
+@lru_cache(maxsize=2)  # every importer asks for it
 def first_object(head: bytes) -> dict[str, Any] | None:
     """The first object of JSON lines or of an array, if the head contains it completely. Broken lines before it are skipped."""
     text = head.decode("utf-8-sig", "ignore").lstrip()

@@ -11,6 +11,7 @@ from chatmill.data.conversation import Conversation, Turn
 from chatmill.data.importers.messengers.dated import looks_dated, seconds_of
 from chatmill.data.importers.registry import read_file, recognise, source_files
 from chatmill.data.ledger import Ledger
+from chatmill.data.raw.files import RawFile
 from chatmill.data.recipe import SourceSection
 
 CASES = Path(__file__).parent / "cases"
@@ -215,3 +216,9 @@ def test_a_bad_message_drops_its_dialogue_and_no_other() -> None:
     found, ledger = read(CASES / "more/openai_content_int.jsonl")
     assert [[show(turn) for turn in c.turns] for c in found] == [["u 第二条正常的数据", "a 这一条应该保留下来。"]]
     assert ledger.dropped == {"bad message": 1} and ledger.examples["bad message"][0].startswith("openai_content_int.jsonl:1")
+
+
+def test_names_in_zips_of_chinese_windows_are_readable() -> None:
+    (file,) = source_files(SourceSection(path=str(CASES / "win.zip")))
+    assert file.label == "win.zip!与丽丽的 WhatsApp 聊天.txt"
+    assert RawFile(Path("x.zip"), "Übung é.txt").label == "x.zip!Übung é.txt"

@@ -38,8 +38,10 @@ def peak_bytes(path: Path) -> tuple[int, int]:
         tracemalloc.stop()
 
 
+# Those of one JSON object per dialogue are read by one function: one of them speaks for the others.
+ALIKE = {"claude", "gemini", "signal", "pairs", "utterances", "chatgpt", "chatmill", "preference"}
 # One layout of each format, and those that nest what others have at the top.
-ONE_OF_EACH = {kind: name for name, (kind, _, _) in reversed(FORMATS.items())}
+ONE_OF_EACH = {kind: name for name, (kind, _, _) in reversed(FORMATS.items()) if kind not in ALIKE}
 NAMES = sorted({*ONE_OF_EACH.values(), "telegram account", "slack zip", "cornell", "ubuntu"})
 
 
