@@ -64,6 +64,8 @@ def _shared_beginning(file: RawFile, encoding: str) -> str:
 def _dialogue(beginning: str, record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], dict[str, Any]]:
     title = text_of(record.get("title"), "title")
     items = record.get("safeHtmlItem")
+    if not _is_gemini(record) and (record.get("header") or record.get("products")):
+        raise BadRecordError("activity of another product", f"{record.get('header')}: {title}")
     if not items:
         raise BadRecordError("activity without an answer", title)
     items = items if isinstance(items, list) else [items]

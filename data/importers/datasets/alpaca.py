@@ -20,6 +20,7 @@ from ...recipe import SourceSection
 from ..records import BadRecordError, Record, read_records, text_of
 from .openai_messages import kept_fields, system_turn
 
+EXTRAS = ("input", "context")  # what else belongs to a prompt; Dolly says context
 _SO_FAR = re.compile(r"(?:^|\n)(Human|Assistant)[:：][ \t]*")
 
 

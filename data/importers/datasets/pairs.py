@@ -21,7 +21,7 @@ from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
 from ..plain.table import json_rows, usual_names
 from ..records import BadRecordError, Record, read_records, text_of
-from .alpaca import history_turns
+from .alpaca import EXTRAS, history_turns
 from .openai_messages import kept_fields, system_turn, turn_of
 
 _PROMPTS = ("instruction", "input", "user")  # besides those of tables, and after them
@@ -63,12 +63,12 @@ def dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], d
     if names is None:
         raise BadRecordError("no prompt or no reply", sorted(record)[:8])
     turns = [*history_turns(record.get("history")), *_said(record[names[0]], "user")]
-    extra = record.get("input") if names[0] != "input" else None
-    if isinstance(extra, str) and extra.strip():
+    extra = next((record[key] for key in EXTRAS if key != names[0] and record.get(key)), None)
+    if extra is not None and text_of(extra, "input").strip():
         turns[-1] = Turn("user", f"{turns[-1].content}\n\n{extra}")
     turns += _said(record[names[1]], "assistant")
-    if not turns[-1].content.strip():
-        raise BadRecordError("empty reply", origin)
+    if not all(turn.content.strip() for turn in turns):
+        raise BadRecordError("empty cell", [turn.content for turn in turns][-2:])
     return [*system_turn(record, turns), *turns], kept_fields(record)
 
 

@@ -22,7 +22,7 @@ from ...conversation import Conversation
 from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...recipe import SourceSection
-from ..datasets import alpaca, openai_messages, sharegpt, utterances
+from ..datasets import alpaca, openai_messages, pairs, sharegpt, utterances
 from ..records import read_records
 from .table import column_map, json_cell, rows_to_conversations
 
@@ -46,7 +46,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
         return
     numbered = chain([first], rows)
     if not options.columns:
-        shapes = (openai_messages, sharegpt, alpaca, utterances)
+        shapes = (openai_messages, sharegpt, alpaca, pairs, utterances)
         head = json.dumps(first[1]).encode()
         if module := next((shape for shape in shapes if shape.recognise(head, "")), None):
             yield from read_records(numbered, module.dialogue, file, source, ledger)

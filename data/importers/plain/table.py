@@ -21,6 +21,7 @@ from ...conversation import Conversation, Turn, make_uid
 from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...recipe import SourceSection
+from ..datasets import alpaca
 from ..labels import role_of
 from ..messages import ChatMessage, to_conversation
 from ..messengers.dated import seconds_of
@@ -29,7 +30,7 @@ from ..records import BadRecordError, Record, entry_of, read_records, text_of
 from .rows import csv_rows
 
 _USUAL = {
-    "prompt": "prompt question query input user instruction 问题 提问 问 用户 输入 指令 質問 질문",
+    "prompt": "prompt question query instruction user input 问题 提问 问 用户 输入 指令 質問 질문",
     "reply": "reply response answer completion output assistant 回答 答案 答 回复 答复 助手 输出 答え 답변",
     "text": "text document 文本 正文 内容",
     "conversation": "conversation conversation_id dialogue_id dialog_id thread thread_id topic_id chat_id session_id 会话",
@@ -220,7 +221,16 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
         names = [str(n) for n in range(1, len(header) + 1)]
         header, rows = csv_rows(file, options.encoding, ledger, names)
     columns = column_map(header, options.columns, file.label)
+    if not options.columns and "prompt" in columns:  # what belongs to the prompt may stand in a column beside it
+        lower = {name.strip().lower(): name for name in header}
+        extra = next((lower[n] for n in alpaca.EXTRAS if n in lower and lower[n] != columns["prompt"]), None)
+        if extra is not None:
+            rows = ((number, _with_extra(row, columns["prompt"], extra)) for number, row in rows)
     yield from rows_to_conversations(rows, columns, file, options, source, ledger)
+
+
+def _with_extra(row: dict[str, str], prompt: str, extra: str) -> dict[str, str]:
+    return row | {prompt: f"{row[prompt]}\n\n{row[extra]}"} if row[extra].strip() and row[prompt].strip() else row
 
 
 def json_cell(value: Any) -> Any:

@@ -94,3 +94,14 @@ def test_a_map_that_makes_no_dialogue_is_refused(tmp_path: Path) -> None:
     for columns, message in (({"prompt": "a"}, "expected prompt and reply"), ({"who": "a"}, "known fields")):
         with pytest.raises(ConfigError, match=message):
             read(tmp_path / "x.jsonl", columns=columns)
+
+
+def test_what_belongs_to_a_prompt_is_not_lost(tmp_path: Path) -> None:
+    row = {"instruction": "summarise", "context": "a long text", "response": "short", "category": "x"}
+    (tmp_path / "dolly.jsonl").write_text(json.dumps(row))
+    write_csv(tmp_path / "dolly.csv", list(row), [list(row.values())])
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "dolly.parquet")
+    for name in ("dolly.jsonl", "dolly.csv", "dolly.parquet"):
+        assert shown(tmp_path / name) == [["u summarise\n\na long text", "a short"]], name
+    write_csv(tmp_path / "a.csv", ["instruction", "input", "output"], [["do", "this", "done"], ["do", "", "done"]])
+    assert shown(tmp_path / "a.csv") == [["u do\n\nthis", "a done"], ["u do", "a done"]]
