@@ -19,7 +19,7 @@ from .files import RawFile
 _PIECE_CHARS = 1 << 20
 _BLANK = re.compile(r"[\s,]*")
 _LINES_TRIED = 5
-_FIRST_LINE_BYTES = 1 << 20
+_FIRST_LINE_BYTES = 1 << 18
 _SPEAKERS = ("role", "from", "sender", "speaker")
 
 

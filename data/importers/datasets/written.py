@@ -84,7 +84,9 @@ def _check(message: dict[str, Any]) -> None:
     if message["role"] not in ROLES:
         raise BadRecordError("unknown role", message["role"])
     text_of(message["content"], "content")
-    kinds_of = {"name": str, "time": (int, float), "loss": bool, "reasoning_content": str, "calls": int}
+    kinds_of: dict[str, type | tuple[type, ...]] = {
+        "name": str, "time": (int, float), "loss": bool, "reasoning_content": str, "calls": int,
+    }  # fmt: skip
     for field, kinds in kinds_of.items():
         value = message.get(field)
         if value is not None and not isinstance(value, kinds):

@@ -51,9 +51,10 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(json_lines, "_PIECE_CHARS", 1 << 12)
     monkeypatch.setattr(parquet, "BATCH_ROWS", 8)
     monkeypatch.setattr(files, "SAMPLE_BYTES", 1 << 12)
+    monkeypatch.setattr(json_lines, "_FIRST_LINE_BYTES", 1 << 12)
     _, render, limits = FORMATS[name]
     peaks, sizes, parts = [], [], []
-    few = 45 if name == "mbox" else 60  # the parser of the standard library is slow, more so when watched
+    few = {"mbox": 45, "messenger": 120}.get(name, 60)  # the parser of the standard library is slow, more so when watched
     # The first pays for modules and regular expressions; all are larger than what is read at a time.
     for n in (few, few, 3 * few):
         folder = tmp_path / f"{len(peaks)}"
