@@ -79,7 +79,7 @@ def inspect_raw(
     for options in sources:
         found = distinct(source_files(options))
         for file in found:
-            if options.format == "auto" and len(found) > 1 and not is_recognised(file):
+            if options.format == "auto" and len(found) > 1 and not is_recognised(file, options.columns):
                 left_out.append(file.label)
                 continue
             facts = _File(file.label, _format(file, options))
@@ -92,7 +92,7 @@ def inspect_raw(
                 elif (place := rng.randrange(total)) < samples:  # every dialogue is as likely to stay (Vitter's R)
                     chosen[place] = conversation
     if not files:
-        recognise(source_files(sources[0])[0])  # says what is wrong with the first
+        recognise(source_files(sources[0])[0], sources[0].columns)  # says what is wrong with the first
     _print_files(files, left_out, console)
     console.print(f"\n{counted(total, 'dialogue')}; {len(chosen):,} of them at random (--seed {seed})", highlight=False)
     for conversation in chosen:
@@ -101,7 +101,7 @@ def inspect_raw(
 
 
 def _format(file: RawFile, options: SourceSection) -> str:
-    return options.format if options.format != "auto" else recognise(file)
+    return options.format if options.format != "auto" else recognise(file, options.columns)
 
 
 def _print_files(files: list[_File], left_out: list[str], console: Console) -> None:

@@ -177,7 +177,8 @@ def _private(split: str, conversation: Conversation, privacy: Privacy | None, nu
     """Private data that should be gone; what was found is never quoted."""
     if privacy is None:
         return []
-    found = sorted({finding.kind for turn in conversation.turns for finding in privacy.leftovers(turn.content)})
+    texts = [text for turn in conversation.turns for text in (turn.content, turn.reasoning) if text]
+    found = sorted({finding.kind for text in texts for finding in privacy.leftovers(text)})
     where = f"{split}, dialogue {number} ({conversation.uid}, {conversation.origin})"
     return [f"{where}: private data that the recipe says is removed: {', '.join(found)}"] if found else []
 

@@ -20,6 +20,7 @@ import pytest
 import webdataset
 
 from chatmill.config import ConfigError
+from chatmill.data.check.verify import _private
 from chatmill.data.cleaning.privacy import _SURROGATES, Privacy
 from chatmill.data.conversation import Conversation, Turn, dump_line, load_line
 from chatmill.data.pipeline.pipeline import build_dataset
@@ -188,6 +189,13 @@ def test_what_a_replacement_uncovers_is_replaced_too() -> None:
     text = "5555555555554444 020 7946 0958 0999 10.1.1.300.4.4.4.4 DE89370400440532013000 4012888888881881-1234"
     cleaned = privacy.apply([Turn("user", text)], lambda kind: None)
     assert not privacy.leftovers(cleaned[0].content)
+
+
+def test_private_data_in_a_thought_beside_a_reply_is_found() -> None:
+    privacy = Privacy(PrivacySection(mode="redact"))
+    turns = (Turn("user", "hi"), Turn("assistant", "hello", reasoning="ask ann@example.org"))
+    (found,) = _private("train", Conversation("u", turns, "s", "o"), privacy, 0)
+    assert found.endswith("removed: email") and "ann" not in found
 
 
 # ---------------------------------------------------------------- damaged and hostile files
