@@ -84,7 +84,7 @@ def importer(name: str) -> Importer:
 
 
 def recognise(file: RawFile, columns: Mapping[str, str] | None = None) -> str:
-    """Name of the format of a file; ConfigError if none fits. JSON of which sources.columns says what is what is `pairs`."""
+    """Name of the format of a file; ConfigError if none fits. JSON with sources.columns is `pairs`, or documents."""
     if name := _fitting(file, columns):
         return name
     if file.is_tar:
@@ -116,8 +116,8 @@ def _fitting(file: RawFile, columns: Mapping[str, str] | None = None) -> str | N
     """The format of a file; of a tar, that of the first of its members that has one."""
     for member in islice(file.members(), MEMBERS_TRIED):
         head = member.head()
-        if columns and set(columns) != {"text"} and first_object(head) is not None:
-            return "pairs"
+        if columns and first_object(head) is not None:
+            return "documents" if set(columns) == {"text"} else "pairs"
         if name := next((name for name in IMPORTERS if importer(name).recognise(head, member.stem)), None):
             return name
     return None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from chatmill.config import ConfigError
-from chatmill.data.importers.messengers import discord, slack, telegram
+from chatmill.data.importers.messengers import discord, messenger, slack, telegram, wechat
 from chatmill.data.importers.registry import read_file, source_files
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import SourceSection
@@ -169,6 +169,9 @@ def lost_messages(kind: str, path: Path) -> str | None:
     elif kind == "telegram" and isinstance(whole.get("messages"), list) and "chats" not in whole:
         entries = len(whole["messages"])
         out = len(list(telegram.messages((entry for *_, entry in telegram.entries(file, "utf-8")), file, ledger)))
+    elif kind in ("messenger", "wechat") and isinstance(whole.get("messages"), list):
+        module = {"messenger": messenger, "wechat": wechat}[kind]
+        entries, out = len(whole["messages"]), len(list(module.messages(file, section, ledger)))
     elif kind == "slack" and isinstance(whole, list):
         entries, out = len(whole), len(list(slack.messages(file, section, ledger)))
     else:
