@@ -37,11 +37,13 @@ from .budget import (
 )
 
 BUDGET = "chatmill_budget"
+FIXED_DAY = datetime(2024, 1, 1)  # "now" unless a moment is set: today's date would make two builds of the same data differ
 
 _METHODS = {
-    str: "capitalize casefold center count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit "
-    "islower isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind "
-    "rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill",
+    str: "capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii isdecimal "
+    "isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition removeprefix "
+    "removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
+    "zfill",
     dict: "copy get items keys values",
     list: "copy count index",
     tuple: "count index",
@@ -51,6 +53,7 @@ _METHODS = {
 _ALLOWED_METHODS = {kind: frozenset(names.split()) for kind, names in _METHODS.items()}
 _DROPPED_FILTERS = ("filesizeformat", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 _LAZY_FILTERS = frozenset(("map", "select", "selectattr", "reject", "rejectattr"))
+_SCOPES = ("_loop_vars", "_block_vars")  # jinja2's own arguments to every call inside a loop or block
 _NUMBERS_ARE_VALUES = frozenset(("get", "default", "d", "index", "count"))
 _WIDE_FORMAT = re.compile(r":[^{}]*(?:\d{4}|\{)|%[^a-zA-Z%]*(?:\d{4}|\*)")
 
@@ -60,9 +63,10 @@ class _GenerationTag(Extension):
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        # What is set inside is not seen outside.
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class _Meter(NodeTransformer):
@@ -146,8 +150,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.filters[inner.__name__] = inner
         del self.globals["lipsum"]
         self.globals["raise_exception"] = _raise_exception
-        # A current date in the prompt would make two builds differ; templates that ask for a date get a fixed day.
-        self.globals["strftime_now"] = _strftime_now
+        self.moment = FIXED_DAY
+        self._strftime_now: Callable[[str], str] = lambda layout: self.moment.strftime(layout)
+        self.globals["strftime_now"] = self._strftime_now
 
     def compile_template(self, source: str) -> Template:
         """The template, metered. Raises TemplateRefusedError."""
@@ -200,7 +205,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise TemplateRefusedError(
                     f"chat template: operator '*' to more than {MAX_ARGUMENT:,} characters is not allowed"
                 )
-        elif operator == "**" or not numbers:
+        elif operator == "%" and isinstance(left, str):
+            self._measure("format", left, right if isinstance(right, tuple) else (right,), {})
+        elif operator == "**" and numbers and isinstance(left, int) and left.bit_length() * abs(right) > 4096:
+            raise TemplateRefusedError("chat template: operator '**' to more than 4,096 bits is not allowed")
+        elif not numbers:
             raise TemplateRefusedError(f"chat template: operator {operator!r} on {type(left).__name__} is not allowed")
         budget.weigh(left)
         budget.weigh(right)
@@ -215,6 +224,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if hasattr(__obj, "__wrapped__"):  # str.format in the sandbox
             owner = __obj.__wrapped__.__self__
         kind = next((kind for kind in _ALLOWED_METHODS if isinstance(owner, kind) and not isinstance(owner, bool)), None)
+        plain = {name: value for name, value in kwargs.items() if name not in _SCOPES}
         if kind is not None and not isinstance(__obj, Macro | type):
             name = __obj.__name__
             if name not in _ALLOWED_METHODS[kind]:
@@ -224,10 +234,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 __self._measure(name, parts, (owner,), {})
                 args = (parts,)
             else:
-                args = __self._measure(name, owner, args, kwargs)
-        elif __obj is _raise_exception or __obj is _strftime_now:
-            for argument in args:
-                budget.weigh(argument)
+                args = __self._measure(name, owner, args, plain)
+        elif __obj is _raise_exception or __obj is __self._strftime_now or (owner is dict and __obj.__name__ == "fromkeys"):
+            args = __self._measure("", None, args, plain)
         elif not isinstance(__obj, (Macro, LoopContext, BlockReference, Joiner, Undefined)):
             known = any(__obj is helper for helper in (safe_range, dict, Namespace, Cycler, Joiner))
             if not known and not isinstance(owner, (LoopContext, Cycler)):
@@ -288,8 +297,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif name == "indent" and isinstance(value, str):
             width = max([4, *texts, *(a for a in given if isinstance(a, int))])
             _fits(len(value) + (value.count("\n") + 1) * width)
+        elif name == "expandtabs" and isinstance(value, str):
+            _fits(len(value) + value.count("\t") * max([8, *(a for a in given if isinstance(a, int))]))
         elif name == "tojson":
-            width = max([0, *(a for a in given if isinstance(a, int))])
+            width = max([0, *(a for a in given if isinstance(a, int)), *texts, *(self._budget.deep(a) * 32 for a in given)])
             _fits(self._budget.deep(value) * (1 + width))
         elif name in ("format", "format_map"):
             if not isinstance(value, str) or len(value) > 4000 or _WIDE_FORMAT.search(value):
@@ -337,9 +348,12 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(str(message))
 
 
-def _strftime_now(layout: str) -> str:
-    return datetime(2024, 1, 1).strftime(layout)
-
-
-def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As in transformers, which does not escape HTML as jinja2 does."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

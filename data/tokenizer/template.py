@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 from chatmill.config import ConfigError
 
 from .budget import TemplateRefusedError
-from .sandbox import Sandbox
+from .sandbox import FIXED_DAY, Sandbox
 
 Message = Mapping[str, Any]
 
@@ -58,12 +59,18 @@ class ChatTemplate:
         self.source = source
         self._sandbox = Sandbox()
         self._template = self._sandbox.compile_template(source)
-        self._variables = {key: value or "" for key, value in variables.items()}
+        self._names = frozenset(variables)
+        self._variables = {key: value for key, value in variables.items() if value}
+        self.clock: Callable[[], datetime] = lambda: FIXED_DAY
         self._literals = lru_cache(maxsize=4096)(self._find_literals)
+
+    def take_time(self) -> None:
+        """Let strftime_now tell what the clock shows now, until the next call. The clock shows a fixed day unless it is set."""
+        self._sandbox.moment = self.clock()
 
     def check_variables(self, more: Mapping[str, Any]) -> None:
         """Raise ConfigError for variables that this template does not read, or that are not the client's to set."""
-        own = {"messages", "add_generation_prompt", *self._variables}
+        own = {"messages", "add_generation_prompt", *self._names}
         offered = sorted(self._sandbox.variables_of(self.source) - own)
         for name in more:
             if name not in offered:
@@ -73,9 +80,12 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, more: Mapping[str, Any] | None = None
     ) -> str:
-        """The text of a dialogue; with the header of the reply to come when asked for. more: further variables."""
-        variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **self._variables}
-        variables = {**(more or {}), **variables}
+        """The text of a dialogue, as transformers renders it; with the header of the reply to come when asked for.
+
+        more: further variables.
+        """
+        own = {"messages": [_as_given(m) for m in messages], "add_generation_prompt": add_generation_prompt, **self._variables}
+        variables = {"tools": None, "documents": None, **(more or {}), **own}
         return self._sandbox.render(self._template, variables)
 
     def literals(self, roles: tuple[str, ...]) -> list[str] | None:
@@ -118,6 +128,13 @@ class ChatTemplate:
             return None
         edges = [0, *(edge for match in found for edge in match.span()), len(text)]
         return [text[edges[k] : edges[k + 1]] for k in range(0, len(edges), 2)]
+
+
+def _as_given(message: Message) -> dict[str, Any]:
+    """What transformers hands to a template: no keys without a value, and reasoning under all the names that templates read."""
+    given = {key: value for key, value in message.items() if value is not None}
+    said = next((given[key] for key in ("reasoning_content", "thinking", "reasoning") if key in given), None)
+    return given if said is None else {"thinking": said, **given, "reasoning_content": said}
 
 
 def each_string(value: Any, change: Callable[[str], str]) -> Any:

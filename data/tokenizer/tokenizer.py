@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +210,14 @@ class ChatTokenizer:
             raise ConfigError("tokenizer: it has no chat template. Set `template:` in the data recipe (for example chatml).")
         return self._template
 
+    def use_todays_date(self) -> None:
+        """From now on templates that ask for the date get today's in prompts. Without it they get a fixed day, as in data."""
+        self.template.clock = datetime.now
+
     def prompt_ids(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
         """Ids to send for the next assistant turn, generation prompt included. variables: more of them for the template."""
         clean = self._clean(messages)
+        self.template.take_time()
         more = each_string(variables or {}, self.escape_special)
         text = self.template.render(clean, add_generation_prompt=True, more=more)
         return self._encode_pieces(text, self.replies.cuts(text, clean)).ids()

@@ -48,6 +48,7 @@ def load_chat_model(checkpoint: str | Path, device: str | None = None) -> ChatMo
         )
     if ends := set(end_ids({"eos_token_id": found.config.eos_token_id})) - tokenizer.stop_ids:  # of an import by 0.1
         tokenizer = tokenizer.with_settings({**tokenizer.generation, "eos_token_id": [*tokenizer.stops, *sorted(ends)]})
+    tokenizer.use_todays_date()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = Decoder(found.config)
     found.load_into(model)
