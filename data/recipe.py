@@ -160,20 +160,21 @@ class PairSection(Section):
 
 
 class NearSection(Section):
-    """threshold: Jaccard index of word triples from which two samples count as the same. Needs the package rensa."""
+    """threshold: Jaccard index of word triples from which two samples count as the same."""
 
     threshold: float = Field(default=0.8, gt=0.3, le=1)
 
 
 class DedupSection(Section):
-    """exact: of dialogues equal except for case and whitespace, the first stays. near: the same for near duplicates (MinHash).
+    """exact: of dialogues equal except for case and whitespace, the first stays. near: the same for near duplicates (MinHash);
+    null turns it off, and the split's certificate then says that nobody looked for them.
 
     decontaminate: files or folders of evaluation sets, in any format an importer knows; samples that share a run of
     overlap_words words (half as many characters again in scripts without spaces) with one of their texts are dropped.
     """
 
     exact: bool = True
-    near: NearSection | None = None
+    near: NearSection | None = NearSection()
     decontaminate: list[str] = Field(default_factory=list)
     overlap_words: int = Field(default=13, ge=5)
 

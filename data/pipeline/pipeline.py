@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,8 @@ from ..remote.files import is_url, staging_folder
 from ..report.page import html_report
 from ..report.text_counts import TextCounts
 from ..samples.decontaminate import benchmark_hashes
-from ..samples.dedup import CONTAMINATED, REASONS, deduplicate
+from ..samples.dedup import CONTAMINATED, REASONS, SUPERSEDED, deduplicate
+from ..samples.identity import resolve
 from ..samples.near_duplicates import near_pairs
 from ..samples.split import Facts, assign, certificate, group
 from ..shards.dataset import TokenDataset
@@ -44,7 +46,7 @@ from .destination import Progress, built_report, copy_out, published_report
 from .dialogues_file import check_dialogues_file, write_dialogues
 from .executor import Task, available_cores, run_tasks
 from .inputs import build_digest, given_tokenizer, raw_files, recipe_facts, template_tokenizer, trained_template, trained_tokens
-from .stages import ImportFile, PrepareChunk, TokenizeChunk
+from .stages import ImportFile, PrepareChunk, TokenizeChunk, encode_line
 from .work_folder import WorkFolder, build_lock, load_arrays, remove_work, save_arrays
 
 Stage = Literal["import", "clean", "pair", "dedup", "split", "tokenize", "shard"]
@@ -193,6 +195,9 @@ class _Build:
         pairs = near_pairs(signature, near.threshold) if near and signature is not None else None
         reason, cluster = deduplicate(exact, self.recipe.dedup.exact, pairs)
         reason[np.concatenate([part["contaminated"] for part in parts])] = CONTAMINATED
+        uids, sizes = (np.concatenate([part[name] for part in parts]) for name in ("uid", "size"))
+        stays, copy = resolve(uids, sizes, reason == 0)
+        reason[(reason == 0) & ~stays] = SUPERSEDED
         keep = reason == 0
         ledger = Ledger("samples", kept=int(keep.sum()))
         bounds = np.cumsum([0, *samples])
@@ -208,7 +213,7 @@ class _Build:
         authors = [flat[edges[i] : edges[i + 1]] for i in range(len(author_counts))] if self.recipe.split.by_author else None
         groups = group(cluster, thread, authors)
         keys = np.full(len(groups), np.iinfo(np.uint64).max, dtype=np.uint64)
-        np.minimum.at(keys, groups, thread)
+        np.minimum.at(keys, groups[keep], thread[keep])  # what is dropped as a copy moves no group to the other side
         validation = assign(keys[groups], self.recipe.split)
         side = np.where(keep, validation.astype(np.uint8), np.uint8(2))
         if (side == 0).sum() == 0 or (side == 1).sum() == 0:
@@ -220,7 +225,8 @@ class _Build:
                 "Give more data, another split.seed, a larger split.validation, or switch split.by_author off."
             )
         for k, chunk in enumerate(chunks):
-            save_arrays(self.work.path("assign", f"{chunk}.npz"), side=side[bounds[k] : bounds[k + 1]])
+            part = slice(bounds[k], bounds[k + 1])
+            save_arrays(self.work.path("assign", f"{chunk}.npz"), side=side[part], copy=copy[part])
         ledger = Ledger("samples", kept=int((side < 2).sum()))
         ledger.change("to train", n=int((side == 0).sum()))
         ledger.change("to validation", n=int((side == 1).sum()))
@@ -340,6 +346,8 @@ class _Build:
                     continue
                 _, side, uid, source, origin = row
                 span = slice(edges[k], edges[k + 1])
+                if not line.startswith(f'{{"uid":"{uid}"'.encode()):  # it shares its uid with an earlier sample
+                    line = encode_line(replace(load_line(line), uid=uid))
                 tokens[side].add(TokenizedDialogue(uid, arrays["ids"][span], mask[span]), source, origin)
                 texts[side].add(uid, line)
                 row, k = next(rows, None), k + 1

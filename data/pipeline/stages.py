@@ -21,12 +21,13 @@ from chatmill.config import ConfigError
 from chatmill.files import write_durably
 
 from ..cleaning.clean import Cleaner
-from ..conversation import Conversation, dump_line, load_line
+from ..conversation import Conversation, dump_line, load_line, part_uid
 from ..importers.registry import read_file
 from ..ledger import Ledger
 from ..report.text_counts import TextCounts
 from ..samples.decontaminate import contaminated
 from ..samples.dedup import text_hash
+from ..samples.identity import identified, size_of
 from ..samples.near_duplicates import dialogue_text, signatures
 from ..samples.pair import make_samples
 from ..samples.per_reply import per_reply
@@ -59,7 +60,7 @@ class ImportFile:
         for conversation in read_file(file, self.work.recipe.sources[source], ledger):
             if any("\ufffd" in turn.content for turn in conversation.turns):
                 ledger.change("with characters that could not be decoded (another sources.encoding?)", conversation.origin)
-            lines.append(encode_line(conversation))
+            lines.append(encode_line(identified(conversation)))
             size += len(lines[-1])
             if size >= CHUNK_BYTES:
                 flush()
@@ -78,7 +79,7 @@ class PrepareChunk:
         recipe = self.work.recipe
         cleaner, clean, pair = Cleaner(recipe.clean), Ledger("conversations"), Ledger("samples")
         lines, exact, thread, authors, author_counts = list[bytes](), list[int](), list[int](), list[int](), list[int]()
-        texts, foul = list[str](), list[bool]()
+        texts, foul, uids, sizes = list[str](), list[bool](), list[str](), list[int]()
         known = self.work.benchmarks()
         tokenizer = load_tokenizer(self.work.folder / "template")
         for conversation in read_lines(self.work.path("import", f"{name}.jsonl")):
@@ -87,6 +88,8 @@ class PrepareChunk:
                 continue
             for sample in (part for s in make_samples(cleaned, recipe.pair, pair) for part in per_reply(s, tokenizer, pair)):
                 lines.append(encode_line(sample))
+                uids.append(sample.uid)
+                sizes.append(size_of(sample))
                 exact.append(text_hash(sample))
                 thread.append(key_hash(thread_key(sample)))
                 found = author_hashes(sample)
@@ -99,6 +102,8 @@ class PrepareChunk:
         near = {} if recipe.dedup.near is None else {"signature": signatures(texts)}
         save_arrays(
             self.work.path("prepare", f"{name}.npz"),
+            uid=np.array(uids, dtype="S32"),
+            size=np.array(sizes, dtype=np.int64),
             exact=np.array(exact, dtype=np.uint64),
             thread=np.array(thread, dtype=np.uint64),
             authors=np.array(authors, dtype=np.uint64),
@@ -117,7 +122,8 @@ class TokenizeChunk:
 
     def __call__(self, name: str) -> dict[str, Any]:
         tokenizer = load_tokenizer(self.work.folder / "tokenizer")
-        sides = load_arrays(self.work.path("assign", f"{name}.npz"))["side"]
+        assigned = load_arrays(self.work.path("assign", f"{name}.npz"))
+        sides, copies = assigned["side"], assigned["copy"].tolist()
         ledger, texts = Ledger("samples"), (TextCounts(), TextCounts())
         ids, masks, rows = list[NDArray[np.uint32]](), list[NDArray[np.bool_]](), list[list[Any]]()
         for number, (conversation, side) in enumerate(zip(self._read(name), sides.tolist(), strict=True)):
@@ -130,7 +136,8 @@ class TokenizeChunk:
                 continue
             ids.append(dialogue.ids)
             masks.append(dialogue.loss_mask)
-            rows.append([number, side, conversation.uid, conversation.source, conversation.origin])
+            uid = part_uid(conversation.uid, -copies[number]) if copies[number] else conversation.uid
+            rows.append([number, side, uid, conversation.source, conversation.origin])
             for turn in conversation.turns:
                 if tokenizer.escape_special(turn.content) != turn.content:
                     ledger.change("special-token string escaped", f"{conversation.origin}: {turn.content}")

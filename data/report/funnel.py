@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..ledger import ranked
+from ..samples.split import in_words
 from .bins import binned_turns
 from .text_counts import TextCounts
 
@@ -55,8 +56,9 @@ def print_funnel(report: dict[str, Any], console: Console | None = None) -> None
     print_texts(report, console)
     proof = report.get("certificate")
     if proof:
-        shared = ", ".join(f"{proof['shared'][name]} {name.replace('_', ' ')}" for name in proof["asked"])
-        console.print(f"split certificate: {'valid' if proof['valid'] else 'LEAKS'} (shared by train and validation: {shared})")
+        console.print(
+            f"split certificate: {'valid' if proof['valid'] else 'LEAKS'} (shared by train and validation: {in_words(proof)})"
+        )
 
 
 def print_files(files: dict[str, Any], console: Console) -> None:

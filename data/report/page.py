@@ -18,6 +18,7 @@ import numpy as np
 from chatmill.formatting import number
 
 from ..ledger import ranked
+from ..samples.split import in_words
 from ..shards.dataset import TokenDataset
 from ..tokenizer.tokenizer import ChatTokenizer
 from .bins import binned_lengths, binned_turns
@@ -76,11 +77,10 @@ def html_report(report: Mapping[str, Any], datasets: Mapping[str, TokenDataset],
 def _certificate(proof: Mapping[str, Any] | None) -> str:
     if not proof:
         return ""
-    shared = ", ".join(f"{proof['shared'][name]} {name.replace('_', ' ')}" for name in proof["asked"])
     word, kind = ("valid", "good") if proof["valid"] else ("LEAKS", "bad")
     return (
         f'<p><span class="badge {kind}">Split certificate: <strong>{word}</strong></span> '
-        f"Train and validation share {escape(shared)}.</p>"
+        f"Train and validation share {escape(in_words(proof))}.</p>"
     )
 
 

@@ -67,8 +67,13 @@ class UnionFind:
         return np.array([self.find(i) for i in range(len(self.parent))], dtype=np.int64)
 
 
-EXACT, NEAR, CONTAMINATED = 1, 2, 3
-REASONS = {EXACT: "exact duplicate", NEAR: "near duplicate", CONTAMINATED: "shares text with an evaluation set"}
+EXACT, NEAR, CONTAMINATED, SUPERSEDED = 1, 2, 3, 4
+REASONS = {
+    EXACT: "exact duplicate",
+    NEAR: "near duplicate",
+    CONTAMINATED: "shares text with an evaluation set",
+    SUPERSEDED: "shorter export of a conversation that is there",
+}
 
 
 def deduplicate(

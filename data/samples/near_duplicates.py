@@ -1,4 +1,4 @@
-"""Near duplicates: MinHash signatures (rensa), banding, and a check of every candidate pair. Needs the package rensa.
+"""Near duplicates: MinHash signatures (rensa), banding, and a check of every candidate pair.
 
     signatures(texts) -> uint32 (n, 128);  near_pairs(signatures, 0.8) -> int64 (k, 2)
 
@@ -10,15 +10,12 @@ Texts in scripts without spaces are cut into characters. Source: Broder 1997; Le
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import rensa
 from numpy.typing import NDArray
-
-from chatmill.config import ConfigError
 
 from ..conversation import Conversation
 from .dedup import canonical
@@ -46,7 +43,6 @@ def dialogue_text(conversation: Conversation) -> str:
 
 def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     """MinHash signature of each text; the same on every machine. (n, PERMUTATIONS)"""
-    rensa = _rensa()
     if not texts:
         return np.zeros((0, PERMUTATIONS), dtype=np.uint32)
     tokens = [sorted(shingles(text)) for text in texts]
@@ -74,10 +70,3 @@ def near_pairs(signature: NDArray[np.uint32], threshold: float) -> NDArray[np.in
         close.append((signature[part[:, 0]] == signature[part[:, 1]]).mean(axis=1) >= threshold)
     chosen: NDArray[np.int64] = candidates[np.concatenate(close)]
     return chosen
-
-
-def _rensa() -> Any:
-    try:
-        return importlib.import_module("rensa")
-    except ImportError as error:
-        raise ConfigError("dedup.near needs the package rensa (pip install rensa), or set dedup.near=null") from error

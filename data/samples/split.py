@@ -3,15 +3,16 @@
     side = assign(cluster_keys, SplitSection())        # True: validation
     certificate(train_facts, validation_facts)
 
-The side of a sample depends only on the hash of its cluster's key and on the seed. So adding data moves no old sample to the
-other side, and all samples of a thread, of a duplicate cluster and (if asked for) of an author's connected chats stay
-together.
+The side of a sample depends only on the hash of its group's key and on the seed; the key is the smallest of the threads that
+stay, and a thread is named by how its conversation begins (data/samples/identity.py). So new data and new names of files move
+no old sample to the other side, and all samples of a thread, of a duplicate cluster and (if asked for) of an author's
+connected chats stay together. Only where new data joins two groups, as a shared author does, may one of them move.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,11 @@ def author_hashes(conversation: Conversation) -> list[int]:
 
 
 def certificate(train: Facts, validation: Facts, by_author: bool, near: float | None = None) -> dict[str, Any]:
-    """Counts of what the two sides share. `valid` if all that were asked for are 0. near: threshold for near duplicates."""
+    """Counts of what the two sides share. `valid` if all that were asked for are 0. near: threshold for near duplicates.
+
+    not_asked: what the recipe did not ask to keep apart. Shared authors are counted all the same; near duplicates, which take
+    signatures of all texts, are not looked for.
+    """
     shared = {
         name: len(np.intersect1d(np.array(values, dtype=np.uint64), np.array(validation.hashes[name], dtype=np.uint64)))
         for name, values in train.hashes.items()
@@ -113,4 +118,20 @@ def certificate(train: Facts, validation: Facts, by_author: bool, near: float | 
         pairs = near_pairs(np.concatenate([left, right]), near)
         shared["near_duplicates"] = int(np.sum((pairs[:, 0] < len(left)) & (pairs[:, 1] >= len(left))))
         asked.append("near_duplicates")
-    return {"shared": shared, "asked": asked, "near": near, "valid": all(shared[name] == 0 for name in asked)}
+    return {
+        "shared": shared,
+        "asked": asked,
+        "not_asked": [name for name in ("near_duplicates", "authors") if name not in asked],
+        "near": near,
+        "valid": all(shared[name] == 0 for name in asked),
+    }
+
+
+def in_words(proof: Mapping[str, Any]) -> str:
+    """What a certificate counted, and what it did not look for; `0 samples, 0 conversations, …; not looked for: …`."""
+    counted = ", ".join(f"{proof['shared'][name]} {name.replace('_', ' ')}" for name in proof["asked"])
+    left = []
+    for name in proof.get("not_asked", ()):
+        known = proof["shared"].get(name)
+        left.append(name.replace("_", " ") + ("" if known is None else f" ({known} shared)"))
+    return counted + (f"; not kept apart: {', '.join(left)}" if left else "")

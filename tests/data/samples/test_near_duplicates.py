@@ -19,8 +19,6 @@ from chatmill.data.samples.near_duplicates import near_pairs, shingles, signatur
 from chatmill.data.shards.dialogues import read_dialogues
 from chatmill.data.shards.manifest import read_manifest
 
-pytest.importorskip("rensa", reason="needs the extra chatmill[data]")
-
 RNG = np.random.default_rng(0)
 WORDS = [
     f"{a}{b}"
