@@ -82,9 +82,9 @@ def make_uid(source: str, origin: str) -> str:
     return xxhash.xxh3_128_hexdigest(f"{source}\0{origin}".encode("utf-8", "surrogatepass"))
 
 
-def part_uid(uid: str, number: int) -> str:
-    """32 hex digits naming the sample of turn `number` that was cut from the conversation `uid`."""
-    return xxhash.xxh3_128_hexdigest(f"{uid}#{number}".encode())
+def part_uid(uid: str, part: int | str) -> str:
+    """32 hex digits naming a sample that was cut from the conversation `uid`, by its last turn or any other name."""
+    return xxhash.xxh3_128_hexdigest(f"{uid}#{part}".encode())
 
 
 def to_record(conversation: Conversation) -> dict[str, Any]:

@@ -33,6 +33,10 @@ from .repetition import repetition_reason
 from .scripts import chinese_script, weight
 from .stop_words import known_languages, only_stop_words, stop_words, strip_rule
 
+# In the meta of a conversation: the turns before which others were dropped, by an importer or in cleaning. What stands there
+# answers something that is gone, so data/samples/pair.py cuts the dialogue there.
+CUTS = "cut_before"
+
 TextRule = Callable[[str], str]
 TurnRule = Callable[[Turn], str | None]
 DialogueRule = Callable[[Conversation], str | None]
@@ -154,23 +158,30 @@ class Cleaner:
         return better and replace(better, meta={**better.meta, REJECTED: worse.turns[-1].content})
 
     def _dialogue(self, conversation: Conversation, ledger: Ledger) -> Conversation | None:
-        turns: list[Turn] = []
+        turns, cuts, gap = list[Turn](), list[int](), False
+        given = set(conversation.meta.get(CUTS, ()))
         strip, turn_rules = list[tuple[str, TextRule]](), self.turn_rules
         if self.stop_words is not None:
             strip, judges = self.stop_words.rules_for(conversation)
             turn_rules = [*turn_rules, *judges]
-        for turn in conversation.turns:
+        for number, turn in enumerate(conversation.turns):
+            gap = gap or number in given
             cleaned = self._thought(self._text(turn, self.text_rules, conversation, ledger), conversation, ledger)
             reason = next((r for r in (rule(cleaned) for rule in turn_rules) if r), None)
             if strip and reason is None:  # after the turn rules, which judge what was said
                 cleaned = self._text(cleaned, strip, conversation, ledger)
                 reason = next((r for r in (rule(cleaned) for rule in self.turn_rules) if r), None)
             if reason is None:
+                cuts += [len(turns)] if gap else []
                 turns.append(cleaned)
+                gap = False
             else:
+                gap = gap or turn.role != "system"
                 ledger.change(f"turn: {reason}", f"{conversation.origin}: {cleaned.content or turn.content}")
         turns = self._private(turns, ledger)
         result = replace(conversation, turns=tuple(turns)) if tuple(turns) != conversation.turns else conversation
+        if cuts or given:
+            result = replace(result, meta={**result.meta, CUTS: cuts})
         for rule in self.dialogue_rules:
             reason = rule(result)
             if reason is not None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..cleaning.clean import CUTS
 from ..conversation import Conversation, Turn, make_uid
 from ..ledger import Ledger
 from .labels import role_of
@@ -55,9 +56,15 @@ def to_conversation(
         ledger.drop("the assistant does not speak", f"{origin}: {', '.join(senders[:5])}")
         return None
     helper = {assistant} if assistant is not None else _repliers(senders, owner)
-    turns: list[Turn] = []
-    last = ""
-    for message in spoken:
+    turns, cuts, last = list[Turn](), list[int](), ""
+    silent = set[str]()  # who sent an empty message since the last one
+    for message in messages:
+        if not message.text.strip():
+            silent.add(message.sender)
+            continue
+        if turns and silent - {last, message.sender}:  # what stands around the empty message is not said in a row
+            cuts, last = [*cuts, len(turns)], ""
+        silent.clear()
         role = "assistant" if message.sender in helper else "user"
         near = (
             merge_s is None
@@ -72,7 +79,8 @@ def to_conversation(
             turns.append(Turn("assistant" if role == "assistant" else "user", message.text, message.sender, message.time))
         last = message.sender
     ledger.keep()
-    return Conversation(make_uid(source, origin), tuple(turns), source, origin, {**(meta or {}), "authors": senders})
+    found = {**(meta or {}), "authors": senders} | ({CUTS: cuts} if cuts else {})
+    return Conversation(make_uid(source, origin), tuple(turns), source, origin, found)
 
 
 def _repliers(senders: Sequence[str], owner: str | None) -> set[str]:

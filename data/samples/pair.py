@@ -2,6 +2,7 @@
 
     for sample in make_samples(conversation, PairSection(), ledger): ...
 
+A conversation is cut where cleaning dropped a turn, so that what stood around it does not become one turn.
 `dialogues` keeps a conversation whole; `pairs` makes one (context, reply) sample per reply, with loss only on that reply;
 `preference` keeps a better and a worse reply to one context.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ..cleaning.clean import CUTS
 from ..conversation import Conversation, Turn, part_uid
 from ..ledger import Ledger
 from ..preference import REJECTED, without_rejected
@@ -44,35 +46,82 @@ def trim(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return turns[:head] + body if body else ()
 
 
+def parts(conversation: Conversation) -> list[tuple[int, tuple[Turn, ...]]]:
+    """(first turn, turns) of the pieces into which dropped turns cut a conversation, system turns at the head of each.
+
+    A turn that was dropped in cleaning, and a message of the system between two turns of one role, must not join its
+    neighbours into one turn.
+    """
+    head = 0
+    while head < len(conversation.turns) and conversation.turns[head].role == "system":
+        head += 1
+    cuts, found = set(conversation.meta.get(CUTS, ())), list[tuple[int, list[Turn]]]()
+    interrupted = False
+    for i, turn in enumerate(conversation.turns[head:], head):
+        if turn.role == "system":
+            interrupted = True
+            continue
+        if not found or i in cuts or (interrupted and found[-1][1][-1].role == turn.role):
+            found.append((i, []))
+        found[-1][1].append(turn)
+        interrupted = False
+    system = conversation.turns[:head]
+    return [(start, (*system, *turns)) for start, turns in found] or [(0, system)]
+
+
 def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger) -> Iterator[Conversation]:
-    """The samples of one conversation: none, one or (in mode `pairs`) several. Documents pass unchanged."""
+    """The samples of one conversation: none, one or several. Documents pass unchanged."""
     if conversation.is_document:
         ledger.keep()
         yield conversation
         return
+    pieces = parts(conversation)
+    meta = {key: value for key, value in conversation.meta.items() if key != CUTS}
+    meta["thread"] = str(meta.get("thread", conversation.uid))
     if config.mode == "preference":
-        yield from _preference_sample(conversation, ledger)
+        yield from _preference_sample(replace(conversation, turns=pieces[-1][1], meta=meta), ledger)
         return
-    conversation = without_rejected(conversation)
-    inside = trim(conversation.turns)
-    turns = whole = merge_same_role(inside)
+    conversation = replace(without_rejected(conversation), meta={k: v for k, v in meta.items() if k != REJECTED})
+    samples, reasons, joined, said = list[Conversation](), list[str](), 0, 0
+    for k, (start, turns) in enumerate(pieces):
+        inside = trim(turns)
+        whole = merge_same_role(inside)
+        piece = replace(conversation, turns=whole)
+        if k:
+            piece = replace(piece, uid=part_uid(piece.uid, f"from {start}"), origin=f"{piece.origin}@{start}")
+        found = list(_samples_of(piece, config, ledger, reasons))
+        if found:
+            joined += len(inside) - len(whole)
+            said += sum(turn.role != "system" for turn in inside)
+        samples += found
+    if not samples:
+        if reasons:
+            ledger.drop(reasons[0], f"{conversation.origin}: {' / '.join(t.content for t in conversation.turns[:3])}")
+        return
+    if len(pieces) > 1:
+        ledger.change("cut where a turn was dropped", conversation.origin, len(pieces) - 1)
+    if joined:
+        ledger.change("turns of one speaker in a row joined", conversation.origin, joined)
+    head = len(pieces[0][1]) - sum(turn.role != "system" for turn in pieces[0][1])
+    if outside := len(conversation.turns) - head - said:
+        ledger.change("turns before the first user turn, after the last reply, or of the system later on left out", n=outside)
+    yield from samples
+
+
+def _samples_of(conversation: Conversation, config: PairSection, ledger: Ledger, reasons: list[str]) -> Iterator[Conversation]:
+    """The samples of one piece of a conversation; where there is none, the reason is added."""
+    turns = conversation.turns
     if config.max_turns is not None and len(turns) > config.max_turns:
         turns = trim(turns[: config.max_turns])
         ledger.change("cut at pair.max_turns", conversation.origin)
     replies = sum(turn.role == "assistant" and turn.loss for turn in turns)
     if replies < config.min_replies:
-        reason = "no user turn followed by an assistant turn" if replies == 0 else f"fewer than {config.min_replies} replies"
-        ledger.drop(reason, f"{conversation.origin}: {' / '.join(t.content for t in conversation.turns[:3])}")
+        few = f"fewer than {config.min_replies} replies"
+        reasons.append("no user turn followed by an assistant turn" if replies == 0 else few)
         return
-    if joined := len(inside) - len(whole):
-        ledger.change("turns of one speaker in a row joined", conversation.origin, joined)
-    if outside := len(conversation.turns) - len(inside):
-        ledger.change("turns before the first user turn, after the last reply, or of the system later on left out", n=outside)
-    thread = str(conversation.meta.get("thread", conversation.uid))
-    meta = {**conversation.meta, "thread": thread}
     if config.mode == "dialogues":
         ledger.keep()
-        yield replace(conversation, turns=turns, meta=meta)
+        yield replace(conversation, turns=turns)
         return
     system = tuple(turn for turn in turns if turn.role == "system")
     spoken = turns[len(system) :]
@@ -88,9 +137,9 @@ def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger
             ledger.drop("no user turn in pair.context_turns before the reply", conversation.origin)
             continue
         context = tuple(replace(t, loss=False) if t.role == "assistant" else t for t in spoken[start:i])
-        origin = f"{conversation.origin}#{i}"
         ledger.keep()
-        yield Conversation(part_uid(conversation.uid, i), (*system, *context, turn), conversation.source, origin, meta)
+        sample = replace(conversation, turns=(*system, *context, turn), origin=f"{conversation.origin}#{i}")
+        yield replace(sample, uid=part_uid(conversation.uid, i))
 
 
 def _preference_sample(conversation: Conversation, ledger: Ledger) -> Iterator[Conversation]:
