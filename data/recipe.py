@@ -160,21 +160,25 @@ class PairSection(Section):
 
 
 class NearSection(Section):
-    """threshold: Jaccard index of word triples from which two samples count as the same."""
+    """threshold: Jaccard index of word triples from which two samples count as the same. drop: keep only the first of them;
+    otherwise all stay, on one side of the split.
+    """
 
     threshold: float = Field(default=0.8, gt=0.3, le=1)
+    drop: bool = True
 
 
 class DedupSection(Section):
-    """exact: of dialogues equal except for case and whitespace, the first stays. near: the same for near duplicates (MinHash);
-    null turns it off, and the split's certificate then says that nobody looked for them.
+    """exact: of dialogues equal except for case and whitespace, the first stays. near: near duplicates (MinHash). If it is not
+    given, they all stay, on one side of the split; `near: {}` drops all but the first; null does not look for them, and the
+    split's certificate says so.
 
     decontaminate: files or folders of evaluation sets, in any format an importer knows; samples that share a run of
     overlap_words words (half as many characters again in scripts without spaces) with one of their texts are dropped.
     """
 
     exact: bool = True
-    near: NearSection | None = NearSection()
+    near: NearSection | None = NearSection(drop=False)
     decontaminate: list[str] = Field(default_factory=list)
     overlap_words: int = Field(default=13, ge=5)
 

@@ -35,7 +35,7 @@ from ..samples.decontaminate import benchmark_hashes
 from ..samples.dedup import CONTAMINATED, REASONS, SUPERSEDED, deduplicate
 from ..samples.identity import resolve
 from ..samples.near_duplicates import near_pairs
-from ..samples.split import Facts, assign, certificate, group
+from ..samples.split import Facts, assign, certificate, crossing, group, group_keys, join
 from ..shards.dataset import TokenDataset
 from ..shards.dialogues import DialogueWriter
 from ..shards.manifest import FORMAT_VERSION, MANIFEST
@@ -193,7 +193,7 @@ class _Build:
         near = self.recipe.dedup.near
         signature = np.concatenate([part["signature"] for part in parts]) if near else None
         pairs = near_pairs(signature, near.threshold) if near and signature is not None else None
-        reason, cluster = deduplicate(exact, self.recipe.dedup.exact, pairs)
+        reason, cluster = deduplicate(exact, self.recipe.dedup.exact, pairs, near is not None and near.drop)
         reason[np.concatenate([part["contaminated"] for part in parts])] = CONTAMINATED
         uids, sizes = (np.concatenate([part[name] for part in parts]) for name in ("uid", "size"))
         stays, copy = resolve(uids, sizes, reason == 0)
@@ -211,11 +211,16 @@ class _Build:
         flat = np.concatenate([part["authors"] for part in parts]).tolist()
         edges = np.concatenate([[0], np.cumsum(author_counts)]).tolist()
         authors = [flat[edges[i] : edges[i + 1]] for i in range(len(author_counts))] if self.recipe.split.by_author else None
-        groups = group(cluster, thread, authors)
-        keys = np.full(len(groups), np.iinfo(np.uint64).max, dtype=np.uint64)
-        np.minimum.at(keys, groups[keep], thread[keep])  # what is dropped as a copy moves no group to the other side
-        validation = assign(keys[groups], self.recipe.split)
-        side = np.where(keep, validation.astype(np.uint8), np.uint8(2))
+        times = np.concatenate([part["time"] for part in parts])
+        while True:
+            groups = group(cluster, thread, authors)
+            validation = assign(group_keys(groups, thread, times, keep), self.recipe.split)
+            side = np.where(keep, validation.astype(np.uint8), np.uint8(2))
+            before = cluster
+            if near and signature is not None:
+                cluster = join(cluster, crossing(signature, side, near.threshold))
+            if np.array_equal(cluster, before):
+                break
         if (side == 0).sum() == 0 or (side == 1).sum() == 0:
             largest = int(np.bincount(groups).max())
             raise ConfigError(

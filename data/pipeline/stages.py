@@ -8,6 +8,7 @@ Each reads its input files, writes its output files durably, and returns its led
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +28,7 @@ from ..ledger import Ledger
 from ..report.text_counts import TextCounts
 from ..samples.decontaminate import contaminated
 from ..samples.dedup import text_hash
-from ..samples.identity import identified, size_of
+from ..samples.identity import began, identified, size_of
 from ..samples.near_duplicates import dialogue_text, signatures
 from ..samples.pair import make_samples
 from ..samples.per_reply import per_reply
@@ -79,7 +80,7 @@ class PrepareChunk:
         recipe = self.work.recipe
         cleaner, clean, pair = Cleaner(recipe.clean), Ledger("conversations"), Ledger("samples")
         lines, exact, thread, authors, author_counts = list[bytes](), list[int](), list[int](), list[int](), list[int]()
-        texts, foul, uids, sizes = list[str](), list[bool](), list[str](), list[int]()
+        texts, foul, uids, sizes, times = list[str](), list[bool](), list[str](), list[int](), list[float]()
         known = self.work.benchmarks()
         tokenizer = load_tokenizer(self.work.folder / "template")
         for conversation in read_lines(self.work.path("import", f"{name}.jsonl")):
@@ -90,6 +91,7 @@ class PrepareChunk:
                 lines.append(encode_line(sample))
                 uids.append(sample.uid)
                 sizes.append(size_of(sample))
+                times.append(math.inf if began(sample) is None else float(began(sample) or 0.0))
                 exact.append(text_hash(sample))
                 thread.append(key_hash(thread_key(sample)))
                 found = author_hashes(sample)
@@ -104,6 +106,7 @@ class PrepareChunk:
             self.work.path("prepare", f"{name}.npz"),
             uid=np.array(uids, dtype="S32"),
             size=np.array(sizes, dtype=np.int64),
+            time=np.array(times, dtype=np.float64),
             exact=np.array(exact, dtype=np.uint64),
             thread=np.array(thread, dtype=np.uint64),
             authors=np.array(authors, dtype=np.uint64),

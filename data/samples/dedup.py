@@ -77,11 +77,11 @@ REASONS = {
 
 
 def deduplicate(
-    exact: NDArray[np.uint64], drop_exact: bool, near: NDArray[np.int64] | None = None
+    exact: NDArray[np.uint64], drop_exact: bool, near: NDArray[np.int64] | None = None, drop_near: bool = True
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """(reason (N,), cluster (N,)). reason: 0 stays, EXACT, NEAR. A cluster is named by its first sample: that one stays.
 
-    near: pairs (k, 2) of near duplicates; of their clusters, too, only the first stays.
+    near: pairs (k, 2) of near duplicates; of their clusters, too, only the first stays if drop_near.
     """
     sets = UnionFind(len(exact))
     sets.join_equal(exact)
@@ -91,7 +91,8 @@ def deduplicate(
     if near is not None:
         for i, j in near.tolist():
             sets.union(i, j)
-        reason[sets.roots() != first] = NEAR
+        if drop_near:
+            reason[sets.roots() != first] = NEAR
     if drop_exact:
         reason[same != first] = EXACT
     return reason, sets.roots()

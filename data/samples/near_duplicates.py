@@ -21,6 +21,7 @@ from ..conversation import Conversation
 from .dedup import canonical
 
 PERMUTATIONS, ROWS, SEED = 128, 8, 42
+NEIGHBOURS = 16  # compared in a bucket: a cluster of n costs 16 n comparisons per band, not n²
 SHINGLE = 3
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\u0e00-\u0e7f]|[^\W_]+")
 
@@ -52,21 +53,43 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
 def near_pairs(signature: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
     """Pairs (i < j) of rows whose estimated Jaccard index is at least threshold. (k, 2), sorted, each once.
 
-    In a bucket of a band every member is compared with the first: a cluster of n costs n - 1 comparisons per band, not n².
+    Of equal rows, each is paired with the next. Among different ones, all of a bucket are compared, or where it holds more than
+    NEIGHBOURS of them, each with the NEIGHBOURS that follow in the order of their hashes. So the order of the rows decides
+    nothing: the split and its certificate find the same.
     """
-    found: list[NDArray[np.int64]] = []
+    name = _hash(signature)
+    order = np.argsort(name, kind="stable")
+    again = np.flatnonzero(name[order][1:] == name[order][:-1])
+    found = [np.stack([order[again], order[again + 1]], axis=1)]
+    first = np.ones(len(order), dtype=bool)
+    first[again + 1] = False
+    rows = order[first]  # one of each, by hash
     for start in range(0, PERMUTATIONS, ROWS):
-        keys = np.ascontiguousarray(signature[:, start : start + ROWS]).view(np.dtype((np.void, 4 * ROWS))).ravel()
-        order = np.argsort(keys, kind="stable")
-        fresh = np.ones(len(keys), dtype=bool)
-        fresh[1:] = keys[order][1:] != keys[order][:-1]
-        heads = order[np.maximum.accumulate(np.where(fresh, np.arange(len(keys)), 0))]
-        pairs = np.stack([heads[~fresh], order[~fresh]], axis=1)
-        found.append(np.sort(pairs, axis=1))
-    candidates = np.unique(np.concatenate([np.zeros((0, 2), dtype=np.int64), *found]), axis=0)
-    close = [np.zeros(0, dtype=bool)]
-    for k in range(0, len(candidates), 65_536):  # 64 MiB at a time
-        part = candidates[k : k + 65_536]
-        close.append((signature[part[:, 0]] == signature[part[:, 1]]).mean(axis=1) >= threshold)
-    chosen: NDArray[np.int64] = candidates[np.concatenate(close)]
-    return chosen
+        key = _hash(signature[rows, start : start + ROWS])
+        place = np.argsort(key, kind="stable")
+        key, here = key[place], rows[place]
+        for step in range(1, NEIGHBOURS + 1):
+            same = np.flatnonzero(key[step:] == key[:-step])
+            if not len(same):
+                break
+            found += _close(signature, np.stack([here[same], here[same + step]], axis=1), threshold)
+    return np.unique(np.sort(np.concatenate(found), axis=1), axis=0).astype(np.int64).reshape(-1, 2)
+
+
+def _close(signature: NDArray[np.uint32], pairs: NDArray[np.int64], threshold: float) -> list[NDArray[np.int64]]:
+    """The pairs whose estimate reaches the threshold, 64 MiB of signatures at a time."""
+    out = []
+    for k in range(0, len(pairs), 65_536):
+        part = pairs[k : k + 65_536]
+        out.append(part[(signature[part[:, 0]] == signature[part[:, 1]]).mean(axis=1) >= threshold])
+    return out
+
+
+def _hash(rows: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """One 64-bit hash per row: a polynomial in an odd base modulo 2**64, mixed."""
+    powers = np.array([pow(0x9E3779B97F4A7C15, k + 1, 1 << 64) for k in range(rows.shape[1])], dtype=np.uint64)
+    total = np.zeros(len(rows), dtype=np.uint64)
+    for column, power in enumerate(powers):  # a product of the whole matrix would take twice its size again
+        total += rows[:, column].astype(np.uint64) * power
+    total ^= total >> np.uint64(32)
+    return np.asarray(total * np.uint64(0xD6E8FEB86659FD93))

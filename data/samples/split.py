@@ -3,8 +3,8 @@
     side = assign(cluster_keys, SplitSection())        # True: validation
     certificate(train_facts, validation_facts)
 
-The side of a sample depends only on the hash of its group's key and on the seed; the key is the smallest of the threads that
-stay, and a thread is named by how its conversation begins (data/samples/identity.py). So new data and new names of files move
+The side of a sample depends only on the hash of its group's key and on the seed; the key is the thread of the group's earliest
+sample, and a thread is named by how its conversation begins (data/samples/identity.py). So new data and new names of files move
 no old sample to the other side, and all samples of a thread, of a duplicate cluster and (if asked for) of an author's
 connected chats stay together. Only where new data joins two groups, as a shared author does, may one of them move.
 """
@@ -49,6 +49,38 @@ def group(
             for name in names:
                 sets.union(i, first.setdefault(name, i))
     return sets.roots()
+
+
+def crossing(signature: NDArray[np.uint32], side: NDArray[np.uint8], threshold: float) -> NDArray[np.int64]:
+    """(k, 2) near duplicates of which one trains (side 0) and one validates (side 1). Where a bucket is large, what was dropped
+    may have stood between two of them; the split then joins them, too."""
+    rows = np.flatnonzero(side < 2)
+    pairs = rows[near_pairs(signature[rows], threshold)]
+    return np.asarray(pairs[side[pairs[:, 0]] != side[pairs[:, 1]]])
+
+
+def join(cluster: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The clusters (N,), with those of each pair made one."""
+    sets = UnionFind(len(cluster))
+    for i, root in enumerate(cluster.tolist()):
+        sets.union(i, root)
+    for i, j in pairs.tolist():
+        sets.union(i, j)
+    return sets.roots()
+
+
+def group_keys(
+    groups: NDArray[np.int64], threads: NDArray[np.uint64], times: NDArray[np.float64], keep: NDArray[np.bool_]
+) -> NDArray[np.uint64]:
+    """(N,) the key of each sample's group: the thread of its earliest sample that stays; without times, its smallest thread.
+
+    times: seconds since 1970, inf where unknown. What is dropped as a copy moves no group, and neither do later messages.
+    """
+    keys = np.full(len(groups), np.iinfo(np.uint64).max, dtype=np.uint64)
+    latest_first = np.lexsort((threads, times))[::-1]
+    latest_first = latest_first[keep[latest_first]]
+    keys[groups[latest_first]] = threads[latest_first]  # the earliest is written last
+    return np.asarray(keys[groups])
 
 
 def assign(group_keys: NDArray[np.uint64], config: SplitSection) -> NDArray[np.bool_]:

@@ -30,6 +30,7 @@ from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..distributed.world import World, end_world
 from ..generation.sampling import Sampling
 from ..model.decoder import Decoder
+from .bleu_tokenizer import mismatch, tokenizer_for
 from .figures import PARTS, compare, summarise
 from .held_out import HeldOut, read_held_out
 from .measuring import Measurer
@@ -103,7 +104,8 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
     model = Decoder(checkpoint.config)
     checkpoint.load_into(model)
     model.to(world.device).eval().requires_grad_(False)
-    bleu, signatures = metrics_of_sacrebleu(options.bleu_tokenize, say)
+    tokenize = bleu_tokenizer(options.bleu_tokenize, dialogues, say)
+    bleu, signatures = metrics_of_sacrebleu(tokenize, say)
     measurer = Measurer(
         model,
         tokenizer,
@@ -138,6 +140,7 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
         "sequence_length": limit,
         "generate": generate,
         "select": select,
+        "bleu_tokenize": tokenize,
     }
     head = {"format": FORMAT, "checkpoint": str(path), "data": ", ".join(map(str, folders)), "split": options.split}
     plain = {name: figures["metrics"][name]["value"] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
@@ -167,6 +170,16 @@ def tokenizer_of(checkpoint: Checkpoint, folder: str) -> ChatTokenizer:
     return ChatTokenizer.load(checkpoint.path if "tokenizer.json" in checkpoint.files() else Path(folder) / "tokenizer")
 
 
+def bleu_tokenizer(asked: str, dialogues: Sequence[HeldOut], say: Say) -> str:
+    """The tokenizer of BLEU: the one asked for, with a warning where it does not suit the replies, or theirs for `auto`."""
+    replies = [d.conversation.turns[turn].content for d in dialogues for turn in d.replies()]
+    if asked == "auto":
+        return tokenizer_for(replies)
+    if warning := mismatch(asked, replies):
+        say(f"{warning}\n")
+    return asked
+
+
 def metrics_of_sacrebleu(tokenize: str, say: Say) -> tuple[Bleu | None, dict[str, str]]:
     """BLEU and the signatures; None and a message if sacrebleu is not installed."""
     try:
@@ -177,10 +190,13 @@ def metrics_of_sacrebleu(tokenize: str, say: Say) -> tuple[Bleu | None, dict[str
         return None, {}
 
 
-def compared(first: Evaluation, second: Evaluation) -> dict[str, Any]:
+def compared(first: Evaluation, second: Evaluation, say: Say = lambda line: None) -> dict[str, Any]:
     """`against` of the second's summary: second minus first, paired."""
     settings = second.summary["settings"]
-    bleu, _ = metrics_of_sacrebleu(settings["bleu_tokenize"], lambda line: None)
+    tokenize, other = settings["bleu_tokenize"], first.summary["settings"]["bleu_tokenize"]
+    bleu, _ = metrics_of_sacrebleu(tokenize, lambda line: None) if tokenize == other else (None, {})
+    if tokenize != other:
+        say(f"BLEU is not compared: its tokenizer was {other} there and is {tokenize} here. Measure both with the same one.\n")
     found = compare(first.records, second.records, seed=settings["seed"], resamples=settings["resamples"], bleu=bleu)
     if not found["dialogues"]:
         raise ConfigError(
@@ -218,7 +234,7 @@ def run_evaluation(
                 first.write(target.with_name(target.name.removesuffix(".json") + "-against.json"))
         say("")
         if first is not None:
-            mine.summary["against"] = compared(first, mine)
+            mine.summary["against"] = compared(first, mine, say)
         if world.is_main:
             if not read or first is not None:
                 mine.write(target)

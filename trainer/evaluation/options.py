@@ -15,7 +15,8 @@ class EvaluationOptions:
     """data: folders; none: the one the checkpoint was trained on. generate, select: number of dialogues for the slow parts.
 
     None there: 256 on a GPU; 32 and 8 on a CPU. sequence_length: longest part of a dialogue that is read, in tokens; None:
-    the model's context, at most 2048. resamples: of the bootstrap.
+    the model's context, at most 2048. resamples: of the bootstrap. bleu_tokenize: one of sacrebleu's, or auto, by the script of
+    the replies (bleu_tokenizer.py).
     """
 
     data: tuple[str, ...] = ()
@@ -31,7 +32,7 @@ class EvaluationOptions:
     repetition_penalty: float = 1.0
     seed: int = 0
     resamples: int = 1000
-    bleu_tokenize: str = "13a"
+    bleu_tokenize: str = "auto"
 
     def __post_init__(self) -> None:
         from chatmill.config import ConfigError  # not at the top: it imports pydantic, which --help does not need
@@ -76,7 +77,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=1.0)
     add("--seed", type=int, default=0, help="seed of turns, candidates, sampling and intervals (default 0)")
     add("--resamples", type=int, default=1000, help="number of resamples of the bootstrap (default 1000)")
-    add("--bleu-tokenize", default="13a", help="sacrebleu's tokenizer: 13a, intl, zh, char ... (default 13a)")
+    add(
+        "--bleu-tokenize",
+        default="auto",
+        help="sacrebleu's tokenizer: 13a, intl, zh, ja-mecab, ko-mecab, char ... (default auto: by the script of the replies)",
+    )
     add("--out", "--json", dest="out", metavar="FILE", help="JSON to write (default: evaluation.json beside the checkpoint)")
 
 

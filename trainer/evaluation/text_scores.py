@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq
 
+from chatmill.config import ConfigError
+
 CHRF_ORDER = 6
 BLEU_ORDER = 4
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -87,13 +89,22 @@ def chrf(sums: Mapping[str, NDArray[np.float64]], beta: float = 2.0) -> NDArray[
 
 
 class Bleu:
-    """sacrebleu's BLEU as sums: the counts of one reply, the score of summed counts. Raises ImportError without sacrebleu."""
+    """sacrebleu's BLEU as sums: the counts of one reply, the score of summed counts.
+
+    Raises ImportError without sacrebleu, ConfigError for a tokenizer that it does not have or whose package is missing.
+    """
 
     def __init__(self, tokenize: str = "13a") -> None:
         from sacrebleu.metrics.bleu import BLEU
 
-        self._sentence = BLEU(tokenize=tokenize, effective_order=True)
-        self._corpus = BLEU(tokenize=tokenize)
+        known = sorted(set(BLEU.TOKENIZERS) - {"none"})
+        if tokenize not in known:
+            raise ConfigError(f"--bleu-tokenize {tokenize}: unknown. Expected auto or one of {', '.join(known)}.")
+        try:
+            self._sentence = BLEU(tokenize=tokenize, effective_order=True)
+            self._corpus = BLEU(tokenize=tokenize)
+        except (ImportError, RuntimeError) as error:
+            raise ConfigError(f"--bleu-tokenize {tokenize}: {' '.join(str(error).split())[:300]}") from error
 
     def counts(self, reply: str, reference: str) -> dict[str, float]:
         """n-gram matches and totals by order, lengths in sacrebleu's tokens."""

@@ -229,8 +229,8 @@ def test_authors_stay_on_one_side_where_asked(tmp_path: Path) -> None:
     records = {
         f"chat{i}": {
             "messages": [
-                [{"text": f"{WORDS[i % 20]} {i} hello there", "sender": f"p{i // 3}"}],
-                [{"text": f"{WORDS[i % 7]} {i} and to you", "sender": f"q{i // 3}"}],
+                [{"text": f"{WORDS[i % 20]} {i} hello there", "sender": f"ann{i // 3}"}],
+                [{"text": f"{WORDS[i % 7]} {i} and to you", "sender": f"bob{i // 3}"}],
             ]
         }
         for i in range(300)

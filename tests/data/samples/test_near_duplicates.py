@@ -16,6 +16,7 @@ from chatmill.data.raw.files import RawFile
 from chatmill.data.recipe import DataRecipe, SourceSection
 from chatmill.data.samples.dedup import EXACT, NEAR, UnionFind, deduplicate, text_hash
 from chatmill.data.samples.near_duplicates import near_pairs, shingles, signatures
+from chatmill.data.samples.split import crossing, join
 from chatmill.data.shards.dialogues import read_dialogues
 from chatmill.data.shards.manifest import read_manifest
 
@@ -124,3 +125,35 @@ def test_near_duplicates_leave_and_a_planted_leak_is_seen(tmp_path: Path, monkey
     build_dataset(blind, tmp_path / "blind")
     monkeypatch.undo()
     assert any("near duplicates" in line for line in verify_dataset(tmp_path / "blind"))
+
+
+def test_the_pairs_found_do_not_depend_on_the_order_of_the_texts() -> None:
+    """Else a certificate, which reads one side after the other, would see what the split did not."""
+    texts = [" ".join(RNG.choice(WORDS, 40)) for _ in range(30)]
+    for base in texts[:10]:  # clusters in which some are near each other, and not to the first
+        for k in range(12):
+            words = base.split()
+            words[3 * k : 3 * k + 3] = [f"other{k}", "here"]
+            texts.append(" ".join(words))
+    texts += texts[::7]
+    rows = signatures(texts)
+
+    def clusters(order: np.ndarray) -> set[frozenset[int]]:
+        sets = UnionFind(len(order))
+        for i, j in near_pairs(rows[order], 0.7).tolist():
+            sets.union(int(order[i]), int(order[j]))
+        roots = sets.roots()
+        return {frozenset(np.flatnonzero(roots == root).tolist()) for root in set(roots.tolist())}
+
+    expected = clusters(np.arange(len(texts)))
+    assert len(expected) < len(texts) - 40
+    for _ in range(5):
+        assert clusters(RNG.permutation(len(texts))) == expected
+
+
+def test_what_near_duplicates_have_between_them_is_joined_on_one_side() -> None:
+    side = np.array([0, 1, 2, 1], dtype=np.uint8)
+    rows = signatures([LONG := " ".join(WORDS), f"{LONG} more", LONG, "something else entirely than that"])
+    pairs = crossing(rows, side, 0.8)
+    assert pairs.tolist() == [[0, 1]]
+    assert join(np.array([0, 1, 2, 3]), pairs).tolist() == [0, 0, 2, 3]

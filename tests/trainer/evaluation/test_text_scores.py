@@ -10,6 +10,8 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from chatmill.config import ConfigError
+from chatmill.trainer.evaluation.bleu_tokenizer import mismatch, tokenizer_for
 from chatmill.trainer.evaluation.confidence import Sums, difference, interval, make_draws
 from chatmill.trainer.evaluation.figures import ratio, verdict
 from chatmill.trainer.evaluation.text_scores import (
@@ -42,6 +44,51 @@ def test_bleu_and_chrf_are_those_of_sacrebleu(seed: int, longest: int) -> None:
     for half, picked in ((0, slice(0, 20)), (1, slice(20, 40))):
         assert bleu.score(halves)[half] == pytest.approx(BLEU().corpus_score(mine[picked], [theirs[0][picked]]).score, abs=1e-9)
         assert chrf(halves)[half] == pytest.approx(CHRF().corpus_score(mine[picked], [theirs[0][picked]]).score, abs=1e-9)
+
+
+CHINESE = [
+    ("预报说下午有小雨，记得带伞。", "预报说下午有小雨，出门记得带伞。"),
+    ("累了就休息，先睡个好觉。", "累了就休息吧，先睡个好觉。"),
+    ("至少五天，大理和丽江各两天。", "至少五天，大理和丽江各住两天。"),
+]
+
+
+@pytest.mark.parametrize(
+    ("texts", "name"),
+    [
+        ([b for _, b in CHINESE], "zh"),
+        (["天氣很好，我們去爬山吧", "OK, see you at 9"], "zh"),
+        (["今日は傘を持って行ってください。"], "char"),  # ja-mecab where MeCab is installed
+        (["오늘은 우산을 가져가세요."], "char"),
+        (["วันนี้อย่าลืมร่มนะ"], "char"),
+        (["Take an umbrella, it will rain.", "I said 你好 to her yesterday"], "13a"),
+        (["Возьми зонт, будет дождь."], "13a"),
+        (["", "123 !?"], "13a"),
+    ],
+)
+def test_bleu_cuts_a_text_by_its_script(texts: list[str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    assert tokenizer_for(texts) == name
+    assert mismatch(name, texts) is None and mismatch("char", texts) is None
+    warned = mismatch("13a", texts)
+    assert (warned is None) == (name == "13a") and (warned is None or f"--bleu-tokenize {name}" in warned)
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: module)
+    assert tokenizer_for(texts) in (name, "ja-mecab", "ko-mecab")
+
+
+def test_equal_chinese_replies_score_100_and_close_ones_in_between() -> None:
+    bleu = Bleu(tokenizer_for([b for _, b in CHINESE]))
+    equal = Sums.of([bleu.counts(b, b) for _, b in CHINESE]).total()
+    close = Sums.of([bleu.counts(a, b) for a, b in CHINESE]).total()
+    assert bleu.score(equal)[0] == pytest.approx(100.0)
+    expected = BLEU(tokenize="zh").corpus_score([a for a, _ in CHINESE], [[b for _, b in CHINESE]]).score
+    assert bleu.score(close)[0] == pytest.approx(expected) and 20 < expected < 95
+    assert "tok:zh" in bleu.signature()
+
+
+def test_an_unknown_tokenizer_of_bleu_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"zg: unknown\. Expected auto or one of .*zh"):
+        Bleu("zg")
 
 
 def test_signatures_are_those_that_sacrebleu_prints() -> None:
