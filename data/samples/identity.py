@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..conversation import Conversation
+from ..conversation import Conversation, make_uid
 from ..preference import REJECTED
 from .dedup import canonical
 
@@ -32,7 +32,9 @@ def _digest(*parts: str) -> str:
 
 
 def identified(conversation: Conversation) -> Conversation:
-    """The conversation with a uid and meta["thread"] made from its content."""
+    """The conversation with a uid and meta["thread"] made from its content; unchanged if its importer restored a uid."""
+    if conversation.uid != make_uid(conversation.source, conversation.origin):
+        return conversation
     spoken = [turn for turn in conversation.turns if turn.role != "system"] or list(conversation.turns)
     rejected = canonical(str(conversation.meta.get(REJECTED, "")))
     if "thread" in conversation.meta:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from ...cleaning.clean import CUTS
 from ...conversation import ROLES, Conversation, from_record, make_uid, to_record
 from ...ledger import Ledger
 from ...preference import REJECTED
@@ -65,6 +66,9 @@ def dialogue(record: Record, origin: str, ledger: Ledger) -> Conversation:
         text_of(record[field], field)
     meta = entry_of(record.get("meta") or {})
     if not isinstance(meta.get("authors", []), list) or not isinstance(meta.get(REJECTED, ""), str):
+        raise BadRecordError("bad meta", str(meta)[:80])
+    cuts = meta.get(CUTS, [])
+    if not isinstance(cuts, list) or not all(isinstance(cut, int) for cut in cuts):
         raise BadRecordError("bad meta", str(meta)[:80])
     found = from_record({**record, "meta": meta})
     turns = tuple(

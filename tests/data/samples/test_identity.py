@@ -11,7 +11,7 @@ import pytest
 from tests.data.build_cases import chats, recipe, write_jsonl
 
 from chatmill.data.check.verify import verify_dataset
-from chatmill.data.conversation import Conversation, Turn
+from chatmill.data.conversation import Conversation, Turn, make_uid
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.samples.identity import identified, resolve
 from chatmill.data.samples.split import in_words
@@ -74,17 +74,18 @@ def test_a_later_export_keeps_sides_and_uids(how: str, first: dict[str, tuple[st
 
 def talk(*contents: str, time: float | None = None, **meta: Any) -> Conversation:
     turns = tuple(Turn("assistant" if i % 2 else "user", c, time=time) for i, c in enumerate(contents))
-    return Conversation("from a file", turns, "s", "o", meta)
+    return Conversation(make_uid("s", "o"), turns, "s", "o", meta)
 
 
 def test_identity_is_how_a_conversation_begins_and_when() -> None:
     short, long = identified(talk("在吗", "在", time=60.0)), identified(talk("在吗", "在\n怎么了", "没事", "哦", time=60.0))
     assert (short.uid, short.meta["thread"]) == (long.uid, long.meta["thread"])
-    swapped = identified(Conversation("u", tuple(Turn("assistant", t.content, time=60.0) for t in short.turns), "x", "y"))
-    assert swapped.uid == short.uid  # whoever is the assistant now
+    swapped = tuple(Turn("assistant", t.content, time=60.0) for t in short.turns)
+    assert identified(Conversation(make_uid("x", "y"), swapped, "x", "y")).uid == short.uid  # whoever is the assistant now
     other_day = identified(talk("在吗", "在", time=90.0))
     assert other_day.uid != short.uid and other_day.meta["thread"] == short.meta["thread"]  # equal texts stay on one side
     assert identified(talk("在吗", "不在", time=60.0)).meta["thread"] != short.meta["thread"]
+    assert identified(short) == short and identified(Conversation("kept", swapped, "x", "y")).uid == "kept"  # restored
     tree = [identified(talk("q", "a", end, thread="t")) for end in ("x", "y")]
     assert {c.meta["thread"] for c in tree} == {"t"} and tree[0].uid != tree[1].uid
 
