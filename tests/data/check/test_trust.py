@@ -173,6 +173,7 @@ def test_planted_private_data_is_caught_and_not_quoted(copy: Path, kind: str, ca
     assert code == 1 and re.search(rf"train, dialogue 0 \(.*raw\.jsonl:\d+\): private data .* removed: {kind}\n", printed), (
         printed
     )
+    printed = re.sub(r"[0-9a-f]{32}", "", printed)  # a uid may hold the digits of a number
     assert not any(word in printed for word in PRIVATE[kind].split() if any(c.isdigit() or c == "@" for c in word))
 
 
