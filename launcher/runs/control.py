@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 from chatmill.config import ConfigError
+from chatmill.processes import send_signal
 
 from ..jobs.launch import next_commands, run_here, submit, write_record
 from ..programs import output_of
-from ..supervise.run_state import CANCEL, attempts, needed_lead_s
-from .status import ACTIVE, current_state, find_run, is_supervising, last_job, last_launch, query_slurm, training_process
+from ..supervise.run_state import CANCEL, needed_lead_s
+from .status import ACTIVE, current_state, find_run, last_job, last_launch, query_slurm, supervisor, training_process
 
 # Slurm 22.05's `scancel --batch --signal` of an array's element keeps trying until that element has ended. The supervisor also
 # looks for the file.
@@ -24,7 +24,7 @@ SIGNAL_S = 5.0
 def cancel(name: str, *, now: bool) -> int:
     """Stop a run. It saves first unless `now`; a job that has not started is taken out of the queue."""
     run_dir = find_run(name)
-    job, tried = last_job(run_dir), attempts(run_dir)
+    job = last_job(run_dir)
     asked = "stopped" if now else "asked to save and stop"
     if job.isdigit():
         state, _ = query_slurm([job]).get(job, ("", ""))
@@ -42,16 +42,13 @@ def cancel(name: str, *, now: bool) -> int:
             if done.returncode:
                 raise ConfigError(f"scancel {job}: {done.stderr.strip()}")
         print(f"job {job}: asked to save and stop" if gentle else f"job {job} cancelled")
-    elif tried and tried[-1].outcome is None and is_supervising(tried[-1]):
-        supervisor = int(tried[-1].lines["pid"])
-        os.kill(supervisor, signal.SIGTERM)
+    elif (mark := supervisor(run_dir)) and send_signal(mark, signal.SIGTERM):
         if now:
             time.sleep(0.5)
-            os.kill(supervisor, signal.SIGTERM)
-        print(f"process {supervisor}: {asked}")
-    elif pid := training_process(run_dir):
-        os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
-        print(f"process {pid}: {asked}\nthe command that started it continues it")
+            send_signal(mark, signal.SIGTERM)
+        print(f"process {mark['pid']}: {asked}")
+    elif (mark := training_process(run_dir)) and send_signal(mark, signal.SIGKILL if now else signal.SIGTERM):
+        print(f"process {mark['pid']}: {asked}\nthe command that started it continues it")
         return 0
     else:
         print(f"{run_dir} is not running: nothing to cancel")

@@ -20,7 +20,7 @@ import yaml
 
 from chatmill.config import ConfigError
 from chatmill.formatting import duration
-from chatmill.processes import is_running
+from chatmill.processes import is_running, process_mark
 from chatmill.run_files import PREEMPTED, read_jsonl
 
 from ..programs import output_of
@@ -187,10 +187,10 @@ def _state(run_dir: Path, tried: list[Attempt], job: str, queue: dict[str, tuple
     queued, detail = queue.get(job, ("", ""))
     if queued in ACTIVE:
         return queued, detail
-    if tried and tried[-1].outcome is None and is_supervising(tried[-1]):
-        return "running", f"process {tried[-1].lines.get('pid')}"
-    if pid := training_process(run_dir):
-        return "running", f"process {pid}, started by hand"
+    if mark := supervisor(run_dir):
+        return "running", f"process {mark['pid']}"
+    if mark := training_process(run_dir):
+        return "running", f"process {mark['pid']}, started by hand"
     if events and events[-1] == "finished":
         return "finished", ""
     if not tried:
@@ -198,9 +198,9 @@ def _state(run_dir: Path, tried: list[Attempt], job: str, queue: dict[str, tuple
             return ("failed", f"{queued} {detail}") if queued != "COMPLETED" else ("stopped", queued)
         if (run_dir / PREEMPTED).is_file():
             return "stopped", "by a signal, started by hand; the same command continues"
-        mark = _process_mark(run_dir)
-        if is_running(mark) is False:
-            return "ended", f"process {mark['pid']}, started by hand, is gone; the same command continues"
+        left = _process_mark(run_dir)
+        if is_running(left) is False:
+            return "ended", f"process {left['pid']}, started by hand, is gone; the same command continues"
         recent = bool(events) and time.time() - last_activity(run_dir) < 60
         return ("running", "started by hand") if recent else ("unknown", "started by hand on another machine; no records of it")
     outcome = tried[-1].outcome
@@ -211,20 +211,31 @@ def _state(run_dir: Path, tried: list[Attempt], job: str, queue: dict[str, tuple
     return "stopped", f"{outcome}; chatmill resume continues"
 
 
-def is_supervising(attempt: Attempt) -> bool:
-    """Whether the attempt's supervisor is alive on this machine."""
+def supervisor(run_dir: Path) -> dict[str, Any] | None:
+    """The mark of the process that supervises the run's newest attempt, if it is alive on this machine."""
+    tried = attempts(run_dir)
+    if not tried or tried[-1].outcome is not None:
+        return None
+    mark = tried[-1].lines.get("process") or _mark_of_old_record(tried[-1], run_dir)
+    return mark if is_running(mark) else None
+
+
+def _mark_of_old_record(attempt: Attempt, run_dir: Path) -> dict[str, Any] | None:
+    """Version 0.1 recorded only a number: it is the supervisor's if that process supervises this very folder."""
     if attempt.lines.get("host") != os.uname().nodename:
-        return False
+        return None
     try:
-        return "chatmill.launcher.supervise" in psutil.Process(attempt.lines["pid"]).cmdline()
+        words = psutil.Process(attempt.lines["pid"]).cmdline()
     except (psutil.Error, KeyError):
-        return False
+        return None
+    ours = "chatmill.launcher.supervise" in words and any(Path(word).resolve() == run_dir.resolve() for word in words)
+    return process_mark(attempt.lines["pid"]) if ours else None
 
 
-def training_process(run_dir: Path) -> int | None:
-    """The process number of the run's rank 0, if it is alive on this machine."""
+def training_process(run_dir: Path) -> dict[str, Any] | None:
+    """The mark of the run's rank 0, if it is alive on this machine."""
     mark = _process_mark(run_dir)
-    return int(mark["pid"]) if is_running(mark) else None
+    return mark if is_running(mark) else None
 
 
 def _process_mark(run_dir: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from chatmill.processes import own_process
 from chatmill.run_files import PREEMPTED, append_jsonl, read_jsonl
 
 from .cause_page import write_page
@@ -114,7 +115,7 @@ def supervise(
         nodes = slurm.nodes if slurm else [socket.gethostname()]
         since = now()
         began = {"time": since, "event": "begin", "attempt": number, "job": job, "nodes": nodes, "step": before, "port": port}
-        place = {"pid": os.getpid(), "host": socket.gethostname(), "log": own_output()}
+        place = {"pid": os.getpid(), "host": socket.gethostname(), "process": own_process(), "log": own_output()}
         append_jsonl(run_dir / ATTEMPTS, began | place | {"array": slurm.array if slurm else None})
         say(f"attempt {number} on {' '.join(nodes)}, {describe_step(before)}, rendezvous port {port}, logs in {logs}")
         deadline = _early_stop(run_dir, slurm, lead_s)

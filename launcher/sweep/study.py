@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib
-import os
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from chatmill.config import ConfigError
+from chatmill.files import replace_text
+from chatmill.processes import is_running, own_process
 
 from .config import Axis, SweepConfig
 
@@ -105,20 +107,21 @@ def _put_back_orphans(study: Any, sweep: SweepConfig) -> None:
 def beat(run_dir: Path) -> None:
     """Record that this process works on the trial in run_dir."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / HEARTBEAT).write_text(f"{os.uname().nodename} {os.getpid()}\n", encoding="utf-8")
+    replace_text(run_dir / HEARTBEAT, json.dumps(own_process()) + "\n")
 
 
 def is_alive(run_dir: Path) -> bool:
     """Whether a worker recorded so recently; on the same machine its process is looked up too."""
     file = run_dir / HEARTBEAT
     try:
-        host, pid = file.read_text(encoding="utf-8").split()
-        age = time.time() - file.stat().st_mtime
+        text, age = file.read_text(encoding="utf-8"), time.time() - file.stat().st_mtime
     except (OSError, ValueError):
         return False
-    if host == os.uname().nodename and not Path(f"/proc/{pid}").exists():
-        return False
-    return age < STALE_S
+    try:
+        mark = json.loads(text)
+    except ValueError:  # "host pid", of version 0.1
+        mark = None
+    return is_running(mark) is not False and age < STALE_S
 
 
 def distribution(axis: Axis) -> Any:
