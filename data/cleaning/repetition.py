@@ -19,7 +19,7 @@ from typing import Literal
 from ..recipe import RepetitionSection
 from .scripts import CHARACTERS_PER_WORD, UNSPACED
 
-_UNIT = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+(?:['’][^\\W_]+)*")
+_UNIT = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+(?:['’][^\\W_{UNSPACED}]+)*")
 _UNSPACED_UNIT = re.compile(f"[{UNSPACED}]")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 TOP_SIZES, DUPLICATE_SIZES = (2, 3, 4), (5, 6, 7, 8, 9, 10)

@@ -17,13 +17,15 @@ import numpy as np
 import rensa
 from numpy.typing import NDArray
 
+from ..cleaning.scripts import UNSPACED
 from ..conversation import Conversation
 from .dedup import canonical
 
 PERMUTATIONS, ROWS, SEED = 128, 8, 42
 NEIGHBOURS = 16  # compared in a bucket: a cluster of n costs 16 n comparisons per band, not n²
 SHINGLE = 3
-_TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\u0e00-\u0e7f]|[^\W_]+")
+_CHARACTERS = UNSPACED + "\uac00-\ud7af"
+_TOKEN = re.compile(f"[{_CHARACTERS}]|[^\\W_{_CHARACTERS}]+")  # Latin words end where Chinese begins, without a space
 
 
 def words_of(text: str) -> list[str]:
