@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
-from chatmill.files import sha256_file, write_durably
+from chatmill.files import publish_folder, sha256_file, write_durably
 
 from ..conversation import TokenizedDialogue, load_line
 from ..importers.registry import spans
@@ -39,7 +39,6 @@ from ..samples.split import Facts, assign, certificate, crossing, group, group_k
 from ..shards.dataset import TokenDataset
 from ..shards.dialogues import DialogueWriter
 from ..shards.manifest import FORMAT_VERSION, MANIFEST
-from ..shards.publish import publish
 from ..shards.writer import ShardWriter
 from ..tokenizer.tokenizer import ChatTokenizer, train_bpe
 from .destination import Progress, built_report, copy_out, published_report
@@ -336,7 +335,7 @@ class _Build:
         manifest["files"] = {path.relative_to(final).as_posix(): sha256_file(path) for path in sorted(loose)}
         write_durably(final / "timings.json", (json.dumps(self.seconds, indent=1) + "\n").encode())
         write_durably(final / MANIFEST, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
-        publish(final, self.out)
+        publish_folder(final, self.out)
         return self._report(splits=public, certificate=proof, texts=self.texts)
 
     def _copy_chunk(self, chunk: str, tokens: list[ShardWriter], texts: list[DialogueWriter]) -> None:

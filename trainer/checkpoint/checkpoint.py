@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from chatmill.config import ConfigError, read_json, validate
-from chatmill.files import sync
+from chatmill.files import publish_folder
 from chatmill.run_files import MANIFEST, list_checkpoints, step_of
 
 from ..model.shapes import parameter_shapes
@@ -106,7 +106,7 @@ def config_bytes(config: ModelConfig) -> bytes:
 
 
 def publish(temporary: Path, folder: Path, meta: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write the manifest of a finished temporary folder and rename it to `folder`; what was there before is deleted.
+    """Write the manifest of a finished temporary folder and give it the name `folder`; what was there before is deleted.
 
     facts: {"files", "tensors"} of the tensor files, which are synced already; the small files are hashed and synced here.
     """
@@ -115,12 +115,7 @@ def publish(temporary: Path, folder: Path, meta: Mapping[str, Any], facts: Mappi
         if path.name not in files:
             files[path.name] = file_facts(path)
     write_manifest(temporary, meta, {"files": files, "tensors": facts["tensors"]})
-    retired = folder.with_name(f".{folder.name}.retired-{os.getpid()}")
-    if folder.exists():
-        folder.replace(retired)
-    temporary.replace(folder)
-    sync(folder.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+    publish_folder(temporary, folder)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from chatmill.config import ConfigError, read_json
+from chatmill.files import publish_folder
 from chatmill.run_files import MANIFEST
 
 from ...data.tokenizer.generation_settings import GENERATION, as_setting, end_ids, read_settings, to_bytes, with_ids
@@ -109,13 +110,7 @@ def export_hf(
         _write_json(temporary / "config.json", raw)
         _write_companions(checkpoint, temporary, found)
         (temporary / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
-        if out.exists():
-            retired = out.with_name(f".{out.name}.retired-{os.getpid()}")
-            out.replace(retired)
-            temporary.replace(out)
-            shutil.rmtree(retired)
-        else:
-            temporary.replace(out)
+        publish_folder(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
