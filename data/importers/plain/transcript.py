@@ -1,7 +1,8 @@
 """Plain transcripts: `Ann: hello`, `小明：你好`, one speaker per paragraph; a line of ---, === or *** separates dialogues.
 
 Lines without a speaker, or with one who never speaks again, continue the turn above. Speakers called User, Human, Q, 用户 …
-and Assistant, AI, Bot, A, 助手, 客服 … have those roles; otherwise the role rule of chats applies.
+and Assistant, AI, Bot, A, 助手, 客服 … have those roles; otherwise the role rule of chats applies. A `.conv` file
+(Xiaohuangji 小黄鸡) has `E` above each dialogue and `M text` for its turns, the user's first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _RULE = re.compile(r"^\s*([-=*])(\s*\1){2,}\s*$")
 
 
 def recognise(head: bytes, name: str) -> bool:
-    """At least four turns by at most a dozen speakers, who speak repeatedly."""
+    """At least four turns by at most a dozen speakers, who speak repeatedly; or a .conv file of E and M."""
+    if name.lower().endswith(".conv"):
+        return head.startswith((b"E\n", b"E\r\n")) and b"\nM " in head
     if not name.lower().endswith((".txt", ".md", ".text", ".log")):
         return False
     lines = [line for line in head.decode("utf-8-sig", "ignore").splitlines()[:400] if line.strip() and not _RULE.match(line)]
@@ -48,6 +51,9 @@ def _said(line: str) -> tuple[str, str] | None:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """All dialogues of the file."""
+    if file.stem.lower().endswith(".conv"):
+        yield from _conv(file, options, source, ledger)
+        return
     said: list[ChatMessage] = []
     known = _speakers(file, options.encoding)
     with file.text(options.encoding) as text:
@@ -63,6 +69,21 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
                 said[-1] = ChatMessage(said[-1].sender, f"{said[-1].text}\n{line}", key=said[-1].key)
             elif line.strip():
                 ledger.change("line before the first speaker left out", f"{file.label}:{number}: {line}")
+    yield from _finish(said, file, options, source, ledger)
+
+
+def _conv(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
+    said: list[ChatMessage] = []
+    with file.text(options.encoding) as text:
+        for number, line in enumerate(text, 1):
+            line = line.rstrip("\r\n")
+            if line.startswith("M "):
+                said.append(ChatMessage(("User", "Assistant")[len(said) % 2], line[2:], key=str(number)))
+            elif line.strip() == "E":
+                yield from _finish(said, file, options, source, ledger)
+                said = []
+            elif line.strip():
+                ledger.change("line that is no turn left out", f"{file.label}:{number}: {line}")
     yield from _finish(said, file, options, source, ledger)
 
 

@@ -124,6 +124,7 @@ EXPECTED: dict[str, tuple[str, list[list[str]]]] = {
         "pairs",
         [["s 你是助手", "u 你好", "a 你好！有什么可以帮您？", "u 中国的首都是哪里？", "a 北京。"]],
     ),
+    "zhsets/xiaohuangji.conv": ("transcript", [["u 你在干什么", "a 在等你呀"], ["u 晚安", "a 好梦哦"]]),
     "zhsets/zhihu_kol.jsonl": ("pairs", [["u 怎么看待早睡早起？", "a 对身体好。"]]),
     "gbk/alpaca.json": ("alpaca", [["u 为什么要早睡觉呢", "a 因为熬夜伤身体不好"]]),
     "gbk/qa_en_header.csv": ("csv", SLEEP),
