@@ -16,8 +16,9 @@ from chatmill.config import ConfigError
 from chatmill.files import sync
 
 from ..cleaning.clean import Cleaner
+from ..importers.datasets.written import written_line
 from ..ledger import Ledger
-from .stages import encode_line, read_lines
+from .stages import read_lines
 from .work_folder import WorkFolder
 
 # Line ends for Unicode, though not for JSON: editors break lines at them. They stand in JSON texts only.
@@ -56,7 +57,6 @@ def _lines(work: WorkFolder, stage: str) -> Iterator[bytes]:
         if stage == "clean":  # the stages clean and pair share a pass, which keeps the result of the second
             cleaner = Cleaner(work.recipe.clean)
             cleaned = (cleaner.apply(conversation, Ledger()) for conversation in read_lines(chunk))
-            yield from (encode_line(conversation) for conversation in cleaned if conversation is not None)
+            yield from (written_line(conversation).encode() for conversation in cleaned if conversation is not None)
         else:
-            with chunk.open("rb") as file:
-                yield from file
+            yield from (written_line(conversation).encode() for conversation in read_lines(chunk))

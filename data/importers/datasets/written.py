@@ -1,14 +1,16 @@
 """What `chatmill data import|clean|pair RECIPE --out FILE.jsonl` wrote, after people looked at it and perhaps edited it.
 
-    {"uid": …, "messages": [{"role", "content", "name"?, "time"?, "loss"?}, …], "source": …, "origin": …, "meta": {…}}
+    {"uid", "messages": [{"role", "content", "name"?, "time"?, "loss"?, "cut_before"?}, …], "source", "origin", "meta"}
 
 They are OpenAI messages with the lineage of each dialogue beside them. Everything is restored: uids and origins, so that splits
 and `data at` still know the dialogue; names, times and loss of the turns; whatever the importer knew. `weight: 0` turns off the
-loss of a turn, as in OpenAI's files.
+loss of a turn, as in OpenAI's files. `cut_before: true` stands at the message before which cleaning dropped one, so that it
+moves with the message when others are added or removed.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -55,6 +57,15 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
         yield found
 
 
+def written_line(conversation: Conversation) -> str:
+    """One line of the file, ending in a newline."""
+    record = to_record(conversation)
+    for number in record["meta"].pop(CUTS, ()):
+        if number < len(record["messages"]):
+            record["messages"][number][CUTS] = True
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
 def dialogue(record: Record, origin: str, ledger: Ledger) -> Conversation:
     """The conversation of a record. Raises what records.MALFORMED lists."""
     messages = record["messages"]
@@ -70,6 +81,8 @@ def dialogue(record: Record, origin: str, ledger: Ledger) -> Conversation:
     cuts = meta.get(CUTS, [])
     if not isinstance(cuts, list) or not all(isinstance(cut, int) for cut in cuts):
         raise BadRecordError("bad meta", str(meta)[:80])
+    if marked := [number for number, message in enumerate(messages) if message.get(CUTS)]:
+        meta = {**meta, CUTS: sorted({*cuts, *marked})}
     found = from_record({**record, "meta": meta})
     turns = tuple(
         replace(turn, loss=False) if _weight(message) <= 0 else turn
@@ -77,7 +90,7 @@ def dialogue(record: Record, origin: str, ledger: Ledger) -> Conversation:
     )
     found = replace(found, turns=turns)
     for message, kept in zip(messages, to_record(found)["messages"], strict=True):
-        for field in sorted(message.keys() - kept.keys() - {"weight", "loss", "name", "time"}):
+        for field in sorted(message.keys() - kept.keys() - {"weight", "loss", "name", "time", CUTS}):
             ledger.change(f"field of a message not used: {field}", origin)
     for field in sorted(record.keys() - FIELDS):
         ledger.change(f"field of a dialogue not used: {field}", origin)
@@ -89,7 +102,7 @@ def _check(message: dict[str, Any]) -> None:
         raise BadRecordError("unknown role", message["role"])
     text_of(message["content"], "content")
     kinds_of: dict[str, type | tuple[type, ...]] = {
-        "name": str, "time": (int, float), "loss": bool, "reasoning_content": str, "calls": int,
+        "name": str, "time": (int, float), "loss": bool, "reasoning_content": str, "calls": int, CUTS: bool,
     }  # fmt: skip
     for field, kinds in kinds_of.items():
         value = message.get(field)

@@ -14,7 +14,7 @@ from rich.console import Console
 from chatmill.config import ConfigError
 from chatmill.data.check.raw_sample import inspect_raw, raw_sources
 from chatmill.data.conversation import Conversation, Turn, to_record
-from chatmill.data.importers.datasets.written import FIELDS
+from chatmill.data.importers.datasets.written import FIELDS, written_line
 from chatmill.data.importers.registry import read_file, recognise, source_files
 from chatmill.data.ledger import Ledger
 from chatmill.data.pipeline.pipeline import build_dataset
@@ -70,7 +70,7 @@ def test_what_a_stage_made_is_written_and_read_back_with_nothing_lost(stage: Any
     assert {file for record in records for file in (record["origin"].split(":")[0],)} == {"wa.txt", "openai.jsonl"}
     found, ledger = read(out)
     assert {recognise(file) for file in source_files(SourceSection(path=str(out)))} == {"chatmill"}
-    assert [to_record(conversation) for conversation in found] == records
+    assert [json.loads(written_line(conversation)) for conversation in found] == records
     assert not ledger.dropped and not ledger.changed and ledger.kept == len(found)
     turns = [turn for conversation in found for turn in conversation.turns]
     assert any(turn.time for turn in turns) and any(turn.name == "阿杰" for turn in turns) and not all(t.loss for t in turns)
@@ -115,6 +115,20 @@ def test_an_edited_file_says_what_it_cannot_use(tmp_path: Path) -> None:
     }  # fmt: skip
     assert ledger.dropped.total() == len(lines) - 5
     assert [c.source for c in read(path, name="mine")[0]] == ["mine"] * 5
+
+
+def test_a_cut_moves_with_the_message_behind_it(tmp_path: Path) -> None:
+    said = ["q1", "a1", "[deleted]", "a2", "q3 is long enough", "a3 is long enough"]
+    messages = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    build_dataset(recipe(tmp_path / "raw.jsonl"), tmp_path / "set", until="clean", dialogues=tmp_path / "made.jsonl")
+    record = json.loads((tmp_path / "made.jsonl").read_text())
+    assert [message.get("cut_before", False) for message in record["messages"]] == [False, False, True, False, False]
+    assert read(tmp_path / "made.jsonl")[0][0].meta["cut_before"] == [2]
+    del record["messages"][:1]  # by hand
+    (tmp_path / "edited.jsonl").write_text(json.dumps(record) + "\n")
+    found, ledger = read(tmp_path / "edited.jsonl")
+    assert found[0].turns[1].content == "a2" and found[0].meta["cut_before"] == [1] and not ledger.changed
 
 
 def test_the_file_is_refused_where_it_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
