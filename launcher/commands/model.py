@@ -163,6 +163,7 @@ def _export(options: argparse.Namespace) -> int:
     from ...trainer.checkpoint.checkpoint import open_checkpoint
     from ...trainer.convert.gguf_export import export_gguf
     from ...trainer.convert.hf import export_hf
+    from ...trainer.convert.tokenizer_class import AS_IT_IS, is_replaced
     from ...trainer.optim.ema import averaged, export_average
 
     source, out = open_checkpoint(options.checkpoint), Path(options.out)
@@ -179,4 +180,9 @@ def _export(options: argparse.Namespace) -> int:
             export_hf(chosen, out, dtype=options.dtype, overwrite=options.force)
     loader = {"hf": "transformers.AutoModelForCausalLM.from_pretrained", "gguf": "llama.cpp and whatever is built on it"}
     print(f"{out}: {'GGUF file' if options.to == 'gguf' else 'Hugging Face folder'}, loads with {loader[options.to]}")
+    if options.to == "hf" and is_replaced(source):
+        print(
+            "note: AutoTokenizer of transformers 5 takes Qwen2's own rules for this model and would give other ids.\n"
+            f"Load this tokenizer with transformers.{AS_IT_IS}.from_pretrained; transformers 4 and llama.cpp read it as it is."
+        )
     return 0

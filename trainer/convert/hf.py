@@ -31,6 +31,7 @@ from .hf_config import read_hf_config, write_hf_config
 from .hf_weights import DTYPES, INDEX, check_names, check_shapes, read_tensors, tensor_files, write_weights
 from .model_card import model_card
 from .names import hf_tensors, parameter_shapes
+from .tokenizer_class import as_it_is
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -158,12 +159,9 @@ def _write_companions(checkpoint: Checkpoint, folder: Path, found: Endings) -> N
     for name in TOKENIZER_FILES:
         if name in files:
             shutil.copyfile(files[name], folder / name)
-    described = folder / "tokenizer_config.json"
     if (folder / "tokenizer.json").is_file():
-        # without a class transformers uses that of the model type, which splits text by its own rule
-        settings = read_json(described) if described.is_file() else {}
-        if "tokenizer_class" not in settings:
-            _write_json(described, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+        described = folder / "tokenizer_config.json"
+        _write_json(described, as_it_is(read_json(described) if described.is_file() else {}))
     (folder / GENERATION).write_bytes(to_bytes(found.settings()))
 
 

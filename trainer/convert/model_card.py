@@ -16,6 +16,7 @@ import yaml
 from chatmill.run_files import read_jsonl
 
 from ..checkpoint.checkpoint import Checkpoint
+from .tokenizer_class import AS_IT_IS, is_replaced
 
 
 def model_card(checkpoint: Checkpoint) -> str:
@@ -31,6 +32,7 @@ def model_card(checkpoint: Checkpoint) -> str:
     if source and source.get("license"):
         head["license"] = source["license"]
     total = config.parameter_counts()["total"]
+    loader = AS_IT_IS if is_replaced(checkpoint) else "AutoTokenizer"
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False).strip(),
@@ -42,8 +44,8 @@ def model_card(checkpoint: Checkpoint) -> str:
         f"vocabulary {config.vocab_size:,}), exported from a Chatmill checkpoint.",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)",
+        f"from transformers import AutoModelForCausalLM, {loader}",
+        f"model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), {loader}.from_pretrained(FOLDER)",
         'prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True,',
         '                                       return_tensors="pt", return_dict=True)',
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))",
