@@ -36,6 +36,7 @@ _ROLES: dict[str, Role] = {
     "tool": "tool",
     "function": "tool",
 }
+_PLAIN = {"role", "content"}  # most messages hold nothing else
 _USED = {
     "role", "content", "parts", "name", "weight", "loss", "time", "tool_calls", "function_call", "tool_call_id",
     "reasoning_content", "reasoning", "thinking", "id", "turn", "index", "type",
@@ -83,6 +84,8 @@ def dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], d
 
 def note_message(message: Record, origin: str, ledger: Ledger) -> None:
     """Count what a message holds beside its words."""
+    if message.keys() == _PLAIN and isinstance(message["content"], str):
+        return
     if others := other_parts(message.get("content") or message.get("parts")):
         ledger.change("picture, sound or file left out of a message", f"{origin}: {others}", len(others))
     for field in message.keys() - _USED:
@@ -122,6 +125,8 @@ def turn_of(message: Any, names: dict[str, str] | None = None) -> Turn:
     """
     message = entry_of(message)
     label = message["role"]
+    if message.keys() == _PLAIN and isinstance(message["content"], str) and isinstance(label, str) and label in _ROLES:
+        return Turn(_ROLES[label], message["content"])
     role = _ROLES.get(label) or (role_of(label) if isinstance(label, str) else None)
     if role is None:
         raise ValueError(f"unknown role {label!r}")
