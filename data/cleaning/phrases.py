@@ -1,7 +1,7 @@
 """Phrases that programs leave in chats: deletion marks, refusals, a provider's identity and errors, bots, copied button labels.
 
 Each pattern serves one rule of data/cleaning/clean.py (`drop_deleted`, `drop_refusals`, `drop_provider_identity`,
-`drop_provider_errors`, `drop_bots`, `boilerplate`). English only, because the providers' texts are in English.
+`drop_provider_errors`, `drop_bots`, `boilerplate`). These are English; the Chinese ones are in phrases_chinese.py.
 """
 
 from __future__ import annotations
