@@ -56,7 +56,7 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConfigError(f"the grammar cannot go on: {self._matcher.get_error()}")
+            raise ConfigError(f"no token can continue this JSON: {_reason(self._matcher.get_error())}")
 
 
 class Grammars:
@@ -74,12 +74,18 @@ class Grammars:
         try:
             text = library.LLMatcher.grammar_from_json_schema(dict(schema), defaults=WHITESPACE)
         except ValueError as error:
-            raise ConfigError(f"the JSON schema is not valid: {error}") from None
+            raise ConfigError(f"the JSON schema is not valid: {_reason(str(error))}") from None
         matcher = library.LLMatcher(self._tokenizer, text, log_level=0)
         if matcher.is_error():
-            raise ConfigError(f"the JSON schema cannot be enforced: {_first_line(matcher.get_error())}")
+            raise ConfigError(f"the JSON schema cannot be enforced: {_reason(matcher.get_error())}")
         if warnings := matcher.get_grammar_warnings():
-            raise ConfigError(f"the JSON schema cannot be enforced as it is: {_first_line(warnings[0])}")
+            raise ConfigError(f"the JSON schema cannot be enforced as it is: {_reason(warnings[0])}")
+        start = matcher.deep_copy()
+        start.compute_bitmask()
+        if start.is_error():  # {"$ref": "#"}: no error comes before the first token
+            raise ConfigError(
+                "the JSON schema cannot be enforced: no JSON fits it, because it refers to itself without an end."
+            )
         return Grammar(matcher)
 
     def _make_tokenizer(self, library: Any) -> Any:
@@ -90,7 +96,7 @@ class Grammars:
         try:
             return library.LLTokenizer(source, n_vocab=self._vocab_size, eos_token=stops)
         except ValueError as error:
-            raise ConfigError(f"JSON is not possible with this model's tokenizer: {_first_line(str(error))}") from None
+            raise ConfigError(f"JSON is not possible with this model's tokenizer: {_reason(str(error))}") from None
 
 
 def parse_schema(text: str) -> dict[str, Any]:
@@ -112,5 +118,10 @@ def _library() -> Any:
     return llguidance
 
 
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason is given")[:300]
+def _reason(text: str) -> str:
+    """One line of an error of several lines: a regex error names its reason last, behind a picture of the pattern."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return "no reason is given"
+    reasons = [line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")]
+    return " ".join([lines[0], *reasons[:1]])[:300]

@@ -203,12 +203,53 @@ def test_plain_completions_continue_text_and_token_ids(served: Served, chat_mode
         ({"messages": [{"role": "tool", "content": "4", "tool_call_id": "a"}]}, 400, "without tools"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}]}, 400, "tool_calls is not supported"),
         ({"stop": ["", "a"]}, 400, "stop"),
+        ({"stop": 1}, 400, "stop: expected a text or a list"),
+        ({"messages": ["hello"]}, 400, "messages.0: expected an object"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content: expected a text or a list"),
+        ({"messages": [{"role": "user"}]}, 400, "messages.0.content: it is missing"),
+        ({"stream": "yes"}, 400, "stream: expected true or false"),
+        ({"logit_bias": {"5": 1, "05": 2}}, 400, "logit_bias: expected token ids"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#"}}}}, 400, "itself"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_words(served: Served, changes: dict[str, Any], status: int, word: str) -> None:
     got, answer = served.chat(**changes)
     assert got == status and word in answer["error"]["message"]
     assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"[" * 15_000, "the body is nested too deeply"),
+        (b'{"model": "\xff"}', "not UTF-8: byte 11"),
+        (b'{"seed": ' + b"9" * 9000 + b"}", "a number has 9,000 digits"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused_without_words_of_python(served: Served, body: bytes, told: str) -> None:
+    status, answer, _ = served.send("POST", "/v1/chat/completions", body)
+    assert status == 400 and told in answer["error"]["message"]
+
+
+def test_a_client_that_sends_too_much_at_once_still_sees_the_answer(served: Served) -> None:
+    link = socket.create_connection(("127.0.0.1", served.port), timeout=300)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    link.sendall((POST.format("completions") + "Content-Length: 300000\r\n\r\n").encode() + b" " * 100_000)
+    time.sleep(0.3)  # an answer now would end in a broken connection
+    link.sendall(b" " * 200_000)
+    assert b" 413 " in link.recv(4096)
+    link.close()
+
+
+def test_a_reply_that_its_own_grammar_ends_is_the_clients_error(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra `serve`")
+
+    def fail(*_: Any) -> Any:
+        raise ConfigError("no token can continue this JSON")
+
+    monkeypatch.setattr("chatmill.trainer.generation.grammar.Grammar.allowed", fail)
+    status, answer = served.chat(response_format={"type": "json_object"})
+    assert status == 400 and answer["error"]["message"] == "no token can continue this JSON"
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,8 @@ def test_rows_with_and_without_a_grammar_share_a_batch(model: Decoder, tokenizer
         ({"$ref": "http://example.com/schema"}, "example.com"),
         ({"x-guidance": {"lenient": True}, "properties": {"a": {"not": {}}}}, "not"),
         ({"type": 5}, "type"),
+        ({"$ref": "#"}, "refers to itself"),
+        ({"type": "string", "pattern": "(a"}, "unclosed group"),
     ],
 )
 def test_a_schema_that_cannot_be_enforced_is_refused(tokenizer: ChatTokenizer, schema: dict[str, Any], word: str) -> None:

@@ -39,6 +39,8 @@ from .errors import RequestError
 from .protocol import ChatRequest, TextRequest, named_first, parse
 
 PAGE = Path(__file__).with_name("page.html")
+MAX_DIGITS = 4300  # of a whole number: what Python reads
+DISCARDED = 16  # times the largest body: so much is still read, for a client that is sending does not see an answer
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -229,22 +231,31 @@ async def read_json(request: Request, limits: Limits) -> Any:
         raise RequestError(415, "expected Content-Type: application/json.")
     too_large = RequestError(413, f"the body is larger than {limits.max_body_bytes:,} bytes.")
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limits.max_body_bytes:
+    size = int(declared) if declared.isdigit() else 0
+    if size > DISCARDED * limits.max_body_bytes:
         raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(limits.body_timeout_s):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.max_body_bytes:
+                size = max(size, len(body) + len(chunk))
+                if size <= limits.max_body_bytes:
+                    body += chunk
+                elif not declared:
                     raise too_large
     except TimeoutError:
         raise RequestError(408, f"the body did not arrive within {limits.body_timeout_s:.0f} s.") from None
+    if size > limits.max_body_bytes:
+        raise too_large
     try:
-        found = json.loads(body, parse_constant=_no_number)
+        found = json.loads(body, parse_constant=_no_number, parse_int=_whole)
         place = bad_text(found)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise RequestError(400, "the body is nested too deeply.") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(400, f"the body is not UTF-8: byte {error.start} cannot be read.") from None
+    except ValueError as error:
+        raise RequestError(400, f"the body is not JSON: {error}.") from None
     if place is not None:
         raise RequestError(400, f"{place[:200]}: not valid Unicode: it holds half of a character (a lone surrogate).")
     return found
@@ -252,3 +263,9 @@ async def read_json(request: Request, limits: Limits) -> Any:
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits; at most {MAX_DIGITS:,} are read")
+    return int(digits)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from chatmill.config import ConfigError
+
 from ...generation.batched import joint_logits
 from ...generation.generation import PREFILL_CHUNK, FinishReason, Generation, TokenStep
 from ...generation.grammar import Grammar
@@ -58,9 +60,9 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The reply could not be finished."""
+    """The reply could not be finished. refused: because of what was asked, for example a grammar that leads nowhere."""
 
-    kind: Literal["timeout", "error"]
+    kind: Literal["timeout", "error", "refused"]
     message: str
 
 
@@ -261,6 +263,9 @@ class Batcher:
 
     def _fail(self, job: Job, error: Exception) -> None:
         self.counts.failed += 1
+        if isinstance(error, ConfigError):
+            job.emit(Failed("refused", str(error)))
+            return
         self._kept.clear()  # memory may be what was short
         job.emit(Failed("error", f"{type(error).__name__}: {error}"))
 

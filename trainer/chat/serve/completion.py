@@ -213,7 +213,7 @@ class Completion:
 
 def failure(event: Failed, code: str | None = None) -> RequestError:
     """A reply that could not be finished, as an HTTP error."""
-    return RequestError(504 if event.kind == "timeout" else 500, event.message, code=code)
+    return RequestError({"timeout": 504, "refused": 400}.get(event.kind, 500), event.message, code=code)
 
 
 def sse(value: Mapping[str, Any]) -> str:

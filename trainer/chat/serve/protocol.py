@@ -28,6 +28,29 @@ MAX_STOP_IDS = 256
 PART_FIELDS = ("type", "text", "cache_control", "prompt_cache_breakpoint")  # the last two: hints to a cache
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())  # "1" and true are no numbers
 
+EXPECTED = {  # what a type of problem means to whoever wrote the JSON
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "model_type": "an object",
+    "string_type": "a text",
+}
+BOUNDS = {
+    "extra_forbidden": "this field is unknown",
+    "finite_number": "expected a finite number",
+    "greater_than": "expected more than {gt}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than": "expected less than {lt}",
+    "less_than_equal": "expected at most {le}",
+    "literal_error": "expected {expected}",
+    "missing": "it is missing",
+    "string_too_long": "expected at most {max_length} characters",
+    "too_long": "expected at most {max_length}, got {actual_length}",
+    "too_short": "expected at least {min_length}, got {actual_length}",
+}
+
 
 class StreamOptions(BaseModel):
     """include_usage: one more chunk with the token counts at the end of a stream. include_obfuscation is harmless: none is."""
@@ -93,7 +116,8 @@ class Request(BaseModel):
     @classmethod
     def _ids_and_values(cls, found: dict[str, float] | None) -> dict[str, float] | None:
         for name, value in (found or {}).items():
-            if not (name.isascii() and name.isdigit() and len(name) < 10) or not -100 <= value <= 100:
+            is_id = name.isascii() and name.isdigit() and len(name) < 10 and name == str(int(name))  # "05" would be 5 again
+            if not is_id or not -100 <= value <= 100:
                 raise ValueError("expected token ids, each with a value from -100 to 100")
         return found
 
@@ -276,12 +300,37 @@ def parse(kind: type[ChatRequest | TextRequest], raw: Any) -> ChatRequest | Text
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        told = first["msg"].removeprefix("Value error, ")
+        where, told = first_problem(error)
         if not where:  # a rule about several fields names the first of them
             raise RequestError(400, f"{told.rstrip('.')}.", param=named_first(told)) from None
         raise RequestError(400, f"{where}: {told}.", param=where) from None
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """(where, what) of the first problem, in our own words where pydantic's speak of Python.
+
+    A field that takes several types has a problem for each of them. The deepest is told, of equally deep ones all.
+    """
+    problems = error.errors()
+    place = _path(problems[0]["loc"])
+    same = [(p, _path(p["loc"])) for p in problems]
+    same = [(p, path) for p, path in same if path[: len(place)] == place or place[: len(path)] == path]
+    depth = max(len(path) for _, path in same)
+    deepest = [(p, path) for p, path in same if len(path) == depth]
+    expected = [EXPECTED[p["type"]] for p, _ in deepest if p["type"] in EXPECTED]
+    problem, place = deepest[0]
+    if len(expected) == len(deepest):
+        told = "expected " + " or ".join(dict.fromkeys(expected))
+    elif problem["type"] in BOUNDS:
+        told = BOUNDS[problem["type"]].format(**problem.get("ctx", {}))
+    else:
+        told = problem["msg"].removeprefix("Value error, ")
+    return ".".join(place), told
+
+
+def _path(loc: tuple[int | str, ...]) -> list[str]:
+    """The names and positions that a client wrote, without pydantic's names of types."""
+    return [str(part) for part in loc if isinstance(part, int) or not re.fullmatch(r"str|list\[.*\]", part)]
 
 
 def named_first(message: str) -> str:
