@@ -16,6 +16,7 @@ A piece of text is certain when no later id can change it. What may still change
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,6 +93,18 @@ class Decoding:
         left = [] if self._word is None else [self._word]
         return self.raw([*left, token_id])[len(self.raw(left)) :].encode("utf-8", "replace")
 
+    def unfinished(self, ids: Sequence[int]) -> bytes:
+        """The bytes at the end of ids that begin a character whose other bytes are missing."""
+        if not (self.is_byte_level or self.has_byte_tokens):
+            return b""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(map(self.token_bytes, ids[-4:])))  # four bytes are the longest character
+        return decoder.getstate()[0]
+
+    def shown(self, unfinished: bytes) -> int:
+        """How many U+FFFD stand for an unfinished character."""
+        return min(1, len(unfinished)) if self.is_byte_level else len(unfinished)
+
     def exists(self, token_id: int) -> bool:
         """Does the tokenizer know this id? A model may have more rows than its tokenizer has tokens."""
         return self._tokenizer.id_to_token(token_id) is not None
@@ -115,9 +128,8 @@ class GrowingText:
         self._ids: list[int] = []  # the newest, decoded again at every step
         self._done = 0  # characters of their raw text that were taken over
         self._raw = ""  # raw text that the clean-up may still change
-        for i in before:
-            self._push(i)
-        self._raw = ""
+        self._ids = self._tail([i for i in before if decoding.exists(i) and not (skip_special and i in decoding.skipped)])
+        self._done = len(decoding.raw(self._ids)) - decoding.shown(decoding.unfinished(self._ids))
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this id; often empty."""
@@ -134,9 +146,30 @@ class GrowingText:
         text = self._raw + self._decoding.raw(self._ids)[self._done :]
         return clean_up(text) if self._decoding.cleans_up else text
 
+    def overlap(self, token_id: int) -> int:
+        """How many U+FFFD at the end of rest() this id would replace, because it goes on with an unfinished character."""
+        begun = self._decoding.unfinished(self._ids)
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(begun + self._decoding.token_bytes(token_id)[:1])
+        except UnicodeDecodeError:
+            return 0
+        return self._decoding.shown(begun)
+
     def close(self) -> None:
         """Nothing follows any more: rest() is empty from now on."""
         self._ids, self._done, self._raw = [], 0, ""
+
+    def _tail(self, ids: list[int]) -> list[int]:
+        """The last of many ids: enough that those to come are decoded as they would be after all of them."""
+        decoding, count = self._decoding, 2 * WINDOW
+        while decoding.can_stream and count < len(ids):
+            start = len(ids) - count
+            while start and decoding.is_byte(ids[start - 1]):  # bytes count together
+                start -= 1
+            if decoding.raw(ids[start:]).strip(" \n\ufffd"):
+                return ids[start:]
+            count *= 2
+        return ids
 
     def _push(self, token_id: int) -> None:
         decoding = self._decoding

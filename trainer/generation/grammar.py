@@ -92,6 +92,12 @@ class Grammars:
         stops = sorted(self._source.stop_ids)
         if not stops:
             raise ConfigError("JSON needs a tokenizer with an end-of-turn token; this one has none.")
+        decoding = self._source.decoding
+        if not (decoding.is_byte_level or decoding.has_byte_tokens):  # llguidance cannot tell the text of its tokens
+            raise ConfigError(
+                "JSON is not possible with this model's tokenizer: it has no tokens for bytes (it is of the WordPiece or "
+                "Unigram kind). JSON needs a byte-level tokenizer or one with byte fallback."
+            )
         source = self._source.files()["tokenizer.json"].decode("utf-8")
         try:
             return library.LLTokenizer(source, n_vocab=self._vocab_size, eos_token=stops)

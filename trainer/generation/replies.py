@@ -65,7 +65,7 @@ def replies_to_many(
                 seed=prompt.seed,
                 grammar=None if prompt.grammar is None else prompt.grammar.copy(),
             )
-            running.append(_Running(index, steps, TextStream(tokenizer, prompt.stops)))
+            running.append(_Running(index, steps, TextStream(tokenizer, prompt.stops, min_tokens=prompt.sampling.min_tokens)))
         if not running:
             return
         unfinished = []

@@ -35,7 +35,7 @@ class Sampling:
     repetition_penalty: > 1 makes tokens seen in the prompt or the reply less likely; 1 is off.
     presence_penalty: subtracted from the logit of every token of the reply so far; frequency_penalty: for each time it came.
     logit_bias: (id, value to add to its logit) pairs.
-    min_tokens: no stop id ends the reply before it has this many tokens (a stop string may).
+    min_tokens: neither a stop id nor a stop string ends the reply before it has this many tokens.
     stop_token_ids: end the reply like the tokenizer's own stop ids; ignore_eos: those own ones do not end it.
     """
 

@@ -10,7 +10,7 @@ The text is that of the whole reply decoded at once, as transformers' `decode(id
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from chatmill.config import ConfigError
 
@@ -25,6 +25,7 @@ class TextStream:
     and any tail that could still grow into a stop string. `stopped` turns True with the first id after which the text contains
     a stop string, or with a special token that is one: nothing of it, and nothing after it, is ever released.
 
+    min_tokens: a stop string counts only if it ends behind the text of that many ids, as in vLLM.
     skip_special: leave out special tokens. before: ids of a text that the reply continues (none in a chat: a turn begins anew).
     """
 
@@ -33,6 +34,7 @@ class TextStream:
         tokenizer: ChatTokenizer,
         stop_strings: Sequence[str] = (),
         *,
+        min_tokens: int = 0,
         skip_special: bool = True,
         before: Sequence[int] = (),
     ) -> None:
@@ -42,6 +44,8 @@ class TextStream:
         self._stops = tuple(stop_strings)
         self._stop_tokens = {tokenizer.special[stop] for stop in self._stops if skip_special and stop in tokenizer.special}
         self._held = ""  # certain, but perhaps the start of a stop string
+        self._left = min_tokens  # ids to come whose text cannot stop the reply
+        self._early = ""  # the text that the first min_tokens ids had
         self.text = ""
         self.stopped = False
 
@@ -49,14 +53,17 @@ class TextStream:
         """Text that became certain with this token; often empty."""
         if self.stopped:
             return ""
-        if token_id in self._stop_tokens:
+        is_early, self._left = self._left > 0, max(0, self._left - 1)
+        if token_id in self._stop_tokens and not is_early:
             last = self.finish()
             self.stopped = True
             return last
         self._held += self._growing.push(token_id)
         # A stop string may end with text that is not certain yet; if the reply ends here, it is.
-        rest = self._growing.rest().rstrip("\ufffd") if self._stops else ""
-        if (piece := self._cut(self._held + rest)) is not None:
+        rest = self._growing.rest() if self._stops else ""
+        if is_early:
+            self._early = self.text + self._held + rest if self._left == 0 else ""
+        elif (piece := self._cut(self._held + rest.rstrip("\ufffd"))) is not None:
             return piece
         return self._release(len(self._held) - _possible_start(self._held, self._stops))
 
@@ -66,12 +73,15 @@ class TextStream:
             return ""
         self._held += self._growing.rest()
         self._growing.close()
-        piece = self._cut(self._held)
+        piece = self._cut(self._held) if self._left == 0 else None
         return self._release(len(self._held)) if piece is None else piece
 
     def _cut(self, text: str) -> str | None:
         """What precedes the first stop string in the text that was not released; None if it holds none."""
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        early = 0  # characters of the text that the first min_tokens ids had, and that later ones did not change
+        if len(self.text) < len(self._early):
+            early = _shared(self._early[len(self.text) :], text)
+        found = [at for stop in self._stops if (at := text.find(stop, max(0, early + 1 - len(stop)))) >= 0]
         if not found:
             return None
         self.stopped, self._held = True, text
@@ -85,6 +95,11 @@ class TextStream:
         return piece
 
 
+def _shared(first: str, second: str) -> int:
+    """Length of the longest beginning that both texts have."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+
+
 def _possible_start(text: str, stops: Sequence[str]) -> int:
     """Length of the longest tail of text that is a proper beginning of a stop string."""
     longest = max((len(s) - 1 for s in stops), default=0)
@@ -92,3 +107,22 @@ def _possible_start(text: str, stops: Sequence[str]) -> int:
         if any(s.startswith(text[-size:]) for s in stops):
             return size
     return 0
+
+
+class TokenStarts:
+    """Where the text of each token begins in a text that grows by tokens, in characters.
+
+    A token that is only part of a character begins where the character does. before, skip_special: as for TextStream.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, *, skip_special: bool = True, before: Sequence[int] = ()) -> None:
+        self._growing = GrowingText(tokenizer.decoding, skip_special=skip_special, before=before)
+        self._done = 0
+
+    def add(self, ids: Iterable[int]) -> list[int]:
+        """The starts of the next tokens."""
+        found = []
+        for i in ids:
+            found.append(self._done + len(self._growing.rest()) - self._growing.overlap(i))
+            self._done += len(self._growing.push(i))
+        return found

@@ -80,11 +80,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     return found
 
 
-def shortest_with_a_stop(pair: Pair, ids: Sequence[int], stops: Sequence[str]) -> tuple[str, int]:
+def shortest_with_a_stop(pair: Pair, ids: Sequence[int], stops: Sequence[str], min_tokens: int) -> tuple[str, int]:
     """(text, ids used): the definition, one decoding per id."""
-    for count in range(1, len(ids) + 1):
+    first = pair.decode(ids[:min_tokens])
+    for count in range(min_tokens + 1, len(ids) + 1):
         text = pair.decode(ids[:count]) if count == len(ids) else pair.decode(ids[:count]).rstrip("\ufffd")
-        if found := [at for at in map(text.find, stops) if at >= 0]:
+        early = next(n for n in range(len(first), -1, -1) if text.startswith(first[:n]))
+        if found := [at for stop in stops for at in range(len(text)) if text.startswith(stop, at) and at + len(stop) > early]:
             return text[: min(found)], count
     return pair.decode(ids), len(ids)
 
@@ -117,14 +119,15 @@ def test_a_reply_ends_with_the_first_id_that_completes_a_stop_string(
     whole = pair.decode(ids)
     inside = [whole[at : at + size] for at in range(len(whole)) for size in (1, 2, 3) if "\ufffd" not in whole[at : at + size]]
     stops = data.draw(st.lists(st.sampled_from([*inside, "😀", "n't", " '", "the"]), min_size=1, max_size=2))
-    stream, shown, used = TextStream(pair.ours, stops), "", 0
+    min_tokens = data.draw(st.sampled_from([0, 0, 1, 3, 12, 50]))
+    stream, shown, used = TextStream(pair.ours, stops, min_tokens=min_tokens), "", 0
     for i in ids:
         shown += stream.push(i)
         used += 1
         if stream.stopped:
             break
     shown += stream.finish()
-    assert (shown, used) == shortest_with_a_stop(pair, ids, stops)
+    assert (shown, used) == shortest_with_a_stop(pair, ids, stops, min_tokens)
     assert shown == stream.text
 
 
@@ -160,15 +163,42 @@ def test_a_special_token_may_be_a_stop_string_though_it_is_not_shown(pairs: dict
     assert "".join(shown.push(i) for i in ids) == "Hello<|im_start|>user"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *DECODERS])
 def test_a_continued_text_keeps_the_blank_between_the_two(kind: str, pairs: dict[str, Pair]) -> None:
     pair = pairs[kind]
-    words = "the red boat is on the river"
-    ids = pair.ours.encode(words)
-    for cut in range(1, len(ids)):
-        stream = TextStream(pair.ours, before=ids[:cut])
-        more = "".join(stream.push(i) for i in ids[cut:]) + stream.finish()
-        assert pair.decode(ids[:cut]) + more == pair.decode(ids)
+    bos = pair.ours.special.get("<s>")
+    ids = [*([] if bos is None else [bos]), *pair.ours.encode("the red boat 天气 is on the river" + " é👍" * ("byte" in kind))]
+    cuts = [cut for cut in range(len(ids)) if "\ufffd" not in pair.decode(ids[:cut])]
+    assert len(cuts) > 8
+    for cut in cuts:
+        if not pair.decode(ids).startswith(begun := pair.decode(ids[:cut])):
+            assert kind in STREAMS_NOTHING  # where what follows changes the prompt
+            continue
+        for long in ([], ids[:10] * 30):  # of a long prompt, the end is enough
+            if long and kind in STREAMS_NOTHING:
+                continue
+            stream = TextStream(pair.ours, before=[*long, *ids[:cut]])
+            more = "".join(stream.push(i) for i in ids[cut:]) + stream.finish()
+            whole = pair.decode([*long, *ids])
+            assert pair.decode([*long, *ids[:cut]]) + more == whole and (long or begun + more == whole)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+def test_a_prompt_that_ends_inside_a_character_is_completed(kind: str, pairs: dict[str, Pair]) -> None:
+    pair = pairs[kind]
+    ids = pair.ours.encode("a👍 b")
+    cut = next(i for i in range(len(ids)) if pair.decode(ids[:i]).endswith("\ufffd"))
+    stream = TextStream(pair.ours, before=ids[:cut])
+    assert "".join(stream.push(i) for i in ids[cut:]) + stream.finish() == "👍 b"
+
+
+def test_a_stop_string_counts_where_it_ends_behind_min_tokens(pairs: dict[str, Pair]) -> None:
+    """The case of vLLM's tests/detokenizer/test_min_tokens.py; and a stop string that begins before and ends behind."""
+    vocabulary, said = _bytes_tokenizer(), " is Lee, and I'm a student"
+    for count, stop, truth in ((0, "e", " is L"), (7, "e", " is Lee, and I'm a stud"), (6, "e", " is Le"), (6, "Lee", " is ")):
+        stream = TextStream(vocabulary, [stop], min_tokens=count)
+        assert "".join(stream.push(i) for i in vocabulary.encode(said)) + stream.finish() == truth == stream.text
+        assert stream.stopped
 
 
 @pytest.mark.parametrize("kind", KINDS)

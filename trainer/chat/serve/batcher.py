@@ -82,6 +82,7 @@ class Job:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None  # of this job alone
+    continues_prompt: bool = False  # the reply's text goes on with the prompt's, instead of beginning anew
     deadline: float = float("inf")  # time.monotonic()
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -194,7 +195,13 @@ class Batcher:
                 grammar=job.grammar,
             )
             self.counts.reused_tokens += self._kept.lend(steps)
-            self._active.append(_Active(job, steps, TextStream(self.chat.tokenizer, job.stop_strings)))
+            text = TextStream(
+                self.chat.tokenizer,
+                job.stop_strings,
+                min_tokens=job.sampling.min_tokens,
+                before=job.prompt_ids if job.continues_prompt else (),
+            )
+            self._active.append(_Active(job, steps, text))
             self.counts.prompt_tokens += len(job.prompt_ids)
         except Exception as error:  # one bad request must not end the thread that serves all others
             self._fail(job, error)

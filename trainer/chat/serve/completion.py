@@ -22,6 +22,7 @@ from fastapi import Request
 from ...generation.defaults import sampling_of
 from ...generation.generation import TokenStep
 from ...generation.grammar import Grammar
+from ...generation.text_stream import TokenStarts
 from ..chat_model import ChatModel
 from .batcher import Batcher, BusyError, Done, Event, Failed, Job, Piece
 from .errors import RequestError
@@ -80,10 +81,12 @@ class Completion:
                 logprobs=asked.wanted_logprobs,
                 prompt_logprobs=asked.wanted_logprobs if self.has_echo else None,
                 grammar=None if grammar is None else grammar.copy(),
+                continues_prompt=not self.is_chat,
                 deadline=deadline,
             )
             for index, (ids, k) in enumerate(itertools.product(prompts, range(asked.n or 1)))
         ]
+        self._starts: dict[int, TokenStarts] = {}
 
     def _emit(self, index: int, event: Event) -> None:
         if not self._loop.is_closed():
@@ -106,7 +109,7 @@ class Completion:
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events."""
         try:
-            offsets, unfinished, generated = [0] * len(self.jobs), len(self.jobs), 0
+            unfinished, generated = len(self.jobs), 0
             if self.is_chat:
                 for index in range(len(self.jobs)):
                     yield sse(self._chunk(index, {"role": "assistant", "content": ""}))
@@ -117,8 +120,7 @@ class Completion:
                     yield ": waiting\n\n"
                     continue
                 if isinstance(event, Piece):
-                    logprobs = self._logprobs(event.steps, offsets[index])
-                    offsets[index] += len(event.text)
+                    logprobs = self._logprobs(index, event.steps)
                     yield sse(self._chunk(index, {"content": event.text} if self.is_chat else event.text, logprobs))
                 elif isinstance(event, Done):
                     yield sse(self._chunk(index, {} if self.is_chat else "", finish_reason=event.finish_reason))
@@ -141,9 +143,11 @@ class Completion:
             if replies is None:
                 return None
             for index, (text, steps, done) in enumerate(replies):
-                logprobs, tokens = self._logprobs(steps, 0), done.completion_tokens
+                tokens = done.completion_tokens
                 if self.has_echo:
                     text, logprobs, tokens = self._with_prompt(index, text, steps, done)
+                else:
+                    logprobs = self._logprobs(index, steps)
                 choices.append(self._choice(index, text, logprobs, done.finish_reason))
                 generated += tokens
             kind = "chat.completion" if self.is_chat else "text_completion"
@@ -173,27 +177,39 @@ class Completion:
                 ends[index] = event
         return [(texts[index], steps[index], ends[index]) for index in range(count)]
 
-    def _logprobs(self, steps: Sequence[TokenStep], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, steps: Sequence[TokenStep]) -> dict[str, Any] | None:
+        """Log-probabilities of the next tokens of a reply."""
         if self.asked.wanted_logprobs is None:
             return None
-        return chat_logprobs(self.chat.tokenizer, steps) if self.is_chat else text_logprobs(self.chat.tokenizer, steps, offset)
+        if self.is_chat:
+            return chat_logprobs(self.chat.tokenizer, steps)
+        return text_logprobs(self.chat.tokenizer, steps, self._offsets(index, steps))
+
+    def _offsets(self, index: int, steps: Sequence[TokenStep]) -> list[int]:
+        """Where the next tokens of a reply begin in its text."""
+        if index not in self._starts:
+            self._starts[index] = TokenStarts(self.chat.tokenizer, before=self.jobs[index].prompt_ids)
+        return self._starts[index].add(step.id for step in steps)
 
     def _with_prompt(self, index: int, text: str, steps: list[TokenStep], done: Done) -> tuple[str, dict[str, Any] | None, int]:
         """(text, log-probabilities, generated tokens) of an answer that begins with its prompt, as it was given."""
         assert isinstance(self.asked, TextRequest)
-        job, decode = self.jobs[index], self.chat.tokenizer.decode
+        ids, tokenizer = self.jobs[index].prompt_ids, self.chat.tokenizer
         given = self.asked.given[index // (self.asked.n or 1)]
-        prompt = given if isinstance(given, str) else decode(job.prompt_ids)
-        is_added = isinstance(given, str) and job.prompt_ids[0] == self.chat.tokenizer.bos_id
-        bos = decode(job.prompt_ids[:1]) if is_added else ""
-        hidden = 0 if prompt.startswith(bos) else len(bos)
+        prompt = given if isinstance(given, str) else tokenizer.decode(ids)
         stop, tokens = done.stop_step, done.completion_tokens
         if self.wanted_tokens == 0:
             text, steps, stop, tokens = "", [], None, 0
-        if job.logprobs is None:
+        if self.asked.wanted_logprobs is None:
             return prompt + text, None, tokens
-        every = [*done.prompt_steps, *steps, *([stop] if stop is not None else [])]
-        return prompt + text, text_logprobs(self.chat.tokenizer, every, 0, job.prompt_ids[0], hidden), tokens
+        bos = tokenizer.decode(ids[:1])
+        is_added = isinstance(given, str) and self.asked.add_special_tokens and ids[0] == tokenizer.bos_id
+        is_hidden = is_added and (not prompt.startswith(bos) or list(ids[:2]) == [ids[0]] * 2)
+        starts = TokenStarts(tokenizer, skip_special=False).add(ids[is_hidden:])
+        offsets = [0] * is_hidden + [min(at, len(prompt)) for at in starts]
+        steps = [*steps, *([stop] if stop is not None else [])]
+        offsets += [len(prompt) + at for at in self._offsets(index, steps)]
+        return prompt + text, text_logprobs(tokenizer, [*done.prompt_steps, *steps], offsets, ids[0]), tokens
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.chat.name, "choices": choices}

@@ -356,12 +356,11 @@ def chat_logprobs(tokenizer: ChatTokenizer, steps: Sequence[TokenStep]) -> dict[
 
 
 def text_logprobs(
-    tokenizer: ChatTokenizer, steps: Sequence[TokenStep], offset: int = 0, first: int | None = None, hidden: int = 0
+    tokenizer: ChatTokenizer, steps: Sequence[TokenStep], offsets: Sequence[int], first: int | None = None
 ) -> dict[str, Any]:
-    """The `logprobs` of plain completions. offset: characters before the first of these tokens.
+    """The `logprobs` of plain completions. offsets: where each token begins in the text of the answer.
 
     first: the first token of an echoed prompt, which has no probability because nothing precedes it.
-    hidden: characters of these tokens' texts that are not part of the answer's text: a BOS token that the server put there.
     """
 
     def text(token_id: int) -> str:
@@ -369,9 +368,6 @@ def text_logprobs(
 
     ids = [step.id for step in steps] if first is None else [first, *(step.id for step in steps)]
     tokens = [text(i) for i in ids]
-    offsets = [offset]
-    for token in tokens[:-1]:
-        offsets.append(offsets[-1] + len(token))
     chances: list[float | None] = [step.logprob for step in steps]
     top: list[dict[str, float] | None] = []
     for step in steps:
@@ -381,5 +377,4 @@ def text_logprobs(
         top.append(told)
     if first is not None:
         chances, top = [None, *chances], [None, *top]
-    shown = [max(0, at - hidden) for at in offsets[: len(tokens)]]
-    return {"tokens": tokens, "token_logprobs": chances, "top_logprobs": top, "text_offset": shown}
+    return {"tokens": tokens, "token_logprobs": chances, "top_logprobs": top, "text_offset": list(offsets)}
