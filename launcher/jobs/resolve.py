@@ -55,13 +55,30 @@ def resolve(name: str, overrides: Sequence[str], world_size: int) -> Resolved:
 
 
 def model_shape(recipe: Recipe) -> ModelConfig | None:
-    """The shape that will train, or None when it is in a checkpoint that cannot be read from here."""
+    """The shape that will train, or None when it is in a checkpoint that cannot be read from here.
+
+    Raises ConfigError where the data was tokenised otherwise than the checkpoint allows.
+    """
     if recipe.model.checkpoint is None:
         return recipe.model.shape()
     folder = Path(recipe.model.checkpoint)
     # a run that continues needs its own checkpoints only
     file = ([folder, *list_checkpoints(folder), *list_checkpoints(recipe.run_dir)])[-1] / "config.json"
-    return validate(ModelConfig, read_json(file), str(file)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    shape = validate(ModelConfig, read_json(file), str(file))
+    return shape.model_copy(update={"vocab_size": _rows(file.parent, shape.vocab_size, Path(recipe.data.path))})
+
+
+def _rows(checkpoint: Path, held: int, data: Path) -> int:
+    """Rows of the tables in training: new special tokens in the data set's tokenizer may need more than the checkpoint has."""
+    ours, theirs = data / "tokenizer" / "tokenizer.json", checkpoint / "tokenizer.json"
+    if not (ours.is_file() and theirs.is_file()) or ours.read_bytes() == theirs.read_bytes():
+        return held
+    from ...data.tokenizer.tokenizer import ChatTokenizer
+    from ...trainer.checkpoint.rows import rows_needed
+
+    return rows_needed(checkpoint, held, ChatTokenizer.load(ours.parent), str(data))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,12 +17,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from chatmill.config import ConfigError
-
-from ...data.tokenizer.new_tokens import tokens_beyond
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..model_config import ModelConfig
 from .checkpoint import Checkpoint
+from .rows import new_tokens, rows_needed
 from .sharding import TensorSource
 
 TABLES = ("embed.weight", "head.weight")
@@ -34,35 +32,16 @@ def rows_for(checkpoint: Checkpoint, tokenizer: ChatTokenizer, where: str) -> in
 
     Raises ConfigError where the tokenizer differs from the checkpoint's in anything else. where: what was tokenised with it.
     """
-    held = checkpoint.config.vocab_size
-    new = _new_tokens(checkpoint, tokenizer, where)
-    needed = 1 + max(new.values(), default=-1)
-    if needed <= held:
-        return held
-    multiple = min(64, held & -held)
-    return -(-needed // multiple) * multiple
+    return rows_needed(checkpoint.path, checkpoint.config.vocab_size, tokenizer, where)
 
 
 def with_new_rows(checkpoint: Checkpoint, config: ModelConfig, tokenizer: ChatTokenizer) -> TensorSource:
     """The checkpoint's tensors for a model of this config and tokenizer (`rows_for` says how many rows that needs)."""
-    new = _new_tokens(checkpoint, tokenizer, "the run")
+    new = new_tokens(checkpoint.path, tokenizer, "the run")
     if not new and config.vocab_size == checkpoint.config.vocab_size:
         return checkpoint
     trained = {i for i in ChatTokenizer.load(checkpoint.path, use_template=False).ids() if i < checkpoint.config.vocab_size}
     return WiderTables(checkpoint, config.vocab_size, trained, set(new.values()) - trained)
-
-
-def _new_tokens(checkpoint: Checkpoint, tokenizer: ChatTokenizer, where: str) -> dict[str, int]:
-    if "tokenizer.json" not in checkpoint.files():
-        return {}
-    new = tokens_beyond(ChatTokenizer.load(checkpoint.path, use_template=False), tokenizer)
-    if new is None:
-        raise ConfigError(
-            f"{where} was tokenised with another tokenizer than that of {checkpoint.path}.\n"
-            "Build the data set with the checkpoint's tokenizer: set tokenizer.path in the data recipe.\n"
-            "The template may be another one, and special tokens may be added (tokenizer.add_special_tokens)."
-        )
-    return new
 
 
 class WiderTables:

@@ -18,8 +18,11 @@ from chatmill.config import ConfigError
 from chatmill.data.pipeline.inputs import template_tokenizer
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
+from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.tokenizer.template import TEMPLATES
 from chatmill.data.tokenizer.tokenizer import ChatTokenizer
+from chatmill.launcher.__main__ import main as chatmill
+from chatmill.launcher.jobs.resolve import model_shape
 from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer.checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from chatmill.trainer.config import Recipe, load_recipe
@@ -28,6 +31,7 @@ from chatmill.trainer.convert.gguf_import import import_gguf
 from chatmill.trainer.convert.hf import export_hf, import_hf
 from chatmill.trainer.loop.dpo import REFERENCE, load_reference
 from chatmill.trainer.loop.loop import train
+from chatmill.trainer.loop.starting import choose_shape
 
 from ..checkpoint.test_vocabulary import base_model
 from ..conftest import make_chats
@@ -109,6 +113,28 @@ def test_a_base_model_learns_a_template_with_new_tokens(
     gguf = import_gguf(tmp_path / "m.gguf", tmp_path / "from-gguf")
     assert torch.equal(gguf.tensor("embed.weight"), again.tensor("embed.weight"))
     assert ChatTokenizer.load(gguf.path).prompt_ids(messages) == ids and ChatTokenizer.load(gguf.path).stop_ids == {0, 301}
+
+
+@pytest.mark.parametrize(("rows", "grown"), [(300, 304), (384, 384)], ids=["grown", "padded"])
+def test_plan_and_launch_count_the_rows_of_new_tokens(
+    rows: int, grown: int, recipe_for: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_model(tmp_path / "base", rows, tied_embeddings=False, **SHAPE)
+    data = build(tmp_path / "chats", {"path": str(base.path), **CHATML})
+    recipe = recipe_for("chat", base.path, data)
+    trained = choose_shape(recipe, base, TokenDataset.open(data, "train"))
+    assert trained.vocab_size == grown and model_shape(recipe) == trained
+    capsys.readouterr()
+    file = str(tmp_path / "chat.yaml")
+    total = trained.parameter_counts()["total"]
+    assert chatmill(["plan", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] == total
+    assert chatmill(["launch", file, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count(f"parameters  {total:,}") == 2  # of the launch and of its plan
+    other = build(tmp_path / "others", {"train": {"vocab_size": 300}})
+    assert chatmill(["plan", file, f"data.path={other}"]) == 2
+    assert chatmill(["launch", file, "--dry-run", f"data.path={other}"]) == 2
+    assert capsys.readouterr().err.count(f"{other} was tokenised with another tokenizer") == 2
 
 
 def test_a_chat_model_takes_the_template_of_the_data(
