@@ -146,12 +146,14 @@ def test_half_a_character_is_refused_and_the_next_line_is_answered(capsys: pytes
     assert [p.name for p in tmp_path.iterdir()] == ["saved.jsonl"] and json.loads(save.read_text(encoding="utf-8"))
 
 
-def test_bytes_that_are_no_utf8_never_end_in_a_traceback(checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "chatmill.launcher", "chat", str(checkpoint), "--max-new-tokens", "2"]
-    there = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3] / "src"), "PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(command, input=b"hi\ncaf\xe9\nho\n", capture_output=True, env=there, check=False)
-    assert done.returncode == 2 and b"Traceback" not in done.stderr and b"not valid Unicode" in done.stderr
-    assert len(done.stdout.splitlines()) >= 2
+def test_bytes_that_are_no_utf8_never_end_in_a_traceback(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\ncaf\xe9\nho\n"), "utf-8", "strict"))
+    code = chatmill(["chat", str(checkpoint), "--max-new-tokens", "2"])
+    told = capfd.readouterr()
+    assert code == 2 and "Traceback" not in told.err and "not valid Unicode" in told.err
+    assert len(told.out.splitlines()) >= 2
 
 
 @pytest.mark.parametrize(("name", "value"), [("prompt", "\udce9"), ("system", "\ud83d"), ("stop", ("\ud83d",))])

@@ -70,9 +70,9 @@ def test_greedy_tokens_are_those_of_transformers(pair: tuple[Any, Decoder], pena
     theirs, ours = pair
     for start in range(4):
         prompt = [(7 * i + 13 * start) % 97 for i in range(3 + 5 * start)]
-        expected = their_reply(theirs, prompt, 60, repetition_penalty=penalty)
+        expected = their_reply(theirs, prompt, 30, repetition_penalty=penalty)
         assert [
-            step.id for step in Generation(ours, prompt, max_new_tokens=60, sampling=Sampling(repetition_penalty=penalty))
+            step.id for step in Generation(ours, prompt, max_new_tokens=30, sampling=Sampling(repetition_penalty=penalty))
         ] == expected
         assert len(set(expected)) > 5
 

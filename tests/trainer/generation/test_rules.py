@@ -210,7 +210,7 @@ def test_replies_under_a_schema_are_json_that_it_accepts(kind: str, tokenizer: C
     chosen = tokenizer if kind == "byte-level" else byte_fallback(kind == "llama2")
     model = make_model(chosen, extra=7)  # rows that no token has
     grammar = Grammars(chosen, model.config.vocab_size).json(PERSON)
-    for seed in range(6):
+    for seed in range(3):
         steps = Generation(
             model,
             [5, 6],
@@ -235,7 +235,7 @@ def test_rows_with_and_without_a_grammar_share_a_batch(model: Decoder, tokenizer
         return Generation(
             model,
             [5, 6, 7 + k],
-            max_new_tokens=60,
+            max_new_tokens=24,
             sampling=Sampling(1.0),
             stop_ids=tokenizer.stop_ids,
             seed=k,
