@@ -57,7 +57,8 @@ def resolve(name: str, overrides: Sequence[str], world_size: int) -> Resolved:
 def model_shape(recipe: Recipe) -> ModelConfig | None:
     """The shape that will train, or None when it is in a checkpoint that cannot be read from here.
 
-    Raises ConfigError where the data was tokenised otherwise than the checkpoint allows.
+    Raises ConfigError for a folder with another config.json that is no checkpoint, and where the data was tokenised
+    otherwise than the checkpoint allows.
     """
     if recipe.model.checkpoint is None:
         return recipe.model.shape()
@@ -66,6 +67,11 @@ def model_shape(recipe: Recipe) -> ModelConfig | None:
     file = ([folder, *list_checkpoints(folder), *list_checkpoints(recipe.run_dir)])[-1] / "config.json"
     if not file.is_file():
         return None
+    if not file.with_name("manifest.json").is_file():
+        raise ConfigError(
+            f"model.checkpoint: {folder} is not a checkpoint: it has a config.json, but no manifest.json.\n"
+            "If it is a Hugging Face folder, make a checkpoint of it with `chatmill import`."
+        )
     shape = validate(ModelConfig, read_json(file), str(file))
     return shape.model_copy(update={"vocab_size": _rows(file.parent, shape.vocab_size, Path(recipe.data.path))})
 

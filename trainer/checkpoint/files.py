@@ -174,6 +174,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(data)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST}: cannot be read ({error})") from None
+    if isinstance(manifest, dict) and "splits" in manifest:
+        raise CheckpointError(f"{path} is a data set, not a checkpoint. Give a checkpoint folder or a run folder.")
     if not isinstance(manifest, dict) or manifest.get("format") not in (1, FORMAT):
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise CheckpointError(f"{path / MANIFEST}: checkpoint format {found!r}, this version reads 1 and {FORMAT}")

@@ -32,7 +32,8 @@ def read_hf_config(raw: Mapping[str, Any], where: str, held: Collection[str] | N
     name = raw.get("model_type")
     known = ", ".join(f.architecture for f in FAMILIES.values())
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ConfigError(f"{where}: model_type {name!r} is not supported.\nSupported architectures: {known}.")
+        found = "it names no model_type" if name is None else f"model_type {name!r} is not supported"
+        raise ConfigError(f"{where}: {found}.\nSupported architectures: {known}.")
     family = FAMILIES[name]
     architectures = raw.get("architectures") or [family.architecture]
     if not isinstance(architectures, list) or family.architecture not in architectures:

@@ -18,6 +18,8 @@ def import_any(source: str, out: Path, force: bool = False) -> Checkpoint:
     if out.exists() and not force:
         raise ConfigError(f"{out} exists already. Use --force to replace it, or choose another folder.")
     path = Path(source)
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        raise ConfigError(f"{source} was written by Chatmill: checkpoints, runs and data sets need no import.")
     if path.is_dir():
         from .hf import import_hf
 

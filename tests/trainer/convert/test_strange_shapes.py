@@ -24,6 +24,8 @@ from chatmill.trainer.checkpoint.checkpoint import CheckpointError, CheckpointWr
 from chatmill.trainer.checkpoint.files import file_facts, write_manifest
 from chatmill.trainer.convert.gguf_import import import_gguf
 from chatmill.trainer.convert.hf import export_hf, import_hf
+from chatmill.trainer.convert.hf_config import read_hf_config
+from chatmill.trainer.convert.importing import import_any
 from chatmill.trainer.model.decoder import Decoder
 from chatmill.trainer.model_config import ModelConfig
 
@@ -387,3 +389,20 @@ def test_no_damage_to_the_head_of_a_gguf_file_ends_in_a_traceback(whole: Path, t
             refused += 1
     assert refused >= 30
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "ours"]
+
+
+def test_what_chatmill_wrote_is_not_imported_and_a_data_set_is_no_checkpoint(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "manifest.json").write_text('{"format": 1, "name": "a", "splits": {}, "files": {}}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is a data set, not a checkpoint"):
+        open_checkpoint(data)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for folder in (data, tmp_path / "run"):
+        with pytest.raises(ConfigError, match="was written by Chatmill"):
+            import_any(str(folder), tmp_path / "out")
+
+
+def test_a_config_without_a_model_type_says_so() -> None:
+    with pytest.raises(ConfigError, match="it names no model_type"):
+        read_hf_config({}, "config.json")

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,6 +301,17 @@ def test_the_command_prints_json_and_reads_the_data(write_recipe, capsys: pytest
     assert plan["fits"][0]["memory"]["total"] == sum(v for k, v in plan["fits"][0]["memory"].items() if k != "total")
     assert main(["plan", file, "--gpu", "abacus"]) == 2
     assert "known are" in capsys.readouterr().err
+
+
+def test_no_plan_is_made_for_a_model_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text('{"model_type": "llama", "hidden_size": 8}', encoding="utf-8")
+    for folder, told in (("nowhere", "the model's size is not known"), ("hf", "no manifest.json")):
+        assert main(["plan", "demo", f"model.checkpoint={tmp_path / folder}"]) == 2
+        error = capsys.readouterr().err
+        assert told in error and "chatmill import" in error and "unknown key" not in error
+    assert main(["plan", "demo", f"model.checkpoint={tmp_path / 'nowhere'}", "model.layers=2"]) == 0
+    assert "the shape written in the recipe is used" in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_parameters_recipe_and_plan(
