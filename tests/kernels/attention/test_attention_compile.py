@@ -34,7 +34,7 @@ def test_every_shipped_build_passes_its_gates(arch: int) -> None:
     broken = {row["name"]: row["violations"] for row in rows if row["violations"]}
     assert not broken
     assert status == 0, stderr
-    assert len(rows) == {80: 21, 89: 9, 90: 34, 100: 21, 120: 9}[arch]
+    assert len(rows) == {80: 21, 89: 9, 90: 42, 100: 21, 120: 9}[arch]
     if arch == 90:
         budgets_hold(rows)
 
