@@ -69,6 +69,12 @@ def check_text(text: str, what: str) -> None:
         )
 
 
+def most_bytes(tokenizer: ChatTokenizer, context: int) -> int:
+    """The longest text, in bytes of UTF-8, that could fit the context: all of it made of the tokenizer's longest token."""
+    longest = max((len(tokenizer.token(i).encode("utf-8", "replace")) for i in tokenizer.ids()), default=1)
+    return context * longest
+
+
 def check_prompt(prompt_ids: Sequence[int], context: int, vocab_size: int) -> None:
     """Raise ConfigError for a prompt that the model cannot take."""
     if not prompt_ids:

@@ -17,9 +17,12 @@ import pytest
 import torch
 
 from chatmill.config import ConfigError
+from chatmill.data.tokenizer.plain import PlainText
+from chatmill.data.tokenizer.tokenizer import ChatTokenizer
 from chatmill.trainer.chat.chat_model import ChatModel
 from chatmill.trainer.chat.serve.run import check_address
 from chatmill.trainer.generation.generation import Generation
+from chatmill.trainer.generation.prompt import most_bytes
 from chatmill.trainer.generation.sampling import Sampling
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
@@ -118,6 +121,33 @@ def test_an_impossible_plain_completion_is_refused(served: Served, changes: dict
     status, answer, _ = served.send("POST", "/v1/completions", {"model": "tiny", "prompt": "a"} | changes)
     assert status == 400
     assert word in answer["error"]["message"]
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
+    served: Served, chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """context 512, longest token below 20 bytes: 11,000 bytes cannot fit, whatever they say."""
+    most = most_bytes(chat_model.tokenizer, 512)
+    assert 512 * 4 <= most <= 512 * 20
+
+    def tokenise(*_: object) -> list[int]:
+        raise AssertionError("was tokenised")
+
+    monkeypatch.setattr(ChatTokenizer, "prompt_ids", tokenise)
+    monkeypatch.setattr(PlainText, "encode", tokenise)
+    text = "是" * (most // 3 + 1)
+    messages = [{"role": "user", "content": text[:100]}, {"role": "user", "content": [{"type": "text", "text": text[100:]}]}]
+    for path, changes in (("chat/completions", {"messages": messages}), ("completions", {"prompt": ["a", text]})):
+        status, answer, _ = served.send("POST", f"/v1/{path}", {"model": "tiny"} | changes)
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+        assert f"context is 512 tokens, which no text of more than {most:,} bytes fits" in answer["error"]["message"]
+
+
+def test_the_longest_text_that_fits_is_not_refused(chat_model: ChatModel) -> None:
+    tokenizer = chat_model.tokenizer
+    longest = max(tokenizer.ids() - set(tokenizer.special.values()), key=lambda i: len(tokenizer.token(i)))
+    text = tokenizer.decode([longest]) * 512
+    assert len(tokenizer.encode(text)) <= 512 and len(text.encode()) <= most_bytes(tokenizer, 512)
 
 
 def test_the_same_seed_gives_the_same_sampled_reply(served: Served, chat_model: ChatModel) -> None:

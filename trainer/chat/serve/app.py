@@ -32,7 +32,7 @@ from chatmill.config import ConfigError
 
 from ....data.tokenizer.plain import PlainText
 from ...generation.grammar import Grammar, Grammars
-from ...generation.prompt import bad_text, check_prompt
+from ...generation.prompt import bad_text, check_prompt, most_bytes
 from .batcher import Batcher
 from .completion import Completion, Limits
 from .errors import RequestError
@@ -41,6 +41,7 @@ from .protocol import ChatRequest, TextRequest, named_first, parse
 PAGE = Path(__file__).with_name("page.html")
 MAX_DIGITS = 4300  # of a whole number: what Python reads
 DISCARDED = 16  # times the largest body: so much is still read, for a client that is sending does not see an answer
+ENCODED_AT_ONCE = 2  # prompts: a long one takes seconds and much memory, and the replies of others need the processor
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -76,6 +77,8 @@ class Service:
         self.chat = batcher.chat
         self.started = int(time.time())
         self._plain = PlainText(self.chat.tokenizer)
+        self._most_bytes = most_bytes(self.chat.tokenizer, self.chat.model.config.context)
+        self._encoding = asyncio.Semaphore(ENCODED_AT_ONCE)
         self._grammars = Grammars(self.chat.tokenizer, self.chat.model.config.vocab_size)
 
     async def health(self) -> Response:
@@ -127,13 +130,19 @@ class Service:
         if asked.model is not None and asked.model != self.chat.name:
             raise self._not_served(asked.model)
         grammar = await run_in_threadpool(self._grammar, asked)
-        prompts = await run_in_threadpool(asked.prompts, self.chat.tokenizer, self._plain)
+        where = "messages" if kind is ChatRequest else "prompt"
+        if (size := asked.prompt_bytes) > self._most_bytes:
+            text = f"{where}: {size:,} bytes. The model's context is {config.context} tokens, which no text of more than "
+            text += f"{self._most_bytes:,} bytes fits. Shorten it."
+            raise RequestError(400, text, param=where, code="context_length_exceeded")
+        async with self._encoding:
+            prompts = await run_in_threadpool(asked.prompts, self.chat.tokenizer, self._plain)
         for ids in prompts:
             try:
                 check_prompt(ids, config.context, config.vocab_size)
             except ConfigError as error:
                 code = "context_length_exceeded" if len(ids) >= config.context else None
-                raise RequestError(400, str(error), param="messages" if kind is ChatRequest else "prompt", code=code) from None
+                raise RequestError(400, str(error), param=where, code=code) from None
         completion = Completion(asked, prompts, self.chat, self.limits, deadline, grammar)
         completion.submit(self.batcher)
         if asked.stream:

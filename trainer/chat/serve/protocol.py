@@ -225,6 +225,11 @@ class ChatRequest(Request):
             raise RequestError(400, f"messages: {error}", param="messages") from None
 
     @property
+    def prompt_bytes(self) -> int:
+        """Bytes of UTF-8 of all messages."""
+        return sum(len(m.text.encode()) for m in self.messages)
+
+    @property
     def wanted_logprobs(self) -> int | None:
         """Alternatives per token, or None without log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -279,6 +284,11 @@ class TextRequest(Request):
                 raise RequestError(400, "prompt: it is empty.", param="prompt")
             found.append(ids)
         return found
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Bytes of UTF-8 of the longest text; token ids are counted elsewhere."""
+        return max((len(text.encode()) for text in self.given if isinstance(text, str)), default=0)
 
     @property
     def wanted_logprobs(self) -> int | None:
