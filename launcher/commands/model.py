@@ -149,11 +149,13 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from ...trainer.convert.importing import import_any
+    from ...trainer.convert.importing import chat_problem, import_any
 
     checkpoint = import_any(options.source, Path(options.out), force=options.force)
     total = checkpoint.config.parameter_counts()["total"]
     print(f"{checkpoint.path}: {checkpoint.config.family}, {total:,} parameters, vocabulary {checkpoint.config.vocab_size:,}")
+    if problem := chat_problem(checkpoint):
+        print(f"note: {problem}")
     return 0
 
 

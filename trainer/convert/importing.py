@@ -10,6 +10,7 @@ from pathlib import Path
 
 from chatmill.config import ConfigError
 
+from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -32,3 +33,17 @@ def import_any(source: str, out: Path, force: bool = False) -> Checkpoint:
         module = source.replace("-", "_")  # of a package, as pip writes its name
         import_gguf(module if module.isidentifier() and not path.is_file() else source, out)
     return open_checkpoint(out)
+
+
+def chat_problem(checkpoint: Checkpoint) -> str | None:
+    """Why an imported checkpoint cannot chat as it is, and what helps; None where it can."""
+    folder = checkpoint.path
+    if not (folder / "tokenizer.json").is_file():
+        return "the source has no tokenizer.json. Import it again with that file: chat, generate and data recipes need it."
+    try:
+        template = ChatTokenizer.load(folder).template_source
+    except ConfigError as error:
+        return f"{error}\nIt cannot chat as it is. To fine-tune it, choose another tokenizer.template in the data recipe."
+    if template is None:
+        return "it has no chat template, so it is a base model; docs/models.md says how to fine-tune one."
+    return None

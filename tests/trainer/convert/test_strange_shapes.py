@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.trainer.tokenizer_kinds import save_model
 
 from chatmill.config import ConfigError
+from chatmill.launcher.__main__ import main
 from chatmill.trainer.checkpoint.checkpoint import CheckpointError, CheckpointWriter, open_checkpoint
 from chatmill.trainer.checkpoint.files import file_facts, write_manifest
 from chatmill.trainer.convert.gguf_import import import_gguf
@@ -406,3 +408,20 @@ def test_what_chatmill_wrote_is_not_imported_and_a_data_set_is_no_checkpoint(tmp
 def test_a_config_without_a_model_type_says_so() -> None:
     with pytest.raises(ConfigError, match="it names no model_type"):
         read_hf_config({}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: None, None),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json. Import it again with that file"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template, so it is a base model"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{% for m in %}"), "cannot chat as it is"),
+    ],
+)
+def test_an_import_says_what_keeps_it_from_chatting(tmp_path: Path, change: Any, words: str | None, capsys: Any) -> None:
+    save_model("byte-level", tmp_path / "hf")
+    change(tmp_path / "hf")
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert (words in said and "note: " in said) if words else "note: " not in said
