@@ -16,7 +16,7 @@ demo: venv
 # Lint, types and all tests that this machine can run. ARGS is passed to pytest. WORKERS=0 runs them one after another.
 WORKERS ?= 2
 test: check $(VENV)/.deepspeed
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 check: venv-dev
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -30,12 +32,29 @@ def _why_not(item: pytest.Item) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip by marker; give each worker whole files, the longest first, and all that start a Slurm to one worker."""
+    """Skip by marker. Files that start a Slurm come first, then those with slow tests: none of them is left for the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
+    slurm = {item.path for item in items if item.get_closest_marker("slurm")}
     for item in items:
         reason = _why_not(item)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
-        group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: 0 if item.get_closest_marker("slurm") else 1 if item.path in slow else 2)
+    items.sort(key=lambda item: 0 if item.path in slurm else 1 if item.path in slow else 2)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers get whole files, so that fixtures of a file are made once; all files that start a Slurm go to one worker."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "slurm" if starts_slurm(file) else file
+
+    @functools.cache
+    def starts_slurm(file: str) -> bool:
+        return "pytest.mark.slurm" in (config.rootpath / file).read_text(encoding="utf-8")
+
+    config.option.loadscopereorder = False  # longest first, as sorted above
+    return ByFile(config, log)
