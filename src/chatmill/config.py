@@ -52,8 +52,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not eq or not key or any(not part for part in key.split(".")):
             raise ConfigError(f"override {word!r}: expected section.field=value, for example optimizer.lr=3e-4")
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
+            value = parse_yaml(text) if text else ""
+        except ValueError as error:
             raise ConfigError(f"override {word!r}: the value is not YAML ({error})") from error
         *parents, leaf = key.split(".")
         node = tree
@@ -74,17 +74,63 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+MAX_YAML_CHARACTERS = 4 << 20
+MAX_YAML_VALUES = 1 << 20  # once every alias stands for what it names: a file of 1 KB can mean a billion
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which a key stands once in its mapping: of two, the last would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError, also for one that repeats a key or grows beyond all use."""
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ValueError(f"{len(text):,} characters; expected at most {MAX_YAML_CHARACTERS:,}")
+    try:
+        value = yaml.load(text, _YamlLoader)  # a SafeLoader
+        size = _count_values(value, {})
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if size > MAX_YAML_VALUES:
+        raise ValueError(f"its aliases stand for {size:,} values; expected at most {MAX_YAML_VALUES:,}")
+    return value
+
+
+def _count_values(value: Any, known: dict[int, int]) -> int:
+    """Values in `value`, those behind an alias counted at each place. known: counts by id; 0 while one is being made."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 0
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count_values(item, known) for item in items)
+    elif known[id(value)] == 0:
+        raise ValueError("an alias names what it is part of")
+    return known[id(value)]
+
+
 YAML_HINT = "Values that contain [ ] { } : # or begin with * & ! % @ need quotes. Indent with spaces, not tabs."
 
 
 def read_yaml(path: Path, empty: dict[str, Any] | None = None) -> dict[str, Any]:
     """The mapping in a YAML file, `empty` where it holds nothing. Raises ConfigError."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}\n{YAML_HINT}") from error
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}\n{YAML_HINT}") from error
     raw = empty if raw is None else raw
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping, got {'an empty file' if raw is None else type(raw).__name__}")

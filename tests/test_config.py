@@ -1,0 +1,43 @@
+"""Recipes are YAML from people: what is repeated, endless, or larger than it looks is refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chatmill.config import MAX_YAML_CHARACTERS, ConfigError, parse_overrides, parse_yaml, read_yaml
+
+NINE = ", ".join(["{}"] * 9)
+LAUGHS = "a: &a [x]\n" + "".join(
+    f"{b}: &{b} [{NINE.replace('{}', '*' + a)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BAD = {
+    "a billion behind aliases": (LAUGHS, "its aliases stand for"),
+    "an alias of itself": ("a: &a [1, *a]", "an alias names what it is part of"),
+    "a key twice": ("train: {steps: 1}\nmodel: {}\ntrain: {lr: 2}", "'train' is given twice"),
+    "a key twice, further down": ("train: {steps: 1, lr: 2, steps: 3}", "'steps' is given twice"),
+    "brackets without end": ("[" * 100_000, "nested too deeply"),
+    "a number without end": ("a: " + "9" * 5000, "digit"),
+    "no such day": ("a: 2023-99-99", "month must be"),
+    "a key that is a list": ("? [1]\n: 2", "unhashable"),
+    "a huge file": ("#" * (MAX_YAML_CHARACTERS + 1), "expected at most"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_yaml_that_cannot_be_meant_is_refused_in_words(name: str, tmp_path: Path) -> None:
+    text, words = BAD[name]
+    with pytest.raises(ValueError, match=words):
+        parse_yaml(text)
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"(?s)a.yaml: not valid YAML: .*{words}"):
+        read_yaml(tmp_path / "a.yaml")
+    if "\n" not in text:
+        with pytest.raises(ConfigError, match=f"(?s)the value is not YAML.*{words}"):
+            parse_overrides([f"a.b={text}"])
+
+
+def test_aliases_and_merged_sections_work_as_before() -> None:
+    value = parse_yaml("base: &base {steps: 1, lr: 2}\none: {<<: *base, lr: 3}\ntwo: [*base, *base]")
+    assert value == {"base": {"steps": 1, "lr": 2}, "one": {"steps": 1, "lr": 3}, "two": [{"steps": 1, "lr": 2}] * 2}
