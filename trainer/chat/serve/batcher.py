@@ -4,8 +4,10 @@
     batcher.submit(job)             raises BusyError when the queue is full; events arrive through job.emit
     job.cancel()                    the reply is dropped before its next token, and its cache with it
 
-Replies start in order of arrival, at most `max_active` at once; they join and leave between steps. Each has its own cache
-and random generator: other replies affect it only through the rounding of a wider matrix product.
+At most `max_active` replies get tokens at once; they join and leave between steps. Requests take turns: the next place goes to
+the one that has the fewest. Where none is free, the request with the most gives one up, if it has two more: its newest reply
+pauses and keeps its cache. So a request for 64 replies has the whole batch while it is alone, and delays nobody by a reply.
+Each reply has its own cache and random generator: others affect it only through the rounding of a wider matrix product.
 
 Prompts are read in stretches between the steps, so that a long prompt does not hold up other replies. When a conversation
 continues, only the new turn is read (`chatmill.trainer.generation.prefix_store`).
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -69,7 +71,7 @@ class Failed:
 Event = Piece | Done | Failed
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """One reply to make. emit is called on the batcher's thread and must not block."""
 
@@ -83,6 +85,7 @@ class Job:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None  # of this job alone
     continues_prompt: bool = False  # the reply's text goes on with the prompt's, instead of beginning anew
+    request: object = None  # jobs of one request share their turn; None: a request of its own
     deadline: float = float("inf")  # time.monotonic()
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -95,13 +98,22 @@ class Job:
         """Nobody waits for the reply any more."""
         return self._cancelled.is_set()
 
+    @property
+    def turn(self) -> object:
+        """Whose turn it takes."""
+        return self if self.request is None else self.request
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class _Active:
     job: Job
     steps: Generation
     text: TextStream
     held: list[TokenStep] = field(default_factory=list)
+
+
+def _job(waiting: Job | _Active) -> Job:
+    return waiting if isinstance(waiting, Job) else waiting.job
 
 
 @dataclass(slots=True)
@@ -131,6 +143,7 @@ class Batcher:
         self._kept = PrefixStore(2 * chat.model.config.context if keep_tokens is None else keep_tokens)
         self._waiting: deque[Job] = deque()
         self._active: list[_Active] = []
+        self._paused: list[_Active] = []
         self._news = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="chatmill-batcher", daemon=True)
@@ -138,8 +151,8 @@ class Batcher:
 
     @property
     def load(self) -> tuple[int, int]:
-        """(active, waiting) requests."""
-        return len(self._active), len(self._waiting)
+        """(active, waiting) replies; one that pauses waits."""
+        return len(self._active), len(self._waiting) + len(self._paused)
 
     def submit(self, job: Job) -> None:
         """Queue a job."""
@@ -165,21 +178,46 @@ class Batcher:
     def _work(self) -> None:
         while True:
             with self._news:
-                while not (self._waiting or self._active or self._closed):
+                while not (self._waiting or self._active or self._paused or self._closed):
                     self._news.wait()
                 if self._closed:
                     break
-                room = self.max_active - len(self._active)
-                admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-            for job in admitted:
-                self._admit(job)
-            self._active = self._advance([active for active in self._active if not self._is_over(active.job)])
-        for job in [active.job for active in self._active] + list(self._waiting):
+            self._active = [active for active in self._active if not self._is_over(active.job)]
+            self._paused = [active for active in self._paused if not self._is_over(active.job)]
+            while (chosen := self._next_turn()) is not None:
+                self._admit(chosen)
+            self._active = self._advance(self._active)
+        for job in [active.job for active in (*self._active, *self._paused)] + list(self._waiting):
             job.emit(Failed("error", "the server is shutting down."))
-        self._active = []
+        self._active, self._paused = [], []
         self._waiting.clear()
 
-    def _admit(self, job: Job) -> None:
+    def _next_turn(self) -> Job | _Active | None:
+        """Take what gets a place now out of its queue, having made room; None where nobody waits or all have their share."""
+        with self._news:
+            held = Counter(id(active.job.turn) for active in self._active)
+            queue: list[Job | _Active] = [*self._paused, *self._waiting]
+            if not queue:
+                return None
+            chosen = min(queue, key=lambda waiting: held[id(_job(waiting).turn)])  # the first of those with the fewest places
+            if len(self._active) >= self.max_active:
+                most = max(held.values())
+                if most - held[id(_job(chosen).turn)] < 2 or len(self._paused) >= self.max_active:
+                    return None
+                newest = next(a for a in reversed(self._active) if held[id(a.job.turn)] == most)
+                self._active.remove(newest)
+                self._paused.append(newest)
+            if isinstance(chosen, Job):
+                self._waiting.remove(chosen)
+            else:
+                self._paused.remove(chosen)
+            return chosen
+
+    def _admit(self, chosen: Job | _Active) -> None:
+        if isinstance(chosen, _Active):
+            self._active.append(chosen)
+            return
+        job = chosen
         if self._is_over(job):
             return
         try:

@@ -82,6 +82,7 @@ class Completion:
                 prompt_logprobs=asked.wanted_logprobs if self.has_echo else None,
                 grammar=None if grammar is None else grammar.copy(),
                 continues_prompt=not self.is_chat,
+                request=self,
                 deadline=deadline,
             )
             for index, (ids, k) in enumerate(itertools.product(prompts, range(asked.n or 1)))
