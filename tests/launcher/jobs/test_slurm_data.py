@@ -17,6 +17,7 @@ from tests.launcher.tiny_run import wait_until
 from chatmill.config import ConfigError
 from chatmill.data.pipeline import stages
 from chatmill.data.pipeline.datatrove_steps import run_stage
+from chatmill.data.pipeline.inputs import template_tokenizer
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.pipeline.work_folder import WorkFolder
 from chatmill.data.recipe import ExecutorSection, load_data_recipe
@@ -109,6 +110,7 @@ def test_a_task_that_fails_in_an_array_is_shown_with_its_cause(
     work = WorkFolder(tmp_path, load_data_recipe(str(folder / "small.yaml")))
     for stage in ("import", "prepare"):
         (tmp_path / stage).mkdir()
+    template_tokenizer(work.recipe, None).save(tmp_path / "template")
     for name in ("a", "c"):
         (tmp_path / f"import/{name}.jsonl").touch()
     section = ExecutorSection(kind="slurm", tasks=3, poll_s=0.2)
