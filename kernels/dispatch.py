@@ -111,6 +111,8 @@ def why_no_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of this device; None where they can."""
     if _planning:
         return None
+    if not is_installed("triton"):
+        return "triton is not installed"
     if device.type not in ("cpu", "cuda"):
         return f"there is no Triton for {device.type}"
     if device.type == "cpu" and not is_interpreting():

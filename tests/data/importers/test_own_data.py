@@ -144,8 +144,11 @@ def test_turns_that_are_joined_and_turns_that_are_left_out_are_counted_apart(tmp
     found, _ = read(tmp_path / "x.jsonl")
     ledger = Ledger("samples")
     samples = list(make_samples(found[0], PairSection(), ledger))
-    assert [(t.role, t.content) for t in samples[0].turns] == [("user", "1\n2"), ("assistant", "3\n5")]
-    assert sorted(ledger.changed.values()) == [2, 3] and ledger.changed["turns of one speaker in a row joined"] == 2
+    assert [(t.role, t.content) for t in samples[0].turns] == [("user", "1\n2"), ("assistant", "3")], (
+        "cut where the system turn is left out"
+    )
+    assert sorted(ledger.changed.values()) == [1, 1, 4] and ledger.changed["turns of one speaker in a row joined"] == 1
+    assert ledger.changed["cut where a turn was dropped"] == 1
 
 
 def imported(chosen: DataRecipe, folder: Path, **fields: Any) -> dict[str, Any]:

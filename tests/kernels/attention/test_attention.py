@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chatmill.kernels.attention import attention, attention_reference, attention_with_lse
+from chatmill.kernels.attention import attention, attention_reference, attention_with_lse, interface
 from chatmill.kernels.attention import operators as module
 
 
@@ -235,3 +235,15 @@ def test_a_tile_map_of_the_cache_outlives_it_where_a_graph_was_captured(monkeypa
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     module._hold(tiles)
     assert module._captured == {64: tiles} and len(events) == 1
+
+
+def test_determinism_is_torch_s_setting_unless_the_call_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(interface, "_decide", lambda *arguments: asked.append(arguments[-2]) or "torch")
+    for setting, given in ((False, None), (True, None), (True, False), (False, True)):
+        torch.use_deterministic_algorithms(setting)
+        try:
+            attention(*inputs(4, (2, 1), (16, 16)), deterministic=given)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert asked == [False, True, False, True]
