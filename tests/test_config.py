@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
-from chatmill.config import MAX_YAML_CHARACTERS, ConfigError, parse_overrides, parse_yaml, read_yaml
+from chatmill.config import MAX_YAML_CHARACTERS, ConfigError, Section, load_section, parse_overrides, parse_yaml, read_yaml
 
 NINE = ", ".join(["{}"] * 9)
 LAUGHS = "a: &a [x]\n" + "".join(
@@ -41,3 +42,44 @@ def test_yaml_that_cannot_be_meant_is_refused_in_words(name: str, tmp_path: Path
 def test_aliases_and_merged_sections_work_as_before() -> None:
     value = parse_yaml("base: &base {steps: 1, lr: 2}\none: {<<: *base, lr: 3}\ntwo: [*base, *base]")
     assert value == {"base": {"steps": 1, "lr": 2}, "one": {"steps": 1, "lr": 3}, "two": [{"steps": 1, "lr": 2}] * 2}
+
+
+class Rule(Section):
+    lr: float = 1.0
+
+
+class Source(Section):
+    format: str = "auto"
+
+
+class Small(Section):
+    sources: list[Source] = Field(default_factory=list)
+    groups: dict[str, Rule] = Field(default_factory=dict)
+    rule: Rule | None = None
+    size: int = 1
+
+
+FILE = "sources: [{format: a}, {format: b}]\nsize: 2\n"
+WRONG = {
+    "a list's item in a file": ("sources: [{fromat: a}]", [], r"x.yaml: 1 problem:\n  sources.0.fromat: .* mean 'format'"),
+    "a list's item": (FILE, ["sources.1.fromat=c"], r"^override sources.1.fromat=c: 1 problem:\n.*mean 'format'"),
+    "a mapping's value": (FILE, ["groups.a.lrr=1"], r"^override groups.a.lrr=1: 1 problem:\n.*mean 'lr'"),
+    "a section that may be absent": (FILE, ["rule.lrr=1"], r"^override rule.lrr=1: 1 problem:\n.*mean 'lr'"),
+    "no such item": (FILE, ["sources.2.format=c"], r"^override sources.2: sources has 2 items, and the first is sources.0$"),
+    "both": ("sizes: 2", ["rule.lrr=1"], r"x.yaml with rule.lrr=1: 2 problems"),
+    "the file's own": ("sizes: 2", ["rule.lr=1"], r"x.yaml: 1 problem:\n  sizes: .* mean 'size'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_whoever_wrote_a_wrong_key_is_named_with_the_nearest_right_one(name: str, tmp_path: Path) -> None:
+    text, words, message = WRONG[name]
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_section(Small, str(tmp_path / "x.yaml"), words, tmp_path)
+
+
+def test_an_override_reaches_an_item_of_a_list(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(FILE)
+    loaded = load_section(Small, str(tmp_path / "x.yaml"), ["sources.1.format=c"], tmp_path)
+    assert [source.format for source in loaded.sources] == ["a", "c"]

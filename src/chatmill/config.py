@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -65,12 +66,24 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """base, overridden by over section by section."""
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """base, overridden by over section by section; in a list, `0` is the first item. Raises ConfigError for no such item."""
     out = dict(base)
     for key, value in over.items():
-        below = out.get(key)
-        out[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+        out[key] = _merged(out.get(key), value, f"{above}{key}") if isinstance(value, Mapping) else value
+    return out
+
+
+def _merged(below: Any, over: Mapping[str, Any], where: str) -> Any:
+    if isinstance(below, Mapping):
+        return merge(below, over, f"{where}.")
+    if not isinstance(below, list) or not over or not all(key.isdecimal() for key in over):
+        return over
+    out = list(below)
+    for key, value in over.items():
+        if int(key) >= len(out):
+            raise ConfigError(f"override {where}.{key}: {where} has {counted(len(out), 'item')}, and the first is {where}.0")
+        out[int(key)] = _merged(out[int(key)], value, f"{where}.{key}") if isinstance(value, Mapping) else value
     return out
 
 
@@ -152,17 +165,36 @@ def read_json(path: Path, expected: str = "") -> dict[str, Any]:
 
 def load_section(kind: type[S], name: str, overrides: Iterable[str], folder: Path) -> S:
     """Read, override and validate any YAML config of this project. Raises ConfigError."""
-    path = find_recipe(name, folder)
-    return validate(kind, merge(read_yaml(path), parse_overrides(overrides)), str(path))
+    path, words = find_recipe(name, folder), list(overrides)
+    return validate(kind, merge(read_yaml(path), parse_overrides(words)), str(path), words)
 
 
-def validate(kind: type[S], raw: Mapping[str, Any], where: str) -> S:
-    """kind(**raw). Raises ConfigError with pydantic's findings in plain words, and the nearest valid key for an unknown one."""
+def validate(kind: type[S], raw: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> S:
+    """kind(**raw). Raises ConfigError with pydantic's findings in plain words, and the nearest valid key for an unknown one.
+
+    where: the file that raw was read from. overrides: the words that changed it, which then answer for what they say.
+    """
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         lines = [_explain(kind, item) for item in error.errors()]
+        where = _blamed([item["loc"] for item in error.errors()], where, overrides)
         raise ConfigError(f"{where}: {counted(len(lines), 'problem')}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _blamed(locations: list[tuple[Any, ...]], file: str, overrides: Sequence[str]) -> str:
+    """The file, the overrides that set what is wrong, or both."""
+    parts = [[str(part) for part in location] for location in locations]
+    keys = {word: word.partition("=")[0].split(".") for word in overrides}
+
+    def says(key: list[str], place: list[str]) -> bool:
+        return key[: len(place)] == place[: len(key)]
+
+    guilty = [word for word, key in keys.items() if any(says(key, place) for place in parts)]
+    if not guilty:
+        return file
+    sure = all(any(key == place[: len(key)] for key in keys.values()) for place in parts)
+    return f"override{'s' * (len(guilty) > 1)} {' '.join(guilty)}" if sure else f"{file} with {' '.join(guilty)}"
 
 
 def dump_yaml(config: Section) -> str:
@@ -210,13 +242,24 @@ def _explain(kind: type[Section], item: Any) -> str:
     return f"{location}: {message}{got}"
 
 
-def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+def _keys_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
+    """Names of the fields at a place of a config; none where no section is there."""
     for part in location:
-        field = kind.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        choices = getattr(annotation, "__args__", None) or (annotation,)
-        found = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not found:
-            return []
-        kind = found[0]
-    return list(kind.model_fields)
+        kind = _choice(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(part))
+            kind = field.annotation if field else None
+        else:  # an item of a list, or a value of a mapping
+            kind = get_args(kind)[-1] if get_origin(kind) in (list, tuple, dict) else None
+    kind = _choice(kind)
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _choice(kind: Any) -> Any:
+    """What a union (`Section | None`) or Annotated holds that has fields or items."""
+    if get_origin(kind) not in (Union, UnionType, Annotated):
+        return kind
+    found = (_choice(choice) for choice in get_args(kind))
+    return next(
+        (c for c in found if get_origin(c) in (list, tuple, dict) or (isinstance(c, type) and issubclass(c, BaseModel))), None
+    )
