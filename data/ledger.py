@@ -18,13 +18,18 @@ EXAMPLE_CHARS = 160
 
 @dataclass(slots=True)
 class Ledger:
-    """Counts of one stage. dropped and changed map a reason to a count; examples map it to the first few cases."""
+    """Counts of one stage. dropped and changed map a reason to a count; examples map it to the first few cases.
+
+    speakers: of chats between people in which only the order of speaking decides the roles, name -> role -> turns; not part of
+    the JSON form (data/importers/speakers.py).
+    """
 
     unit: str = "dialogues"
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    speakers: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def keep(self, n: int = 1) -> None:
         """Count n kept units."""

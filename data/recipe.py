@@ -23,7 +23,9 @@ class SourceSection(Section):
 
     format: an importer's name, or `auto` to detect it.
     path: file, folder or glob; only chitchat may leave it out (the installed package is read).
-    assistant: in chats between people, the sender who becomes the assistant (None: whoever does not speak first).
+    assistant: in chats between people, the sender who becomes the assistant (None: who is called so, 客服 or Support, or whose
+    export it is; where neither is known and it would be now one person and now another, the build refuses).
+    mix_speakers: let whoever does not begin a conversation be the assistant all the same, which mixes several people into one.
     columns: for tables and JSON lines, our field -> their column. gap_minutes: silence that ends a conversation in an endless
     chat log (None: 30; conversations that a table names are cut only where it is given). encoding: utf-8 also reads UTF-16 and
     UTF-32 by their marks, and gb18030 by its bytes; other encodings must be named.
@@ -33,6 +35,7 @@ class SourceSection(Section):
     path: str | None = None
     name: str | None = None
     assistant: str | None = None
+    mix_speakers: bool = False
     columns: dict[str, str] = Field(default_factory=dict)
     gap_minutes: float | None = Field(default=None, gt=0)
     merge_minutes: float | None = Field(default=None, gt=0)
@@ -150,10 +153,13 @@ class PairSection(Section):
     """mode `dialogues`: whole dialogues, user first, assistant last. `pairs`: one sample per reply, loss only on that reply.
     `preference`: a better and a worse reply to one context, for objective dpo (data/preference.py).
 
+    system: message of the system put before every dialogue that has none; give the same one when you talk to the model
+    (`--system`). None: dialogues stay as they are, and a template that has a message of its own prints that.
     min_replies: dialogues with fewer assistant turns are dropped. max_turns: longer dialogues keep their first turns.
     """
 
     mode: Literal["dialogues", "pairs", "preference"] = "dialogues"
+    system: str | None = Field(default=None, min_length=1)
     min_replies: int = Field(default=1, gt=0)
     max_turns: int | None = Field(default=None, gt=1)
     context_turns: int = Field(default=8, gt=0)

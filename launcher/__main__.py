@@ -11,7 +11,7 @@ import sys
 
 from chatmill import __version__
 
-from .commands import checkpoint, data, jobs, model
+from .commands import checkpoint, data, guide, jobs, model
 from .commands.arguments import Parser
 from .commands.examples import with_examples
 
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="chatmill", description=summary, **with_examples(""))
     parser.add_argument("--version", action="version", version=f"chatmill {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for part in (data, model, checkpoint, jobs):
+    for part in (guide, data, model, checkpoint, jobs):
         part.add_commands(commands)
     return parser
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from chatmill.run_files import is_published, read_jsonl
 
 from .doctor.doctor import count_gpus
+from .programs import cpu_has_bf16
 from .runs.status import training_process
 
 MODEL = Path("runs/smollm2")
@@ -31,8 +32,7 @@ NEXT = (
     ("chatmill train demo run.name=longer train.steps=400", "train longer (Ctrl-C loses nothing but the last steps)"),
     ("chatmill launch demo --on slurm --dry-run", "the job that a cluster would get"),
 )
-# bf16 matrix products are slow without these; fp32 then takes about twice the time per token, so the demo does less of it.
-BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+# Without bf16 in the processor, fp32 takes about twice the time per token, so the demo does less of it.
 SMALLER = ["train.precision=fp32", "train.steps=16", "evaluation.max_dialogues=8"]
 
 
@@ -128,15 +128,6 @@ def print_result(seconds: float) -> None:
     print(f"validation loss:       {before['loss']:.4f} -> {after['loss']:.4f}")
     print(f"validation accuracy:   {100 * before['accuracy']:.2f} % -> {100 * after['accuracy']:.2f} %")
     print(f"validation perplexity: {before['perplexity']:.1f} -> {after['perplexity']:.1f}")
-
-
-def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies bf16 matrices itself (unknown systems: no)."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    return any(line.startswith("flags") and BF16_FLAGS & set(line.split()) for line in lines)
 
 
 def readable(command: list[str]) -> str:

@@ -89,7 +89,7 @@ ROOMS = {
     "bench",
     "trainer": "model_config config distributed model generation checkpoint optim engine evaluation plan run loop convert "
     "chat report train",
-    "launcher": "programs supervise jobs runs sweep doctor commands demo __main__",
+    "launcher": "programs supervise jobs runs sweep doctor own_chats commands demo __main__",
 }
 
 

@@ -90,7 +90,7 @@ def bench(
     recipe = DataRecipe.model_validate(
         {
             "name": "bench",
-            "sources": [{"path": str(folder / "raw")}, *([{"format": "chitchat"}] if chitchat else [])],
+            "sources": [{"path": str(folder / "raw"), "mix_speakers": True}, *([{"format": "chitchat"}] if chitchat else [])],
             "tokenizer": {"train": {"vocab_size": 16_384}},
             "clean": {"html": True, "privacy": {"mode": "surrogate"}},
             "workers": workers,

@@ -1,6 +1,7 @@
 """Look at raw chats before any build: what each file is read as, how many dialogues, who speaks, and a random sample.
 
     inspect_raw([SourceSection(path="exports/")], samples=3, seed=0)
+    survey([SourceSection(path="exports/")])          # the same, as a record
 
 The files are read as a build would read them, with the same importers and roles; nothing is cleaned, and nothing is written.
 """
@@ -22,6 +23,7 @@ from chatmill.formatting import counted
 
 from ..conversation import Conversation
 from ..importers.registry import is_recognised, read_file, recognise, source_files
+from ..importers.speakers import assistants, in_words
 from ..ledger import Ledger, ranked, shorten
 from ..raw.files import RawFile, distinct
 from ..recipe import RECIPES, SourceSection, load_data_recipe
@@ -33,24 +35,54 @@ _RAW_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".csv", ".tsv", ".zip", "
 
 
 @dataclass
-class _File:
-    """What one raw file holds."""
+class FileFacts:
+    """What one raw file holds. source: number of its source; path: the file itself, or the archive that holds it."""
 
+    source: int
+    path: str
     label: str
     format: str
     dialogues: int = 0
-    turns: Counter[str] = field(default_factory=Counter)  # (name, role) shown -> turns
+    turns: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name or "", role) -> turns
+    characters: Counter[str] = field(default_factory=Counter)  # role -> characters
+    wide: int = 0  # characters of Chinese, Japanese and Korean
     first: float | None = None
     last: float | None = None
     ledger: Ledger = field(default_factory=lambda: Ledger("conversations"))
 
     def add(self, conversation: Conversation) -> None:
+        """Count one dialogue."""
         self.dialogues += 1
         for turn in conversation.turns:
-            self.turns[f"{turn.name} ({turn.role})" if turn.name else turn.role] += 1
+            self.characters[turn.role] += len(turn.content)
+            self.wide += sum(char >= "\u2e80" for char in turn.content)
+            self.turns[turn.name or "", turn.role] += 1
             if turn.time is not None:
                 self.first = turn.time if self.first is None else min(self.first, turn.time)
                 self.last = turn.time if self.last is None else max(self.last, turn.time)
+
+
+@dataclass
+class Survey:
+    """What raw chats hold: facts by file, labels of files that nothing reads, all dialogues' number, and some at random."""
+
+    files: list[FileFacts]
+    left_out: list[str]
+    dialogues: int
+    chosen: list[Conversation]
+    seed: int
+
+    def show_files(self, console: Console) -> None:
+        """Print what each file is read as, and who speaks."""
+        _print_files(self.files, self.left_out, console)
+
+    def show_dialogues(self, console: Console, most: int | None = None) -> None:
+        """Print the dialogues that were chosen, or the first `most` of them."""
+        shown = self.chosen[:most]
+        line = f"\n{counted(self.dialogues, 'dialogue')}; {len(shown):,} of them at random (--seed {self.seed})"
+        console.print(line, highlight=False)
+        for conversation in shown:
+            _print_dialogue(conversation, console)
 
 
 def raw_sources(path: str, overrides: Sequence[str] = ()) -> list[SourceSection] | None:
@@ -73,16 +105,24 @@ def inspect_raw(
 ) -> list[Conversation]:
     """Print files, formats, speakers, counts and `samples` random dialogues, which are returned. seed None: random."""
     console = console or Console()
+    found = survey(sources, samples, seed)
+    found.show_files(console)
+    found.show_dialogues(console)
+    return found.chosen
+
+
+def survey(sources: Sequence[SourceSection], samples: int = 2, seed: int | None = None) -> Survey:
+    """Read all files once. Raises ConfigError where none of them has a known format."""
     seed = random.randrange(10_000) if seed is None else seed
     rng, chosen, total = random.Random(seed), list[Conversation](), 0
-    files, left_out = list[_File](), list[str]()
-    for options in sources:
+    files, left_out = list[FileFacts](), list[str]()
+    for number, options in enumerate(sources):
         found = distinct(source_files(options))
         for file in found:
             if options.format == "auto" and len(found) > 1 and not is_recognised(file, options.columns):
                 left_out.append(file.label)
                 continue
-            facts = _File(file.label, _format(file, options))
+            facts = FileFacts(number, str(file.path), file.label, _format(file, options))
             files.append(facts)
             for conversation in read_file(file, options, facts.ledger):
                 facts.add(conversation)
@@ -93,26 +133,24 @@ def inspect_raw(
                     chosen[place] = conversation
     if not files:
         recognise(source_files(sources[0])[0], sources[0].columns)  # says what is wrong with the first
-    _print_files(files, left_out, console)
-    console.print(f"\n{counted(total, 'dialogue')}; {len(chosen):,} of them at random (--seed {seed})", highlight=False)
-    for conversation in chosen:
-        _print_dialogue(conversation, console)
-    return chosen
+    return Survey(files, left_out, total, chosen, seed)
 
 
 def _format(file: RawFile, options: SourceSection) -> str:
     return options.format if options.format != "auto" else recognise(file, options.columns)
 
 
-def _print_files(files: list[_File], left_out: list[str], console: Console) -> None:
+def _print_files(files: list[FileFacts], left_out: list[str], console: Console) -> None:
     for facts in files:
         span = " – ".join(dict.fromkeys(_day(time) for time in (facts.first, facts.last) if time is not None))
         counts = f"{facts.format}, {counted(facts.dialogues, 'dialogue')}, {counted(facts.turns.total(), 'turn')}"
         line = f"[bold]{escape(facts.label)}[/bold]: {counts}{', ' * bool(span)}{span}"
         console.print(line, highlight=False, soft_wrap=True)
-        speakers = list(ranked(facts.turns).items())
+        speakers = list(ranked({f"{n} ({role})" if n else role: turns for (n, role), turns in facts.turns.items()}).items())
         shown = [f"{name} {n:,}" for name, n in speakers[:SPEAKERS_SHOWN]]
         shown += [f"{len(speakers) - SPEAKERS_SHOWN:,} more"] if len(speakers) > SPEAKERS_SHOWN else []
+        if len(assistants(facts.ledger.speakers)) > 1:
+            shown = [f"{in_words(facts.ledger.speakers)}; nothing says who of them is the assistant (assistant=NAME)"]
         if shown:
             console.print(f"  turns: {escape(', '.join(shown))}", highlight=False, soft_wrap=True)
         reasons = [f"-{n:,} {reason}" for reason, n in ranked(facts.ledger.dropped).items()]

@@ -39,11 +39,13 @@ def to_conversation(
     owner: str | None = None,
     merge_s: float | None = None,
     meta: Mapping[str, Any] | None = None,
+    people: bool = False,
 ) -> Conversation | None:
     """Turns of two sides; None (and a counted reason) if there is no exchange.
 
     owner: the sender whose export it is, where it says so. merge_s: messages of one sender further apart than this stay
-    separate turns of the same role (None: always merged).
+    separate turns of the same role (None: always merged). people: a chat between people, whose speakers the ledger counts where
+    nothing but the order of speaking decides who is the assistant.
     """
     spoken = [m for m in messages if m.text.strip()]
     if len(spoken) < len(messages):
@@ -55,7 +57,8 @@ def to_conversation(
     if assistant is not None and assistant not in senders:
         ledger.drop("the assistant does not speak", f"{origin}: {', '.join(senders[:5])}")
         return None
-    helper = {assistant} if assistant is not None else _repliers(senders, owner)
+    known = {assistant} if assistant is not None else _known_helpers(senders, owner)
+    helper = known or set(senders[1:])
     turns, cuts, last = list[Turn](), list[int](), ""
     silent = set[str]()  # who sent an empty message since the last one
     for message in messages:
@@ -78,13 +81,17 @@ def to_conversation(
         else:
             turns.append(Turn("assistant" if role == "assistant" else "user", message.text, message.sender, message.time))
         last = message.sender
+    if people and not known:
+        for turn in turns:
+            roles = ledger.speakers.setdefault(str(turn.name), {})
+            roles[turn.role] = roles.get(turn.role, 0) + 1
     ledger.keep()
     found = {**(meta or {}), "authors": senders} | ({CUTS: cuts} if cuts else {})
     return Conversation(make_uid(source, origin), tuple(turns), source, origin, found)
 
 
-def _repliers(senders: Sequence[str], owner: str | None) -> set[str]:
-    """Who is the assistant, of two or more senders in the order in which they spoke first."""
+def _known_helpers(senders: Sequence[str], owner: str | None) -> set[str]:
+    """Who is the assistant, of two or more senders in the order in which they spoke first; empty where nothing says so."""
     # A single letter is a name as often as a label (A and Q are labels where every speaker has one).
     roles = {sender: role_of(sender) if len(sender.strip()) > 1 or not sender.isascii() else None for sender in senders}
     if labelled := {sender for sender, role in roles.items() if role == "assistant"}:
@@ -93,4 +100,4 @@ def _repliers(senders: Sequence[str], owner: str | None) -> set[str]:
         return set(senders) - users or set(senders[1:])
     if owner is not None and owner in senders:
         return {owner}
-    return set(senders[1:])
+    return set()

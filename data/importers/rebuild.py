@@ -92,7 +92,7 @@ def conversations(
     for group in rebuild(messages, (options.gap_minutes or GAP_MINUTES) * 60):
         found = to_conversation(
             group, source=source, origin=f"{label}:{group[0].key}", ledger=ledger, assistant=options.assistant, owner=owner,
-            merge_s=merge_s,
+            merge_s=merge_s, people=True,
         )  # fmt: skip
         if found is not None:
             yield found

@@ -138,7 +138,11 @@ def recipe_facts(recipe: DataRecipe) -> dict[str, Any]:
     facts = recipe.model_dump(mode="json", exclude={"out", "workers", "executor"})
     for source in facts["sources"]:
         source.pop("path")
+        if not source["mix_speakers"]:  # as before it could be set
+            source.pop("mix_speakers")
     facts["tokenizer"].pop("path")
+    if recipe.pair.system is None:
+        facts["pair"].pop("system")
     if not recipe.tokenizer.add_special_tokens:  # as before there were any
         facts["tokenizer"].pop("add_special_tokens")
     facts["dedup"].pop("decontaminate")

@@ -26,6 +26,7 @@ from chatmill.files import publish_folder, sha256_file, write_durably
 
 from ..conversation import TokenizedDialogue, load_line
 from ..importers.registry import spans
+from ..importers.speakers import assistants, check_one_assistant, together
 from ..ledger import Ledger, shorten
 from ..recipe import DataRecipe
 from ..remote.files import is_url, staging_folder
@@ -119,6 +120,8 @@ class _Build:
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.texts: dict[str, Any] = {}
+        self.assistants: list[str] = []
+        self.own_system: str | None = None
 
     def run(self, until: Stage) -> dict[str, Any]:
         """Stages up to `until`."""
@@ -159,7 +162,7 @@ class _Build:
     def _report(self, **more: Any) -> dict[str, Any]:
         stages = [stage | {"seconds": self.seconds.get(stage["name"], 0.0)} for stage in self.stages]
         formats = dict(Counter(record["format"] for record in self.inputs).most_common())
-        files = {"formats": formats, "left_out": self.left_out}
+        files = {"formats": formats, "left_out": self.left_out, "assistants": self.assistants, "own_system": self.own_system}
         return {"name": self.recipe.name, "files": files, "stages": stages, "built": True, "out": str(self.out), **more}
 
     def _import(self) -> list[str]:
@@ -167,15 +170,27 @@ class _Build:
         results = self._run("import", "import", names, ImportFile(self.work))
         ledger = Ledger.total("conversations", (r["import"] for r in results))
         self._note("import", ledger)
+        self._check_speakers(results)
         self._refuse_nothing(ledger, f"no conversation in {len(names)} file{'s' if len(names) > 1 else ''}")
         return [chunk for result in results for chunk in result["chunks"]]
+
+    def _check_speakers(self, results: list[dict[str, Any]]) -> None:
+        """ConfigError where the people of a chat would take turns as the assistant; the one who always replies is noted."""
+        for number, source in enumerate(self.recipe.sources):
+            files = zip(self.work.files, results, strict=True)
+            speakers = together(result.get("speakers", {}) for (n, _), result in files if n == number)
+            if not source.mix_speakers:
+                check_one_assistant(speakers, number, source.path)
+                self.assistants += [f"{name} (sources.{number}), who always replies" for name in assistants(speakers)]
 
     def _prepare(self, chunks: list[str]) -> list[int]:
         dedup = self.recipe.dedup
         if dedup.decontaminate and not self.work.path("prepare", "benchmarks.npz").is_file():
             hashes = benchmark_hashes(dedup.decontaminate, dedup.overlap_words)
             save_arrays(self.work.path("prepare", "benchmarks.npz"), hashes=hashes)
-        template_tokenizer(self.recipe, self.tokenizer).save(self.work.folder / "template")
+        tokenizer = template_tokenizer(self.recipe, self.tokenizer)
+        tokenizer.save(self.work.folder / "template")
+        self.own_system = None if self.recipe.pair.system else tokenizer.template.own_system_message()
         results = self._run("prepare", "clean + pair", chunks, PrepareChunk(self.work))
         for name, unit in (("clean", "conversations"), ("pair", "samples")):
             ledger = Ledger.total(unit, (r[name] for r in results))

@@ -67,7 +67,7 @@ class ImportFile:
                 flush()
         if lines:
             flush()
-        return {"chunks": chunks, "import": ledger.to_dict()}
+        return {"chunks": chunks, "import": ledger.to_dict(), "speakers": ledger.speakers}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..ledger import ranked
+from ..ledger import ranked, shorten
 from ..samples.split import in_words
 from .bins import binned_turns
 from .text_counts import TextCounts
@@ -65,10 +65,21 @@ def print_files(files: dict[str, Any], console: Console) -> None:
     """How many raw files were read as what, and which were not."""
     if formats := files.get("formats"):
         console.print(f"files: {', '.join(f'{n:,} {_NAMES.get(name, name)}' for name, n in formats.items())}", highlight=False)
+    for assistant in files.get("assistants") or ():
+        console.print(f"assistant: {escape(assistant)}; `assistant:` of the source names another", highlight=False)
+    print_own_system(files.get("own_system"), console)
     if left_out := files.get("left_out"):
         named = ", ".join(left_out[:FILES_NAMED]) + (", …" if len(left_out) > FILES_NAMED else "")
         line = f"left out, empty or of no known format: {len(left_out):,} files: {escape(named)}"
         console.print(line, style="yellow", highlight=False)
+
+
+def print_own_system(message: str | None, console: Console) -> None:
+    """What the chat template says in the name of the system where a dialogue has no such message."""
+    if message:
+        shown = escape(shorten(message))
+        console.print(f"system message of the chat template, put before dialogues without one: {shown}", highlight=False)
+        console.print("  `pair.system` of the data recipe puts another one there", highlight=False)
 
 
 def print_texts(report: dict[str, Any], console: Console) -> None:

@@ -70,7 +70,18 @@ def parts(conversation: Conversation) -> list[tuple[int, tuple[Turn, ...]]]:
 
 
 def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger) -> Iterator[Conversation]:
-    """The samples of one conversation: none, one or several. Documents pass unchanged."""
+    """The samples of one conversation: none, one or several; those without a system message get config.system.
+
+    Documents pass unchanged.
+    """
+    for sample in _samples(conversation, config, ledger):
+        if config.system is not None and not sample.is_document and sample.turns[0].role != "system":
+            ledger.change("pair.system put before the dialogue")
+            sample = replace(sample, turns=(Turn("system", config.system), *sample.turns))
+        yield sample
+
+
+def _samples(conversation: Conversation, config: PairSection, ledger: Ledger) -> Iterator[Conversation]:
     if conversation.is_document:
         ledger.keep()
         yield conversation

@@ -93,6 +93,15 @@ class ChatTemplate:
         place do not come out once each, in order."""
         return self._literals(roles)
 
+    def own_system_message(self) -> str | None:
+        """The message of the system that the template prints before a dialogue without one; None if it prints none."""
+        given, absent = self.literals(("system", "user")), self.literals(("user",))
+        if given is None or absent is None:
+            return None
+        before, between, text = given[0], given[1], absent[0]
+        inside = text.startswith(before) and text.endswith(between) and len(text) > len(before) + len(between)
+        return text[len(before) : len(text) - len(between)] if inside else None
+
     def content_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """(text, [start, end) of each message's content in it); an empty span if the template leaves the content out.
 

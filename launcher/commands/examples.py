@@ -13,6 +13,10 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "chatmill data build chitchat-scratch && chatmill train tiny && chatmill chat runs/tiny",
         "chatmill COMMAND --help",
     ),
+    "new": (
+        "chatmill new exports/chat.txt   # shows who speaks and asks whom the model is to become",
+        "chatmill new exports/ --assistant Ann --name ann --system 'You are Ann.'",
+    ),
     "data build": (
         "chatmill data build chitchat-scratch",
         "chatmill data build my.yaml split.validation=0.1 workers=8",

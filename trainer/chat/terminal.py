@@ -113,9 +113,16 @@ class Settings:
 class Chat:
     """One conversation and its commands; knows nothing of keyboards. `say` gets lines for the user (rich markup)."""
 
-    def __init__(self, answer: Answer, settings: Settings, system: str | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        settings: Settings,
+        system: str | None,
+        say: Callable[[str], None],
+        own_system: str | None = None,
+    ) -> None:
         self.answer, self.settings, self.say = answer, settings, say
-        self.system = system
+        self.system, self.own_system = system, own_system
         self.turns: list[dict[str, str]] = []
         self.replies = 0
         self.done = False
@@ -178,7 +185,8 @@ class Chat:
             case "/system":
                 if rest:
                     self.system = None if rest == "-" else rest
-                self.say(f"System message: {escape(self.system) if self.system else 'none'}")
+                own = f"the chat template's own: {escape(self.own_system)}" if self.own_system else "none"
+                self.say(f"System message: {escape(self.system) if self.system else own}")
             case "/params":
                 self.settings = self.settings.changed(rest.split())
                 self.say("  ".join(f"{f.name}={getattr(self.settings, f.name)}" for f in fields(self.settings)))
@@ -201,7 +209,8 @@ def run_chat(checkpoint: str | Path, *, system: str | None = None, **settings: A
     start = Settings.of(chat_model, settings)
     answer = answer_with(chat_model)
     if sys.stdin.isatty() and sys.stdout.isatty():
-        return _terminal(answer, start, system, chat_model.name)
+        own = chat_model.tokenizer.template.own_system_message()
+        return _terminal(answer, start, system, chat_model.name, own)
     return pipe(answer, start, system, sys.stdin, sys.stdout)
 
 
@@ -261,11 +270,11 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
 
 
-def _terminal(answer: Answer, settings: Settings, system: str | None, name: str) -> int:
+def _terminal(answer: Answer, settings: Settings, system: str | None, name: str, own_system: str | None = None) -> int:
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # gives input() line editing and history
     console = Console(highlight=False)
-    chat = Chat(answer, settings, system, lambda text: console.print(text))
+    chat = Chat(answer, settings, system, lambda text: console.print(text), own_system)
     console.print(f"[bold]{escape(name)}[/]  [dim]/help for commands, Ctrl-C stops a reply, Ctrl-D ends[/]\n")
     interrupts = 0
     while not chat.done:

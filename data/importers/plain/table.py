@@ -191,8 +191,9 @@ def _grouped(
                 yield Conversation(make_uid(source, origin), turns, source, origin, meta)
                 continue
             found = to_conversation(
-                group, source=source, origin=origin, ledger=ledger, assistant=options.assistant, merge_s=merge_s, meta=meta
-            )
+                group, source=source, origin=origin, ledger=ledger, assistant=options.assistant, merge_s=merge_s, meta=meta,
+                people=True,
+            )  # fmt: skip
             if found is not None:
                 yield found
 

@@ -114,6 +114,6 @@ def _finish(
         ledger.keep()
         yield Conversation(make_uid(source, origin), turns, source, origin, {})
         return
-    found = to_conversation(spoken, source=source, origin=origin, ledger=ledger, assistant=options.assistant)
+    found = to_conversation(spoken, source=source, origin=origin, ledger=ledger, assistant=options.assistant, people=True)
     if found is not None:
         yield found
