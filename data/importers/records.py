@@ -14,6 +14,7 @@ from chatmill.config import ConfigError
 from ..conversation import Conversation, Turn, make_uid
 from ..ledger import Ledger
 from ..raw.files import RawFile
+from ..raw.json_lines import Place
 from .messages import ChatMessage
 
 Record = dict[str, Any]
@@ -43,7 +44,7 @@ def why_bad(error: Exception) -> tuple[str, str]:
 
 
 def read_records(
-    records: Iterable[tuple[int, Record]], reader: Reader, file: RawFile, source: str, ledger: Ledger
+    records: Iterable[tuple[Place, Record]], reader: Reader, file: RawFile, source: str, ledger: Ledger
 ) -> Iterator[Conversation]:
     """One conversation per record."""
     for number, record in records:

@@ -9,24 +9,34 @@ frame is an error. The stream_reader of the package zstandard does neither by de
 
 from __future__ import annotations
 
+import bisect
 import bz2
 import gzip
 import importlib
 import io
+import itertools
 import lzma
+import os
+import sys
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 from chatmill.config import ConfigError
 
 from ..remote.files import RemotePath
+from .limits import Unpacked, UnpackedTooLargeError, check_unpacked
 
-_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError)
+# zipfile says by RuntimeError that a member has a password, by NotImplementedError that it knows no such compression.
+_DAMAGE = (
+    EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, UnpackedTooLargeError,
+    NotImplementedError,
+)  # fmt: skip
 
 
 class _ZstdDamageError(Exception):
@@ -38,6 +48,10 @@ def named_damage(label: str) -> Iterator[None]:
     """Turn a decompressor's errors within into one that names the file."""
     try:
         yield
+    except RuntimeError as error:
+        if "password" not in str(error):
+            raise
+        raise ConfigError(f"source {label}: it has a password. Unpack it, and give what was in it.") from error
     except (*_DAMAGE, _ZstdDamageError, OSError) as error:
         # bz2 says "Invalid data stream" by a bare OSError; one with a number comes from the disk or the network.
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and str(error) != "Invalid data stream":
@@ -53,27 +67,60 @@ def open_compressed(path: Path | RemotePath) -> Iterator[IO[bytes]]:
     """The bytes of a file, uncompressed by its suffix."""
     suffix = path.suffix.lower()
     with path.open("rb") as raw:
-        if suffix == ".gz":
-            with gzip.open(raw, "rb") as file:
-                yield file  # type: ignore[misc]
-        elif suffix == ".bz2":
-            with bz2.open(raw, "rb") as file:
-                yield file
-        elif suffix == ".xz":
-            with lzma.open(raw, "rb") as file:
-                yield file
-        elif suffix == ".zst":
-            with io.BufferedReader(_Zstd(raw, path), 1 << 20) as file:
-                yield file
-        else:
+        if suffix not in (".gz", ".bz2", ".xz", ".zst"):
             yield raw
+            return
+        packed = path.stat().st_size or sys.maxsize  # some web servers do not say
+        opened: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix)
+        with _Zstd(raw, path) if opened is None else opened(raw, "rb") as file:
+            yield io.BufferedReader(Unpacked(file, packed), 1 << 15)
 
 
 @contextmanager
-def open_zip(path: Path | RemotePath) -> Iterator[zipfile.ZipFile]:
-    """An archive, for its names or members."""
-    with path.open("rb") as raw, named_damage(path.name), zipfile.ZipFile(raw) as archive:
-        yield archive
+def open_zip(path: Path | RemotePath) -> Iterator[Zip]:
+    """An archive, for its names or members. Its directory is read once, not once per member."""
+    with named_damage(path.name):
+        yield _opened(path, path.stat().st_mtime_ns if isinstance(path, Path) else 0, os.getpid())
+
+
+class Zip:
+    """An open archive with its sorted names."""
+
+    def __init__(self, path: Path | RemotePath) -> None:
+        self.raw = path.open("rb")
+        try:
+            self.archive = zipfile.ZipFile(self.raw)
+            packed = self.raw.seek(0, io.SEEK_END)
+            check_unpacked(sum(member.file_size for member in self.archive.infolist()), packed)
+        except BaseException:
+            self.raw.close()
+            raise
+        self.names = sorted(set(self.archive.namelist()))
+
+    def __contains__(self, member: str) -> bool:
+        return member in self.archive.NameToInfo
+
+    def below(self, folder: str) -> list[str]:
+        """Members whose names begin with `folder`, which ends in a slash; not itself."""
+        first = bisect.bisect_right(self.names, folder)
+        return list(itertools.takewhile(lambda name: name.startswith(folder), self.names[first:]))
+
+    @contextmanager
+    def open(self, member: str) -> Iterator[IO[bytes]]:
+        """The bytes of a member. A directory may say too little about its size: what comes out is counted, too."""
+        info = self.archive.getinfo(member)
+        with self.archive.open(info) as file:
+            yield io.BufferedReader(Unpacked(file, info.compress_size), 1 << 15)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it could not be opened
+            self.raw.close()
+
+
+@lru_cache(maxsize=4)
+def _opened(path: Path | RemotePath, written_ns: int, process: int) -> Zip:
+    """An archive that stays open. process: a child must not move the place of its parent's file."""
+    return Zip(path)
 
 
 @contextmanager

@@ -20,9 +20,11 @@ from typing import IO, Any, cast
 
 from chatmill.config import ConfigError
 
+from ..ledger import Ledger
 from ..remote.files import RemotePath, find_remote, is_url
 from .compressed import named_damage, open_compressed, open_tar, open_zip
 from .encodings import SAMPLE_BYTES, likely_encodings, text_encoding
+from .limits import TOO_LONG, WHOLE_BYTES, Lines, bounded_lines
 
 HEAD_BYTES = 1 << 16
 _TAR_CHATS = (".json", ".jsonl", ".txt")
@@ -122,21 +124,35 @@ class RawFile:
             name = "utf-8" if isinstance(raw, _Recoded) else self._named_encoding(encoding)
             yield io.TextIOWrapper(raw, encoding="utf-8-sig" if name == "utf-8" else name, errors="replace", newline="")
 
-    def lines(self, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-        """(line number from 1, line) of the file or of its span; undecodable bytes become U+FFFD."""
+    def lines(self, encoding: str = "utf-8") -> Iterator[tuple[int, str | None]]:
+        """(line number from 1, line) of the file or of its span; None: it is too long. Undecodable bytes become U+FFFD."""
         with self.open(encoding) as raw:
             encoding = "utf-8" if isinstance(raw, _Recoded) else self._named_encoding(encoding)
             first, end, before = self.span or (0, None, 0)
             if first:
                 raw.seek(first)
-            left = None if end is None else end - first
-            for number, line in enumerate(raw, before + 1):
-                if left is not None:
-                    if left <= 0:
-                        return
-                    left -= len(line)
-                text = line.decode(encoding, "replace")
-                yield number, text.removeprefix("\ufeff") if number == 1 else text
+            for number, line in bounded_lines(cast(Lines[bytes], raw), before + 1):
+                text = None if line is None else line.decode(encoding, "replace")
+                yield number, text.removeprefix("\ufeff") if number == 1 and text else text
+                if end is not None and raw.tell() >= end:
+                    return
+
+    def text_lines(self, encoding: str, ledger: Ledger) -> Iterator[tuple[int, str]]:
+        """(line number from 1, line) as text() gives them; a line that is too long is left out and counted."""
+        with self.text(encoding) as text:
+            for number, line in bounded_lines(cast(Lines[str], text)):
+                if line is None:
+                    ledger.change(f"line {TOO_LONG} left out", f"{self.label}:{number}")
+                else:
+                    yield number, line
+
+    def whole(self) -> bytes:
+        """All bytes of a file that must be in memory as a whole. Raises ConfigError for one of more than WHOLE_BYTES."""
+        with self.open() as raw:
+            data = raw.read(WHOLE_BYTES + 1)
+        if len(data) > WHOLE_BYTES:
+            raise ConfigError(f"source {self.label}: more than {WHOLE_BYTES >> 20} MB, which are read at once. Split it.")
+        return data
 
     def spans(self, size: int) -> list[RawFile]:
         """The file as spans of about `size` bytes that several processes can read; itself where it cannot be cut."""
@@ -157,6 +173,11 @@ class RawFile:
         with self.path.open("rb") as raw:
             while piece := raw.read(size):
                 piece += raw.readline()
+                while len(piece) < 2 * size and (line := raw.readline(size)):  # an object may be printed over several lines
+                    if line[:1] in (b"{", b"["):
+                        raw.seek(-len(line), io.SEEK_CUR)
+                        break
+                    piece += line
                 end = first + len(piece)
                 found.append(replace(self, span=(first, end, lines)))
                 first, lines = end, lines + piece.count(b"\n")
@@ -166,9 +187,7 @@ class RawFile:
         """The files of a folder (or of a folder inside a zip), sorted; a plain file is its own only part."""
         if self.member is not None and self.member.endswith("/"):
             with open_zip(self.path) as archive:
-                return [
-                    RawFile(self.path, n) for n in sorted(archive.namelist()) if n.startswith(self.member) and n != self.member
-                ]
+                return [RawFile(self.path, name) for name in archive.below(self.member)]
         if self.path.is_dir():
             found: list[Path | RemotePath] = [*self.path.iterdir()]
             found.sort(key=lambda path: path.name)
@@ -220,7 +239,7 @@ class RawFile:
         if self.entry is not None:
             return None
         with open_zip(self.path) as archive:
-            return RawFile(self.path, member) if member in archive.namelist() else None
+            return RawFile(self.path, member) if member in archive else None
 
     def head(self, size: int = HEAD_BYTES) -> bytes:
         """The first bytes (of the first part of a folder), text as UTF-8."""
@@ -301,7 +320,7 @@ def find_files(pattern: str) -> list[RawFile]:
     for p in paths:
         if p.suffix.lower() == ".zip":
             with open_zip(p) as archive:
-                names = [name for name in sorted(archive.namelist()) if not name.endswith("/")]
+                names = [name for name in archive.names if not name.endswith("/")]
             files += [RawFile(p, name) for name in names]
         else:
             files.append(RawFile(p))

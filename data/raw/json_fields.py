@@ -6,33 +6,22 @@ for path, value in walk(file, {(), ("chats",), ("chats", "*")}): ...     # array
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from chatmill.config import ConfigError
 
+from ..ledger import shorten
 from .files import RawFile
-
-_PIECE_CHARS = 1 << 20
-_BLANK = re.compile(r"[\s,]*")
+from .json_text import JsonText
 
 
-class _Buffer:
-    """Decodes values from the front of a stream of text."""
+class _Buffer(JsonText):
+    """The text of a file; what cannot be read in it is a ConfigError."""
 
     def __init__(self, file: RawFile, text: Any) -> None:
-        self.file, self.text, self.data, self.position = file, text, "", 0
-        self.decoder = json.JSONDecoder()
-
-    def peek(self) -> str:
-        """Next character that is neither blank nor comma; empty at the end."""
-        while True:
-            match = _BLANK.match(self.data, self.position)
-            self.position = match.end() if match else self.position
-            if self.position < len(self.data) or not self._more(_PIECE_CHARS):
-                return self.data[self.position : self.position + 1]
+        super().__init__(text)
+        self.file = file
 
     def skip(self, character: str) -> None:
         """Skip an expected character."""
@@ -42,27 +31,18 @@ class _Buffer:
 
     def value(self) -> Any:
         """The next whole JSON value."""
-        self.peek()
-        size = _PIECE_CHARS
-        while True:
-            try:
-                value, end = self.decoder.raw_decode(self.data, self.position)
-            except RecursionError as error:
-                raise ConfigError(f"{self.file.label}: the JSON is nested too deeply ({error})") from error
-            except ValueError as error:
-                if not self._more(size):
-                    raise ConfigError(f"{self.file.label}: the JSON ends early or is damaged ({error})") from error
-                size *= 2
-                continue
-            if end == len(self.data) and self._more(size):
-                continue  # a number might continue
-            self.position = end
-            return value
+        try:
+            return super().value()
+        except ValueError as error:
+            raise ConfigError(f"{self.file.label}: the JSON ends early, is damaged or too large ({error})") from error
 
-    def _more(self, size: int) -> bool:
-        piece = self.text.read(size)
-        self.data, self.position = self.data[self.position :] + piece, 0
-        return bool(piece)
+    def end(self) -> None:
+        """Nothing but blanks may follow."""
+        if self.peek():
+            more = shorten(self.data[self.position : self.position + 200], 40)
+            raise ConfigError(
+                f"{self.file.label}: more stands behind the end of the JSON: {more!r}. Split a file of several exports."
+            )
 
 
 Path = tuple[str, ...]  # keys from the top; "*" stands for an element of an array
@@ -82,6 +62,7 @@ def walk(file: RawFile, entered: Collection[Path], encoding: str = "utf-8") -> I
         if buffer.peek() != "{":
             buffer.skip("{")
         yield from _walk(buffer, (), entered)
+        buffer.end()
 
 
 def _walk(buffer: _Buffer, path: Path, entered: Collection[Path]) -> Iterator[tuple[Path, Any]]:

@@ -45,42 +45,41 @@ def _cornell(file: RawFile, options: SourceSection, source: str, ledger: Ledger)
     if lines_file is None:
         raise ConfigError(f"{file.label}: movie_lines.txt must lie beside it")
     with Spill("CREATE TABLE said (line PRIMARY KEY, sender, text) WITHOUT ROWID") as db:
-        with lines_file.text("iso-8859-1") as text:
-            for line in text:
-                fields = line.rstrip("\r\n").split(_FIELD)
-                if len(fields) == 5:
-                    db.execute("INSERT OR REPLACE INTO said VALUES (?, ?, ?)", (fields[0], fields[1], fields[4]))
+        for number, line in lines_file.text_lines("iso-8859-1", ledger):
+            fields = line.rstrip("\r\n").split(_FIELD)
+            if len(fields) == 5:
+                db.execute("INSERT OR REPLACE INTO said VALUES (?, ?, ?)", (fields[0], fields[1], fields[4]))
+            else:
+                ledger.change("damaged line left out", f"{lines_file.label}:{number}: {line}")
         yield from _cornell_talks(db, file, options, source, ledger)
 
 
 def _cornell_talks(db: Spill, file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
-    with file.text("iso-8859-1") as text:
-        for number, line in enumerate(text, 1):
-            keys = re.findall(r"L\d+", line.rpartition(_FIELD)[2])
-            found_lines = [(key, db.one("SELECT sender, text FROM said WHERE line = ?", (key,))) for key in keys]
-            messages = [ChatMessage(said[0], said[1], key=key) for key, said in found_lines if said is not None]
-            if len(messages) < len(keys):
-                ledger.change("line without its text left out", f"{file.label}:{number}", len(keys) - len(messages))
-            found = to_conversation(
-                messages, source=source, origin=f"{file.label}:{number}", ledger=ledger, assistant=options.assistant
-            )
-            if found is not None:
-                yield found
+    for number, line in file.text_lines("iso-8859-1", ledger):
+        keys = re.findall(r"L\d+", line.rpartition(_FIELD)[2])
+        found_lines = [(key, db.one("SELECT sender, text FROM said WHERE line = ?", (key,))) for key in keys]
+        messages = [ChatMessage(said[0], said[1], key=key) for key, said in found_lines if said is not None]
+        if len(messages) < len(keys):
+            ledger.change("line without its text left out", f"{file.label}:{number}", len(keys) - len(messages))
+        found = to_conversation(
+            messages, source=source, origin=f"{file.label}:{number}", ledger=ledger, assistant=options.assistant
+        )
+        if found is not None:
+            yield found
 
 
 def _ubuntu(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     messages = []
-    with file.text(options.encoding) as text:
-        for number, line in enumerate(text, 1):
-            fields = line.rstrip("\r\n").split("\t", 3)
-            if len(fields) != 4:
-                ledger.change("damaged line left out", f"{file.label}:{number}: {line}")
-                continue
-            try:
-                time = datetime.fromisoformat(fields[0].replace("Z", "+00:00")).timestamp()
-            except ValueError:
-                time = None
-            messages.append(ChatMessage(fields[1], fields[3], time, str(number)))
+    for number, line in file.text_lines(options.encoding, ledger):
+        fields = line.rstrip("\r\n").split("\t", 3)
+        if len(fields) != 4:
+            ledger.change("damaged line left out", f"{file.label}:{number}: {line}")
+            continue
+        try:
+            time = datetime.fromisoformat(fields[0].replace("Z", "+00:00")).timestamp()
+        except ValueError:
+            time = None
+        messages.append(ChatMessage(fields[1], fields[3], time, str(number)))
     found = to_conversation(messages, source=source, origin=file.label, ledger=ledger, assistant=options.assistant)
     if found is not None:
         yield found

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from email.message import EmailMessage
 from email.utils import parseaddr
 from itertools import groupby
+from typing import cast
 
 from ...cleaning.html_text import html_to_text
 from ...conversation import Conversation
 from ...ledger import Ledger
 from ...raw.files import RawFile
+from ...raw.limits import WHOLE_BYTES, Lines, bounded_lines
 from ...raw.spill import Spill, key, packed, unpacked
 from ...recipe import SourceSection
 from ..messages import ChatMessage, to_conversation
@@ -38,6 +40,9 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
     """One conversation per thread, mails in order of time; threads in order of their first mail."""
     with Spill(*_TABLES) as db:
         for number, raw in enumerate(_mails(file), 1):
+            if raw is None:
+                ledger.change(f"mail of more than {WHOLE_BYTES >> 20} MB left out", f"{file.label}:{number}")
+                continue
             try:
                 name, parents, sender, subject, time, text = _mail(raw, number)
             except (*MALFORMED, AssertionError) as error:  # the library's parser gives up on some headers
@@ -101,17 +106,20 @@ def _body(mail: EmailMessage) -> str:
     return re.sub(r"^>(>*From )", r"\1", text, flags=re.M)
 
 
-def _mails(file: RawFile) -> Iterator[bytes]:
+def _mails(file: RawFile) -> Iterator[bytes | None]:
+    """The mails; None in place of one of more than WHOLE_BYTES."""
     lines: list[bytes] = []
-    blank = True
+    size, blank = 0, True
     with file.open() as raw:
-        for line in raw:
-            if blank and line.startswith(b"From "):
-                if lines:
-                    yield b"".join(lines)
-                lines = []
+        for _, line in bounded_lines(cast(Lines[bytes], raw)):
+            if line is not None and blank and line.startswith(b"From "):
+                if size:
+                    yield b"".join(lines) if size <= WHOLE_BYTES else None
+                lines, size = [], 0
             else:
-                lines.append(line)
-            blank = not line.strip()
-    if lines:
-        yield b"".join(lines)
+                size += WHOLE_BYTES + 1 if line is None else len(line)
+                if line is not None and size <= WHOLE_BYTES:
+                    lines.append(line)
+            blank = line is not None and not line.strip()
+    if size:
+        yield b"".join(lines) if size <= WHOLE_BYTES else None

@@ -7,6 +7,7 @@ answer, both in tables on disk (spill.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 from xml.etree import ElementTree
 
 from chatmill.config import ConfigError
@@ -15,8 +16,12 @@ from ...cleaning.html_text import html_to_text
 from ...conversation import Conversation, Turn, make_uid
 from ...ledger import Ledger
 from ...raw.files import RawFile
+from ...raw.limits import RECORD_CHARS, TOO_LONG
 from ...raw.spill import Spill, packed, unpacked
 from ...recipe import SourceSection
+
+PIECE_BYTES = 1 << 20
+_DEPTH = 100
 
 
 def recognise(head: bytes, name: str) -> bool:
@@ -92,15 +97,28 @@ def _score(row: dict[str, str]) -> int:
 
 def _rows(file: RawFile) -> Iterator[dict[str, str]]:
     with file.open() as raw:
+        parser: Any = ElementTree.XMLPullParser(("start", "end"))
+        open_ones: list[Any] = []
+        unread = 0  # bytes since an element began or ended
         try:
-            root = None
-            for event, element in ElementTree.iterparse(raw, events=("start", "end")):
-                if event == "start":
-                    root = element if root is None else root
-                elif element.tag == "row":
-                    yield dict(element.attrib)
+            while piece := raw.read(PIECE_BYTES):
+                parser.feed(piece)
+                unread += len(piece)
+                for event, element in parser.read_events():
+                    unread = 0
+                    if event == "start":
+                        open_ones.append(element)
+                        if len(open_ones) > _DEPTH:
+                            raise ValueError(f"more than {_DEPTH} elements in each other")
+                        continue
+                    open_ones.pop()
+                    if element.tag == "row":
+                        yield dict(element.attrib)
                     element.clear()
-                    if root is not None:
-                        root.clear()
+                    if open_ones:
+                        open_ones[-1].clear()
+                if unread > RECORD_CHARS:
+                    raise ValueError(f"an element {TOO_LONG}")
+            parser.close()
         except (ElementTree.ParseError, LookupError, ValueError) as error:  # also an encoding that nobody knows
             raise ConfigError(f"{file.label}: the XML is damaged or cut short ({error})") from error

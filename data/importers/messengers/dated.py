@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 
 from ...ledger import Ledger
 from ...raw.files import RawFile
+from ...raw.limits import MessageLines
 
 MARKS = "\u200e\u200f\u202a\u202b\u202c\ufeff"
 _AM = "上午|凌晨|清晨|早上|午前|오전|π\\.?μ\\.?|ÖÖ|SA|PG|पूर्वाह्न|ص|de\\."
@@ -136,21 +137,20 @@ class Block:
 def blocks(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[Block]:
     """The messages of an export in which every header stands below a blank line; lines before the first are counted."""
     found: tuple[int, Header] | None = None
-    lines: list[str] = []
+    lines = MessageLines()
     blank = True
-    with file.text(encoding) as text:
-        for number, line in enumerate(text, 1):
-            line = line.rstrip("\r\n")
-            header = block_header(line) if blank else None
-            if header is not None:
-                if found is not None:
-                    yield Block(*found, "\n".join(lines).strip("\n"))
-                found, lines = (number, header), []
-            elif found is not None:
-                lines.append(line)
-            elif line.strip():
-                ledger.change("line before the first message left out", f"{file.label}:{number}: {line}")
-            blank = not line.strip()
+    for number, line in file.text_lines(encoding, ledger):
+        line = line.rstrip("\r\n")
+        header = block_header(line) if blank else None
+        if header is not None:
+            if found is not None:
+                yield Block(*found, "\n".join(lines).strip("\n"))
+            found, lines = (number, header), MessageLines()
+        elif found is not None:
+            lines.add(line, f"{file.label}:{number}", ledger)
+        elif line.strip():
+            ledger.change("line before the first message left out", f"{file.label}:{number}: {line}")
+        blank = not line.strip()
     if found is not None:
         yield Block(*found, "\n".join(lines).strip("\n"))
 

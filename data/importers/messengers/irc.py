@@ -41,33 +41,32 @@ def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[
     day = _day_of_name(file.stem)
     latest: dict[str, str] = {}
     last: datetime | None = None
-    with file.text(options.encoding) as text:
-        for number, line in enumerate(text, 1):
-            line = line.rstrip("\r\n")
-            changed = _DAY.match(line)
-            if changed:
-                day, last = _day_of_marker(changed, day), None
-                continue
-            found = _SAID.match(line) or _WEECHAT.match(line)
-            if found is None or found[5] in ("-->", "<--", "--", "*", "=!="):
-                if line.strip():
-                    ledger.change("server line left out", f"{file.label}:{number}: {line}")
-                continue
-            date, hour, minute, second, nick, said = found.groups()
-            try:
-                base = datetime.fromisoformat(date).replace(tzinfo=UTC) if date else day
-                moment = base.replace(hour=int(hour), minute=int(minute), second=int(second or 0))
-                if date is None and last is not None and moment < last:  # past midnight without a marker
-                    day = day + timedelta(days=1)
-                    moment += timedelta(days=1)
-            except (ValueError, OverflowError) as error:
-                ledger.change("line with an impossible time left out", f"{file.label}:{number}: {line} ({error})")
-                continue
-            last = moment
-            addressed = _ADDRESSED.match(said)
-            target = addressed[1] if addressed and addressed[1] != nick else None
-            yield ChatMessage(nick, said, moment.timestamp(), str(number), latest.get(target or ""))
-            latest[nick] = str(number)
+    for number, line in file.text_lines(options.encoding, ledger):
+        line = line.rstrip("\r\n")
+        changed = _DAY.match(line)
+        if changed:
+            day, last = _day_of_marker(changed, day), None
+            continue
+        found = _SAID.match(line) or _WEECHAT.match(line)
+        if found is None or found[5] in ("-->", "<--", "--", "*", "=!="):
+            if line.strip():
+                ledger.change("server line left out", f"{file.label}:{number}: {line}")
+            continue
+        date, hour, minute, second, nick, said = found.groups()
+        try:
+            base = datetime.fromisoformat(date).replace(tzinfo=UTC) if date else day
+            moment = base.replace(hour=int(hour), minute=int(minute), second=int(second or 0))
+            if date is None and last is not None and moment < last:  # past midnight without a marker
+                day = day + timedelta(days=1)
+                moment += timedelta(days=1)
+        except (ValueError, OverflowError) as error:
+            ledger.change("line with an impossible time left out", f"{file.label}:{number}: {line} ({error})")
+            continue
+        last = moment
+        addressed = _ADDRESSED.match(said)
+        target = addressed[1] if addressed and addressed[1] != nick else None
+        yield ChatMessage(nick, said, moment.timestamp(), str(number), latest.get(target or ""))
+        latest[nick] = str(number)
 
 
 def _day_of_marker(found: re.Match[str], day: datetime) -> datetime:

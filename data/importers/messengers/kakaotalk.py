@@ -13,6 +13,7 @@ from ...cleaning.placeholders import placeholder
 from ...conversation import Conversation
 from ...ledger import Ledger
 from ...raw.files import RawFile
+from ...raw.limits import MessageLines
 from ...recipe import SourceSection
 from ..messages import ChatMessage
 from ..plain.rows import csv_rows, header_of
@@ -64,32 +65,31 @@ def _csv(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[tupl
 
 def _lines(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[tuple[int, float | None, str, str]]:
     day: tuple[int, int, int] | None = None
-    found: tuple[int, float | None, str, list[str]] | None = None
-    with file.text(options.encoding) as text:
-        for number, line in enumerate(text, 1):
-            line = line.rstrip("\r\n")
-            said, computer, dated = _SAID.match(line), _PC.match(line), _DAY.match(line)
-            new: tuple[int, float | None, str, list[str]] | None = None
-            if said:
-                when = _when(said.groups())
-                new = (number, when, said[17].strip(), [said[18]]) if when is not None else None
-            elif computer and day is not None:
-                clock = _clock(computer.groups()[1:6])
-                new = (number, moment(day, clock), computer[1], [computer[7]]) if clock else None
-            service = new is None and (dated is not None or _SYSTEM.match(line) is not None)
-            if (new or service) and found is not None:
-                yield found[0], found[1], found[2], "\n".join(found[3]).strip("\n")
-                found = None
-            if new is not None:
-                found = new
-            elif dated:
-                day = _date(dated.groups())
-            elif service:
-                ledger.change("service line left out", f"{file.label}:{number}: {line}")
-            elif found is not None:
-                found[3].append(line)
-            elif line.strip():
-                ledger.change("line before the first message left out", f"{file.label}:{number}: {line}")
+    found: tuple[int, float | None, str, MessageLines] | None = None
+    for number, line in file.text_lines(options.encoding, ledger):
+        line = line.rstrip("\r\n")
+        said, computer, dated = _SAID.match(line), _PC.match(line), _DAY.match(line)
+        new: tuple[int, float | None, str, MessageLines] | None = None
+        if said:
+            when = _when(said.groups())
+            new = (number, when, said[17].strip(), MessageLines([said[18]])) if when is not None else None
+        elif computer and day is not None:
+            clock = _clock(computer.groups()[1:6])
+            new = (number, moment(day, clock), computer[1], MessageLines([computer[7]])) if clock else None
+        service = new is None and (dated is not None or _SYSTEM.match(line) is not None)
+        if (new or service) and found is not None:
+            yield found[0], found[1], found[2], "\n".join(found[3]).strip("\n")
+            found = None
+        if new is not None:
+            found = new
+        elif dated:
+            day = _date(dated.groups())
+        elif service:
+            ledger.change("service line left out", f"{file.label}:{number}: {line}")
+        elif found is not None:
+            found[3].add(line, f"{file.label}:{number}", ledger)
+        elif line.strip():
+            ledger.change("line before the first message left out", f"{file.label}:{number}: {line}")
     if found is not None:
         yield found[0], found[1], found[2], "\n".join(found[3]).strip("\n")
 

@@ -14,6 +14,7 @@ from ...cleaning.placeholders import placeholder
 from ...conversation import Conversation
 from ...ledger import Ledger
 from ...raw.files import RawFile
+from ...raw.limits import MessageLines
 from ...recipe import SourceSection
 from ..messages import ChatMessage
 from ..rebuild import conversations
@@ -57,25 +58,24 @@ def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[
     """Every message with text, as sent."""
     names = _names(file, options.encoding)
     day: tuple[int, int, int] | None = None
-    found: tuple[int, float | None, str, list[str]] | None = None
-    with file.text(options.encoding) as text:
-        for number, line in enumerate(text, 1):
-            line = line.rstrip("\r\n")
-            dated, said = _DAY.match(line), _SAID.match(line)
-            clock = clock_time(said[1] or said[5], said[2], said[3], said[4]) if said else None
-            if day is not None and said and clock is not None:
-                if found is not None:
-                    yield from _message(*found, file, ledger)
-                sender, body = (said[6], said[7]) if said[6] is not None else _split(said[8], names)
-                found = (number, moment(day, clock), sender, [body])
-            elif dated:
-                if found is not None:
-                    yield from _message(*found, file, ledger)
-                day, found = _date(dated), None
-            elif found is not None:
-                found[3].append(line)
-            elif line.strip():
-                ledger.change("line before the first message left out", f"{file.label}:{number}: {line}")
+    found: tuple[int, float | None, str, MessageLines] | None = None
+    for number, line in file.text_lines(options.encoding, ledger):
+        line = line.rstrip("\r\n")
+        dated, said = _DAY.match(line), _SAID.match(line)
+        clock = clock_time(said[1] or said[5], said[2], said[3], said[4]) if said else None
+        if day is not None and said and clock is not None:
+            if found is not None:
+                yield from _message(*found, file, ledger)
+            sender, body = (said[6], said[7]) if said[6] is not None else _split(said[8], names)
+            found = (number, moment(day, clock), sender, MessageLines([body]))
+        elif dated:
+            if found is not None:
+                yield from _message(*found, file, ledger)
+            day, found = _date(dated), None
+        elif found is not None:
+            found[3].add(line, f"{file.label}:{number}", ledger)
+        elif line.strip():
+            ledger.change("line before the first message left out", f"{file.label}:{number}: {line}")
     if found is not None:
         yield from _message(*found, file, ledger)
 
@@ -107,17 +107,16 @@ def _names(file: RawFile, encoding: str) -> list[str]:
     """Names of several words, the longest first: that of the title, and beginnings of many lines."""
     counts: Counter[str] = Counter()
     names: set[str] = set()
-    with file.text(encoding) as text:
-        for number, line in enumerate(text):
-            said = _SAID.match(line.rstrip("\r\n"))
-            if number == 0 and _TITLE.match(line):
-                titled = _TITLED.search(line.strip().removeprefix("\ufeff").removeprefix("[LINE]").strip().removesuffix(".txt"))
-                names |= {name.strip() for name in (titled.groups() if titled else ()) if name}
-            elif said and said[8]:
-                words = said[8].split(" ")
-                counts[words[0]] += 1
-                if len(words) > 2:
-                    counts[" ".join(words[:2])] += 1
+    for number, line in file.text_lines(encoding, Ledger()):
+        said = _SAID.match(line.rstrip("\r\n"))
+        if number == 1 and _TITLE.match(line):
+            titled = _TITLED.search(line.strip().removeprefix("\ufeff").removeprefix("[LINE]").strip().removesuffix(".txt"))
+            names |= {name.strip() for name in (titled.groups() if titled else ()) if name}
+        elif said and said[8]:
+            words = said[8].split(" ")
+            counts[words[0]] += 1
+            if len(words) > 2:
+                counts[" ".join(words[:2])] += 1
     # "Ann Lee" is a name if nearly every line that begins with Ann goes on with Lee.
     for pair, count in counts.items():
         if " " in pair and count >= 3 and count * 10 >= counts[pair.split(" ")[0]] * 9:

@@ -17,6 +17,7 @@ from ...conversation import Conversation
 from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
+from ...raw.limits import MessageLines
 from ...recipe import SourceSection
 from ..messages import ChatMessage
 from ..rebuild import conversations
@@ -61,20 +62,19 @@ def _message(entry: Record) -> ChatMessage | str:
 
 
 def _lines(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[ChatMessage]:
-    found: tuple[int, float | None, str, list[str]] | None = None
-    with file.text(options.encoding) as text:
-        for number, line in enumerate(text, 1):
-            line = line.rstrip("\r\n").rstrip(" ")
-            said = _SAID.match(line)
-            when = stamp(said.groups()[:8]) if said else None
-            if said and when is not None:
-                if found is not None:
-                    yield from _finished(*found, file, ledger)
-                found = (number, moment(*when), said[9], [said[10]])
-            elif found is not None:
-                found[3].append(line)
-            elif line.strip():
-                ledger.change("line before the first message left out", f"{file.label}:{number}: {line}")
+    found: tuple[int, float | None, str, MessageLines] | None = None
+    for number, line in file.text_lines(options.encoding, ledger):
+        line = line.rstrip("\r\n").rstrip(" ")
+        said = _SAID.match(line)
+        when = stamp(said.groups()[:8]) if said else None
+        if said and when is not None:
+            if found is not None:
+                yield from _finished(*found, file, ledger)
+            found = (number, moment(*when), said[9], MessageLines([said[10]]))
+        elif found is not None:
+            found[3].add(line, f"{file.label}:{number}", ledger)
+        elif line.strip():
+            ledger.change("line before the first message left out", f"{file.label}:{number}: {line}")
     if found is not None:
         yield from _finished(*found, file, ledger)
 

@@ -21,7 +21,7 @@ from ...raw.files import RawFile
 from ...recipe import SourceSection
 from ..messages import ChatMessage
 from ..rebuild import conversations
-from ..records import MALFORMED, read_messages
+from ..records import MALFORMED, read_messages, why_bad
 from .dated import seconds_of
 
 _LINK = re.compile(r"<([@#!]?)([^<>|]+)(?:\|([^<>]*))?>")
@@ -45,11 +45,11 @@ def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[
     """Every message that a person typed, in order of time."""
     names = _user_names(file)
     for day in file.parts():
-        with day.open() as raw:
-            try:
-                entries = json.load(raw)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{day.label}: not JSON ({error})") from error
+        try:
+            entries = json.loads(day.whole())
+        except MALFORMED as error:
+            why_bad(error)
+            raise ConfigError(f"{day.label}: not JSON ({error})") from error
         if not isinstance(entries, list):
             raise ConfigError(f"{day.label}: expected a list of messages, found a {type(entries).__name__}")
         found = read_messages(entries, partial(_message, names, options.assistant), day, ledger)
@@ -83,10 +83,10 @@ def _user_names(file: RawFile) -> dict[str, str]:
     if users is None:
         return {}
     try:
-        with users.open() as raw:
-            entries: list[dict[str, Any]] = json.load(raw)
+        entries: list[dict[str, Any]] = json.loads(users.whole())
         return {str(user["id"]): str(_name(user)) for user in entries}
     except MALFORMED as error:
+        why_bad(error)
         raise ConfigError(f"{users.label}: not Slack's list of users ({type(error).__name__}: {error})") from error
 
 

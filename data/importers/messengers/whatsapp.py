@@ -15,6 +15,7 @@ from ...cleaning.placeholders import placeholder
 from ...conversation import Conversation
 from ...ledger import Ledger
 from ...raw.files import RawFile
+from ...raw.limits import MessageLines
 from ...recipe import SourceSection
 from ..messages import ChatMessage
 from ..rebuild import conversations
@@ -57,22 +58,21 @@ def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[
     """Every message with text, as sent."""
     order = _date_order(file, options.encoding, ledger)
     pending: tuple[int, Header] | None = None
-    lines: list[str] = []
-    with file.text(options.encoding) as text:
-        for number, line in enumerate(text, 1):
-            line = line.rstrip("\r\n")
-            header = _parse(line)
-            if header is None:
-                if pending is not None:
-                    lines.append(line)
-                elif line.strip():
-                    ledger.change("line before the first message left out", f"{file.label}:{number}: {line}")
-                continue
+    lines = MessageLines()
+    for number, line in file.text_lines(options.encoding, ledger):
+        line = line.rstrip("\r\n")
+        header = _parse(line)
+        if header is None:
             if pending is not None:
-                yield from _message(pending, lines, order, file, ledger)
-            pending, lines = (number, header), []
+                lines.add(line, f"{file.label}:{number}", ledger)
+            elif line.strip():
+                ledger.change("line before the first message left out", f"{file.label}:{number}: {line}")
+            continue
         if pending is not None:
             yield from _message(pending, lines, order, file, ledger)
+        pending, lines = (number, header), MessageLines()
+    if pending is not None:
+        yield from _message(pending, lines, order, file, ledger)
 
 
 def _message(found: tuple[int, Header], more: list[str], order: str, file: RawFile, ledger: Ledger) -> Iterator[ChatMessage]:
@@ -105,16 +105,15 @@ def _date_order(file: RawFile, encoding: str, ledger: Ledger) -> str:
     """`dmy`, `mdy` or `ymd`, from every header of the file."""
     largest, backwards = [0, 0, 0], {"dmy": 0, "mdy": 0}
     last: dict[str, tuple[int, ...]] = {}
-    with file.text(encoding) as text:
-        for line in text:
-            header = _parse(line.rstrip("\r\n"))
-            if header is None:
-                continue
-            (a, b, c), clock = header[0]
-            largest = [max(x, y) for x, y in zip(largest, (a, b, c), strict=True)]
-            for name, key in (("dmy", (c, b, a, *clock)), ("mdy", (c, a, b, *clock))):
-                backwards[name] += last.get(name, key) > key
-                last[name] = key
+    for _, line in file.text_lines(encoding, Ledger()):
+        header = _parse(line.rstrip("\r\n"))
+        if header is None:
+            continue
+        (a, b, c), clock = header[0]
+        largest = [max(x, y) for x, y in zip(largest, (a, b, c), strict=True)]
+        for name, key in (("dmy", (c, b, a, *clock)), ("mdy", (c, a, b, *clock))):
+            backwards[name] += last.get(name, key) > key
+            last[name] = key
     if largest[0] > 31:
         return "ymd"
     if largest[0] > 12 or largest[1] > 12:

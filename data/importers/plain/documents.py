@@ -2,7 +2,7 @@
 
 A text file is one document. A text whose lines look like date and speaker is never guessed to be one: names and times would
 be learned. `format: documents` reads it all the same. To keep memory constant, long files are cut at paragraph ends near
-100,000 characters.
+100,000 characters, and at the end of a line after a million.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..messengers.dated import looks_dated
 from ..records import BadRecordError, Record, read_records
 
 DOCUMENT_CHARS = 100_000
+LONGEST_DOCUMENT = 10 * DOCUMENT_CHARS  # where no paragraph ends
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 
 
@@ -49,15 +50,18 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
 
 
 def _pieces(file: RawFile, encoding: str) -> Iterator[tuple[int, str]]:
-    """(number of the first line, text) of each document in a text file."""
+    """(number of the first line, text) of each document in a text file; a line of many pieces counts as many lines."""
     with file.text(encoding) as lines:
         piece: list[str] = []
         size, first = 0, 1
-        for number, line in enumerate(lines, 1):
-            if size >= DOCUMENT_CHARS and not line.strip():
-                yield first, "".join(piece)
+        for number, line in enumerate(iter(lambda: lines.readline(LONGEST_DOCUMENT), ""), 1):
+            if size >= LONGEST_DOCUMENT or (size >= DOCUMENT_CHARS and not line.strip()):
+                if text := "".join(piece).strip("\r\n"):
+                    yield first, text
                 piece, size, first = [], 0, number + 1
-                continue
+                if not line.strip():
+                    continue
+                first = number
             piece.append(line)
             size += len(line)
         if "".join(piece).strip():

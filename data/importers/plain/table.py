@@ -20,6 +20,7 @@ from chatmill.config import ConfigError
 from ...conversation import Conversation, Turn, make_uid
 from ...ledger import Ledger
 from ...raw.files import RawFile
+from ...raw.json_lines import Place
 from ...recipe import SourceSection
 from ..datasets import alpaca
 from ..labels import role_of
@@ -92,7 +93,7 @@ def check_fields(given: Mapping[str, str], label: str) -> None:
 
 
 def rows_to_conversations(
-    rows: Iterator[tuple[int, Record]],
+    rows: Iterator[tuple[Place, Record]],
     columns: Mapping[str, str],
     file: RawFile,
     options: SourceSection,
@@ -156,7 +157,7 @@ def _listed(row: Record, columns: Mapping[str, str], assistant: str | None) -> l
 
 
 def _grouped(
-    rows: Iterator[tuple[int, Record]],
+    rows: Iterator[tuple[Place, Record]],
     columns: Mapping[str, str],
     file: RawFile,
     options: SourceSection,
@@ -199,7 +200,7 @@ def _grouped(
 
 
 def json_rows(
-    records: Iterable[tuple[int, Record]], file: RawFile, options: SourceSection, source: str, ledger: Ledger
+    records: Iterable[tuple[Place, Record]], file: RawFile, options: SourceSection, source: str, ledger: Ledger
 ) -> Iterator[Conversation]:
     """Objects of JSON lines as rows, by sources.columns."""
     check_fields(options.columns, file.label)

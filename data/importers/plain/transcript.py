@@ -15,6 +15,7 @@ from ...cleaning.placeholders import placeholder
 from ...conversation import Conversation, Turn, make_uid
 from ...ledger import Ledger
 from ...raw.files import RawFile
+from ...raw.limits import MessageLines
 from ...recipe import SourceSection
 from ..labels import role_of
 from ..messages import ChatMessage, to_conversation
@@ -24,6 +25,8 @@ _NAME = r"([^\W\d_][^:：\n\t。！？，；]{0,38})"
 _SAID = re.compile(rf"^{_NAME}(?::(?:\s(.*)|)|：(.*)|(?<=[^\x00-\x7f]):(?!//)(\S.*))$", re.S)
 _BOLD = re.compile(r"^\s*(?:#{1,6} +)?(?:\*\*|__)([^*_:：\n]{1,40})(?:([:：])(?:\*\*|__)|(?:\*\*|__)([:：]))")
 _RULE = re.compile(r"^\s*([-=*])(\s*\1){2,}\s*$")
+
+Said = tuple[str, int, MessageLines]  # speaker, number of the first line, text
 
 
 def recognise(head: bytes, name: str) -> bool:
@@ -54,60 +57,56 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
     if file.stem.lower().endswith(".conv"):
         yield from _conv(file, options, source, ledger)
         return
-    said: list[ChatMessage] = []
+    said: list[Said] = []
     known = _speakers(file, options.encoding)
-    with file.text(options.encoding) as text:
-        for number, line in enumerate(text, 1):
-            line = line.rstrip("\r\n")
-            found = _said(line)
-            if _RULE.match(line):
-                yield from _finish(said, file, options, source, ledger)
-                said = []
-            elif found and found[0] in known:
-                said.append(ChatMessage(found[0], found[1], key=str(number)))
-            elif said:
-                said[-1] = ChatMessage(said[-1].sender, f"{said[-1].text}\n{line}", key=said[-1].key)
-            elif line.strip():
-                ledger.change("line before the first speaker left out", f"{file.label}:{number}: {line}")
+    for number, line in file.text_lines(options.encoding, ledger):
+        line = line.rstrip("\r\n")
+        found = _said(line)
+        if _RULE.match(line):
+            yield from _finish(said, file, options, source, ledger)
+            said = []
+        elif found and found[0] in known:
+            said.append((found[0], number, MessageLines([found[1]])))
+        elif said:
+            said[-1][2].add(line, f"{file.label}:{number}", ledger)
+        elif line.strip():
+            ledger.change("line before the first speaker left out", f"{file.label}:{number}: {line}")
     yield from _finish(said, file, options, source, ledger)
 
 
 def _conv(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
-    said: list[ChatMessage] = []
-    with file.text(options.encoding) as text:
-        for number, line in enumerate(text, 1):
-            line = line.rstrip("\r\n")
-            if line.startswith("M "):
-                said.append(ChatMessage(("User", "Assistant")[len(said) % 2], line[2:], key=str(number)))
-            elif line.strip() == "E":
-                yield from _finish(said, file, options, source, ledger)
-                said = []
-            elif line.strip():
-                ledger.change("line that is no turn left out", f"{file.label}:{number}: {line}")
+    said: list[Said] = []
+    for number, line in file.text_lines(options.encoding, ledger):
+        line = line.rstrip("\r\n")
+        if line.startswith("M "):
+            said.append((("User", "Assistant")[len(said) % 2], number, MessageLines([line[2:]])))
+        elif line.strip() == "E":
+            yield from _finish(said, file, options, source, ledger)
+            said = []
+        elif line.strip():
+            ledger.change("line that is no turn left out", f"{file.label}:{number}: {line}")
     yield from _finish(said, file, options, source, ledger)
 
 
 def _speakers(file: RawFile, encoding: str) -> set[str]:
     """Names that open a line twice or more; all of them where fewer than two do. `Note: …` inside a turn is not a speaker."""
-    with file.text(encoding) as text:
-        counts = Counter(found[0] for found in map(_said, (line.rstrip("\r\n") for line in text)) if found)
+    lines = (line.rstrip("\r\n") for _, line in file.text_lines(encoding, Ledger()))
+    counts = Counter(found[0] for found in map(_said, lines) if found)
     often = {name for name, count in counts.items() if count >= 2}
     return often if len(often) >= 2 else set(counts)
 
 
-def _finish(
-    said: list[ChatMessage], file: RawFile, options: SourceSection, source: str, ledger: Ledger
-) -> Iterator[Conversation]:
+def _finish(said: list[Said], file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     if not said:
         return
-    origin = f"{file.label}:{said[0].key}"
+    origin = f"{file.label}:{said[0][1]}"
     spoken = list[ChatMessage]()
-    for message in said:
-        text = message.text.strip("\n")
+    for sender, number, lines in said:
+        text = "\n".join(lines).strip("\n")
         if placeholder(text):
-            ledger.change("media left out", f"{file.label}:{message.key}: {text}")
+            ledger.change("media left out", f"{file.label}:{number}: {text}")
         else:
-            spoken.append(ChatMessage(message.sender, text, key=message.key))
+            spoken.append(ChatMessage(sender, text, key=str(number)))
     roles = [role_of(message.sender) for message in spoken]
     if options.assistant is None and spoken and all(roles):
         turns = tuple(Turn(role, message.text) for role, message in zip(roles, spoken, strict=True) if role)

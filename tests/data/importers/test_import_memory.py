@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from chatmill.data.importers.forums import stack_exchange
 from chatmill.data.importers.plain import parquet
 from chatmill.data.importers.registry import read_file, source_files
 from chatmill.data.ledger import Ledger
-from chatmill.data.raw import files, json_fields, json_lines
+from chatmill.data.raw import files, json_lines, json_text
 from chatmill.data.raw.spill import Spill, key, packed, unpacked
 from chatmill.data.recipe import SourceSection
 
@@ -47,8 +48,8 @@ NAMES = sorted({*ONE_OF_EACH.values(), "telegram account", "slack zip", "cornell
 
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_fields, "_PIECE_CHARS", 1 << 12)
-    monkeypatch.setattr(json_lines, "_PIECE_CHARS", 1 << 12)
+    monkeypatch.setattr(json_text, "_PIECE_CHARS", 1 << 12)
+    monkeypatch.setattr(stack_exchange, "PIECE_BYTES", 1 << 12)
     monkeypatch.setattr(parquet, "BATCH_ROWS", 8)
     monkeypatch.setattr(files, "SAMPLE_BYTES", 1 << 12)
     monkeypatch.setattr(json_lines, "_FIRST_LINE_BYTES", 1 << 12)
