@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from chatmill import __version__
+from chatmill.shell import in_this_shell
 
 from .commands import checkpoint, data, guide, jobs, model
 from .commands.arguments import Parser
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if not isinstance(error, ConfigError | OSError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(in_this_shell(f"error: {error}"), file=sys.stderr)
         return 2
 
 

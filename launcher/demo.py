@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from chatmill.run_files import is_published, read_jsonl
+from chatmill.shell import activation, own_command
 
 from .doctor.doctor import count_gpus
 from .programs import cpu_has_bf16
@@ -119,8 +120,10 @@ def print_result(seconds: float) -> None:
         for label, line in (("before", first), ("after", last)):
             print(f"  {label:<7}{' '.join(replies.get(line['step'], '').split())}")
     print("\n== Next")
+    if line := activation():
+        print(f"{line:<52}so that the shell finds chatmill")
     for command, meaning in NEXT:
-        print(f"{command:<52}{meaning}")
+        print(f"{command.replace('chatmill', own_command(activated=True), 1):<52}{meaning}")
     print(f"\nThe report: {RUN / 'report.html'} (open it in a browser)\n")
     before, after = first["eval"], last["eval"]
     span = f"step {first['step']} -> step {last['step']}"
@@ -131,11 +134,14 @@ def print_result(seconds: float) -> None:
 
 
 def readable(command: list[str]) -> str:
-    """The command as a person would type it."""
-    words = ["chatmill" if command[1:3] == ["-m", "chatmill.launcher"] else Path(command[0]).name]
-    rest = command[3:] if words == ["chatmill"] else command[1:]
+    """The command as a person would type it in this shell."""
+    is_ours = command[1:3] == ["-m", "chatmill.launcher"]
     here = str(Path.cwd()) + "/"
-    return shlex.join(words + [word.removeprefix(here) for word in rest])
+    rest = shlex.join([word.removeprefix(here) for word in command[3 if is_ours else 1 :]])
+    if is_ours:
+        return f"{own_command()} {rest}"
+    name = Path(command[0]).name  # accelerate, beside chatmill
+    return f"{name if activation() is None else shlex.quote(command[0].removeprefix(here))} {rest}"
 
 
 if __name__ == "__main__":

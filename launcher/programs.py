@@ -1,12 +1,9 @@
-"""What other programs answer (Slurm's commands, git, nvidia-smi), and how this one is called. Standard library only."""
+"""What other programs answer (Slurm's commands, git, nvidia-smi) and the processor. Standard library only."""
 
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,39 +27,6 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> int | None:
         return min(len(names), 1) if any(name.startswith("MIG-") for name in names) else len(names)
     listed = output_of(["nvidia-smi", "-L"])
     return None if listed is None else sum(line.startswith("GPU ") for line in listed.splitlines())
-
-
-def own_command(activated: bool = False) -> str:
-    """How `chatmill` is called in this shell: by its name where the shell finds this very program, else by its path.
-
-    activated: after the line that `activation` gives.
-    """
-    script = Path(sys.executable).with_name("chatmill")
-    found = shutil.which("chatmill")
-    if found is not None and os.path.realpath(found) == os.path.realpath(script):
-        return "chatmill"
-    if activated and activation():
-        return "chatmill"
-    if script.is_file():
-        return shlex.quote(_near(script))
-    return f"{shlex.quote(_near(Path(sys.executable)))} -m chatmill"
-
-
-def activation() -> str | None:
-    """The line that lets the shell find `chatmill`; None where it does already, or where no environment can be activated."""
-    script = Path(sys.executable).with_name("chatmill")
-    found = shutil.which("chatmill")
-    if found is not None and os.path.realpath(found) == os.path.realpath(script):
-        return None
-    shell = Path(os.environ.get("SHELL", "")).name
-    activate = script.with_name({"fish": "activate.fish", "csh": "activate.csh", "tcsh": "activate.csh"}.get(shell, "activate"))
-    return f"source {shlex.quote(_near(activate))}" if script.is_file() and activate.is_file() else None
-
-
-def _near(path: Path) -> str:
-    """A path as one would type it here."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 # bf16 matrix products are slow without these.

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from chatmill.config import ConfigError
 from chatmill.run_files import leave_refusal
+from chatmill.shell import in_this_shell
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.distributed.world import relaunch_if_alone
 from chatmill.trainer.loop.loop import train
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             relaunch_if_alone(words)
             train(load_recipe(words[0], words[1:]))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(in_this_shell(f"error: {error}"), file=sys.stderr)
         leave_refusal(str(error))
         return 2
     return 0

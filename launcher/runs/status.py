@@ -22,6 +22,7 @@ from chatmill.config import ConfigError
 from chatmill.formatting import duration
 from chatmill.processes import is_running, process_mark
 from chatmill.run_files import PREEMPTED, read_jsonl
+from chatmill.shell import in_this_shell, typed
 
 from ..programs import output_of
 from ..supervise.cause_page import PAGE
@@ -65,7 +66,7 @@ def status(names: Sequence[str], as_json: bool = False) -> int:
     """Print the state of runs; returns 1 when one of those named has failed."""
     folders = [find_run(name) for name in names] if names else all_runs(Path("runs"))
     if not folders:
-        print("no runs below runs/; name their folders, or start one: chatmill launch RECIPE")
+        print(in_this_shell("no runs below runs/; name their folders, or start one: chatmill launch RECIPE"))
         return 0
     queue = query_slurm([last_job(folder) for folder in folders])
     found = [describe(folder, queue) for folder in folders]
@@ -73,7 +74,7 @@ def status(names: Sequence[str], as_json: bool = False) -> int:
         for one in found:
             print(json.dumps(asdict(one)))
     else:
-        print("\n\n".join(show(one) for one in found))
+        print(in_this_shell("\n\n".join(show(one) for one in found)))
     return int(bool(names) and any(one.state == "failed" for one in found))
 
 
@@ -208,7 +209,7 @@ def _state(run_dir: Path, tried: list[Attempt], job: str, queue: dict[str, tuple
         return "killed", f"attempt {tried[-1].number} was killed with its supervisor {queued}".rstrip()
     if outcome == "failed":
         return "failed", f"exit code {tried[-1].code}"
-    return "stopped", f"{outcome}; chatmill resume continues"
+    return "stopped", f"{outcome}; chatmill resume {typed(run_dir)} continues"
 
 
 def supervisor(run_dir: Path) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from types import FrameType
 import yaml
 
 from chatmill.config import ConfigError
+from chatmill.shell import in_this_shell
 
 from ..jobs.launch import submit
 from ..jobs.slurm import render_sweep
@@ -58,7 +59,8 @@ def report(config: SweepConfig) -> int:
         first = next((trial.error for trial in trials if trial.error), "")
         print("no trial is complete" + (f"; the first failure: {first}" if first else ""))
         return 1
-    print(f"best    {config.folder / 'best.yaml'}   (chatmill train {os.path.relpath(config.folder / 'best.yaml')})")
+    best = shlex.quote(os.path.relpath(config.folder / "best.yaml"))
+    print(in_this_shell(f"best    {config.folder / 'best.yaml'}   (chatmill train {best})"))
     return 0
 
 
@@ -113,6 +115,6 @@ def submit_sweep(config: SweepConfig, dry_run: bool) -> int:
     job = submit(["sbatch", "--parsable", f"--output={folder}/worker-%a.out", str(script)])
     print(
         f"submitted as Slurm job array {job}; then:\n  squeue -j {job}\n  tail -f {folder}/worker-*.out\n"
-        f"  chatmill sweep {shlex.quote(str(file))} --report"
+        + in_this_shell(f"  chatmill sweep {shlex.quote(str(file))} --report")
     )
     return 0

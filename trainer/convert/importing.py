@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from chatmill.config import ConfigError
+from chatmill.run_files import MANIFEST, is_published
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -16,9 +17,9 @@ from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 def import_any(source: str, out: Path, force: bool = False) -> Checkpoint:
     """Import `source` into the checkpoint folder `out`. Raises ConfigError; an existing `out` needs force."""
+    path = Path(source)
     if out.exists() and not force:
         raise ConfigError(f"{out} exists already. Use --force to replace it, or choose another folder.")
-    path = Path(source)
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         raise ConfigError(f"{source} was written by Chatmill: checkpoints, runs and data sets need no import.")
     if path.is_dir():
@@ -33,6 +34,26 @@ def import_any(source: str, out: Path, force: bool = False) -> Checkpoint:
         module = source.replace("-", "_")  # of a package, as pip writes its name
         import_gguf(module if module.isidentifier() and not path.is_file() else source, out)
     return open_checkpoint(out)
+
+
+def already_imported(source: str, out: Path) -> Checkpoint | None:
+    """The whole checkpoint at `out`, if it was imported from this source, whose files are not newer; else None."""
+    from .gguf_import import find_gguf
+
+    if not is_published(out):
+        return None
+    path = Path(source)
+    try:
+        file = path if path.is_dir() else find_gguf(source)
+        found = open_checkpoint(out)
+    except ConfigError:
+        return None
+    named = found.meta.get("source")
+    if not isinstance(named, dict) or named.get("imported_from") != file.resolve().name:
+        return None
+    files = file.iterdir() if file.is_dir() else [file]
+    newest = max((part.stat().st_mtime for part in files), default=0.0)
+    return found if newest <= (out / MANIFEST).stat().st_mtime else None
 
 
 def chat_problem(checkpoint: Checkpoint) -> str | None:

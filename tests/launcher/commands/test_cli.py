@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -117,5 +118,9 @@ def test_build_train_eval_report_export_import_in_one_go(
     assert main(["export", "runs/r", "hf"]) == 0
     assert main(["import", "hf", "again"]) == 0
     assert main(["generate", "again", "What is 3 and one?", "--max-new-tokens", "4", "--temperature", "0"]) == 0
-    assert main(["import", "hf", "again"]) == 2
+    before = Path("again/manifest.json").stat().st_mtime_ns
+    assert main(["import", "hf", "again"]) == 0 and "nothing to do" in capsys.readouterr().out
+    assert Path("again/manifest.json").stat().st_mtime_ns == before
+    os.utime("hf/config.json", (before / 1e9 + 60,) * 2)
+    assert main(["import", "hf", "again"]) == 2  # the source is newer
     assert "exists already" in capsys.readouterr().err

@@ -161,7 +161,7 @@ def test_a_launch_runs_its_own_copy_of_the_code_and_is_cancelled_and_resumed_as_
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
     code = run / "launches" / "001" / "code"
     assert list((code / "trainer" / "loop" / "__pycache__").glob("loop.*.pyc")), "the copy was not what ran"
-    assert chatmill(tmp_path, "status", "r").stdout.count("chatmill resume continues") == 1
+    assert chatmill(tmp_path, "status", "r").stdout.count("chatmill resume runs/r continues") == 1
     assert "nothing to cancel" in chatmill(tmp_path, "cancel", "r").stdout
     assert chatmill(tmp_path, "resume", "r", "--detach").returncode == 0
     wait_until("further steps", lambda: newest_step(run) >= stopped + 50)
