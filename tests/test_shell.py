@@ -19,7 +19,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     bin_folder = tmp_path / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
     for name in ("python", "chatmill"):
-        (bin_folder / name).write_text("#!/bin/sh\necho \"$@\"\n")
+        (bin_folder / name).write_text('#!/bin/sh\necho "$@"\n')
         (bin_folder / name).chmod(0o755)
     (bin_folder / "activate").write_text(f"PATH={bin_folder}:$PATH\n")
     monkeypatch.setattr(sys, "executable", str(bin_folder / "python"))
@@ -56,7 +56,7 @@ def test_a_source_tree_without_a_script_runs_the_module(environment: Path) -> No
 
 
 def test_sentences_get_commands_that_can_be_typed(environment: Path) -> None:
-    said = "Run `chatmill doctor` or chatmill data build X; chatmill needs torch: pip install 'chatmill[gpu]' (./chatmill train)"
+    said = "Run `chatmill doctor` or chatmill data build X; chatmill needs torch: pip install 'chatmill[gpu]', ./chatmill train"
     assert shell.in_this_shell(said) == said.replace("`chatmill doctor", "`.venv/bin/chatmill doctor").replace(
         "chatmill data", ".venv/bin/chatmill data"
     )
