@@ -120,8 +120,8 @@ def print_result(seconds: float) -> None:
         for label, line in (("before", first), ("after", last)):
             print(f"  {label:<7}{' '.join(replies.get(line['step'], '').split())}")
     print("\n== Next")
-    if line := activation():
-        print(f"{line:<52}so that the shell finds chatmill")
+    if activate := activation():
+        print(f"{activate:<52}so that the shell finds chatmill")
     for command, meaning in NEXT:
         print(f"{command.replace('chatmill', own_command(activated=True), 1):<52}{meaning}")
     print(f"\nThe report: {RUN / 'report.html'} (open it in a browser)\n")
