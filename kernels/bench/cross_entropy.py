@@ -19,6 +19,7 @@ from torch import Tensor
 from ..cross_entropy import tiles as linear_cross_entropy_tiles
 from ..cross_entropy.interface import linear_cross_entropy
 from ..cross_entropy.logits import cross_entropy
+from ..cross_entropy.rows import Products
 from ..dispatch import Impl, capability
 from .harness import BenchCase, Phases, median_ms
 
@@ -50,6 +51,7 @@ def tune(device: torch.device, budget_s: float) -> None:
 def _cases() -> Iterator[BenchCase]:
     shapes = [(8192, 2048, V, share) for V in (32000, 49152, 128256, 256000) for share in (1.0, 0.5, 0.2)]
     # the shapes of the published numbers: Liger-Kernel pull request 1356 on an H200
+    shapes += [(16384, 2048, 128256, share) for share in (1.0, 0.2)]
     shapes += [(4096, 4096, 128256, 1.0), (16384, 4096, 128256, 1.0), (2048, 2048, 102400, 1.0)]
     for N, H, V, share in shapes:
         forward = 2.0 * round(N * share) * H * V
@@ -112,8 +114,8 @@ def _prepare_plain(loss: PlainLoss, N: int, V: int) -> Callable[[torch.device], 
     return prepare
 
 
-def _ours(impl: Impl) -> Loss:
-    return lambda x, w, t, rows: linear_cross_entropy(x, w, t, rows=rows, impl=impl)
+def _ours(impl: Impl, products: Products = "auto") -> Loss:
+    return lambda x, w, t, rows: linear_cross_entropy(x, w, t, rows=rows, impl=impl, products=products)
 
 
 def _eager(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
@@ -150,7 +152,8 @@ def _quack(x: Tensor, w: Tensor, t: Tensor, rows: Tensor) -> Tensor:
 
 
 CONTENDERS: dict[str, Loss] = {
-    "triton": _ours("triton"),
+    "triton": _ours("triton", "triton"),
+    "triton by torch": _ours("triton", "torch"),
     "torch chunked": _ours("torch"),
     "torch eager": _eager,
     "torch.compile": torch.compile(_eager, dynamic=False),

@@ -28,7 +28,17 @@ from ..layer.rms_norm import rms_norm
 from ..tensors import wide_dtype
 from .operators import GatherRows, ShardedLoss, rows_op, spread, sum_op
 from .reference import linear_cross_entropy_reference
-from .rows import LossMetrics, LossOptions, Reduction, VocabularyShard, check_options, known_labels, row_coefficients, weighted
+from .rows import (
+    LossMetrics,
+    LossOptions,
+    Products,
+    Reduction,
+    VocabularyShard,
+    check_options,
+    known_labels,
+    row_coefficients,
+    weighted,
+)
 
 NAME = "linear_cross_entropy"
 
@@ -51,6 +61,7 @@ def linear_cross_entropy(
     norm_eps: float = 1e-6,
     norm: Callable[[Tensor], Tensor] | None = None,
     shard: VocabularyShard | None = None,
+    products: Products = "auto",
     return_metrics: bool = False,
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` against targets, with gradients for hidden, weight and norm_weight.
@@ -65,6 +76,7 @@ def linear_cross_entropy(
     norm: applied to the gathered rows in its place: a module, whose weight FSDP gathers around its own forward.
     shard: weight is this rank's part of a head split over the vocabulary; everything else is the same on all its ranks, and
     so are the loss, the metrics and d_hidden (rows.py).
+    products: who multiplies in the triton tier, its own kernels or torch (cuBLAS on a GPU); auto: the shipped table.
     return_metrics: return (loss, metrics), as linear_cross_entropy_with_metrics does.
     """
     _check(hidden, weight, targets, rows)
@@ -74,6 +86,7 @@ def linear_cross_entropy(
             raise ValueError("linear_cross_entropy: norm and norm_weight are two ways to say one thing. Drop one of them.")
         norm = partial(rms_norm, weight=norm_weight, eps=norm_eps, impl="auto" if impl == "torch" else impl)
     if impl == "reference":
+        _check_products(products, impl)
         if shard is not None:
             raise ValueError("linear_cross_entropy: impl='reference' knows only the whole head. Set impl=auto for a shard.")
         loss, metrics = linear_cross_entropy_reference(
@@ -114,7 +127,8 @@ def linear_cross_entropy(
     coefficients, count = row_coefficients(valid, factors, reduction, normalizer, wide_dtype(x.dtype))
     obstacles = {"triton": why_no_triton(x.device), "torch": None, "reference": None}
     chosen = choose(NAME, impl, x.device, obstacles)
-    options = LossOptions(label_smoothing, z_loss, softcap or 0.0)
+    _check_products(products, chosen)
+    options = LossOptions(label_smoothing, z_loss, softcap or 0.0, products)
     if shard is not None:
         labels = shard.local(labels, weight.shape[0])
         given = None if reduction == "none" else coefficients
@@ -141,6 +155,13 @@ def linear_cross_entropy_with_metrics(
     """(loss, metrics) of linear_cross_entropy. options: those of linear_cross_entropy."""
     loss, metrics = linear_cross_entropy(hidden, weight, targets, return_metrics=True, **options)
     return loss, metrics
+
+
+def _check_products(products: str, chosen: str) -> None:
+    if products not in ("auto", "triton", "torch"):
+        raise ValueError(f"{NAME}: products={products!r}; expected 'auto', 'triton' or 'torch'.")
+    if products == "triton" and chosen != "triton":
+        raise ValueError(f"{NAME}: products='triton' needs impl='triton'; impl={chosen!r} multiplies with torch. Leave it out.")
 
 
 def _only_rows(targets: Tensor, rows: Tensor, ignore_index: int) -> Tensor:

@@ -135,10 +135,11 @@ def _run(
     n_rows, vocabulary = logits.shape
     whole = shard.vocabulary if shard else vocabulary
     if impl == "triton":
+        from . import row_statistics
         from . import triton_tier as kernels
 
         z = with_adjacent_columns(logits)
-        stats = kernels.statistics(z, labels, options)
+        stats = row_statistics.statistics(z, labels, options)
         rows = finish_rows(stats, whole, options, shard)
         if out is not None and coefficients is not None:
             into = out if out.stride(1) == 1 else torch.empty_like(z)

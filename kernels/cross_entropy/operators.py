@@ -66,12 +66,13 @@ def sum_op(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    products: str,
     impl: str,
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum of coefficient x loss, losses (R,), lse (R,), hits (R,), d_x, d_weight); gradients empty unless needed."""
-    options, needs = LossOptions(label_smoothing, z_loss, softcap), (need_x, need_weight)
+    options, needs = LossOptions(label_smoothing, z_loss, softcap, products), (need_x, need_weight)
     losses, lse, hits, d_x, d_weight = _run(x, weight, labels, coefficients, options, impl, needs)
     return weighted(losses, coefficients).sum(), losses, lse, hits, d_x, d_weight
 
@@ -94,7 +95,7 @@ def _sum_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _sum_backward(ctx, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     d_x, d_weight = ctx.saved_tensors
     found = [None if grad is None or not ctx.needs_input_grad[i] else _scaled(d, grad) for i, d in enumerate((d_x, d_weight))]
-    return (*found, *(None,) * 8)
+    return (*found, *(None,) * 9)
 
 
 sum_op.register_autograd(_sum_backward, setup_context=_sum_setup)
@@ -121,10 +122,18 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 @torch.library.custom_op("chatmill::linear_cross_entropy_rows", mutates_args=())
 def rows_op(
-    x: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, z_loss: float, softcap: float, impl: str
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    products: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses (R,), lse (R,), hits (R,)); differentiable in losses by projecting again in backward."""
-    return _run(x, weight, labels, None, LossOptions(label_smoothing, z_loss, softcap), impl, (False, False))[:3]
+    options = LossOptions(label_smoothing, z_loss, softcap, products)
+    return _run(x, weight, labels, None, options, impl, (False, False))[:3]
 
 
 @rows_op.register_fake
@@ -141,11 +150,11 @@ def _rows_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _rows_backward(ctx, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     x, weight, labels = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
     *_, d_x, d_weight = sum_op(x, weight, labels, grad.contiguous(), *ctx.options, *needs)
-    return (d_x if needs[0] else None, d_weight if needs[1] else None, *(None,) * 5)
+    return (d_x if needs[0] else None, d_weight if needs[1] else None, *(None,) * 6)
 
 
 rows_op.register_autograd(_rows_backward, setup_context=_rows_setup)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
+Products = Literal["auto", "triton", "torch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,14 @@ class LossMetrics:
 class LossOptions(NamedTuple):
     """What shapes the loss of a row. Plain numbers, so that a torch operator takes them flat: `operator(..., *options)`.
 
-    softcap: 0 means none.
+    softcap: 0 means none. products: who multiplies in the Triton tier, its own kernels or torch (cuBLAS on a GPU); auto: as the
+    line of tuning/linear_cross_entropy.json says. The other tiers multiply with torch.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float = 0.0
+    products: str = "auto"
 
 
 def check_options(
@@ -117,6 +120,11 @@ class Statistics:
     tile_sum: Tensor
     total: Tensor | None
     own: Tensor
+
+    def of_tiles(self, first: int, last: int) -> Statistics:
+        """The same memory, of these tiles alone."""
+        total = None if self.total is None else self.total[:, first:last]
+        return Statistics(self.tile_max[:, first:last], self.tile_sum[:, first:last], total, self.own)
 
 
 class RowResults(NamedTuple):

@@ -47,7 +47,8 @@ class Tile(NamedTuple):
 class TuningRow:
     """One line of the table: for these architectures and bytes per element (4: everything wider than 16 bits).
 
-    logits_bytes: budget of one chunk's logits. timed: date and GPU of the measurement behind it, or None.
+    logits_bytes: budget of one chunk's logits. products: who multiplies, "triton" or "torch" (torch_products.py).
+    timed: date and GPU of the measurement behind it, or None.
     """
 
     arch: tuple[int, int]
@@ -55,6 +56,7 @@ class TuningRow:
     project: Tile
     accumulate: Tile
     logits_bytes: int
+    products: str
     timed: str | None
 
 
@@ -74,6 +76,11 @@ def row_for(arch: int, element_bytes: int) -> TuningRow:
     """The table's line for a compute capability (Hopper's without a GPU)."""
     arch, kind = min(max(arch or 90, 80), 129), 2 if element_bytes == 2 else 4
     return next(row for row in ROWS if row.arch[0] <= arch <= row.arch[1] and row.bytes == kind)
+
+
+def products(asked: str, x: Tensor) -> str:
+    """Who multiplies: what was asked for, or what the table says for x's device and dtype."""
+    return row_for(capability(x.device), x.element_size()).products if asked == "auto" else asked
 
 
 def tiles(*matrices: Tensor) -> tuple[Tile, Tile]:
@@ -157,6 +164,10 @@ def tune(measure: Callable[[], float], arch: int, budget_s: float, gpu: str, tab
             if (took := trial(**{product: Tile(*candidate)})) < best * 0.99:
                 best = took
                 keep(**{product: Tile(*candidate)})
+    for other in ("triton", "torch"):  # the shipped tiles stay in the table: the form that lost may be asked for
+        if other != ROWS[at].products and (took := trial(products=other)) < best * 0.99:
+            best = took
+            keep(products=other)
     took_by = {budget: trial(logits_bytes=budget) for budget in BUDGETS}
     fastest = min(took_by.values())
     keep(logits_bytes=next((b for b in BUDGETS if took_by[b] <= fastest * 1.01), shipped.logits_bytes))

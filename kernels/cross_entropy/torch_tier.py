@@ -71,7 +71,7 @@ def consume_logits(
 
     With coefficients (C,) z becomes the gradient of sum(coefficients x losses) with respect to the raw logits.
     """
-    label_smoothing, z_loss, softcap = options
+    label_smoothing, z_loss, softcap = options[:3]
     if softcap:
         z.div_(softcap).tanh_().mul_(softcap)
     slope = 1 - (z / softcap).square_() if softcap and coefficients is not None else None

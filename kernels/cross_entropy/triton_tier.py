@@ -4,7 +4,8 @@ For each chunk of rows
   1. cross_entropy_project_kernel: one GEMM tile of the logits; the epilogue takes, from the fp32 accumulator, each row's
      largest rival (logit of a token that is not the target), the rivals' sum of exponentials relative to it, and the target's
      own logit.
-     Only then are the logits rounded and stored; the loss-only path stores none.
+     Only then are the logits rounded and stored; the loss-only path stores none. Or, where torch multiplies
+     (torch_products.py): torch.mm and cross_entropy_statistics_kernel (row_statistics.py).
   2. finish_rows: the tiles' statistics to lse, loss and hit, on R-sized vectors in torch.
   3. cross_entropy_gradient_kernel: the logits become their own gradient in place; the one-hot is subtracted in fp32 before
      rounding.
@@ -29,18 +30,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..dispatch import capability, on_its_device
 from ..tensors import wide_dtype
 from . import tiles as shapes
+from .row_statistics import BLOCK, arguments, new_statistics, soft_capped
 from .rows import LossOptions, RowResults, Statistics, VocabularyShard, finish_rows, sum_over
+from .torch_products import project_by_torch
 from .weight_gradient import WeightGradient
-
-GRADIENT_BLOCK = 4096
-
-
-@triton.jit
-def _capped(z, SOFTCAP: tl.constexpr):
-    """z after the soft-cap; tanh by what every backend has."""
-    if SOFTCAP > 0:
-        z = SOFTCAP * (2.0 * tl.sigmoid(z * (2.0 / SOFTCAP)) - 1.0)
-    return z
 
 
 @triton.jit
@@ -99,7 +92,7 @@ def cross_entropy_project_kernel(
     if STORE:
         at = rows.to(tl.int64)[:, None] * logits_stride + columns[None, :]
         tl.store(LOGITS + at, acc.to(LOGITS.dtype.element_ty), mask=real_row[:, None] & (columns < n_stored)[None, :])
-    acc = _capped(acc, SOFTCAP)
+    acc = soft_capped(acc, SOFTCAP)
     label = tl.load(LABELS + rows, mask=real_row, other=-1).to(tl.int32)
     is_own = columns[None, :] == label[:, None]
     stat = tile.to(tl.int64) * n_rows + rows  # tiles outermost: the rows of a tile fill whole sectors
@@ -113,41 +106,6 @@ def cross_entropy_project_kernel(
     shift = tl.where(top == -float("inf"), 0.0, top)
     tl.store(TILE_MAX + stat, top, mask=real_row)
     tl.store(TILE_SUM + stat, tl.sum(tl.exp(rival - shift[:, None]), 1), mask=real_row)
-
-
-@triton.jit
-def cross_entropy_statistics_kernel(
-    LOGITS,
-    LABELS,
-    TILE_MAX,
-    TILE_SUM,
-    TILE_TOTAL,
-    OWN,
-    vocabulary,
-    logits_stride,
-    SOFTCAP: tl.constexpr,
-    NEEDS_TOTAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """cross_entropy_project_kernel's statistics of given logits; one program: BLOCK columns of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    columns = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < vocabulary
-    WIDE: tl.constexpr = OWN.dtype.element_ty
-    z = tl.load(LOGITS + row * logits_stride + columns, mask=inside, other=0.0).to(WIDE)
-    z = _capped(z, SOFTCAP)
-    label = tl.load(LABELS + row).to(tl.int32)
-    stat = tile.to(tl.int64) * tl.num_programs(0) + row
-    if NEEDS_TOTAL:
-        tl.store(TILE_TOTAL + stat, tl.sum(tl.where(inside, z, 0.0), 0))
-    is_own = columns == label
-    tl.store(OWN + row, tl.sum(tl.where(is_own, z, 0.0), 0), mask=(label >= tile * BLOCK) & (label < (tile + 1) * BLOCK))
-    rival = tl.where(is_own | (columns >= vocabulary), -float("inf"), z)
-    top = tl.max(rival, 0)
-    shift = tl.where(top == -float("inf"), 0.0, top)
-    tl.store(TILE_MAX + stat, top)
-    tl.store(TILE_SUM + stat, tl.sum(tl.exp(rival - shift), 0))
 
 
 @triton.jit
@@ -173,7 +131,7 @@ def cross_entropy_gradient_kernel(
     inside = columns < n_columns
     WIDE: tl.constexpr = OWN.dtype.element_ty
     z = tl.load(LOGITS + row * logits_stride + columns, mask=inside, other=0.0).to(WIDE)
-    z = _capped(z, SOFTCAP)
+    z = soft_capped(z, SOFTCAP)
     label = tl.load(LABELS + row).to(tl.int32)
     is_own = columns == label
     # the target's logit before it was rounded for storage: probability - 1 is the largest entry of the row
@@ -208,16 +166,17 @@ def run_triton(
     losses = x.new_empty(n_rows, dtype=wide_dtype(x.dtype))
     lse, hits = torch.empty_like(losses), x.new_empty(n_rows, dtype=torch.bool)
     gradients = coefficients is not None and (need_x or need_weight)
+    by_torch = shapes.products(options.products, x) == "torch"
     d_x = torch.empty_like(x) if need_x else x.new_empty(0)
     size = max(1, min(n_rows, shapes.CHUNK_ROWS))
     if gradients:
         size = shapes.chunk_rows(n_rows, vocabulary, x.element_size(), capability(x.device))
-    d_weight = WeightGradient(weight, x, n_chunks=-(-n_rows // size)) if need_weight else None
+    d_weight = WeightGradient(weight, x, -(-n_rows // size), by_torch) if need_weight else None
     buffer = shapes.logits_buffer(size, vocabulary, x) if gradients else None
     for start in range(0, n_rows, size):
         part = slice(start, min(start + size, n_rows))
         logits = None if buffer is None else buffer[: part.stop - start]
-        stats = project(x[part], projection, labels[part], logits, options)
+        stats = (project_by_torch if by_torch else project)(x[part], projection, labels[part], logits, options)
         rows = finish_rows(stats, total, options, shard)
         lse[part], losses[part], hits[part] = rows[:3]
         if logits is None or coefficients is None:
@@ -243,14 +202,14 @@ def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, op
     vocabulary = weight.shape[0]
     tile = shapes.tiles(x, weight)[0]
     n_tiles = triton.cdiv(vocabulary, tile.columns)
-    stats = _new_statistics(x, n_tiles, n_rows, options)
+    stats = new_statistics(x, n_tiles, n_rows, options)
     described = shapes.has_descriptors(x, weight)
     cross_entropy_project_kernel[(triton.cdiv(n_rows, tile.rows) * n_tiles,)](
         TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]) if described else x,
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if described else weight,
         labels,
         x if logits is None else logits,
-        *_arguments(stats),
+        *arguments(stats),
         n_rows,
         vocabulary,
         width,
@@ -273,39 +232,6 @@ def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, op
 
 
 @on_its_device
-def statistics(logits: Tensor, labels: Tensor, options: LossOptions) -> Statistics:
-    """Launch cross_entropy_statistics_kernel on raw logits (R, V) with adjacent columns."""
-    n_rows, vocabulary = logits.shape
-    block = min(GRADIENT_BLOCK, triton.next_power_of_2(vocabulary))
-    stats = _new_statistics(logits, triton.cdiv(vocabulary, block), n_rows, options)
-    cross_entropy_statistics_kernel[stats.tile_max.shape](
-        logits,
-        labels,
-        *_arguments(stats),
-        vocabulary,
-        logits.stride(0),
-        SOFTCAP=options.softcap,
-        NEEDS_TOTAL=stats.total is not None,
-        BLOCK=block,
-        num_warps=8 if block >= 2048 else 4,
-    )
-    return stats
-
-
-def _new_statistics(like: Tensor, n_tiles: int, n_rows: int, options: LossOptions) -> Statistics:
-    """For a kernel to fill; tiles lie outermost."""
-    tile_max = like.new_empty((n_tiles, n_rows), dtype=wide_dtype(like.dtype)).T
-    total = torch.empty_like(tile_max) if options.label_smoothing > 0 else None
-    own = like.new_full((n_rows,), float("-inf"), dtype=tile_max.dtype)
-    return Statistics(tile_max, torch.empty_like(tile_max), total, own)
-
-
-def _arguments(stats: Statistics) -> tuple[Tensor, ...]:
-    """TILE_MAX, TILE_SUM, TILE_TOTAL and OWN of a kernel, which leaves TILE_TOTAL alone where it is not wanted."""
-    return stats.tile_max, stats.tile_sum, stats.tile_max if stats.total is None else stats.total, stats.own
-
-
-@on_its_device
 def to_gradient(
     logits: Tensor,
     vocabulary: int,
@@ -320,13 +246,13 @@ def to_gradient(
 
     vocabulary: of the whole head; logits may be one shard's columns of it, and padding, which then holds anything.
     """
-    label_smoothing, z_loss, softcap = options
+    label_smoothing, z_loss, softcap = options[:3]
     columns = logits.shape[1]
     out = logits if out is None else out
     p_scale = coefficients * (1 + 2 * z_loss * rows.lse) / rows.sum_exp
     hit_scale = coefficients * (1 - label_smoothing)
     floor = coefficients * (label_smoothing / vocabulary) if label_smoothing else hit_scale
-    block = min(GRADIENT_BLOCK, triton.next_power_of_2(columns))
+    block = min(BLOCK, triton.next_power_of_2(columns))
     cross_entropy_gradient_kernel[(logits.shape[0], triton.cdiv(columns, block))](
         logits,
         out,

@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..dispatch import on_its_device
 from ..tensors import wide_dtype
 from . import tiles as shapes
+from .torch_products import accumulate_by_torch
 
 
 @triton.jit
@@ -109,13 +110,17 @@ def _add_to(
 
 
 class WeightGradient:
-    """d_weight (V, H) in weight's dtype, added up over n_chunks chunks."""
+    """d_weight (V, H) in weight's dtype, added up over n_chunks chunks.
 
-    def __init__(self, weight: Tensor, x: Tensor, n_chunks: int) -> None:
+    by_torch: torch multiplies (torch_products.py), and the fp32 sums of a bf16 weight are kept whole.
+    """
+
+    def __init__(self, weight: Tensor, x: Tensor, n_chunks: int, by_torch: bool = False) -> None:
         self.dtype, self.shape, self.device = weight.dtype, weight.shape, weight.device
         self.n_chunks, self.seen = n_chunks, 0
         self.sums = wide_dtype(x.dtype)
-        self.is_split = self.dtype is torch.bfloat16 and self.sums is torch.float32
+        self.by_torch = by_torch
+        self.is_split = self.dtype is torch.bfloat16 and self.sums is torch.float32 and not by_torch
         self.total: Tensor | None = None
         self.low: Tensor | None = None
 
@@ -129,6 +134,11 @@ class WeightGradient:
                 self.total = torch.mm(gradient.T, x)
             else:
                 self.total = torch.mm(gradient.T, x, out_dtype=self.sums)
+            return
+        if self.by_torch:
+            if self.total is None:
+                self.total = torch.zeros(self.shape, dtype=self.sums, device=self.device)
+            accumulate_by_torch(self.total, gradient, x)
             return
         if self.total is None:
             self.total = torch.empty(self.shape, dtype=self.dtype if self.is_split else self.sums, device=self.device)

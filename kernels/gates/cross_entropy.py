@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..cross_entropy.row_statistics import BLOCK, cross_entropy_statistics_kernel
 from ..cross_entropy.tiles import ROWS, UNALIGNED, Tile
 from ..cross_entropy.triton_tier import (
-    GRADIENT_BLOCK,
     cross_entropy_gradient_kernel,
     cross_entropy_project_kernel,
-    cross_entropy_statistics_kernel,
 )
 from ..cross_entropy.weight_gradient import cross_entropy_accumulate_kernel
 from .cross_compile import WHOLE_VECTORS, BuildCase, build_case
@@ -26,12 +25,12 @@ def shipped_cases() -> Iterator[BuildCase]:
         yield from _product_cases(arch, narrow, (row.project, row.accumulate), arch >= 90, True)
     yield from _product_cases(90, True, UNALIGNED, False, False)
     for softcap in (0.0, 30.0):
-        constants = {"SOFTCAP": softcap, "SMOOTHING": softcap > 0, "BLOCK": GRADIENT_BLOCK}
+        constants = {"SOFTCAP": softcap, "SMOOTHING": softcap > 0, "BLOCK": BLOCK}
         strides: tuple[str, ...] = ("n_columns", "logits_stride", "out_stride")
         name = f"gradient softcap {softcap:g}"
         yield build_case(name, cross_entropy_gradient_kernel, constants, num_warps=8, aligned=strides, **WHOLE_VECTORS)
-    constants = {"SOFTCAP": 30.0, "NEEDS_TOTAL": True, "BLOCK": GRADIENT_BLOCK}
-    strides = ("vocabulary", "logits_stride")
+    constants = {"SOFTCAP": 30.0, "NEEDS_TOTAL": True, "BLOCK": BLOCK}
+    strides = ("n_columns", "logits_stride")
     gates = WHOLE_VECTORS | {"instructions": WHOLE_VECTORS["instructions"][:1]}  # it stores next to nothing
     yield build_case("statistics", cross_entropy_statistics_kernel, constants, num_warps=8, aligned=strides, **gates)
 

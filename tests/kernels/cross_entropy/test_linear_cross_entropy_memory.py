@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
-from chatmill.kernels.cross_entropy import interface, operators
+from chatmill.kernels.cross_entropy import interface, operators, row_statistics
 from chatmill.kernels.cross_entropy import tiles as shapes
 from chatmill.kernels.cross_entropy import torch_tier as plain
 from chatmill.kernels.cross_entropy import triton_tier as kernels
@@ -70,10 +70,16 @@ def unlaunched(monkeypatch: pytest.MonkeyPatch) -> dict[str, NoLaunch]:
     """Every Triton kernel by name, made silent."""
     found = {
         name: NoLaunch()
-        for name in ("cross_entropy_project_kernel", "cross_entropy_gradient_kernel", "cross_entropy_accumulate_kernel")
+        for name in (
+            "cross_entropy_project_kernel",
+            "cross_entropy_statistics_kernel",
+            "cross_entropy_gradient_kernel",
+            "cross_entropy_accumulate_kernel",
+        )
     }
     for name, silent in found.items():
-        monkeypatch.setattr(head if name == "cross_entropy_accumulate_kernel" else kernels, name, silent)
+        module = next(m for m in (kernels, row_statistics, head) if hasattr(m, name))
+        monkeypatch.setattr(module, name, silent)
     return found
 
 
@@ -98,7 +104,9 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def step(impl: str, n_rows: int, weight_dtype: torch.dtype = torch.bfloat16, norm: bool = False) -> Peak:
+def step(
+    impl: str, n_rows: int, weight_dtype: torch.dtype = torch.bfloat16, norm: bool = False, products: Any = "auto"
+) -> Peak:
     """A training step's forward on the meta device; fp32 weights under autocast to bf16."""
     meta = torch.device("meta")
     narrow = torch.bfloat16 if weight_dtype is torch.float32 else weight_dtype
@@ -108,7 +116,13 @@ def step(impl: str, n_rows: int, weight_dtype: torch.dtype = torch.bfloat16, nor
     rows = torch.empty(n_rows, dtype=torch.int32, device=meta)
     with Peak(hidden, weight, rows) as peak:
         linear_cross_entropy(
-            hidden, weight, torch.empty(N, dtype=torch.int64, device=meta), rows=rows, norm_weight=scale, impl=impl
+            hidden,
+            weight,
+            torch.empty(N, dtype=torch.int64, device=meta),
+            rows=rows,
+            norm_weight=scale,
+            impl=impl,
+            products=products,
         )
     return peak
 
@@ -129,13 +143,13 @@ def test_the_extra_memory_of_a_step_with_a_vocabulary_of_128k_is_what_was_promis
     assert len(unlaunched["cross_entropy_accumulate_kernel"].programs) == -(-n_rows // shapes.chunk_rows(n_rows, V, 2)) > 1
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(("impl", "products"), [("torch", "auto"), ("triton", "auto"), ("triton", "torch")])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_tier_keeps_the_promise_for_weights_of_either_width(
-    impl: str, weight_dtype: torch.dtype, unlaunched: dict[str, NoLaunch], on_meta: None
+    impl: str, products: str, weight_dtype: torch.dtype, unlaunched: dict[str, NoLaunch], on_meta: None
 ) -> None:
     """fp32 weights are what DDP trains: their sums are the gradient itself, but a bf16 copy of the weight is made."""
-    assert step(impl, N, weight_dtype).most - gradients(N, weight_dtype) < PROMISE
+    assert step(impl, N, weight_dtype, products=products).most - gradients(N, weight_dtype) < PROMISE
 
 
 def test_what_kernels_really_run_on_takes_what_the_accounting_says(on_meta: None, monkeypatch: pytest.MonkeyPatch) -> None:

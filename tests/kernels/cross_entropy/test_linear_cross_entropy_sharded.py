@@ -63,6 +63,7 @@ def run_rank(rank: int, world: int, folder: str) -> None:
     rows = slice(bounds[rank], bounds[rank + 1])
     shard = VocabularyShard(first=rows.start, vocabulary=V)
     found = [losses_and_gradients(shard, rows, impl, options) for impl in ("torch", "triton") for options in OPTIONS]
+    found += [losses_and_gradients(shard, rows, "triton", options | {"products": "torch"}) for options in OPTIONS[1:3]]
     found += [plain_loss_and_gradient(shard, rows, impl, options) for impl in ("torch", "triton") for options in PLAIN]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -76,6 +77,7 @@ def test_ranks_with_a_shard_each_equal_one_with_the_whole_head(world: int, tmp_p
     assert [process.wait(timeout=900) for process in processes] == [0] * world
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     expected_of = [losses_and_gradients(None, slice(None), "reference", options) for options in OPTIONS] * 2
+    expected_of += expected_of[1:3]
     expected_of += [plain_loss_and_gradient(None, slice(None), "torch", options) for options in PLAIN] * 2
     assert len(expected_of) == len(ranks[0])
     for case, whole in enumerate(expected_of):

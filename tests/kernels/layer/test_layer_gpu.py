@@ -70,10 +70,25 @@ def test_many_chunks_and_one_chunk_agree(monkeypatch: pytest.MonkeyPatch) -> Non
         assert error(b, a) < 4e-3
 
 
-def test_given_rows_nothing_waits_for_the_gpu() -> None:
+def test_both_forms_of_the_products_agree_and_err_alike() -> None:
+    """Chunks of rows, an fp32 and a bf16 head: torch's products against the tier's own, both against fp64."""
+    hidden, weight, targets, rows = problem(4096, 1024, 32000)
+    for head in (weight, weight.detach().float().requires_grad_()):
+        wide = [t.detach().double().requires_grad_() for t in (hidden, head)]
+        exact = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].T, targets), wide)
+        for products in ("triton", "torch"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("chatmill.kernels.cross_entropy.tiles.chunk_rows", lambda *_: 1024)
+                loss = linear_cross_entropy(hidden, head, targets, rows=rows, impl="triton", products=products)  # type: ignore[arg-type]
+                found = torch.autograd.grad(loss, (hidden, head))
+            assert all(error(a, b) < 1e-2 for a, b in zip(found, exact, strict=True)), products
+
+
+@pytest.mark.parametrize("products", ["triton", "torch"])
+def test_given_rows_nothing_waits_for_the_gpu(products: str) -> None:
     hidden, weight, targets, rows = problem(2048, 1024, 32000, share=0.4)
     scale = torch.ones(1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    options: dict[str, Any] = {"rows": rows, "norm_weight": scale, "impl": "triton"}
+    options: dict[str, Any] = {"rows": rows, "norm_weight": scale, "impl": "triton", "products": products}
     linear_cross_entropy(hidden, weight, targets, **options).backward()  # compile first
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
