@@ -23,13 +23,13 @@ from ..preference import REJECTED, with_rejected
 from ..recipe import CleanSection, StopWordSection
 from . import phrases_chinese as chinese
 from .chinese import chinese_rule
-from .fences import prose, split_fences
+from .fences import has_fence, prose, split_fences
 from .html_text import html_to_text, looks_like_html
 from .language import CHINESE_SCRIPTS, chosen_languages, detector
 from .phrases import BOILERPLATE, BOT, BOT_NAMES, DELETED, PROVIDER_ERROR, PROVIDER_IDENTITY, REFUSAL
 from .placeholders import placeholder
 from .privacy import Privacy
-from .repetition import repetition_reason
+from .repetition import character_runs, repetition_reason
 from .scripts import chinese_script, weight
 from .stop_words import known_languages, only_stop_words, stop_words, strip_rule
 
@@ -47,24 +47,26 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u20
 # Chinese text begins right after an address; Chinese characters belong to it only at the start of a part of its path.
 _URL_SIGN = "[^\\s<>\"'()\\[\\]\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uff00-\uffef\u2018-\u201d\u2026]"
 _URL = re.compile(rf"(?<![A-Za-z0-9])(?:https?://|www\.)(?:{_URL_SIGN}|(?<=[/=#_])[\u4e00-\u9fff]+)*(?<![.,;:!?])", re.I)
-_TRAILING = re.compile(r"[^\S\n]+$", re.M)
 _BLANK_LINES = re.compile(r"\n{4,}")
 
 
 def normalise_newlines_and_controls(text: str) -> str:
     """CRLF and lone CR to LF, Unicode line separators to LF, other control and invisible marks removed."""
+    if text.replace("\n", "").isprintable():  # none of what is looked for is
+        return text
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n\n")
     return _CONTROL.sub("", text)
 
 
 def trim_whitespace(text: str) -> str:
     """No spaces at line ends, at most two blank lines in a row."""
-    return _BLANK_LINES.sub("\n\n\n", _TRAILING.sub("", text.replace("\u00a0", " ")))
+    text = "\n".join(map(str.rstrip, text.replace("\u00a0", " ").split("\n")))
+    return _BLANK_LINES.sub("\n\n\n", text) if "\n\n\n\n" in text else text
 
 
 def nfc(text: str) -> str:
     """Unicode canonical composition."""
-    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+    return text if text.isascii() or unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 
 def strip_lines_rule(patterns: list[str]) -> TextRule:
@@ -108,6 +110,8 @@ def language_rule(languages: list[str], score: float) -> DialogueRule:
 
 def repeated_line_share(text: str) -> float:
     """Share of the non-blank lines that already occurred above; 0 for texts of fewer than 8 lines."""
+    if text.count("\n") < 7:
+        return 0.0
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     return 1 - len(set(lines)) / len(lines) if len(lines) >= 8 else 0.0
 
@@ -209,9 +213,16 @@ class Cleaner:
         return replace(turn, reasoning=cleaned or None)
 
     def _text(self, turn: Turn, rules: list[tuple[str, TextRule]], conversation: Conversation, ledger: Ledger) -> Turn:
+        text, done = turn.content, 0
+        while done < len(rules) and text and not has_fence(text):
+            name, rule = rules[done]
+            if (after_rule := rule(text)) != text:
+                ledger.change(f"text: {name}", f"{conversation.origin}: {text}")
+                text = after_rule
+            done += 1
         # Code stays code: prose that a rule has changed is split again on its own, so it cannot open a fence around code.
-        parts = split_fences(turn.content)
-        for name, rule in rules:
+        parts = split_fences(text)
+        for name, rule in rules[done:]:
             after = _apply(parts, rule)
             if after != parts:
                 ledger.change(f"text: {name}", f"{conversation.origin}: {_join(parts)}")
@@ -338,8 +349,7 @@ def _dialogue_rules(config: CleanSection) -> list[DialogueRule]:
         limit = config.max_repeated_line_share
         rules.append(_learned_rule("repeated lines", lambda text: repeated_line_share(text) > limit))
     if config.max_character_run is not None:
-        runs = re.compile(rf"(\S)\1{{{config.max_character_run},}}")
-        rules.append(_learned_rule("one character over and over", lambda text: runs.search(text) is not None))
+        rules.append(_learned_rule("one character over and over", character_runs(config.max_character_run)))
     if config.repetition is not None:
         limits = config.repetition
         rules.append(lambda c: next((r for r in (repetition_reason(prose(t), limits) for t in _learned(c)) if r), None))

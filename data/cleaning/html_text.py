@@ -22,7 +22,7 @@ _TAG = re.compile(
 
 def looks_like_html(text: str) -> bool:
     """Two or more tags of ordinary markup."""
-    return sum(1 for _, _match in zip(range(2), _TAG.finditer(text), strict=False)) == 2
+    return text.count("<") >= 2 and sum(1 for _, _match in zip(range(2), _TAG.finditer(text), strict=False)) == 2
 
 
 class _Reader(HTMLParser):

@@ -18,7 +18,7 @@ from typing import Any
 
 from chatmill.config import ConfigError
 
-from .scripts import is_chinese, letter_weight
+from .scripts import has_letters, is_chinese
 
 MIN_LETTERS, MAX_CHARS = 20, 2000
 CHINESE_SCRIPTS = frozenset(("zh-hans", "zh-hant"))
@@ -58,7 +58,7 @@ def chosen_languages(names: Sequence[str]) -> frozenset[str]:
 def language_of(text: str) -> tuple[str, float] | None:
     """(ISO 639 code, score) of prose; None for less text than MIN_LETTERS letters, or a quarter as many Chinese characters."""
     line = " ".join(text[: 2 * MAX_CHARS].split())[:MAX_CHARS]
-    if letter_weight(line) < MIN_LETTERS:
+    if not has_letters(line, MIN_LETTERS):
         return None
     scores = {str(best["lang"]): float(best["score"]) for best in _model()(line, model="lite", k=3)}
     if is_chinese(line):

@@ -8,6 +8,7 @@ The patterns are written in simplified characters; `plain` brings a text into th
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from .scripts import half_width
 
@@ -19,12 +20,14 @@ _SIMPLIFIED = (
     "对无为帮请问题内协满处创讨论执给违规准则话换个暂时现这类该开发训练设计布语言机团队腾讯节动华寻没观点"
     "识与务繁试网络连线错误过还达数据实验体应员从贵将发吗说后来并复制产传关号异系满"
 )
-_TO_SIMPLIFIED = str.maketrans(_TRADITIONAL, _SIMPLIFIED)
+_TO_SIMPLIFIED = dict(zip(_TRADITIONAL, _SIMPLIFIED, strict=True))
+_IS_TRADITIONAL = re.compile(f"[{_TRADITIONAL}]")
 
 
+@lru_cache(maxsize=8)  # several rules ask for the same text in a row
 def plain(text: str) -> str:
     """Half width, and simplified as far as these phrases go; the length stays."""
-    return text if text.isascii() else half_width(text).translate(_TO_SIMPLIFIED)
+    return text if text.isascii() else _IS_TRADITIONAL.sub(lambda match: _TO_SIMPLIFIED[match[0]], half_width(text))
 
 
 _FOR_YOU = r"(?:为|给|向|帮)?(?:您|你)?"

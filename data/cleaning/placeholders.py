@@ -28,8 +28,8 @@ _CALL += "|语音通话|视频通话|語音通話|視訊通話"
 
 
 @cache
-def _known() -> tuple[dict[str, Kind], tuple[tuple[re.Pattern[str], Kind], ...]]:
-    """(folded texts, patterns)."""
+def _known() -> tuple[dict[str, Kind], re.Pattern[str], tuple[Kind, ...]]:
+    """(folded texts, one pattern with a group for each layout, the kinds of the groups)."""
     lists = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     kinds: tuple[Kind, ...] = ("media", "call", "deleted")
     things = "|".join(map(re.escape, lists["things"]))
@@ -53,12 +53,14 @@ def _known() -> tuple[dict[str, Kind], tuple[tuple[re.Pattern[str], Kind], ...]]
         (r"请使用(?:最新版)?手机QQ(?:进行)?查看.{0,20}", "notice"),
     )
     texts = {_fold(text): kind for kind in kinds for text in lists[kind]}
-    return texts, tuple((re.compile(pattern, re.IGNORECASE), kind) for pattern, kind in patterns)
+    return texts, re.compile("|".join(f"({p})" for p, _ in patterns), re.IGNORECASE), tuple(kind for _, kind in patterns)
 
 
 def _fold(text: str) -> str:
     """A text without marks of direction, case and a last full stop."""
-    text = _INVISIBLE.sub("", unicodedata.normalize("NFC", text)).strip().rstrip(".。।۔").strip()
+    if not text.isascii():
+        text = _INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+    text = text.strip().rstrip(".。।۔").strip()
     return " ".join(text.casefold().split())
 
 
@@ -66,8 +68,8 @@ def placeholder(text: str) -> Kind | None:
     """What stands in place of the message, or None for words that somebody wrote."""
     if len(text) > _LONGEST:
         return None
-    texts, patterns = _known()
+    texts, layouts, kinds = _known()
     if found := texts.get(_fold(text)):
         return found
-    bare = _INVISIBLE.sub("", text).strip().rstrip(".。")
-    return next((kind for pattern, kind in patterns if pattern.fullmatch(bare)), None)
+    match = layouts.fullmatch((text if text.isascii() else _INVISIBLE.sub("", text)).strip().rstrip(".。"))
+    return None if match is None else kinds[(match.lastindex or 1) - 1]

@@ -15,6 +15,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ..conversation import Turn
 from ..recipe import PrivacySection
@@ -76,7 +77,7 @@ def find(text: str, kinds: frozenset[str] | None = None) -> list[PrivateSpan]:
     taken: list[PrivateSpan] = []
     plain = half_width(text)  # as long as the text
     for kind, search in _SEARCHES.items():
-        if (kinds is not None and kind not in kinds) or _NEEDED[kind].search(plain) is None:
+        if (kinds is not None and kind not in kinds) or not _NEEDED[kind](plain):
             continue
         for start, end in search(plain):
             if all(end <= other.start or start >= other.end for other in taken):
@@ -239,10 +240,23 @@ _SEARCHES: dict[str, Callable[[str], Iterator[tuple[int, int]]]] = {
 }
 # What a text must hold for a search to be worth its time: most chat turns have none of it.
 _DIGIT = re.compile(r"\d")
-_NEEDED = dict.fromkeys(_SEARCHES, _DIGIT) | {
-    "key": re.compile(r"[\w-]{16}", re.A),
-    "credentials": re.compile("://"),
-    "email": re.compile("@"),
-    "ip": re.compile("[:.]"),
-    "phone": re.compile(r"\d|[一幺][三四五六七八九]"),
+_BESIDE_POINT = re.compile(r"\d\.\d", re.A)
+_SPOKEN_MOBILE = re.compile("[一幺][三四五六七八九]")
+_KEY_SIGNS = (
+    "sk-", "_live_", "_test_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xox", "AKIA", "ASIA", "AIza",
+    "hf_", "npm_", "pypi-", "SG.", "eyJ", "PRIVATE KEY",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=2)  # most searches ask
+def _has_digit(text: str) -> bool:
+    return any(digit in text for digit in "0123456789") or (not text.isascii() and _DIGIT.search(text) is not None)
+
+
+_NEEDED: dict[str, Callable[[str], bool]] = dict.fromkeys(_SEARCHES, _has_digit) | {
+    "key": lambda text: any(sign in text for sign in _KEY_SIGNS),
+    "credentials": lambda text: "://" in text,
+    "email": lambda text: "@" in text,
+    "ip": lambda text: text.count(":") >= 2 or ("." in text and _BESIDE_POINT.search(text) is not None),
+    "phone": lambda text: _has_digit(text) or (not text.isascii() and _SPOKEN_MOBILE.search(text) is not None),
 }

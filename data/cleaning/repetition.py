@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from ..recipe import RepetitionSection
@@ -102,3 +102,14 @@ def shares(text: str, config: RepetitionSection) -> Iterator[tuple[str, float, f
 def repetition_reason(text: str, config: RepetitionSection) -> str | None:
     """The first rule that the text breaks, in the same words for every text, so that reasons can be counted."""
     return next((f"repetition: {what} over {limit:g}" for what, share, limit in shares(text, config) if share > limit), None)
+
+
+def character_runs(most: int) -> Callable[[str], bool]:
+    """Does a text hold a character more than `most` times in a row, blanks aside?"""
+    run, step = re.compile(rf"(\S)\1{{{most},}}"), max(1, (most + 1) // 5)
+    few = re.compile(rf"(\S)\1{{{(most + 1) // step - 1}}}")  # as such a run shows in every step-th character
+
+    def repeats(text: str) -> bool:
+        return len(text) > most and few.search(text[::step]) is not None and run.search(text) is not None
+
+    return repeats

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 KANA = "\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
@@ -47,7 +47,12 @@ def weight(text: str) -> float:
 
 def letter_weight(text: str) -> float:
     """As weight, of the letters alone."""
-    return weight("".join(c for c in text if c.isalpha()))
+    return weight("".join(filter(str.isalpha, text)))
+
+
+def has_letters(text: str, least: float) -> bool:
+    """Is the letter_weight at least this? Of a long text, only the beginning is read."""
+    return letter_weight(text[: 4 * int(least)]) >= least or letter_weight(text) >= least
 
 
 def is_japanese(text: str) -> bool:
@@ -58,13 +63,16 @@ def is_japanese(text: str) -> bool:
 
 def is_chinese(text: str) -> bool:
     """Are most letters Chinese characters, and hardly any of them kana?"""
-    return 2 * _count(_HAN_RUN, text) > sum(c.isalpha() for c in text) and not is_japanese(text)
+    twice = 2 * _count(_HAN_RUN, text)
+    if not twice or (twice <= len(text) and twice <= sum(map(str.isalpha, text))):
+        return False
+    return not is_japanese(text)
 
 
 def chinese_script(text: str) -> str | None:
     """`zh-hans` or `zh-hant`, whichever has more characters that only it uses; None where no character tells them apart."""
     simplified, traditional = _one_sided()
-    score = sum((c in simplified) - (c in traditional) for c in text)
+    score = sum(map(simplified.__contains__, text)) - sum(map(traditional.__contains__, text))
     return "zh-hans" if score > 0 else "zh-hant" if score < 0 else None
 
 
@@ -82,6 +90,7 @@ def _one_sided() -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(c for c, gb, big5 in known if gb and not big5), frozenset(c for c, gb, big5 in known if big5 and not gb)
 
 
+@lru_cache(maxsize=8)  # several rules ask for the same text in a row
 def half_width(text: str) -> str:
     """Full-width letters, digits and the signs inside numbers in ASCII, digits of other scripts as 0-9. The length stays.
 
@@ -90,14 +99,14 @@ def half_width(text: str) -> str:
     if text.isascii():
         return text
     table, occurs = _half_width_table()
-    return text.translate(table) if occurs.search(text) is not None else text
+    return occurs.sub(lambda match: table[match[0]], text)
 
 
 @cache
-def _half_width_table() -> tuple[dict[int, str], re.Pattern[str]]:
+def _half_width_table() -> tuple[dict[str, str], re.Pattern[str]]:
     table = {code: str(unicodedata.decimal(chr(code))) for code in range(0x10000) if chr(code).isdecimal()}
     table |= {0xFEE0 + ord(c): c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz@.+-/:_()#%=&?~[]"}
     table |= dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63"), "-")
     table |= dict.fromkeys(map(ord, "\u3000\u00a0\u2002\u2003\u2009\u202f"), " ")
-    table = {code: c for code, c in table.items() if code > 127}
-    return table, re.compile("[" + "".join(map(chr, table)) + "]")
+    wide = {chr(code): c for code, c in table.items() if code > 127}
+    return wide, re.compile("[" + "".join(wide) + "]")

@@ -22,7 +22,7 @@ from chatmill.config import ConfigError
 from chatmill.files import write_durably
 
 from ..cleaning.clean import Cleaner
-from ..conversation import Conversation, dump_line, load_line, part_uid
+from ..conversation import Conversation, TokenizedDialogue, dump_line, load_line, part_uid
 from ..importers.registry import read_file
 from ..ledger import Ledger
 from ..report.text_counts import TextCounts
@@ -37,6 +37,7 @@ from ..tokenizer.tokenizer import ChatTokenizer
 from .work_folder import WorkFolder, load_arrays, save_arrays
 
 CHUNK_BYTES = 2 << 20
+BATCH_CHARS = 1 << 17  # encoded together
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,9 @@ class TokenizeChunk:
         sides, copies = assigned["side"], assigned["copy"].tolist()
         ledger, texts = Ledger("samples"), (TextCounts(), TextCounts())
         ids, masks, rows = list[NDArray[np.uint32]](), list[NDArray[np.bool_]](), list[list[Any]]()
-        for number, (conversation, side) in enumerate(zip(self._read(name), sides.tolist(), strict=True)):
-            if side == 2:
-                continue
-            try:
-                dialogue = tokenizer.encode_dialogue(conversation)
-            except ConfigError as error:
-                ledger.drop(_reason(error), f"{conversation.origin}: {error}")
+        for number, side, conversation, dialogue in self._encoded(name, tokenizer, sides.tolist()):
+            if isinstance(dialogue, ConfigError):
+                ledger.drop(_reason(dialogue), f"{conversation.origin}: {dialogue}")
                 continue
             ids.append(dialogue.ids)
             masks.append(dialogue.loss_mask)
@@ -156,8 +153,26 @@ class TokenizeChunk:
         write_durably(self.work.path("tokenize", f"{name}.json"), json.dumps(rows).encode())
         return {"tokenize": ledger.to_dict(), "texts": [counts.to_dict() for counts in texts]}
 
-    def _read(self, name: str) -> Iterator[Conversation]:
-        return read_lines(self.work.path("prepare", f"{name}.jsonl"))
+    def _encoded(
+        self, name: str, tokenizer: ChatTokenizer, sides: list[int]
+    ) -> Iterator[tuple[int, int, Conversation, TokenizedDialogue | ConfigError]]:
+        """(line, side, sample, its ids and mask or why there are none) of the samples that stay, encoded in batches."""
+        samples = enumerate(zip(sides, read_lines(self.work.path("prepare", f"{name}.jsonl")), strict=True))
+        left = ((number, side, conversation) for number, (side, conversation) in samples if side != 2)
+        while batch := _some(left, BATCH_CHARS):
+            found = tokenizer.encode_dialogues(conversation for _, _, conversation in batch)
+            yield from ((*sample, dialogue) for sample, dialogue in zip(batch, found, strict=True))
+
+
+def _some(samples: Iterator[tuple[int, int, Conversation]], chars: int) -> list[tuple[int, int, Conversation]]:
+    """The next samples, of so many characters or a little more; none at the end."""
+    batch = list[tuple[int, int, Conversation]]()
+    for sample in samples:
+        batch.append(sample)
+        chars -= sum(len(turn.content) for turn in sample[2].turns)
+        if chars <= 0:
+            break
+    return batch
 
 
 def load_tokenizer(folder: Path) -> ChatTokenizer:
@@ -185,7 +200,11 @@ def _reason(error: ConfigError) -> str:
 
 def encode_line(conversation: Conversation) -> bytes:
     """A JSON line in UTF-8; a lone surrogate, which UTF-8 cannot say, becomes U+FFFD."""
-    return dump_line(conversation).encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode("utf-8")
+    line = dump_line(conversation)
+    try:
+        return line.encode()
+    except UnicodeEncodeError:
+        return line.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode()
 
 
 def read_lines(path: Path) -> Iterator[Conversation]:

@@ -8,7 +8,6 @@ Exact means equal roles and contents, except for case, Unicode compatibility for
 
 from __future__ import annotations
 
-import re
 import unicodedata
 
 import numpy as np
@@ -18,12 +17,10 @@ from numpy.typing import NDArray
 from ..conversation import Conversation
 from ..preference import REJECTED
 
-_BLANKS = re.compile(r"\s+")
-
 
 def canonical(text: str) -> str:
     """The form in which two texts count as equal."""
-    return _BLANKS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def text_hash(conversation: Conversation) -> int:

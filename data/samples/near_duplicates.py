@@ -25,18 +25,21 @@ PERMUTATIONS, ROWS, SEED = 128, 8, 42
 NEIGHBOURS = 16  # compared in a bucket: a cluster of n costs 16 n comparisons per band, not n²
 SHINGLE = 3
 _CHARACTERS = UNSPACED + "\uac00-\ud7af"
+_ASCII_WORD = re.compile("[a-z0-9]+")  # what _TOKEN finds in ASCII
 _TOKEN = re.compile(f"[{_CHARACTERS}]|[^\\W_{_CHARACTERS}]+")  # Latin words end where Chinese begins, without a space
 
 
 def words_of(text: str) -> list[str]:
     """Words of the canonical text, without punctuation."""
-    return _TOKEN.findall(canonical(text))
+    plain = canonical(text)
+    return (_ASCII_WORD if plain.isascii() else _TOKEN).findall(plain)
 
 
 def shingles(text: str) -> set[str]:
     """Word triples of the canonical text; shorter texts are one shingle."""
     words = words_of(text)
-    return {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
+    runs = zip(*(words[k:] for k in range(SHINGLE)), strict=False)
+    return set(map(" ".join, runs)) if len(words) > SHINGLE else {" ".join(words)}
 
 
 def dialogue_text(conversation: Conversation) -> str:
@@ -48,7 +51,7 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     """MinHash signature of each text; the same on every machine. (n, PERMUTATIONS)"""
     if not texts:
         return np.zeros((0, PERMUTATIONS), dtype=np.uint32)
-    tokens = [sorted(shingles(text)) for text in texts]
+    tokens = [list(shingles(text)) for text in texts]  # the minima do not depend on their order
     return np.array(rensa.RMinHash.digest_matrix_from_token_sets(tokens, PERMUTATIONS, SEED).to_rows(), dtype=np.uint32)
 
 

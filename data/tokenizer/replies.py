@@ -216,7 +216,7 @@ class ReplyFinder:
         if skeleton is None or any(skeleton.ends[i] is None for i in supervised):
             return None
         starts, text = _fill(skeleton, messages)
-        if text != self.template.render(messages):
+        if not self._prints_as_given(messages) and text != self.template.render(messages):
             return None
         spans: dict[int, tuple[int, int, int]] = {}
         for i in supervised:
@@ -225,6 +225,10 @@ class ReplyFinder:
             stop = starts[i] + lead + len(messages[i]["content"]) + end[0]
             spans[i] = (starts[i], stop, stop + end[1])
         return Replies(text, list(starts.values()), spans)
+
+    def _prints_as_given(self, messages: Sequence[Message]) -> bool:
+        """Is it certain that the template prints these contents where it prints markers?"""
+        return self.template.contents.certain([message["content"] for message in messages])
 
     def _make_skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
         """None if markers do not survive.
