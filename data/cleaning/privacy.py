@@ -250,11 +250,11 @@ _KEY_SIGNS = (
 
 @lru_cache(maxsize=2)  # most searches ask
 def _has_digit(text: str) -> bool:
-    return any(digit in text for digit in "0123456789") or (not text.isascii() and _DIGIT.search(text) is not None)
+    return any(map(text.__contains__, "0123456789")) or (not text.isascii() and _DIGIT.search(text) is not None)
 
 
 _NEEDED: dict[str, Callable[[str], bool]] = dict.fromkeys(_SEARCHES, _has_digit) | {
-    "key": lambda text: any(sign in text for sign in _KEY_SIGNS),
+    "key": lambda text: any(map(text.__contains__, _KEY_SIGNS)),
     "credentials": lambda text: "://" in text,
     "email": lambda text: "@" in text,
     "ip": lambda text: text.count(":") >= 2 or ("." in text and _BESIDE_POINT.search(text) is not None),

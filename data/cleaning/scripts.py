@@ -63,6 +63,8 @@ def is_japanese(text: str) -> bool:
 
 def is_chinese(text: str) -> bool:
     """Are most letters Chinese characters, and hardly any of them kana?"""
+    if text.isascii():
+        return False
     twice = 2 * _count(_HAN_RUN, text)
     if not twice or (twice <= len(text) and twice <= sum(map(str.isalpha, text))):
         return False

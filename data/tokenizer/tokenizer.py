@@ -164,7 +164,7 @@ class ChatTokenizer:
         """Insert a space after the first character of special-token strings, so that nobody can type an end of turn."""
         if "\ue000" in text or "\ue001" in text:  # the template's own markers
             text = text.replace("\ue000", "\ufffd").replace("\ue001", "\ufffd")
-        if any(first in text for first in self._guarded_firsts):
+        if any(map(text.__contains__, self._guarded_firsts)):
             text = self._guarded_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text)
         return self._break_up(text) if self._matches_after_normalizing else text
 
