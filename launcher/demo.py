@@ -34,7 +34,7 @@ NEXT = (
     ("chatmill launch demo --on slurm --dry-run", "the job that a cluster would get"),
 )
 # Without bf16 in the processor, fp32 takes about twice the time per token, so the demo does less of it.
-SMALLER = ["train.precision=fp32", "train.steps=16", "evaluation.max_dialogues=8"]
+SMALLER = ["train.precision=fp32", "train.steps=16", "checkpoint.every_steps=8", "evaluation.max_dialogues=8"]
 
 
 def main(overrides: list[str] | None = None) -> int:

@@ -145,7 +145,7 @@ class TrainSection(Section):
     compile: torch.compile each layer (compile_backend: `inductor` needs a C++ compiler).
     ema: decay per step of an fp32 average of the weights, kept in checkpoints (null: none; 0.999 is usual).
     hang_timeout_s: a run in which nothing moves for this long is ended, and the rank that hangs is named (0: never).
-    cpu_threads: threads of each process on a CPU (null: all cores, divided among the machine's processes).
+    cpu_threads: threads of each process on a CPU (null: OMP_NUM_THREADS, else all cores, shared by the machine's processes).
     """
 
     steps: int = Field(default=100, gt=0)

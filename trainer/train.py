@@ -18,7 +18,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from chatmill.config import ConfigError
-from chatmill.run_files import leave_refusal
+from chatmill.run_files import PREEMPTED, leave_refusal
 from chatmill.shell import in_this_shell
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.distributed.world import relaunch_if_alone
@@ -26,15 +26,23 @@ from chatmill.trainer.loop.loop import train
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train; returns 0, or 2 where recipe, data or launch cannot work (the message says why)."""
+    """Train; returns 0, 2 where recipe, data or launch cannot work (the message says why), or 130 after Ctrl-C.
+
+    After Ctrl-C the run is saved, but not finished: `chatmill train X && chatmill chat X` must not go on. A launcher that
+    supervises this process gets 0, because it goes by the mark that the run leaves.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if words else 2
     try:
-        with _save_on_interrupt():
+        with _save_on_interrupt() as interrupts:
             relaunch_if_alone(words)
-            train(load_recipe(words[0], words[1:]))
+            recipe = load_recipe(words[0], words[1:])
+            train(recipe)
+        alone = not {"RANK", "CHATMILL_LOGS"} & os.environ.keys()
+        if interrupts and alone and (recipe.run_dir / PREEMPTED).is_file():
+            return 130
     except ConfigError as error:
         print(in_this_shell(f"error: {error}"), file=sys.stderr)
         leave_refusal(str(error))
@@ -43,14 +51,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _save_on_interrupt() -> Iterator[None]:
-    """The first Ctrl-C becomes a SIGTERM to the run, which saves at the next step boundary; the second ends it at once."""
+def _save_on_interrupt() -> Iterator[list[int]]:
+    """The first Ctrl-C becomes a SIGTERM to the run, which saves at the next step boundary; the second ends it at once.
+
+    Yields the list of interrupts so far, which grows.
+    """
+    interrupts: list[int] = []
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # set by a caller, or ignored by a shell
-        yield
+        yield interrupts
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.SIG_IGN):  # no step has begun: nothing to save
             raise KeyboardInterrupt
@@ -64,7 +77,7 @@ def _save_on_interrupt() -> Iterator[None]:
 
     signal.signal(signal.SIGINT, stop)
     try:
-        yield
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

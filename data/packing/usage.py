@@ -50,8 +50,16 @@ class Use:
 
 
 def at(run: str | Path, step: int) -> list[Use]:
-    """What a run used in a step."""
-    schedule, saved = run_schedule(Path(run))
+    """What a run used in a step, or was about to use in the one that did not end. Raises ConfigError for one further ahead."""
+    folder = Path(run)
+    schedule, saved = run_schedule(folder)
+    reached = max(reached_step(folder), *(position.step for position in saved), 0)
+    most = reached + _steps_per_line(folder)
+    if step > most:
+        raise ConfigError(
+            f"data.usage: step {step}: {run} has reached step {reached}, so nothing was learned there yet.\n"
+            f"Ask for a step up to {most}."
+        )
     return uses_at(schedule, step, saved)
 
 
@@ -155,6 +163,17 @@ def run_schedule(run: Path) -> tuple[Schedule, list[Position]]:
     )
     schedule = Schedule(open_mixture(sources, damaged_blocks=1.0), options)
     return schedule, [schedule.position(state) for state in states]
+
+
+def reached_step(run: Path) -> int:
+    """The last step that is known to have ended; 0 before the first."""
+    return last_step(run) if (run / "metrics.jsonl").is_file() else 0
+
+
+def _steps_per_line(run: Path) -> int:
+    """Steps between two lines of metrics.jsonl: so many may have ended, or begun, after the last one."""
+    config = yaml.safe_load(_text(run / "config.yaml"))
+    return max(1, int((config.get("logging") or {}).get("every_steps", 1)))
 
 
 def last_step(run: Path) -> int:

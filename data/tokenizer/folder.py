@@ -6,9 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from chatmill.run_files import list_checkpoints
+
 from .generation_settings import GENERATION
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION)
+
+
+def tokenizer_folder(place: Path) -> Path:
+    """Where the tokenizer of a run (its newest checkpoint) or of a data set lies; any other place is left as it is."""
+    if (place / "tokenizer.json").is_file():
+        return place
+    checkpoints = [folder for folder in list_checkpoints(place) if (folder / "tokenizer.json").is_file()]
+    return next(
+        (folder for folder in (*checkpoints[::-1], place / "tokenizer") if (folder / "tokenizer.json").is_file()), place
+    )
 
 
 def config_in(folder: Path) -> dict[str, Any]:

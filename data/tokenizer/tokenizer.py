@@ -32,7 +32,7 @@ from ..conversation import Conversation, TokenizedDialogue
 from ..preference import REJECTED, with_rejected, without_rejected
 from .budget import TemplateRefusedError
 from .decoding import Decoding, token_content
-from .folder import config_in, template_in
+from .folder import config_in, template_in, tokenizer_folder
 from .generation_settings import GENERATION, end_ids, read_settings, to_bytes, with_ids
 from .pieces import Job, Pieces, T, run_together
 from .proof import Tools, find_fault
@@ -97,11 +97,11 @@ class ChatTokenizer:
 
         template: use this source instead. use_template=False: leave it out.
         """
-        path = Path(folder)
+        path = tokenizer_folder(Path(folder))
         file = path / "tokenizer.json"
         if not file.is_file():
             raise ConfigError(
-                f"tokenizer {path}: no tokenizer.json there. Expected a tokenizer folder or a Chatmill checkpoint."
+                f"tokenizer {path}: no tokenizer.json there. Expected a tokenizer folder, a checkpoint, a run or a data set."
             )
         try:
             if template is None and use_template:

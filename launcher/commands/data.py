@@ -117,9 +117,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _at(options: argparse.Namespace) -> int:
-    from ...data.packing.usage import at, table
+    from pathlib import Path
+
+    from ...data.packing.usage import at, reached_step, table
 
     print(table(at(options.run_dir, options.step)))
+    if options.step > (reached := reached_step(Path(options.run_dir))):
+        print(f"metrics.jsonl ends at step {reached}: what step {options.step} was to use, whether or not it ended")
     return 0
 
 

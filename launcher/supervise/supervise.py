@@ -57,7 +57,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop = False
-        self.terminated = False
+        self.terminated = self.interrupted = False
         self.count = 0
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
@@ -65,6 +65,7 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stop = True
         self.terminated = self.terminated or number != signal.SIGUSR1
+        self.interrupted = self.interrupted or number == signal.SIGINT
         self.count += 1
 
 
@@ -194,6 +195,8 @@ def _early_stop(run_dir: Path, slurm: SlurmJob | None, lead_s: float) -> float |
 def _hand_back(slurm: SlurmJob | None, signals: Signals, outcome: str, cancelled: bool) -> int:
     if slurm is None or cancelled:
         say("stopped; `chatmill resume` or the same command continues")
+        if signals.interrupted:  # Ctrl-C: what follows `&&` must not begin
+            return 128 + signal.SIGINT
         return 0 if outcome == "preempted" else 128 + signal.SIGTERM
     if signals.terminated:
         say("Slurm ends this job itself: leaving")

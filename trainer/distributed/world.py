@@ -96,8 +96,12 @@ def relaunch_if_alone(arguments: list[str]) -> None:
         f"accelerate launch started 1 process for --num_processes {wanted}: continuing as torchrun --nproc-per-node {wanted}."
     )
     sys.stdout.flush()
-    for name in ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    asked = asked_threads(os.environ, _launcher_environment())  # accelerate has set it to 1
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if asked is not None:
+        os.environ["OMP_NUM_THREADS"] = str(asked)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={wanted}"]
     os.execv(sys.executable, [*command, "-m", "chatmill.trainer.train", *arguments])
 
@@ -147,7 +151,8 @@ def start_world(recipe: Recipe, timeout_s: float = 1800.0) -> World:
         torch.cuda.set_device(device)
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        torch.set_num_threads(recipe.train.cpu_threads or max(1, cores // local_world_size))
+        asked = recipe.train.cpu_threads or asked_threads(os.environ, _launcher_environment())
+        torch.set_num_threads(asked or max(1, cores // local_world_size))
     backend = "none"
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
@@ -156,6 +161,27 @@ def start_world(recipe: Recipe, timeout_s: float = 1800.0) -> World:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device if use_cuda else None)
         _prove(recipe, rank, world_size)
     return World(rank, world_size, local_rank, local_world_size, device, backend)
+
+
+def asked_threads(environment: Mapping[str, str], launcher: Mapping[str, str] | None) -> int | None:
+    """OMP_NUM_THREADS as the user set it, or None.
+
+    launcher: the environment of torchrun or accelerate, where one started this process: they set the variable to 1 themselves.
+    """
+    word = (environment if launcher is None else launcher).get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(word) if word.isdecimal() and int(word) > 0 else None
+
+
+def _launcher_environment() -> Mapping[str, str] | None:
+    import psutil
+
+    words = _parent_command()
+    if not any("torchrun" in word or "torch.distributed" in word or "accelerate" in word for word in words[:4]):
+        return None
+    try:
+        return psutil.Process(os.getppid()).environ()
+    except (psutil.Error, OSError):
+        return {}
 
 
 def gloo_interface(environment: Mapping[str, str], present: Sequence[str]) -> str | None:

@@ -8,7 +8,7 @@ keeps the number it began with, from its config.yaml, so that its learning rates
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -63,6 +63,18 @@ def in_steps(recipe: Recipe, mixture: Mixture, exclude: Mapping[int, Collection[
             )
         changed["schedule"] = schedule.model_copy(update={"total_tokens": tokens})
     return recipe.model_copy(update=changed)
+
+
+def remarks(asked: Recipe, counted: Recipe) -> Iterator[str]:
+    """What the budgets make of the other settings, for people. counted: the recipe of `in_steps`."""
+    steps, train = counted.train.steps, asked.train
+    if "steps" in train.model_fields_set and steps < train.steps:
+        budget = f"train.epochs={train.epochs}" if train.epochs is not None else f"train.tokens={train.tokens:,}"
+        yield f"note: {budget} ends the run after {steps:,} steps, before train.steps={train.steps:,}"
+    warmup = counted.schedule.warmup_steps
+    if counted.schedule.unit == "steps" and warmup >= steps:
+        share = f"{steps / warmup:.0%} of optimizer.lr={counted.optimizer.lr:g}"
+        yield f"note: schedule.warmup_steps={warmup} is not over before the end, step {steps:,}: the rate reaches {share}"
 
 
 def _begun_with(folder: Path, recipe: Recipe) -> tuple[int, int] | None:

@@ -40,7 +40,7 @@ from ..run.state import TrainState
 from ..run.stopping import StopSignal, mark_preempted
 from ..run.trackers import Trackers
 from ..run.watchdog import Watchdog
-from .budget import in_steps
+from .budget import in_steps, remarks
 from .checkpoints import RunCheckpoints, newest_readable, origin
 from .context import RunContext
 from .dpo import check_objective, pair_objective
@@ -65,11 +65,13 @@ def train(recipe: Recipe) -> int:
     trackers = Trackers(recipe, recipe.run_dir, world.is_main)
     folder = RunFolder(recipe.run_dir, trackers.log)
     try:
-        recipe = in_steps(recipe, mixture, exclude, world.world_size, folder.path)
+        asked, recipe = recipe, in_steps(recipe, mixture, exclude, world.world_size, folder.path)
         folder.check_same(recipe)
         if world.any(world.is_main and folder.path.is_dir()):  # before its checkpoints are looked at
             claim(folder, world)
         display = StepDisplay(recipe.train.steps, quiet=not world.is_main)
+        for remark in remarks(asked, recipe):
+            display.say(remark)
         watchdog = Watchdog(world, recipe.train.hang_timeout_s, folder)
         run = RunContext(recipe, config, base, tokenizer, mixture, splits, exclude, world, folder, display, watchdog, stop)
         with watchdog, RunCheckpoints(run) as checkpoints:

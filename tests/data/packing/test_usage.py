@@ -16,7 +16,7 @@ from chatmill.data.conversation import TokenizedDialogue
 from chatmill.data.packing.mixture import Mixture
 from chatmill.data.packing.options import StreamOptions
 from chatmill.data.packing.schedule import Schedule
-from chatmill.data.packing.usage import at, table, uses_of, where
+from chatmill.data.packing.usage import at, reached_step, table, uses_of, where
 from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.shards.manifest import MANIFEST
 from chatmill.data.shards.memory import MemoryDataset
@@ -99,3 +99,11 @@ def test_an_excluded_dialogue_is_used_before_its_step_only() -> None:
 
     assert len(steps()) > 8
     assert steps(exclude={20: [uid]}) == [step for step in steps() if step <= 20]
+
+
+def test_a_step_that_the_run_has_not_reached_is_no_history(run: tuple[Path, list[PackedBatch]]) -> None:
+    path, _ = run
+    assert reached_step(path) == STEPS
+    assert at(path, STEPS + 1)  # a run may have been killed in it: what it was to learn from
+    with pytest.raises(ConfigError, match="has reached step 30, so nothing was learned there"):
+        at(path, STEPS + 2)

@@ -295,3 +295,17 @@ def test_added_tokens_of_a_reply_can_be_said() -> None:
     tokenizer = ChatTokenizer(json.dumps(base), template, {"eos_token": "<|im_end|>"})
     assert tokenizer.escape_special("<think>a<|im_end|>") == "<think>a< |im_end|>"
     assert tokenizer.encode_dialogue(talk("hi", "<think>fine")).ids.tolist().count(number) == 1
+
+
+def test_a_run_and_a_data_set_are_tokenizers_too(tmp_path: Path) -> None:
+    tokenizer = train_bpe(iter(["some words"]), 259, SPECIAL_TOKENS, TEMPLATES["chatml"])
+    other = train_bpe(iter(["other texts"]), 262, SPECIAL_TOKENS, TEMPLATES["chatml"])
+    for step, saved in ((9, other), (10, tokenizer)):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        saved.save(folder)
+        (folder / "manifest.json").write_text("{}")
+    tokenizer.save(tmp_path / "data" / "tokenizer")
+    for place in ("run", "data", "data/tokenizer"):
+        assert ChatTokenizer.load(tmp_path / place).fingerprint == tokenizer.fingerprint
+    with pytest.raises(ConfigError, match="Expected a tokenizer folder, a checkpoint, a run or a data set"):
+        ChatTokenizer.load(tmp_path)

@@ -236,6 +236,14 @@ def test_a_torchrun_inside_a_job_of_ones_own_is_stopped_like_one_anywhere_else(t
     assert process.returncode == 0 and "stopped; `chatmill resume`" in said and not (tmp_path / "calls").exists()
 
 
+def test_ctrl_c_of_a_supervised_run_stops_what_follows(tmp_path: Path) -> None:
+    process = subprocess.Popen(command(tmp_path, "wait"), stdout=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "ready")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 130 and "stopped; `chatmill resume`" in said
+
+
 def test_an_old_preempted_mark_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "PREEMPTED").write_text("an attempt of last week")

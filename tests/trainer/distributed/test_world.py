@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from chatmill.config import ConfigError
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.distributed.accelerate import given_settings
-from chatmill.trainer.distributed.world import check_launch, gloo_interface, requested_processes
+from chatmill.trainer.distributed.world import asked_threads, check_launch, gloo_interface, requested_processes, start_world
 
 
 def recipe(strategy: str = "single", precision: str = "fp32") -> Recipe:
@@ -141,3 +142,27 @@ def test_accelerates_config_file_counts_word_for_word(tmp_path: Path) -> None:
 )
 def test_gloo_takes_the_interface_that_nccl_was_told(environment: dict[str, str], interface: str | None) -> None:
     assert gloo_interface(environment, ["lo", "eth10", "eth1", "ib1", "ib0", "docker0"]) == interface
+
+
+def test_threads_are_those_that_the_user_asked_for() -> None:
+    assert asked_threads({"OMP_NUM_THREADS": "3"}, None) == 3
+    assert asked_threads({"OMP_NUM_THREADS": "3,2"}, None) == 3  # one number per level of nesting
+    assert asked_threads({"OMP_NUM_THREADS": "1"}, {}) is None  # torchrun and accelerate set it themselves
+    assert asked_threads({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}) == 2
+    assert asked_threads({"OMP_NUM_THREADS": "many"}, None) is asked_threads({}, None) is None
+
+
+def test_a_training_on_a_cpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    try:
+        for asked, word in ((3, "3"), (2, "2")):
+            monkeypatch.setenv("OMP_NUM_THREADS", word)
+            start_world(recipe())
+            assert torch.get_num_threads() == asked
+        start_world(Recipe.model_validate({"train": {"precision": "fp32", "cpu_threads": 1}}))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -17,7 +17,7 @@ import yaml
 
 from chatmill.config import ConfigError
 from chatmill.launcher.jobs.resolve import model_shape, resolve
-from chatmill.run_files import MANIFEST, read_jsonl
+from chatmill.run_files import MANIFEST, PREEMPTED, read_jsonl
 from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter, open_checkpoint
 from chatmill.trainer.config import Recipe, load_recipe
 from chatmill.trainer.loop.loop import train
@@ -45,6 +45,34 @@ def test_the_first_interrupt_is_a_request_to_save_and_the_second_an_end(capsys: 
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+@pytest.mark.parametrize(
+    ("finished", "supervised", "code"),
+    [(False, False, 130), (True, False, 0), (False, True, 0)],
+    ids=["alone", "done", "supervised"],
+)
+def test_ctrl_c_ends_with_a_code_that_stops_what_follows(
+    finished: bool, supervised: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(recipe: Recipe) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        signal.raise_signal(signal.SIGINT)
+        if not finished:
+            recipe.run_dir.mkdir(parents=True)
+            (recipe.run_dir / PREEMPTED).write_text("SIGTERM at step 3")
+
+    monkeypatch.setattr("chatmill.trainer.train.train", interrupted)
+    monkeypatch.delenv("RANK", raising=False)
+    if supervised:
+        monkeypatch.setenv("CHATMILL_LOGS", str(tmp_path))
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert main(["tiny", f"run.dir={tmp_path}"]) == code
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
