@@ -177,13 +177,13 @@ def test_bf16_gradients_err_at_most_twice_as_much_as_pytorchs(shape: str, batche
 
 
 @pytest.mark.slow
-def test_twenty_steps_with_all_kernels_follow_the_reference_curve(batches: list[dict[str, Tensor]]) -> None:
+def test_eight_steps_with_all_kernels_follow_the_reference_curve(batches: list[dict[str, Tensor]]) -> None:
     curves = []
     for kernels in (ALL_TRITON, REFERENCE):
         decoder = model({"layers": 1, "heads": 2}, kernels, torch.float32)
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
         curve = []
-        for step in range(20):
+        for step in range(8):
             batch = batches[step % 4]
             loss = loss_of(decoder, batch) / (batch["targets"] != -100).sum()
             optimizer.zero_grad()
@@ -193,6 +193,4 @@ def test_twenty_steps_with_all_kernels_follow_the_reference_curve(batches: list[
         curves.append(torch.tensor(curve))
     triton, reference = curves
     assert reference[-4:].mean() < 0.8 * reference[:4].mean(), "the run learns"
-    # AdamW divides by the gradient's own size: rounding grows with the steps, to about 1e-4 after twenty
-    torch.testing.assert_close(triton, reference, rtol=1e-3, atol=0)
-    torch.testing.assert_close(triton[:5], reference[:5], rtol=2e-5, atol=0)
+    torch.testing.assert_close(triton, reference, rtol=2e-5, atol=0)  # AdamW divides by the gradient's size: rounding grows

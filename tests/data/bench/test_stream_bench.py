@@ -31,7 +31,14 @@ def test_a_small_run_measures_every_loader_that_is_importable() -> None:
 def test_what_is_not_importable_here_takes_its_turns_in_another_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # in this process only
     results = stream_bench.bench(
-        dialogues=100, mean=60, rounds=2, lengths=(1024,), scale=5000, python=sys.executable, memory_dialogues=400
+        dialogues=100,
+        mean=60,
+        rounds=2,
+        lengths=(1024,),
+        scale=5000,
+        against=["webdataset"],
+        python=sys.executable,
+        memory_dialogues=400,
     )
     found = {result["loader"]: result for result in results["loaders"]}
     assert "webdataset" in found and found["webdataset"]["resume_ms"] > 0
