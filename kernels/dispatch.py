@@ -26,6 +26,7 @@ from .interpreter import install, is_interpreting
 
 TABLE = Path(__file__).resolve().parent / "tuning" / "dispatch.json"
 log = logging.getLogger("chatmill.kernels")
+F = TypeVar("F", bound=Callable[..., Any])
 Impl = Literal["auto", "triton", "torch", "reference"]  # of every kernel but attention
 
 
@@ -37,12 +38,18 @@ def _read_table() -> dict[str, list[dict[str, Any]]]:
 _TABLE = _read_table()  # at import: Dynamo cannot trace reading a file
 
 
+def constant_in_graphs(function: F) -> F:
+    """What torch.compiler.assume_constant_result does, without its import of torch._dynamo: it takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def shipped_table() -> dict[str, list[dict[str, Any]]]:
     """Rules per kernel, in order."""
     return _TABLE
 
 
-@torch.compiler.assume_constant_result  # outside the cache, because Dynamo traces through a cache with a warning
+@constant_in_graphs  # outside the cache, because Dynamo traces through a cache with a warning
 def capability(device: torch.device) -> int:
     """Compute capability as one number (90 = Hopper); 0 if the device is not a CUDA GPU."""
     return _capability(device)
@@ -56,7 +63,7 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def is_installed(module: str) -> bool:
     """Whether a package can be imported; it is not imported."""
     return _is_installed(module)
@@ -70,7 +77,7 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def import_problem(module: str, symbol: str) -> str:
     """Why a module cannot be used, or "" where it was imported and has the symbol. One that is there and broken warns once."""
     return _import_problem(module, symbol)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import Obstacle, capability, choose, import_problem, is_planning, why_no_triton
+from ..dispatch import Obstacle, capability, choose, constant_in_graphs, import_problem, is_planning, why_no_triton
 from .flash import FLASH
 from .libraries import LIBRARIES, library_attention, why_not
 from .operators import attention_forward
@@ -171,7 +171,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return "no float64" if dtype == torch.float64 else None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _decide(
     impl: str,
     device: str,

@@ -3,6 +3,9 @@
 import ast
 import contextlib
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,3 +137,11 @@ def test_every_function_that_launches_a_kernel_is_guarded() -> None:
             if launches and "on_its_device" not in map(ast.unparse, function.decorator_list):
                 bare.append(f"{file.name}: {function.name}")
     assert bare == [] and launching >= 15
+
+
+def test_the_decoder_is_imported_without_the_compiler() -> None:
+    """torch._dynamo and sympy take as long as torch itself to import; chat, plan and the like never need them."""
+    code = "import sys, chatmill.trainer.model.decoder; print(sorted({'torch._dynamo', 'sympy'} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
