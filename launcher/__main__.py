@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a check found problems; 2 unusable input (the message says
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from chatmill import __version__
@@ -16,23 +17,29 @@ from .commands import checkpoint, data, guide, jobs, model
 from .commands.arguments import Parser
 from .commands.examples import with_examples
 
+INPUT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn errors that a user can correct into one message and exit code 2."""
     options = build_parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()  # while a full disk can still be reported
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
-    except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         from chatmill.config import ConfigError
+        from chatmill.files import disk_problem
 
-        if not isinstance(error, ConfigError | OSError):
+        if not (problem := disk_problem(error)) and not isinstance(error, (ConfigError, *INPUT)):
             raise
-        print(in_this_shell(f"error: {error}"), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a log on the same disk
+            print(in_this_shell(f"error: {problem or error}"), file=sys.stderr, flush=True)
         return 2
 
 

@@ -18,6 +18,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from chatmill.config import ConfigError
+from chatmill.files import disk_problem
 from chatmill.run_files import PREEMPTED, leave_refusal
 from chatmill.shell import in_this_shell
 from chatmill.trainer.config import load_recipe
@@ -46,6 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(in_this_shell(f"error: {error}"), file=sys.stderr)
         leave_refusal(str(error))
+        return 2
+    except OSError as error:
+        if not (problem := disk_problem(error)):
+            raise
+        with contextlib.suppress(OSError):  # a log on the same disk
+            # no refusal: another node, or some room made meanwhile, may let the next attempt succeed
+            print(f"error: {problem}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from chatmill.files import replace_text
+
 from ..packing.pack import pack_best_fit
 from ..remote.blocks import RemoteDataset
 from ..remote.files import is_url, local_copy
@@ -131,5 +133,5 @@ def _inspect(
         console.print(f"\n[bold]dialogue {number}[/bold] {dataset.uid(number)} ({shown}: carries loss)")
         console.print(mask_preview(dataset, tokenizer, number, plain=plain))
     if html is not None:
-        Path(html).write_text(html_report(report, splits, tokenizer), encoding="utf-8")
+        replace_text(Path(html), html_report(report, splits, tokenizer))
     return facts

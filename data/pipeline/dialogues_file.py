@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chatmill.config import ConfigError
-from chatmill.files import sync
+from chatmill.files import beside
 
 from ..cleaning.clean import Cleaner
 from ..importers.datasets.written import written_line
@@ -39,16 +39,13 @@ def check_dialogues_file(path: str | Path, stage: str) -> None:
 
 def write_dialogues(work: WorkFolder, stage: str, path: Path) -> int:
     """Number of dialogues written. The file appears whole or not at all."""
-    temporary, count = path.with_name(f".{path.name}.partial"), 0
-    with temporary.open("wb") as file:
+    count = 0
+    with beside(path) as file:
         for line in _lines(work, stage):
             for code, escape in _ESCAPED:
                 line = line.replace(code, escape)
             file.write(line)
             count += 1
-        file.flush()
-    sync(temporary)
-    temporary.replace(path)
     return count
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
+from chatmill.files import read_unchanged
 
 from .index import DamagedShardError, ShardIndex, TokenBlock, block_hash, decode_block
 from .manifest import fingerprint, fingerprints, read_manifest
@@ -68,9 +69,13 @@ class TokenDataset:
         damaged_blocks: largest share of the split's blocks that its quarantine may leave out (data/shards/quarantine.py).
         """
         folder = Path(path)
-        manifest = read_manifest(folder)
-        held = read_quarantine(folder, fingerprints(manifest)).get(split, ())
-        return cls.from_manifest(folder, manifest, split, held, damaged_blocks)
+
+        def read() -> TokenDataset:
+            manifest = read_manifest(folder)
+            held = read_quarantine(folder, fingerprints(manifest)).get(split, ())
+            return cls.from_manifest(folder, manifest, split, held, damaged_blocks)
+
+        return read_unchanged(folder, read)  # a build may publish another one meanwhile
 
     @classmethod
     def from_manifest(

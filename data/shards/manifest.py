@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from chatmill.config import ConfigError
+from chatmill.files import is_plain_name
 
 from .index import DamagedShardError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-# What a manifest may call a shard: a file of its own folder. No path, no `pipe:` or URL, nothing hidden.
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def parse_manifest(raw: bytes, where: str) -> dict[str, Any]:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise ConfigError(f"{where}: format {found!r}, this version reads {FORMAT_VERSION}. Rebuild the data set.")
     for name in _names(manifest):
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+        if not is_plain_name(name):
             raise DamagedShardError(f"{where}: names a file outside the folder: {name!r}. Rebuild the data set.")
     return manifest
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from chatmill.files import replace_text
 from chatmill.run_files import read_jsonl
 
 from ..supervise.run_state import Attempt, attempts
@@ -379,7 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(FAULTS[name](bench))
             print(show(rows[-1]), flush=True)
     if options.out:
-        options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        replace_text(options.out, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     lost = [row.fault for row in rows if not row.kept]
     print(f"lost or not noticed: {', '.join(lost)}" if lost else f"{len(rows)} faults; nothing was lost in any")
     return 1 if lost else 0

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from chatmill.config import ConfigError
+from chatmill.files import replace_text
 
 from .parity_case import GRADIENT_TOLERANCE, INTERPRETED_STEPS, LOSS_TOLERANCE, REFERENCE, STEPS, Case
 
@@ -235,7 +236,7 @@ def parity(options: argparse.Namespace) -> int:
     found = head | {"seconds": round(seconds, 1), "rows": [dataclasses.asdict(row) for row in rows]}
     text = json.dumps(found, indent=1)
     if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+        replace_text(Path(options.out), text + "\n")
     print(text if options.json else summary(rows, product, seconds))
     return int(any(is_failure(row) for row in rows))
 

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from chatmill.config import ConfigError, dump_yaml, read_yaml, validate
+from chatmill.files import disk_problem, replace_text
 from chatmill.formatting import counted
 from chatmill.shell import in_this_shell, typed
 
@@ -169,30 +170,54 @@ def check_inputs(prepared: Launch) -> None:
 def start(prepared: Launch, detach: bool) -> int:
     """Snapshot, start or submit, and print what to type next."""
     run_dir = prepared.resolved.run_dir
-    folder = new_launch(run_dir)
+    with new_launch(run_dir) as folder:
+        record = _prepare(prepared, folder)
+        write_record(folder, record)
+    if prepared.on != "slurm":
+        return run_here(folder, detach)
+    job = submit_recorded(folder, record)
+    print(f"\nsubmitted as Slurm job {job}; then:\n{next_commands(run_dir)}")
+    return 0
+
+
+def _prepare(prepared: Launch, folder: Path) -> dict[str, Any]:
+    """Fill the folder of a launch; what its job.json will say."""
+    run_dir = prepared.resolved.run_dir
     (run_dir / "logs").mkdir(exist_ok=True)
     print(snapshot_code(folder))
-    (folder / "config.yaml").write_text(dump_yaml(prepared.resolved.recipe), encoding="utf-8")
+    replace_text(folder / "config.yaml", dump_yaml(prepared.resolved.recipe))
     spec = _placed(prepared.spec, folder)
     record: dict[str, Any] = {"on": prepared.on, "time": round(time.time(), 3), "cwd": str(Path.cwd()), "typed": sys.argv[1:]}
     record["spec"] = spec.model_dump(mode="json")
     if prepared.on == "slurm":
         script = folder / "job.sh"
-        script.write_text(render_sbatch(spec), encoding="utf-8")
+        replace_text(script, render_sbatch(spec))
         script.chmod(0o755)
         command = sbatch_command(spec, str(script))
-        job = submit(command)
-        write_record(folder, record | {"command": command, "job": job})
-        print(f"\nsubmitted as Slurm job {job}; then:\n{next_commands(run_dir)}")
-        return 0
+        return record | {"command": command, "job": ""}
     if prepared.starter == "accelerate":
         config = accelerate_config(spec, master_addr=prepared.master_addr, master_port=prepared.master_port)
-        (folder / "accelerate.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        replace_text(folder / "accelerate.yaml", yaml.safe_dump(config, sort_keys=False))
     supervisor = [spec.python or sys.executable, "-m", "chatmill.launcher.supervise", "--run-dir", str(run_dir)]
     supervisor += ["--max-no-progress", str(spec.max_no_progress), "--"]
     command = [*supervisor, *local_command(prepared, spec, folder, prepared.node_rank)]
-    write_record(folder, record | {"command": command, "variables": dict(spec.environment) | local_variables(spec)})
-    return run_here(folder, detach)
+    return record | {"command": command, "variables": dict(spec.environment) | local_variables(spec)}
+
+
+def submit_recorded(folder: Path, record: dict[str, Any]) -> str:
+    """Submit what folder/job.json describes and note its job there. Raises ConfigError."""
+    try:
+        job = submit(record["command"])
+    except ConfigError:
+        (folder / "job.json").unlink()  # nothing was launched
+        raise
+    try:
+        write_record(folder, record | {"job": job})
+    except OSError as error:
+        raise ConfigError(
+            f"{disk_problem(error) or error}\nSlurm has taken the job as {job}, which could not be noted: scancel {job}"
+        ) from None
+    return job
 
 
 def run_here(folder: Path, detach: bool) -> int:
@@ -282,4 +307,4 @@ def _placed(spec: JobSpec, folder: Path) -> JobSpec:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Keep how a launch was started: `chatmill status` and `resume` read it."""
-    (folder / "job.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / "job.json", json.dumps(record, indent=2) + "\n")

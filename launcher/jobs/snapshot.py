@@ -9,13 +9,15 @@ days runs this copy, not the checkout as it is by then.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import chatmill
+from chatmill.files import replace_text
 from chatmill.formatting import counted
 
 from ..programs import output_of
@@ -33,8 +35,18 @@ def code_root() -> Path | None:
     return root if (root / "pyproject.toml").is_file() and (root / "src" / "chatmill").is_dir() else None
 
 
-def new_launch(run_dir: Path) -> Path:
-    """Make and return the next folder RUN/launches/NNN."""
+@contextlib.contextmanager
+def new_launch(run_dir: Path) -> Iterator[Path]:
+    """The next folder RUN/launches/NNN, to be filled; gone again where the disk does not take it."""
+    folder = _next_launch(run_dir)
+    try:
+        yield folder
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _next_launch(run_dir: Path) -> Path:
     folder = run_dir / "launches"
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(len(list(folder.iterdir())) + 1, 10_000):
@@ -96,9 +108,9 @@ def snapshot_code(launch: Path) -> Snapshot:
     hidden = [f":(exclude,literal){name}" for name in left_out]
     commit, diff = output_of([*git, "rev-parse", "HEAD"]), output_of([*git, "diff", "HEAD", "--", *PARTS, *hidden])
     if commit:
-        (launch / "commit").write_text(commit, encoding="utf-8")
+        replace_text(launch / "commit", commit)
     if diff:
-        (launch / "uncommitted.diff").write_text(diff, encoding="utf-8")
+        replace_text(launch / "uncommitted.diff", diff)
     taken = set(copied)
     return Snapshot(target, tuple(copied), tuple(name for name in new if name in taken), tuple(sorted(left_out)))
 

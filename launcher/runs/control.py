@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from chatmill.config import ConfigError
+from chatmill.files import disk_problem, replace_text
 from chatmill.processes import send_signal
 from chatmill.shell import in_this_shell
 
@@ -32,8 +33,11 @@ def cancel(name: str, *, now: bool) -> int:
         if state not in ACTIVE:
             print(f"job {job} is not in the queue: nothing to cancel")
             return 0
-        (run_dir / CANCEL).parent.mkdir(parents=True, exist_ok=True)
-        (run_dir / CANCEL).write_text(job, encoding="utf-8")
+        try:
+            (run_dir / CANCEL).parent.mkdir(parents=True, exist_ok=True)
+            replace_text(run_dir / CANCEL, job)
+        except OSError as error:  # a run that fills the disk is one to cancel
+            print(f"note: {disk_problem(error) or error} The signal is sent all the same.")
         gentle = state == "RUNNING" and not now
         if gentle:  # of a chain, the elements that have not started yet would continue the run
             output_of(["scancel", "--state=PENDING", job])

@@ -20,6 +20,7 @@ import yaml
 from markupsafe import Markup
 
 from chatmill.config import ConfigError
+from chatmill.files import replace_texts
 from chatmill.run_files import read_jsonl
 
 from ...data.report.charts import STYLE, Axis, BarRow, Line, Series, bar_rows, draw, parallel
@@ -61,13 +62,13 @@ def write_results(sweep: SweepConfig) -> list[TrialResult]:
     """Write trials.json, best.yaml and report.html; returns the trials, best first."""
     study = open_study(sweep)
     trials = collect(study, sweep)
-    (sweep.folder / "trials.json").write_text(json.dumps([asdict(t) for t in trials], indent=1) + "\n", encoding="utf-8")
+    texts = {sweep.folder / "trials.json": json.dumps([asdict(t) for t in trials], indent=1) + "\n"}
     best = best_of(trials)
     if best is not None:
-        (sweep.folder / "best.yaml").write_text(best_recipe(sweep, best), encoding="utf-8")
+        texts[sweep.folder / "best.yaml"] = best_recipe(sweep, best)
     fit = fit_scaling([(t.x, t.value) for t in trials if t.state == "complete" and t.x and t.value is not None], sweep.maximise)
-    page = render(sweep, trials, importance(study), fit)
-    (sweep.folder / "report.html").write_text(page, encoding="utf-8")
+    texts[sweep.folder / "report.html"] = render(sweep, trials, importance(study), fit)
+    replace_texts(texts)
     return trials
 
 

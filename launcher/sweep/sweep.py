@@ -19,8 +19,10 @@ from types import FrameType
 import yaml
 
 from chatmill.config import ConfigError
+from chatmill.files import replace_text
 from chatmill.shell import in_this_shell
 
+from ..jobs.job import JobSpec
 from ..jobs.launch import submit
 from ..jobs.slurm import render_sweep
 from ..jobs.snapshot import new_launch, snapshot_code
@@ -97,9 +99,21 @@ def submit_sweep(config: SweepConfig, dry_run: bool) -> int:
     if dry_run:
         print(render_sweep(spec, config.workers) + "nothing was started (--dry-run)")
         return 0
-    folder = new_launch(config.folder)
+    with new_launch(config.folder) as folder:
+        script = _prepare(config, spec, folder)
     file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    job = submit(["sbatch", "--parsable", f"--output={folder}/worker-%a.out", str(script)])
+    print(
+        f"submitted as Slurm job array {job}; then:\n  squeue -j {job}\n  tail -f {folder}/worker-*.out\n"
+        + in_this_shell(f"  chatmill sweep {shlex.quote(str(file))} --report")
+    )
+    return 0
+
+
+def _prepare(config: SweepConfig, spec: JobSpec, folder: Path) -> Path:
+    """Fill the folder of a launch; the job script."""
+    file = folder / "sweep.yaml"
+    replace_text(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     code = snapshot_code(folder)
     print(code)
     placed = spec.model_copy(
@@ -111,10 +125,5 @@ def submit_sweep(config: SweepConfig, dry_run: bool) -> int:
         }
     )
     script = folder / "sweep.sh"
-    script.write_text(render_sweep(placed, config.workers), encoding="utf-8")
-    job = submit(["sbatch", "--parsable", f"--output={folder}/worker-%a.out", str(script)])
-    print(
-        f"submitted as Slurm job array {job}; then:\n  squeue -j {job}\n  tail -f {folder}/worker-*.out\n"
-        + in_this_shell(f"  chatmill sweep {shlex.quote(str(file))} --report")
-    )
-    return 0
+    replace_text(script, render_sweep(placed, config.workers))
+    return script

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from chatmill.config import ConfigError
+from chatmill.run_files import append_text
 
 from ..generation.defaults import sampling_of
 from ..generation.prompt import check_text
@@ -193,8 +194,7 @@ class Chat:
             case "/save":
                 if not rest:
                     raise ConfigError("/save needs a file name, for example /save chat.jsonl")
-                with Path(rest).expanduser().open("a", encoding="utf-8") as handle:
-                    handle.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+                append_text(Path(rest).expanduser(), json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
                 self.say(f"Saved {len(self.turns)} turns to {escape(rest)}.")
             case _:
                 raise ConfigError(f"{name}: no such command. /help lists them.")

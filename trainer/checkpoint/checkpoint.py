@@ -15,6 +15,7 @@ because a flipped bit loads silently from safetensors and torch alike. In a trai
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -29,14 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from chatmill.config import ConfigError, read_json, validate
-from chatmill.files import publish_folder
+from chatmill.files import folder_beside, publish_folder, read_unchanged, remove_leftovers
 from chatmill.run_files import MANIFEST, list_checkpoints, step_of
 
 from ..model.shapes import parameter_shapes
 from ..model_config import ModelConfig
 from .files import (
-    DTYPES,
-    CheckpointError,
+    FileStamp,
     Share,
     ShareWriter,
     TensorEntry,
@@ -45,10 +45,11 @@ from .files import (
     merge_parts,
     not_finite,
     open_tensors,
-    read_manifest,
+    stamp_of,
     tensor_index,
-    write_manifest,
+    write_small_file,
 )
+from .manifest import DTYPES, CheckpointError, read_manifest, write_manifest
 
 BEST = "best.json"
 WEIGHTS = ("float32", "bfloat16", "float16")
@@ -66,16 +67,16 @@ class CheckpointWriter:
     ) -> None:
         self.folder = Path(folder)
         self.meta = dict(meta or {})
-        self._temporary = self.folder.with_name(f".{self.folder.name}.writing-{os.getpid()}")
         self._names: set[str] = set()
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / MANIFEST).is_file():
             raise CheckpointError(
                 f"{self.folder} holds something other than a checkpoint and is not replaced. Choose another folder."
             )
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
-        self._shares = ShareWriter(self._temporary, "", shard_bytes)
-        self.add_file("config.json", config_bytes(config))
+        with contextlib.ExitStack() as stack:
+            self._temporary = stack.enter_context(folder_beside(self.folder))
+            self._shares = ShareWriter(self._temporary, "", shard_bytes)
+            self.add_file("config.json", config_bytes(config))
+            self._held = stack.pop_all()
 
     def add(self, name: str, tensor: Tensor, group: str = "model") -> None:
         """Add a tensor; group names the file family (`model`, `optimizer`, `rng`). The tensor is copied to the CPU."""
@@ -87,17 +88,15 @@ class CheckpointWriter:
 
     def add_file(self, name: str, data: bytes) -> None:
         """Add a small file (tokenizer.json, state.json ...)."""
-        (self._temporary / name).write_bytes(data)
+        write_small_file(self._temporary / name, data)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
+        with self._held:
             if kind is None:
                 publish(self._temporary, self.folder, self.meta, merge_parts([self._shares.finish()]))
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def config_bytes(config: ModelConfig) -> bytes:
@@ -112,7 +111,7 @@ def publish(temporary: Path, folder: Path, meta: Mapping[str, Any], facts: Mappi
     """
     files = dict(facts["files"])
     for path in sorted(temporary.iterdir()):
-        if path.name not in files:
+        if path.name not in files and not path.name.startswith("."):  # NFS hides a file that is removed while it is open
             files[path.name] = file_facts(path)
     write_manifest(temporary, meta, {"files": files, "tensors": facts["tensors"]})
     publish_folder(temporary, folder)
@@ -127,6 +126,7 @@ class Checkpoint:
     meta: Mapping[str, Any]
     manifest: Mapping[str, Any] = field(repr=False)
     index: Mapping[str, TensorEntry] = field(repr=False)
+    _stamps: Mapping[str, FileStamp] = field(default_factory=dict, repr=False, compare=False)
     _open: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def names(self, group: str = "model") -> list[str]:
@@ -183,7 +183,11 @@ class Checkpoint:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
-            self._open[file] = open_tensors(self.path / file, self.index)
+            path = self.path / file
+            handle = open_tensors(path, self.index)
+            if self._stamps and stamp_of(path) != self._stamps.get(file):
+                raise CheckpointError(f"{path}: the checkpoint was replaced while it was read. Run the command again.")
+            self._open[file] = handle
         return self._open[file]
 
     def check_model(self) -> None:
@@ -282,9 +286,9 @@ def prune(run_dir: str | Path, keep: int, protect: frozenset[str] = frozenset(),
             (folder / MANIFEST).unlink()  # no longer a checkpoint, even if the deletion is cut short
             shutil.rmtree(folder, ignore_errors=True)
     root = Path(run_dir) / "checkpoints"
-    for leftover in [*root.glob(".*.writing-*"), *root.glob(".*.retired-*"), *root.glob(".*.damaged")]:
-        if not leftover.name.endswith(f"-{os.getpid()}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(root)
+    for damaged in root.glob(".*.damaged"):
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
@@ -317,6 +321,10 @@ def verify_files(path: str | Path, part: tuple[int, int] = (0, 1)) -> list[str]:
 
 
 def _open_folder(path: Path, verify: bool) -> Checkpoint:
+    return read_unchanged(path, lambda: _read_folder(path, verify))
+
+
+def _read_folder(path: Path, verify: bool) -> Checkpoint:
     manifest = read_manifest(path)
     problems = [problem for name, facts in manifest["files"].items() if (problem := file_problem(path / name, facts, verify))]
     if problems:
@@ -325,7 +333,8 @@ def _open_folder(path: Path, verify: bool) -> Checkpoint:
         config = validate(ModelConfig, read_json(path / "config.json"), str(path / "config.json"))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None  # a run then has its older checkpoints
-    return Checkpoint(path, config, manifest["meta"], manifest, tensor_index(path, manifest))
+    stamps = {name: stamp_of(path / name) for name in manifest["files"]}
+    return Checkpoint(path, config, manifest["meta"], manifest, tensor_index(path, manifest), stamps)
 
 
 def _few(names: list[str], most: int = 5) -> str:

@@ -23,7 +23,7 @@ from .checkpoint import (
     open_checkpoint,
     verify_files,
 )
-from .files import read_manifest
+from .manifest import read_manifest, unlisted_tensors
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ def verify(path: str) -> int:
     folders = _folders(path)
     for folder in folders:
         found = verify_files(folder)
+        if not found:
+            more = unlisted_tensors(folder, read_manifest(folder))
+            found = [f"{folder / name}: not in the manifest; no command reads it. Remove it." for name in more]
         problems += found
         if not found:
             print(f"{folder}: whole ({len(read_manifest(folder)['files'])} files)")

@@ -1,18 +1,15 @@
-"""The files of a checkpoint folder: tensors in safetensors, and a manifest with a hash of everything, itself included.
-
-    {"checksum": xxh3 of this file with the checksum's 32 digits as zeros, "format": 2, "meta": {...},
-     "files": {"model-rank0000-001.safetensors": {"bytes": ..., "xxh3": ...}, ...},
-     "tensors": {"embed.weight": {"group": "model", "dtype": "float32", "shape": [49152, 576],
-                                  "pieces": [["model-rank0000-001.safetensors", 0, 14155776], ...]}}}
+"""The tensor files of a checkpoint folder: written, opened and compared with the manifest (manifest.py).
 
 A tensor is stored in one or more pieces: elements [start, stop) of the flattened tensor, under the tensor's name in the named
-file, as whole rows where the cut falls between rows. Format 1 (one file per tensor, no checksum) is still read.
+file, as whole rows where the cut falls between rows.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -25,32 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from chatmill.config import ConfigError
 from chatmill.files import sync
-from chatmill.run_files import MANIFEST
 
-FORMAT = 2
-# of safetensors -> of torch; format 1 has the former in its index
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-_NO_CHECKSUM = "0" * 32
-_CHECKSUM_AT = len(b'{"checksum": "')
+from .manifest import DTYPES, FORMAT, CheckpointError
 
-
-class CheckpointError(ConfigError):
-    """A checkpoint that is missing, incomplete or damaged; the message names the file."""
+FileStamp = tuple[int, int, int]
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how the safetensors library reports one
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +59,7 @@ class TensorEntry:
 def write_shares(folder: Path, shares: Iterable[Share], prefix: str, shard_bytes: int) -> dict[str, Any]:
     """Write shares to folder/GROUP-prefix-001.safetensors ...; returns their part of a manifest ({"files", "tensors"}).
 
-    A new file begins after shard_bytes. Every file is synced to disk. Raises OSError or SafetensorError.
+    A new file begins after shard_bytes. Every file is synced to disk. Raises OSError.
     """
     writer = ShareWriter(folder, prefix, shard_bytes)
     for share in shares:
@@ -117,10 +94,7 @@ class ShareWriter:
         self._counts[group] = self._counts.get(group, 0) + 1
         number = f"{self.prefix}-{self._counts[group]:03d}" if self.prefix else f"{self._counts[group]:05d}"
         path = self.folder / f"{group}-{number}.safetensors"
-        path.touch()
-        mode = path.stat().st_mode  # safetensors writes 0600: nobody else on a cluster could read it
-        save_file({share.name: share.tensor for share in pending}, path)
-        path.chmod(mode)
+        save_tensors({share.name: share.tensor for share in pending}, path)
         self._facts["files"][path.name] = file_facts(path)
         for share in pending:
             self._facts["tensors"][share.name] = {
@@ -129,6 +103,28 @@ class ShareWriter:
                 "shape": list(share.shape),
                 "pieces": [[path.name, share.start, share.stop]],
             }
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """save_file of safetensors, readable for whomever the umask lets read. Raises OSError."""
+    path.touch()
+    mode = path.stat().st_mode  # safetensors writes 0600: nobody else on a cluster could read it
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        number = _OS_ERROR.search(str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
+    path.chmod(mode)
+
+
+def write_small_file(path: Path, data: bytes) -> None:
+    """Write a file of a folder that is not published yet. Raises OSError that names it."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def merge_parts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -156,72 +152,6 @@ def merge_parts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"files": files, "tensors": tensors}
 
 
-def write_manifest(folder: Path, meta: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write and sync manifest.json; its checksum covers every byte of it."""
-    text = json.dumps({"checksum": _NO_CHECKSUM, "format": FORMAT, "meta": meta, **facts}) + "\n"
-    data = text.encode()
-    checksum = xxhash.xxh3_128_hexdigest(data).encode()
-    path = folder / MANIFEST
-    path.write_bytes(data[:_CHECKSUM_AT] + checksum + data[_CHECKSUM_AT + 32 :])
-    sync(path)
-    sync(folder)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder; checks its checksum. Raises CheckpointError."""
-    try:
-        data = (path / MANIFEST).read_bytes()
-        manifest: dict[str, Any] = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: cannot be read ({error})") from None
-    if isinstance(manifest, dict) and "splits" in manifest:
-        raise CheckpointError(f"{path} is a data set, not a checkpoint. Give a checkpoint folder or a run folder.")
-    if not isinstance(manifest, dict) or manifest.get("format") not in (1, FORMAT):
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise CheckpointError(f"{path / MANIFEST}: checkpoint format {found!r}, this version reads 1 and {FORMAT}")
-    if manifest["format"] == FORMAT:
-        zeroed = data[:_CHECKSUM_AT] + _NO_CHECKSUM.encode() + data[_CHECKSUM_AT + 32 :]
-        if manifest.get("checksum") != xxhash.xxh3_128_hexdigest(zeroed):
-            raise CheckpointError(f"{path / MANIFEST}: contents differ from what was written (hash mismatch)")
-    if problem := _structure_problem(manifest):
-        raise CheckpointError(f"{path / MANIFEST}: {problem}. It was not written by Chatmill.")
-    return manifest
-
-
-def _structure_problem(manifest: Mapping[str, Any]) -> str:
-    """What keeps a manifest from being read further, or ""; nothing in it is trusted before."""
-    meta, files, tensors = (manifest.get(key) for key in ("meta", "files", "tensors"))
-    if not (isinstance(meta, dict) and isinstance(files, dict) and isinstance(tensors, dict)):
-        return "meta, files or tensors is missing"
-    for name, facts in files.items():
-        if Path(name).name != name:
-            return f"{name!r} is not the name of a file in this folder"
-        if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int) or not isinstance(facts.get("xxh3"), str):
-            return f"{name} has no size and hash"
-    for name, entry in tensors.items():
-        held = [str(entry)] if manifest["format"] == 1 else _pieces(entry)
-        if held is None:
-            return f"tensor {name}: its group, dtype, shape or pieces are missing, or leave a gap"
-        if unknown := [file for file in held if file not in files]:
-            return f"tensor {name} lies in {unknown[0]!r}, which is not among the files"
-    return ""
-
-
-def _pieces(entry: Any) -> list[str] | None:
-    """The files of a tensor, or None where its entry makes no sense."""
-    try:
-        group, dtype, shape, pieces = (entry[key] for key in ("group", "dtype", "shape", "pieces"))
-        at = 0
-        for _, start, stop in pieces:
-            if start != at or stop < start:
-                return None
-            at = stop
-        whole = all(isinstance(size, int) and size >= 0 for size in shape) and at == prod(shape)
-        return [str(file) for file, _, _ in pieces] if whole and isinstance(group, str) and isinstance(dtype, str) else None
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
 def open_tensors(path: Path, index: Mapping[str, TensorEntry]) -> Any:
     """A safetensors file of a checkpoint, its header compared with the manifest. Raises CheckpointError."""
     try:
@@ -235,12 +165,17 @@ def open_tensors(path: Path, index: Mapping[str, TensorEntry]) -> Any:
         raise CheckpointError(f"{path}: tensor {apart[0]} {known} ({len(apart)} such). The file is of another checkpoint.")
     for name, entry in expected.items():
         part = handle.get_slice(name)
-        kind, count = DTYPES.get(part.get_dtype(), part.get_dtype()), prod(part.get_shape())
+        kind, shape = DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape())
         wanted = sum(stop - start for file, start, stop in entry.pieces if file == path.name)
-        if kind != DTYPES.get(entry.dtype, entry.dtype) or count != wanted:
-            raise CheckpointError(
-                f"{path}: tensor {name} has {count} elements of {kind}, the manifest says {wanted} of {entry.dtype}."
-            )
+        said = DTYPES.get(entry.dtype, entry.dtype)
+        problem = ""
+        if kind != said or prod(shape) != wanted:
+            problem = f"has {prod(shape)} elements of {kind}, the manifest says {wanted} of {said}"
+        elif shape != (wanted,) and (len(shape) != len(entry.shape) or shape[1:] != entry.shape[1:]):
+            # neither elements in one row (ZeRO cuts anywhere) nor whole rows of the tensor
+            problem = f"is stored as {list(shape)}, the manifest says rows of {list(entry.shape)}"
+        if problem:
+            raise CheckpointError(f"{path}: tensor {name} {problem}.")
     return handle
 
 
@@ -284,6 +219,8 @@ def not_finite(tensor: Tensor) -> str:
 
 def file_problem(path: Path, facts: Mapping[str, Any], contents: bool = True) -> str:
     """What is wrong with a file, or "". contents: check its hash too, not only its size."""
+    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+        return f"{path}: a link out of the folder ({path.readlink()}). Put the file itself there"
     if not path.is_file():
         return f"{path}: missing"
     if path.stat().st_size != facts["bytes"]:
@@ -291,6 +228,15 @@ def file_problem(path: Path, facts: Mapping[str, Any], contents: bool = True) ->
     if contents and hash_file(path) != facts["xxh3"]:
         return f"{path}: contents differ from what was written (hash mismatch)"
     return ""
+
+
+def stamp_of(path: Path) -> FileStamp:
+    """What tells a file from another one under its name: inode, size, time of its last change in ns; zeros if it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def file_facts(path: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ file system. A full disk costs this checkpoint only: it is reported, training go
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,12 +24,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
+
+from chatmill.files import folder_beside, shared_name
 
 from ..distributed.world import World
 from .checkpoint import publish
-from .files import CheckpointError, Share, merge_parts, write_shares
+from .files import Share, merge_parts, write_shares, write_small_file
+from .manifest import CheckpointError
 
 SHARD_BYTES = 1 << 30  # safetensors copies a file's tensors once more while it writes
 
@@ -115,27 +116,30 @@ class CheckpointSaver:
             self._error = error
 
     def _write(self, folder: Path, shares: list[Share], meta: Mapping[str, Any], files: Mapping[str, bytes]) -> str:
-        temporary = folder.with_name(f".{folder.name}.writing-shared")
-        if self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it saved this step
-        self._gather("")
+        temporary = shared_name(folder)
         problem, part = "", {}
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            part = write_shares(temporary, shares, f"rank{self.world.rank:04d}", self._shard_bytes)
-        except (OSError, SafetensorError) as error:
-            problem = f"rank {self.world.rank}: {error}"
-        parts = self._gather((problem, part))
-        problem = "; ".join(p for p, _ in parts if p)
-        if self.world.is_main:
+        with contextlib.ExitStack() as held:
+            try:
+                if self.world.is_main:
+                    held.enter_context(folder_beside(folder, shared=True))
+            except OSError as error:
+                problem = str(error)
+            self._gather("")
             try:
                 if not problem:
-                    for name, data in files.items():
-                        (temporary / name).write_bytes(data)
-                    publish(temporary, folder, meta, merge_parts(p for _, p in parts))
-            except (OSError, CheckpointError) as error:
+                    temporary.mkdir(parents=True, exist_ok=True)
+                    part = write_shares(temporary, shares, f"rank{self.world.rank:04d}", self._shard_bytes)
+            except OSError as error:
                 problem = str(error)
-            shutil.rmtree(temporary, ignore_errors=True)
+            parts = self._gather((f"rank {self.world.rank}: {problem}" if problem else "", part))
+            problem = "; ".join(p for p, _ in parts if p)
+            if self.world.is_main and not problem:
+                try:
+                    for name, data in files.items():
+                        write_small_file(temporary / name, data)
+                    publish(temporary, folder, meta, merge_parts(p for _, p in parts))
+                except (OSError, CheckpointError) as error:
+                    problem = str(error)
         return str(self._gather(problem)[0])
 
     def _gather(self, value: Any) -> list[Any]:

@@ -9,8 +9,8 @@ What this writer cannot express (soft-caps, stretched rotary angles, a tokenizer
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from chatmill.config import ConfigError
-from chatmill.files import sync
+from chatmill.files import folder_beside, sync
 
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.files import not_finite
@@ -56,9 +56,22 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
         )
     _check_expressible(config)
     checkpoint.check_model()
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(temporary, ARCHITECTURES[config.family])
+    with folder_beside(path) as folder:
+        temporary = folder / path.name
+        try:
+            _write(gguf, checkpoint, temporary, dtype)
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
+        temporary.replace(path)
+    sync(path.parent)
+    return path
+
+
+def _write(gguf: Any, checkpoint: Checkpoint, path: Path, dtype: str) -> None:
+    """Write and sync the file."""
+    config = checkpoint.config
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family])
     try:
         _describe(writer, checkpoint, dtype)
         _tokenizer(writer, checkpoint)
@@ -80,12 +93,11 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
                 values = reorder_rotary_rows(values, heads, to_gguf=True)
             writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
         writer.close()
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
-    return path
+        sync(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # it writes what it still holds, on the same disk
+            writer.close()
+        raise
 
 
 def _check_expressible(config: ModelConfig) -> None:

@@ -26,6 +26,7 @@ from ...data.tokenizer.generation_settings import GENERATION, to_bytes, with_ids
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..checkpoint.files import not_finite
 from ..config import ModelConfig
+from .gguf_header import check_header
 from .hf import refuse_foreign_folder
 from .names import gguf_name, parameter_shapes
 from .splitting import NORMAL, RULES, byte_level
@@ -55,6 +56,7 @@ def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
             "reading GGUF files needs the `gguf` package: pip install 'chatmill[demo]' or pip install gguf"
         ) from None
     refuse_foreign_folder(out_dir)
+    check_header(path)
     try:
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the library checks little; numpy raises whatever a damaged file makes it do

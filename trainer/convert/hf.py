@@ -11,8 +11,6 @@ Run: chatmill import SOURCE OUT; chatmill export CHECKPOINT --to hf OUT.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,12 @@ from typing import Any
 import torch
 
 from chatmill.config import ConfigError, read_json
-from chatmill.files import publish_folder
+from chatmill.files import folder_beside, publish_folder, sync
 from chatmill.run_files import MANIFEST
 
 from ...data.tokenizer.generation_settings import GENERATION, as_setting, end_ids, read_settings, to_bytes, with_ids
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from ..checkpoint.files import write_small_file
 from ..config import ModelConfig
 from .endings import Endings, endings
 from .hf_config import read_hf_config, write_hf_config
@@ -44,6 +43,8 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
+READ = {*TOKENIZER_FILES, GENERATION, INDEX, "config.json", "adapter_config.json"}
+
 
 def import_hf(source_dir: str | Path, out_dir: str | Path, *, shard_bytes: int = 2 << 30) -> Checkpoint:
     """Write the Chatmill checkpoint out_dir from a Hugging Face folder with safetensors weights.
@@ -52,6 +53,7 @@ def import_hf(source_dir: str | Path, out_dir: str | Path, *, shard_bytes: int =
     """
     source = Path(source_dir)
     refuse_foreign_folder(out_dir)
+    refuse_links_out(source)
     raw = read_json(source / "config.json", "a Hugging Face model folder")
     where = tensor_files(source)
     config = read_hf_config(raw, str(source / "config.json"), where)
@@ -101,20 +103,34 @@ def export_hf(
     held, found = checkpoint.tensor(checkpoint.names()[0]).dtype, endings(checkpoint)
     raw = write_hf_config(checkpoint.config, str(DTYPES[dtype] if dtype else held).removeprefix("torch."))
     raw |= {"bos_token_id": found.bos, "eos_token_id": as_setting(found.stops), "pad_token_id": found.pad}
-    temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with folder_beside(out) as temporary:
         index = write_weights(checkpoint, temporary, DTYPES[dtype] if dtype else None, shard_bytes)
         if index is not None:
             _write_json(temporary / INDEX, index)
         _write_json(temporary / "config.json", raw)
         _write_companions(checkpoint, temporary, found)
-        (temporary / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
+        write_small_file(temporary / "README.md", model_card(checkpoint).encode())
+        for path in temporary.iterdir():
+            sync(path)
         publish_folder(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def refuse_links_out(source: Path) -> None:
+    """Refuse a folder whose files are links to elsewhere, or no files: an import must not carry foreign files along.
+
+    In the hub's cache, where a snapshot is made of links, they may lead to the blobs of the same model. Raises ConfigError.
+    """
+    roots = [source.resolve()]
+    if roots[0].parent.name == "snapshots" and (roots[0].parents[1] / "blobs").is_dir():
+        roots.append(roots[0].parents[1] / "blobs")
+    for path in sorted(source.iterdir()):
+        if path.name in READ or path.suffix == ".safetensors":
+            target = path.resolve()
+            if path.is_symlink() and not any(target.is_relative_to(root) for root in roots):
+                raise ConfigError(f"{path}: a link out of the folder, to {target}. Put the file itself there.")
+            if not target.is_file():
+                raise ConfigError(f"{path}: not a file. Fetch it again.")
 
 
 def refuse_foreign_folder(out_dir: str | Path) -> None:
@@ -158,12 +174,12 @@ def _write_companions(checkpoint: Checkpoint, folder: Path, found: Endings) -> N
     files = checkpoint.files()
     for name in TOKENIZER_FILES:
         if name in files:
-            shutil.copyfile(files[name], folder / name)
+            write_small_file(folder / name, files[name].read_bytes())
     if (folder / "tokenizer.json").is_file():
         described = folder / "tokenizer_config.json"
         _write_json(described, as_it_is(read_json(described) if described.is_file() else {}))
-    (folder / GENERATION).write_bytes(to_bytes(found.settings()))
+    write_small_file(folder / GENERATION, to_bytes(found.settings()))
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_small_file(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())

@@ -10,7 +10,6 @@ A file's tensors are memory-mapped and released before the next file; at most on
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -18,13 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chatmill.config import ConfigError, read_json
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import not_finite
+from ..checkpoint.files import not_finite, save_tensors
 from ..model_config import ModelConfig
 from .names import hf_tensors
 
@@ -158,14 +156,10 @@ def write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
     pending: dict[str, Tensor] = {}
     shards: list[list[str]] = []
     total = held = 0
-    umask = os.umask(0)
-    os.umask(umask)
 
     def flush() -> None:
         nonlocal held
-        part = folder / f"part-{len(shards)}"
-        save_file(pending, part, metadata={"format": "pt"})
-        part.chmod(0o666 & ~umask)  # the library creates files that only their owner can read
+        save_tensors(pending, folder / f"part-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(pending))
         pending.clear()
         held = 0

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from chatmill.config import ConfigError
-from chatmill.files import replace_text
+from chatmill.files import disk_problem, replace_texts
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -59,10 +59,11 @@ class Evaluation:
             lines.append(json.dumps(row | ({"reply": self.replies[uid]} if uid in self.replies else {}), ensure_ascii=False))
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(dialogues_file(out), "".join(line + "\n" for line in lines))
-            replace_text(out, json.dumps(self.summary, indent=1, ensure_ascii=False) + "\n")
+            summary = json.dumps(self.summary, indent=1, ensure_ascii=False) + "\n"
+            replace_texts({dialogues_file(out): "".join(line + "\n" for line in lines), out: summary})
         except OSError as error:
-            raise ConfigError(f"{out}: cannot be written ({error}). Name another file with --out FILE.") from None
+            why = disk_problem(error) or f"{out}: cannot be written ({error})."
+            raise ConfigError(f"{why} Or name another file with --out FILE.") from None
 
 
 def dialogues_file(out: Path) -> Path:

@@ -137,10 +137,11 @@ class RunCheckpoints:
         if self.wait():
             self.saved_step = -1  # the newest save failed: try again
         self.save(engine, stream, state, best)
-        if self.wait():
+        if problem := self.wait():
+            kept = max(map(step_of, list_checkpoints(self.folder.path)), default=0)
             raise ConfigError(
-                f"{self.folder.path}: the last checkpoint (step {state.step}) could not be written; "
-                "free some disk space and run again."
+                f"{self.folder.path}: the last checkpoint (step {state.step}) could not be written: {problem}\n"
+                f"Free some disk space and run again: it continues after step {kept}."
             )
 
     def wait(self) -> str:

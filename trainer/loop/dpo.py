@@ -32,7 +32,7 @@ from ...data.packing.mixture import Mixture
 from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import CheckpointError
+from ..checkpoint.manifest import CheckpointError
 from ..checkpoint.vocabulary import with_new_rows
 from ..config import PreferenceSection, Recipe
 from ..distributed.world import World

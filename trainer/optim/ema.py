@@ -12,7 +12,6 @@ Source: Polyak and Juditsky, 1992; Morales-Brotons et al., arXiv:2411.18704.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from chatmill.config import ConfigError
+from chatmill.files import folder_beside
 
 from ...data.tokenizer.folder import FILES
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
@@ -86,10 +86,8 @@ def export_average(source: Checkpoint, out: str | Path) -> Path:
 @contextlib.contextmanager
 def averaged(source: Checkpoint, beside: Path) -> Iterator[Checkpoint]:
     """The averaged weights of a checkpoint as a checkpoint, in a temporary folder next to the given one."""
-    parent = beside.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".averaged-", dir=parent) as folder:
-        yield open_checkpoint(export_average(source, Path(folder) / "checkpoint"))
+    with folder_beside(beside.absolute().with_name(f"{beside.name}.averaged")) as folder:
+        yield open_checkpoint(export_average(source, folder / "checkpoint"))
 
 
 def _locals(tensors: Sequence[Tensor]) -> list[Tensor]:

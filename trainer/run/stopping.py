@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from chatmill.files import replace_text
 from chatmill.run_files import PREEMPTED
 
 from .folder import RunFolder
@@ -26,5 +27,5 @@ class StopSignal:
 
 def mark_preempted(folder: RunFolder, step: int, name: str) -> None:
     """Leave the mark that tells a launcher to start the run again. name: the signal, "" where another rank received it."""
-    (folder.path / PREEMPTED).write_text(f"{name or 'signal on another rank'} at step {step}\n", encoding="utf-8")
+    replace_text(folder.path / PREEMPTED, f"{name or 'signal on another rank'} at step {step}\n")
     folder.event("preempted", step=step, signal=name)

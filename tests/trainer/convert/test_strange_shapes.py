@@ -23,7 +23,8 @@ from tests.trainer.tokenizer_kinds import save_model
 from chatmill.config import ConfigError
 from chatmill.launcher.__main__ import main
 from chatmill.trainer.checkpoint.checkpoint import CheckpointError, CheckpointWriter, open_checkpoint
-from chatmill.trainer.checkpoint.files import file_facts, write_manifest
+from chatmill.trainer.checkpoint.files import file_facts
+from chatmill.trainer.checkpoint.manifest import write_manifest
 from chatmill.trainer.convert.gguf_import import import_gguf
 from chatmill.trainer.convert.hf import export_hf, import_hf
 from chatmill.trainer.convert.hf_config import read_hf_config
@@ -256,8 +257,8 @@ OURS: dict[str, tuple[Change, str]] = {
     "fewer elements": (signed(weights(lambda t: t.update({NORM: t[NORM][:5].clone()}))), f"{NORM} has 5 elements"),
     "NaN": (signed(weights(spoil("layers.1.mlp.up.weight", math.nan))), r"layers\.1\.mlp\.up\.weight holds NaN .*1 of 384"),
     "infinity": (signed(weights(spoil(NORM, math.inf))), f"{NORM} holds NaN or infinite values"),
-    "weights cut": (signed(cut(OURS_FILE, 2000)), rf"{OURS_FILE}: cannot be read"),
-    "weights empty": (signed(write(OURS_FILE, b"")), rf"{OURS_FILE}: cannot be read"),
+    "weights cut": (signed(cut(OURS_FILE, 2000)), rf"{OURS_FILE} has 2000 bytes, its tensors need"),
+    "weights empty": (signed(write(OURS_FILE, b"")), rf"{OURS_FILE} has 0 bytes, its tensors need"),
     "manifest half": (write("manifest.json", b'{"format": 2'), r"manifest\.json: cannot be read"),
     "manifest not UTF-8": (write("manifest.json", b"\xff"), r"manifest\.json: cannot be read"),
     "manifest too deep": (write("manifest.json", DEEP), r"manifest\.json: cannot be read"),
@@ -425,3 +426,23 @@ def test_an_import_says_what_keeps_it_from_chatting(tmp_path: Path, change: Any,
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert (words in said and "note: " in said) if words else "note: " not in said
+
+
+def test_an_import_follows_no_link_out_of_its_folder_but_those_of_the_hubs_cache(whole: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "models--a--b"
+    snapshot, blobs = hub / "snapshots" / "0123", hub / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted((whole / "hf").iterdir())):
+        shutil.copy(file, blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{number:040x}")
+    assert import_hf(snapshot, tmp_path / "imported").config.layers > 0
+    secret = tmp_path / "secret.json"
+    shutil.copy((snapshot / "config.json").resolve(), secret)
+    for name in ("tokenizer.json", "chat_template.jinja", "config.json", "model.safetensors"):
+        shutil.copytree(snapshot, tmp_path / name, symlinks=False)
+        (tmp_path / name / name).unlink(missing_ok=True)
+        (tmp_path / name / name).symlink_to(secret)
+        with pytest.raises(ConfigError, match=f"{name}: a link out of the folder, to .*secret.json"):
+            import_hf(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -60,7 +60,7 @@ def test_a_run_keeps_measures_continues_and_exports_its_average(write_recipe, tm
     assert main(["export", str(run), str(tmp_path / "hf"), "--ema"]) == 0
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     assert torch.equal(exported["model.norm.weight"].float(), found.tensor("ema.norm.weight"))
-    assert not list(tmp_path.glob(".averaged-*"))
+    assert not list(tmp_path.glob(".*averaged*"))
 
 
 def test_a_checkpoint_without_an_average_is_refused(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
