@@ -32,11 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         from chatmill.config import ConfigError
         from chatmill.files import disk_problem
 
-        if not (problem := disk_problem(error)) and not isinstance(error, (ConfigError, *INPUT)):
+        problem = disk_problem(error) or disk_problem(error.__context__)  # a library may lose its lock to the same disk
+        if not problem and not isinstance(error, (ConfigError, *INPUT)):
             raise
         with contextlib.suppress(OSError):  # a log on the same disk
             print(in_this_shell(f"error: {problem or error}"), file=sys.stderr, flush=True)

@@ -55,11 +55,15 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def remove_work(folder: Path) -> None:
-    """Remove the work folders. Each is renamed first: a later build must not continue from one that is half removed."""
-    for stale in folder.parent.glob(f".{folder.name}.work-*"):
-        stale.rename(Path(tempfile.mkdtemp(prefix=f".{folder.name}.gone-", dir=folder.parent)) / stale.name)
+    """Remove the work folders. Each is renamed first: a later build must not continue from one that is half removed.
+
+    What a failing disk does not let go stays for the next build: the data set is finished.
+    """
+    with contextlib.suppress(OSError):
+        for stale in folder.parent.glob(f".{folder.name}.work-*"):
+            stale.rename(Path(tempfile.mkdtemp(prefix=f".{folder.name}.gone-", dir=folder.parent)) / stale.name)
     for gone in folder.parent.glob(f".{folder.name}.gone-*"):
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextlib.contextmanager

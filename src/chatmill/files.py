@@ -54,7 +54,7 @@ def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
 
 
-def disk_problem(error: BaseException) -> str:
+def disk_problem(error: BaseException | None) -> str:
     """What a full, read-only or failing disk did to which file, and what helps; "" for every other error."""
     if not isinstance(error, OSError):
         return ""
@@ -101,7 +101,9 @@ def beside(path: Path) -> Iterator[BinaryIO]:
             yield file
             _flush(file)
             temporary.replace(path)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename == str(temporary):
+                error.filename, error.filename2 = str(path), None
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise

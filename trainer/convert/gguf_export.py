@@ -10,7 +10,10 @@ What this writer cannot express (soft-caps, stretched rotary angles, a tokenizer
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +64,10 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
         try:
             _write(gguf, checkpoint, temporary, dtype)
         except OSError as error:
-            error.filename = error.filename or str(path)
-            raise
+            number = error.errno
+            if number is None:  # numpy says only that not all was written
+                number = errno.ENOSPC if shutil.disk_usage(folder).free < 1 << 20 else errno.EIO
+            raise OSError(number, os.strerror(number), str(path)) from error
         temporary.replace(path)
     sync(path.parent)
     return path

@@ -11,6 +11,7 @@ Writes `evaluation.json` and, with every dialogue's sums and replies, `evaluatio
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -39,6 +40,7 @@ from .text_scores import Bleu, chrf_signature, distinct
 
 LONGEST = 2048  # tokens of a dialogue that are read unless asked otherwise
 FORMAT = 1
+DIALOGUES = "dialogues_sha256"  # in evaluation.json: of the file beside it
 Say = Callable[[str], None]
 
 
@@ -59,8 +61,9 @@ class Evaluation:
             lines.append(json.dumps(row | ({"reply": self.replies[uid]} if uid in self.replies else {}), ensure_ascii=False))
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            summary = json.dumps(self.summary, indent=1, ensure_ascii=False) + "\n"
-            replace_texts({dialogues_file(out): "".join(line + "\n" for line in lines), out: summary})
+            dialogues = "".join(line + "\n" for line in lines)
+            summary = self.summary | {DIALOGUES: hashlib.sha256(dialogues.encode()).hexdigest()}
+            replace_texts({dialogues_file(out): dialogues, out: json.dumps(summary, indent=1, ensure_ascii=False) + "\n"})
         except OSError as error:
             why = disk_problem(error) or f"{out}: cannot be written ({error})."
             raise ConfigError(f"{why} Or name another file with --out FILE.") from None
@@ -75,7 +78,10 @@ def load_evaluation(path: Path) -> Evaluation:
     """Read an evaluation. Raises ConfigError."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in dialogues_file(path).read_text(encoding="utf-8").splitlines()]
+        dialogues = dialogues_file(path).read_bytes()
+        if summary.pop(DIALOGUES, digest := hashlib.sha256(dialogues).hexdigest()) != digest:
+            raise ValueError("the dialogues beside it are of another evaluation")
+        rows = [json.loads(line) for line in dialogues.decode("utf-8").splitlines()]
         if summary["format"] != FORMAT:
             raise ValueError(f"format {summary['format']}, this version reads {FORMAT}")
         records = {part: {row["uid"]: row[part] for row in rows if part in row} for part in PARTS}

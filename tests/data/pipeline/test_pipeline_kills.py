@@ -103,7 +103,7 @@ def test_a_build_that_is_killed_while_it_clears_up_leaves_nothing_to_trip_over(
 ) -> None:
     raw = write_jsonl(tmp_path / "raw.jsonl", chats(100))
 
-    def killed(folder: Path) -> None:
+    def killed(folder: Path, **options: bool) -> None:
         next(folder.rglob("tokenize/*.json")).unlink()
         raise KeyboardInterrupt
 
