@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         from chatmill.config import ConfigError
         from chatmill.files import disk_problem
 
-        problem = disk_problem(error) or disk_problem(error.__context__)  # a library may lose its lock to the same disk
+        problem = "" if isinstance(error, ConfigError) else disk_problem(error)
+        if isinstance(error, RuntimeError):  # of a library that lost its lock to the same disk
+            problem = disk_problem(error.__context__)
         if not problem and not isinstance(error, (ConfigError, *INPUT)):
             raise
         with contextlib.suppress(OSError):  # a log on the same disk

@@ -3,8 +3,8 @@
     with BrokenDisk(folder) as disk: command()                  # disk.operations: how many there were
     with BrokenDisk(folder, errno.ENOSPC, first=3): command()   # the third and all later ones fail
 
-Operations: open for writing, make a folder, rename, fsync, and a file of tensors. Deleting works, as on a full disk. Lock files are
-left out: Optuna waits half a minute for one that it cannot rename.
+Operations: open for writing, make a folder, rename, fsync, and a file of tensors. Deleting works, as on a full disk. Lock files
+are left out: Optuna waits half a minute for one that it cannot rename.
 """
 
 from __future__ import annotations
