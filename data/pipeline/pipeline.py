@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
-from chatmill.files import publish_folder, sha256_file, write_durably
+from chatmill.files import naming, publish_folder, sha256_file, write_durably
 
 from ..conversation import TokenizedDialogue, load_line
 from ..importers.registry import spans
@@ -324,7 +324,8 @@ class _Build:
         proof = certificate(facts[0], facts[1], self.recipe.split.by_author, near.threshold if near else None)
         if not proof["valid"]:  # an invariant of `group`; never publish without it
             raise ConfigError(f"data {self.recipe.name}: the split leaks: {proof['shared']}")
-        self.tokenizer.save(final / "tokenizer")
+        with naming(final / "tokenizer"):
+            self.tokenizer.save(final / "tokenizer")
         public = {key: splits[key] | {"shards": len(splits[key]["shards"])} for key in splits}
         stages = {"name": self.recipe.name, "stages": self.stages, "splits": public, "certificate": proof, "texts": self.texts}
         write_durably(final / "report.json", (json.dumps(stages, ensure_ascii=False, indent=1) + "\n").encode())

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
-from chatmill.files import sync, write_durably
+from chatmill.files import naming, sync, write_durably
 
 from ..conversation import TokenizedDialogue
 from .index import TAR_END, ShardIndex, block_hash, encode_block, tar_member
@@ -39,16 +39,18 @@ class TarFile:
 
     def put(self, data: bytes) -> None:
         """Append whole members."""
-        self._file.write(data)
+        with naming(self.folder / self.name):
+            self._file.write(data)
         self._digest.update(data)
         self.size += len(data)
 
     def finish(self) -> dict[str, Any]:
         """End the tar and give it its name; the beginning of its manifest record."""
         self.put(TAR_END)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self.folder / self.name):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         self._partial.replace(self.folder / self.name)
         sync(self.folder)
         return {"name": self.name, "bytes": self.size, "sha256": self._digest.hexdigest()}

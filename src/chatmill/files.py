@@ -80,7 +80,7 @@ def replace_texts(texts: Mapping[Path, str]) -> None:
     with contextlib.ExitStack() as stack:
         for path, text in texts.items():
             file = stack.enter_context(beside(path))
-            with _naming(path):
+            with naming(path):
                 file.write(text.encode())
                 _flush(file)
 
@@ -95,7 +95,7 @@ def write_durably(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path`, which is synced and gets its name when the block ends, and is removed after an error."""
-    with _naming(path):
+    with naming(path):
         temporary, file = _open_beside(path)
         try:
             yield file
@@ -134,7 +134,7 @@ def _flush(file: BinaryIO) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Name the file in an OSError of a write, which does not say where it happened."""
     try:
         yield
@@ -362,7 +362,7 @@ def sync(path: Path) -> None:
     """fsync a file or folder. Syncing a folder makes the renames in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with _naming(path):
+        with naming(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

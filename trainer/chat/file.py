@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from chatmill.config import ConfigError
-from chatmill.files import replace_text
+from chatmill.files import naming, replace_text
 
 from ..generation.prompt import Prompt, bad_text, check_text, fit_messages
 from ..generation.replies import replies_to_many
@@ -94,18 +94,21 @@ class Progress:
     def __enter__(self) -> Self:
         """Rewrite the file with the valid lines: a line cut short would spoil the next one."""
         kept = [self._key, *(json.dumps([number, found]) for number, found in self.done.items())]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with naming(self.path):
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
     def add(self, number: int, found: dict[str, Any]) -> None:
         """Keep one reply."""
         self.done[number] = found
-        self._file.write(json.dumps([number, found]) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps([number, found]) + "\n")
+            self._file.flush()
 
     def publish(self, rows: list[Mapping[str, Any]]) -> None:
         """Write all replies to the target and remove the progress file."""

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from chatmill.files import sync
+from chatmill.files import naming, sync
 
 from .manifest import DTYPES, FORMAT, CheckpointError
 
@@ -120,11 +120,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 def write_small_file(path: Path, data: bytes) -> None:
     """Write a file of a folder that is not published yet. Raises OSError that names it."""
-    try:
+    with naming(path):
         path.write_bytes(data)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def merge_parts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

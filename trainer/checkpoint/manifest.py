@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 from chatmill.config import ConfigError
-from chatmill.files import is_plain_name, sync
+from chatmill.files import is_plain_name, naming, sync
 from chatmill.run_files import MANIFEST
 
 FORMAT = 2
@@ -53,7 +53,8 @@ class CheckpointError(ConfigError):
 def write_manifest(folder: Path, meta: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Write and sync manifest.json; its checksum covers every byte of it."""
     path = folder / MANIFEST
-    path.write_bytes(manifest_bytes({"format": FORMAT, "meta": meta, **facts}))
+    with naming(path):
+        path.write_bytes(manifest_bytes({"format": FORMAT, "meta": meta, **facts}))
     sync(path)
     sync(folder)
 
