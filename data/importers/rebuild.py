@@ -30,7 +30,7 @@ def rebuild(messages: Iterable[ChatMessage], gap_s: float) -> Iterator[list[Chat
     by_key: dict[str, int] = {}
     by_thread: dict[str, int] = {}
     last_time: dict[int, float | None] = {}
-    current, fresh = -1, 0
+    current, fresh, oldest = -1, 0, 0  # conversations are numbered as they begin, and leave in this order
     for message in messages:
         home = -1
         if message.reply_to is not None:
@@ -44,8 +44,17 @@ def rebuild(messages: Iterable[ChatMessage], gap_s: float) -> Iterator[list[Chat
         if home not in groups:
             home, fresh = fresh, fresh + 1
             groups[home] = []
-            if message.time is not None:
-                yield from _retire(groups, by_key, by_thread, last_time, message.time - max(OPEN_S, gap_s))
+            while message.time is not None and oldest < home:
+                last = last_time[oldest]
+                if last is None or last >= message.time - max(OPEN_S, gap_s):
+                    break
+                for old in groups[oldest]:
+                    by_key.pop(old.key, None)
+                    if old.thread is not None:
+                        by_thread.pop(old.thread, None)
+                yield groups.pop(oldest)
+                del last_time[oldest]
+                oldest += 1
         groups[home].append(message)
         last_time[home] = message.time
         if message.key:
@@ -54,27 +63,7 @@ def rebuild(messages: Iterable[ChatMessage], gap_s: float) -> Iterator[list[Chat
             by_thread[message.thread] = home
         else:
             current = home
-    yield from (groups[home] for home in sorted(groups))
-
-
-def _retire(
-    groups: dict[int, list[ChatMessage]],
-    by_key: dict[str, int],
-    by_thread: dict[str, int],
-    last_time: dict[int, float | None],
-    before: float,
-) -> Iterator[list[ChatMessage]]:
-    """Yield the leading conversations that have been silent since `before`."""
-    for home in sorted(groups):
-        last = last_time.get(home)
-        if last is None or last >= before or not groups[home]:
-            return
-        for message in groups[home]:
-            by_key.pop(message.key, None)
-            if message.thread is not None:
-                by_thread.pop(message.thread, None)
-        yield groups.pop(home)
-        last_time.pop(home)
+    yield from groups.values()
 
 
 def conversations(

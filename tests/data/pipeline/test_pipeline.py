@@ -17,7 +17,7 @@ from tests.data.build_cases import WORDS, chats, recipe, tree, write_jsonl
 from chatmill.config import ConfigError
 from chatmill.data.check.inspection import inspect_dataset
 from chatmill.data.check.verify import verify_dataset
-from chatmill.data.conversation import Turn, from_record, to_record
+from chatmill.data.conversation import TokenizedDialogue, Turn, from_record, to_record
 from chatmill.data.pipeline.pipeline import STAGES, build_dataset
 from chatmill.data.recipe import RECIPES, load_data_recipe
 from chatmill.data.samples import split as split_module
@@ -179,15 +179,16 @@ def test_the_build_itself_refuses_a_split_that_leaks(tmp_path: Path, monkeypatch
 
 def test_verify_sees_a_mask_that_is_off_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "raw.jsonl", chats(100))
-    right = ChatTokenizer.encode_dialogue
+    right = ChatTokenizer.encode_dialogues
 
-    def shifted(self: ChatTokenizer, conversation: Any) -> Any:
-        dialogue = right(self, conversation)
-        mask = np.roll(dialogue.loss_mask, -1)
-        mask[0] = False
-        return type(dialogue)(dialogue.uid, dialogue.ids, mask)
+    def shifted(self: ChatTokenizer, conversations: Any) -> Any:
+        for dialogue in right(self, conversations):
+            assert isinstance(dialogue, TokenizedDialogue)
+            mask = np.roll(dialogue.loss_mask, -1)
+            mask[0] = False
+            yield TokenizedDialogue(dialogue.uid, dialogue.ids, mask)
 
-    monkeypatch.setattr(ChatTokenizer, "encode_dialogue", shifted)
+    monkeypatch.setattr(ChatTokenizer, "encode_dialogues", shifted)
     build_dataset(recipe(tmp_path / "raw.jsonl"), tmp_path / "out")
     monkeypatch.undo()
     assert any("the loss mask is not that of its turns" in line for line in verify_dataset(tmp_path / "out"))
