@@ -137,8 +137,16 @@ def _values(text: str, number: int, file: RawFile, ledger: Ledger) -> Iterator[t
 
 
 def _arrays(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[Place, Any]]:
-    """The elements of an array, and of those behind it, numbered through; then the values of the lines behind them."""
-    number = 0
+    """The elements of an array, and of those behind it, numbered through; then the values of the lines behind them.
+
+    A broken element is counted, and the next one is looked for by what the elements before have in common. Where none is found,
+    the rest is counted as lost.
+    """
+    number, common = 0, set[str]()
+
+    def fits(value: Any) -> bool:
+        return common <= value.keys() if isinstance(value, dict) else _is_dialogue(value)
+
     with file.text(encoding) as stream:
         text = JsonText(stream)
         while text.peek() == "[":
@@ -146,14 +154,22 @@ def _arrays(file: RawFile, encoding: str, ledger: Ledger) -> Iterator[tuple[Plac
             while (following := text.peek()) != "]":
                 number += 1
                 try:
-                    yield number, text.value()
+                    value = text.value()
                 except TooLongError:
                     ledger.drop(TOO_LONG, f"{file.label}:{number}")
                     text.skip_value()
                 except ValueError as error:
                     reason = error if following else "the array does not end"
                     ledger.drop("not JSON", f"{file.label}: after element {number - 1}: {reason}")
-                    return
+                    if not text.resume(fits, bool(common)):
+                        if left := text.rest():
+                            lost = "characters of an array from what is not JSON to its end left out"
+                            ledger.change(lost, f"{file.label}: after element {number - 1}", left)
+                        return
+                else:
+                    if isinstance(value, dict):
+                        common = common & value.keys() if common else set(value)
+                    yield number, value
             text.position += 1
         yield from _lines(bounded_lines(text, number + 1), file, ledger)
 

@@ -5,8 +5,11 @@ text = JsonText(stream); text.peek() == "{"; text.value()
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from collections.abc import Callable
+from itertools import islice
 from typing import IO, Any
 
 from .limits import RECORD_CHARS, TOO_LONG
@@ -15,6 +18,8 @@ _PIECE_CHARS = 1 << 20
 _BLANK = re.compile(r"[\s,]*")
 _STRUCTURE = re.compile(r'["\[\]{}]')
 _IN_STRING = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.S)
+_BETWEEN = re.compile(r",\s*(?=[{\[])")
+_MOST_TRIED = 1000  # places where the next element might begin
 _LONGEST_WORD = 20  # a number or word that the end of a piece may cut; errors before that are no cuts
 
 
@@ -28,12 +33,16 @@ class JsonText:
     def __init__(self, text: IO[str]) -> None:
         self.text, self.data, self.position = text, "", 0
         self.decoder = json.JSONDecoder()
+        self.indent: str | None = None  # blanks between the line's beginning and the value that peek found
 
     def peek(self) -> str:
         """Next character that is neither blank nor comma; empty at the end."""
         while True:
             match = _BLANK.match(self.data, self.position)
-            self.position = match.end() if match else self.position
+            if match is not None and match[0]:
+                self.position = match.end()
+                _, feed, blanks = match[0].rpartition("\n")
+                self.indent = blanks if feed and "," not in blanks else None
             if self.position < len(self.data) or not self._more(_PIECE_CHARS):
                 return self.data[self.position : self.position + 1]
 
@@ -91,6 +100,64 @@ class JsonText:
             if not self._more(_PIECE_CHARS):  # a backslash at the end of a piece stays for the next
                 self.position = len(self.data)
                 return
+
+    def resume(self, fits: Callable[[Any], bool], known: bool) -> bool:
+        """Go from an element of an array that is broken to the next one. False, and the place stays, where none is found.
+
+        The next one is the first of: the next line that begins as the line of the broken element does; what stands behind its
+        closing bracket; and, if known, the first value behind a comma that `fits`. A value that can be read and does not fit is
+        none of them.
+        """
+        while len(self.data) - self.position < RECORD_CHARS and self._more(_PIECE_CHARS):
+            pass
+        start, opening = self.position, self.data[self.position : self.position + 1]
+        if opening not in ("{", "["):
+            return False
+
+        def read(at: int) -> Any:
+            try:
+                return self.decoder.raw_decode(self.data, at)[0]
+            except (ValueError, RecursionError):
+                return None
+
+        places = list[int]()
+        if self.indent is not None:
+            again = re.compile("\n" + re.escape(self.indent + opening))
+            for match in again.finditer(self.data, start):
+                value = read(match.end() - 1)
+                if value is None or fits(value):
+                    places.append(match.end() - 1)
+                    break
+        inside = JsonText(io.StringIO())
+        inside.data, inside.position = self.data, start
+        inside.skip_value()
+        if (following := _BLANK.match(self.data, inside.position)) and "," in following[0]:
+            value = read(following.end())
+            if self.data.startswith(opening, following.end()) if value is None else fits(value):
+                places.append(following.end())
+            if not known and isinstance(value, dict):  # an odd quote turns texts inside out: it may lie far behind the next one
+                keys, known = value.keys(), True
+                fits = lambda found: isinstance(found, dict) and keys <= found.keys()  # noqa: E731
+        elif self.data[inside.position : inside.position + 8].lstrip()[:1] == "]":
+            places.append(inside.position)
+        for match in islice(_BETWEEN.finditer(self.data, start), _MOST_TRIED if known else 0):
+            if places and match.end() >= min(places):
+                break
+            value = read(match.end())
+            if value is not None and fits(value):
+                places.append(match.end())
+                break
+        if places:
+            self.position = min(places)
+        return bool(places)
+
+    def rest(self) -> int:
+        """Number of characters from here to the end, which are read over."""
+        count = len(self.data) - self.position
+        self.data, self.position = "", 0
+        while piece := self.text.read(_PIECE_CHARS):
+            count += len(piece)
+        return count
 
     def readline(self, size: int = -1, /) -> str:
         """The next line, or its first `size` characters, as files have it."""
