@@ -9,13 +9,14 @@ The done files are the one record of what is finished: a build may change its ex
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_sentinel
@@ -29,6 +30,7 @@ from ..recipe import ExecutorSection
 
 Task = Callable[[str], dict[str, Any]]
 Tick = Callable[[int, int], None]
+THREADS = "TOKENIZERS_PARALLELISM"  # read by the package tokenizers
 
 
 def run_tasks(
@@ -71,7 +73,12 @@ def _run_here(folder: Path, left: Sequence[str], task: Task, workers: int, total
             if tick:
                 tick(finished, total)
         return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with _one_thread_each():
+        _run_in_pool(folder, left, task, workers, total, tick)
+
+
+def _run_in_pool(folder: Path, left: Sequence[str], task: Task, workers: int, total: int, tick: Tick | None) -> None:
+    finished = total - len(left)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(min(workers, len(left)), mp_context=context, initializer=_die_with_parent) as pool:
         pending: set[Future[None]] = {pool.submit(_run, folder, task, name) for name in left}
@@ -91,6 +98,18 @@ def _run_here(folder: Path, left: Sequence[str], task: Task, workers: int, total
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Tokenizers of the processes that begin here use one thread. Afterwards they use all cores again, as in training one."""
+    asked = THREADS in os.environ
+    os.environ.setdefault(THREADS, "false")
+    try:
+        yield
+    finally:
+        if not asked:
+            del os.environ[THREADS]
 
 
 def _die_with_parent() -> None:

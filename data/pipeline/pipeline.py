@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
@@ -271,8 +272,9 @@ class _Build:
             if self.tokenizer is None:
                 assert self.recipe.tokenizer.train is not None
                 self.progress("train tokenizer", 0, 1)
-                vocab_size, texts = self.recipe.tokenizer.train.vocab_size, self._training_texts(chunks)
-                self.tokenizer = train_bpe(texts, vocab_size, trained_tokens(self.recipe), trained_template(self.recipe))
+                train = self.recipe.tokenizer.train
+                texts = self._training_texts(chunks, int(train.sample_mb * 1e6))
+                self.tokenizer = train_bpe(texts, train.vocab_size, trained_tokens(self.recipe), trained_template(self.recipe))
                 self.progress("train tokenizer", 1, 1)
                 now = time.perf_counter()
                 self.seconds["train tokenizer"], self.started = round(now - self.started, 3), now
@@ -286,13 +288,15 @@ class _Build:
         self._note("tokenize", ledger)
         self._refuse_nothing(ledger, "`tokenize` left nothing")
 
-    def _training_texts(self, chunks: list[str]) -> Iterator[str]:
-        """Contents of the training samples alone: a vocabulary must not know the validation texts either."""
+    def _training_texts(self, chunks: list[str], most: int) -> Iterator[str]:
+        """Contents of the training samples alone: a vocabulary must not know the validation texts either. Of more than `most`
+        bytes, a sample drawn by uid."""
+        size = sum(self.work.path("prepare", f"{chunk}.jsonl").stat().st_size for chunk in chunks)
         for chunk in chunks:
             side = load_arrays(self.work.path("assign", f"{chunk}.npz"))["side"]
             with self.work.path("prepare", f"{chunk}.jsonl").open("rb") as file:
                 for number, line in enumerate(file):
-                    if side[number] == 0:
+                    if side[number] == 0 and xxhash.xxh3_64_intdigest(line[:40]) * size < most << 64:
                         yield from (turn.content for turn in load_line(line).turns)
 
     def _shard(self, chunks: list[str], facts: tuple[Facts, Facts]) -> dict[str, Any]:

@@ -7,18 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from tests.data.build_cases import chats, recipe, tree, write_jsonl
 
 from chatmill.config import ConfigError
-from chatmill.data.pipeline import stages
+from chatmill.data.pipeline import pipeline, stages
 from chatmill.data.pipeline.executor import run_tasks
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.recipe import RECIPES, ExecutorSection
+from chatmill.data.tokenizer.tokenizer import ChatTokenizer, train_bpe
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(RECIPES.parents[1] / "src")}
 
@@ -107,3 +109,36 @@ def test_a_missing_datatrove_is_named_with_its_extra(tmp_path: Path, monkeypatch
 def test_names_for_the_scheduler_are_words(partition: str) -> None:
     with pytest.raises(ValueError, match="partition"):
         ExecutorSection(kind="slurm", partition=partition)
+
+
+def test_processes_of_a_stage_have_one_thread_each_and_what_follows_has_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    assert run_tasks(tmp_path / "a", ["1", "2"], threads, workers=2) == [{"asked": "false"}] * 2
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    assert run_tasks(tmp_path / "b", ["1", "2"], threads, workers=2) == [{"asked": "true"}] * 2
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def threads(name: str) -> dict[str, str | None]:
+    """What a worker's tokenizers are told about threads."""
+    return {"asked": os.environ.get("TOKENIZERS_PARALLELISM")}
+
+
+def test_a_tokenizer_is_trained_on_a_sample_of_the_size_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, seen = write_jsonl(tmp_path / "raw.jsonl", chats(300)), list[list[str]]()
+
+    def train(texts: Iterator[str], *rest: Any) -> ChatTokenizer:
+        seen.append(list(texts))
+        return train_bpe(iter(seen[-1]), *rest)
+
+    monkeypatch.setattr(pipeline, "train_bpe", train)
+    for megabytes in (32, 0.03, 0.03):
+        made = recipe(raw, tokenizer={"train": {"vocab_size": 300, "sample_mb": megabytes}})
+        build_dataset(made, tmp_path / f"out{len(seen)}", until="tokenize")
+    whole, sample, again = seen
+    size = sum(path.stat().st_size for path in next(tmp_path.glob(".out1.work-*")).glob("prepare/*.jsonl"))
+    assert size > 90_000 and sample == again and set(sample) < set(whole)
+    assert len(sample) / len(whole) == pytest.approx(30_000 / size, rel=0.25)
