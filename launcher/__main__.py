@@ -11,10 +11,11 @@ import contextlib
 import sys
 
 from chatmill import __version__
+from chatmill.recipe_names import UnknownRecipeError
 from chatmill.shell import in_this_shell
 
 from .commands import checkpoint, data, guide, jobs, model
-from .commands.arguments import Parser
+from .commands.arguments import Parser, check_recipe
 from .commands.examples import with_examples
 
 INPUT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -23,6 +24,11 @@ INPUT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryErr
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn errors that a user can correct into one message and exit code 2."""
     options = build_parser().parse_args(arguments)
+    try:
+        check_recipe(options)
+    except UnknownRecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         code = int(options.run(options))
         sys.stdout.flush()  # while a full disk can still be reported
@@ -52,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="chatmill", description=summary, **with_examples(""))
     parser.add_argument("--version", action="version", version=f"chatmill {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(parser=parser)
     for part in (guide, data, model, checkpoint, jobs):
         part.add_commands(commands)
     return parser

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +22,7 @@ from rich.markup import escape
 from chatmill.config import ConfigError, parse_overrides, validate
 from chatmill.formatting import counted
 
-from ..conversation import Conversation
+from ..conversation import Conversation, to_record
 from ..importers.registry import is_recognised, read_file, recognise, source_files
 from ..importers.speakers import assistants, in_words
 from ..ledger import Ledger, ranked, shorten
@@ -71,6 +72,18 @@ class Survey:
     dialogues: int
     chosen: list[Conversation]
     seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Files, speakers and the chosen dialogues as JSON values."""
+        files = [
+            {"file": f.label, "format": f.format, "dialogues": f.dialogues, "first": f.first, "last": f.last}
+            | {"turns": [{"name": name or None, "role": role, "turns": n} for (name, role), n in f.turns.most_common()]}
+            | {"dropped": ranked(f.ledger.dropped), "changed": ranked(f.ledger.changed)}
+            | {"assistant_open": len(assistants(f.ledger.speakers)) > 1}
+            for f in self.files
+        ]
+        chosen = [to_record(conversation) for conversation in self.chosen]
+        return {"files": files, "left_out": self.left_out, "dialogues": self.dialogues, "seed": self.seed, "samples": chosen}
 
     def show_files(self, console: Console) -> None:
         """Print what each file is read as, and who speaks."""

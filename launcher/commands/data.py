@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from chatmill.formatting import counted
@@ -20,7 +21,7 @@ def add_commands(commands: Any) -> None:
     parts = [add_command(data, stage, _build, f"as build, but only as far as the stage `{stage}`", "data") for stage in STAGES]
     for stage, command in (("shard", build), *zip(STAGES, parts, strict=True)):
         command.set_defaults(until=stage)
-        add_recipe(command)
+        add_recipe(command, "split.validation=0.1", part="data")
         written = "; FILE.jsonl: write what the stage made, to look at, edit and read again" if stage in WRITTEN else ""
         command.add_argument("--out", help=f"data-set folder (default: the recipe's){written}")
     summary = "a data set: counts, loss share, coloured masks; raw chats before a build: formats, speakers, a random sample"
@@ -30,6 +31,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("overrides", nargs="*", metavar="field=value", help=words)
     command.add_argument("--samples", type=int, default=2, metavar="N", help="dialogues to show (default 2)")
     command.add_argument("--seed", type=int, help="of the random sample of raw chats (default: another one each time)")
+    command.add_argument("--json", action="store_true", help="the figures as JSON, and nothing else")
     command.add_argument("--html", metavar="FILE", help="of a data set: also write the page with coloured tokens")
     summary = "recompute hashes, masks and the split certificate; exit 1 if anything is wrong"
     command = add_command(data, "verify", _verify, summary, "data")
@@ -83,7 +85,7 @@ def _build(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from chatmill.config import ConfigError
 
-    from ...data.check.raw_sample import inspect_raw, raw_sources
+    from ...data.check.raw_sample import inspect_raw, raw_sources, survey
 
     sources = raw_sources(options.path, options.overrides)
     if sources is not None:
@@ -91,13 +93,22 @@ def _inspect(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{options.path} holds raw chats: --html needs a data set. Build one first (chatmill data build)."
             )
-        inspect_raw(sources, options.samples, options.seed)
+        if options.json:
+            print(json.dumps(survey(sources, options.samples, options.seed).to_dict(), indent=1, ensure_ascii=False))
+        else:
+            inspect_raw(sources, options.samples, options.seed)
         return 0
     if options.overrides:
         raise ConfigError(f"{options.path} is a data set: {options.overrides[0]!r} is for raw chats.")
     from ...data.check.inspection import inspect_dataset
 
-    inspect_dataset(options.path, options.samples, html=options.html)
+    if options.json:
+        from rich.console import Console
+
+        facts = inspect_dataset(options.path, 0, Console(quiet=True), options.html)
+        print(json.dumps({"path": options.path, "splits": facts}, indent=1))
+    else:
+        inspect_dataset(options.path, options.samples, html=options.html)
     return 0
 
 

@@ -17,6 +17,17 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "chatmill new exports/chat.txt   # shows who speaks and asks whom the model is to become",
         "chatmill new exports/ --assistant Ann --name ann --system 'You are Ann.'",
     ),
+    "help": ("chatmill help data build",),
+    "schema": (
+        "chatmill schema data > data-schema.json",
+        "",
+        "a recipe that begins with this line is completed and checked by editors (VS Code: the extension YAML):",
+        "  # yaml-language-server: $schema=data-schema.json",
+    ),
+    "completion": (
+        'eval "$(chatmill completion bash)"   # in ~/.bashrc',
+        'eval "$(chatmill completion zsh)"    # in ~/.zshrc, after compinit',
+    ),
     "data build": (
         "chatmill data build chitchat-scratch",
         "chatmill data build my.yaml split.validation=0.1 workers=8",

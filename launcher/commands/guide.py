@@ -1,4 +1,4 @@
-"""`chatmill new`: the way in for somebody with chats of their own."""
+"""new, help, recipes, schema and completion on the `chatmill` command line: what shows the way."""
 
 from __future__ import annotations
 
@@ -25,6 +25,51 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--samples", type=int, default=2, metavar="N", help="dialogues to show (default 2)")
     command.add_argument("--seed", type=int, help="of the random sample (default: another one each time)")
     command.add_argument("--force", action="store_true", help="write recipes that exist again")
+
+    command = add_command(commands, "help", _help, "the help of a command")
+    command.add_argument("words", metavar="COMMAND", nargs="*", help="for example: data build")
+    command = add_command(commands, "recipes", _recipes, "the shipped recipes: model, memory, and time on a card of each class")
+    command.add_argument("--json", action="store_true", help="the same as JSON")
+    command = add_command(commands, "schema", _schema, "JSON schema of recipes, by which editors complete and check them")
+    command.add_argument("kind", nargs="?", choices=("train", "data", "sweep"), default="train", help="default: train")
+    command = add_command(commands, "completion", _completion, "script that completes commands in your shell")
+    command.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+
+
+def _help(options: argparse.Namespace) -> int:
+    parser, given = options.parser, list[str]()
+    for word in options.words:
+        below = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
+        if below is None:
+            parser.error(f"{word!r}: `{' '.join(given)}` has no subcommands")
+            break  # not reached
+        try:
+            parser._check_value(below, word)
+        except argparse.ArgumentError as error:
+            parser.error(str(error))
+        parser, given = below.choices[word], [*given, word]
+    parser.print_help()
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from ..jobs.recipe_table import recipes_command
+
+    return recipes_command(options.json)
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from .schema import schema_of
+
+    print(schema_of(options.kind), end="")
+    return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from .completion import completion_script
+
+    print(completion_script(options.parser, options.shell))
+    return 0
 
 
 def _new(options: argparse.Namespace) -> int:

@@ -7,8 +7,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from ...trainer.evaluation.options import STDOUT, options_from
 from ...trainer.evaluation.options import add_arguments as add_evaluation_arguments
-from ...trainer.evaluation.options import options_from
 from .arguments import add_checkpoint, add_command, add_recipe
 
 SAMPLING = (
@@ -102,6 +102,12 @@ def _bias(word: str) -> tuple[int, float]:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from ...trainer.config import load_recipe
+    from ...trainer.run.finished import finished_note
+
+    if note := finished_note(load_recipe(options.recipe, options.overrides)):  # before torch is imported
+        print(note)
+        return 0
     from ...trainer.train import main as train_main
 
     return train_main([options.recipe, *options.overrides])
@@ -116,7 +122,9 @@ def _eval(options: argparse.Namespace) -> int:
         from ...trainer.checkpoint.checkpoint import best_of
 
         checkpoint = str(best_of(Path(checkpoint)))
-    return run_evaluation(checkpoint, options.against, options.out, options_from(options), show)
+    as_json = options.json == STDOUT
+    out = options.out or (None if as_json else options.json)
+    return run_evaluation(checkpoint, options.against, out, options_from(options), None if as_json else show)
 
 
 def _chat(options: argparse.Namespace) -> int:

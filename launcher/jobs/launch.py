@@ -63,7 +63,7 @@ def launch(options: argparse.Namespace) -> int:
         from .plan import plan_lines
 
         print(f"\n{plan_lines(prepared.resolved.recipe, prepared.spec.world_size, prepared.spec.gpu_type)}\n")
-        print(preview(prepared))
+        print(preview(prepared, full=options.full))
         return 0
     check_inputs(prepared)
     return start(prepared, detach=options.detach)
@@ -128,9 +128,14 @@ def describe(prepared: Launch) -> str:
     return "\n".join(lines)
 
 
-def preview(prepared: Launch) -> str:
-    """Exactly what would run: the resolved recipe, then the command or the script with its sbatch line."""
+def preview(prepared: Launch, full: bool = True) -> str:
+    """Exactly what would run: the resolved recipe, then the command or the script with its sbatch line.
+
+    full=False: only the commands, and of a script what it asks the scheduler for.
+    """
     place = Path(prepared.spec.run_dir or "") / "launches" / "NNN"
+    if not full:
+        return _short_preview(prepared, place)
     parts = [f"\n# resolved recipe\n{dump_yaml(prepared.resolved.recipe)}"]
     if prepared.spec.environment:
         shown = sorted(prepared.spec.environment.items())
@@ -145,6 +150,18 @@ def preview(prepared: Launch) -> str:
         ranks = range(spec.nodes) if prepared.on == "torchrun" and spec.nodes > 1 else (0,)
         parts += [f"# node {rank}\n{shlex.join(local_command(prepared, spec, place, rank))}" for rank in ranks]
     return "\n".join(parts) + "\nnothing was started (--dry-run)"
+
+
+def _short_preview(prepared: Launch, place: Path) -> str:
+    spec = _placed(prepared.spec, place)
+    if prepared.on == "slurm":
+        script = str(place / "job.sh")
+        lines = [line for line in render_sbatch(spec).splitlines() if line.startswith("#SBATCH ")]
+        lines.append(shlex.join(sbatch_command(spec, script)))
+    else:
+        ranks = range(spec.nodes) if prepared.on == "torchrun" and spec.nodes > 1 else (0,)
+        lines = [shlex.join(local_command(prepared, spec, place, rank)) for rank in ranks]
+    return "\n".join([*lines, "nothing was started (--dry-run); --full also prints the resolved recipe and the whole script"])
 
 
 def check_inputs(prepared: Launch) -> None:

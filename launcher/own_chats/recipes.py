@@ -13,6 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...data.recipe import RECIPES as DATA_SCHEMAS
+from ...trainer.config import RECIPES as TRAIN_SCHEMAS
+
+SCHEMA = "# yaml-language-server: $schema={}"  # by which editors complete and check a recipe
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,6 +76,7 @@ class Plan:
 def data_recipe(plan: Plan) -> str:
     """The data recipe as YAML."""
     lines = [
+        SCHEMA.format(DATA_SCHEMAS / "schema.json"),
         f"# How {plan.source} becomes a data set. docs/data.md lists every field.",
         f"#   chatmill data build {plan.name}-data.yaml",
         f"name: {plan.name}",
@@ -126,6 +132,7 @@ def train_recipe(plan: Plan) -> str:
     passes = plan.steps * plan.micro_batch * plan.sequence_length / max(plan.tokens, 1)
     every = max(1, math.ceil(plan.steps / 5))
     lines = [
+        SCHEMA.format(TRAIN_SCHEMAS / "schema.json"),
         f"# Trains on corpora/{plan.name}. Any field can be overridden: chatmill train {plan.name}-train.yaml train.steps=500",
         f"#   chatmill train {plan.name}-train.yaml      # Ctrl-C saves; the same command continues",
         "run:",

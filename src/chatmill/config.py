@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from chatmill.formatting import counted
+from chatmill.recipe_names import UnknownRecipeError, recipe_file
 
 
 class ConfigError(ValueError):
@@ -35,14 +36,10 @@ S = TypeVar("S", bound=Section)
 
 def find_recipe(name: str, folder: Path) -> Path:
     """Path of a recipe given as a file or as the name of a shipped one."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = folder / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
-    names = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise ConfigError(f"recipe not found: {name!r} is neither a file nor a shipped recipe.\nShipped: {', '.join(names)}.")
+    try:
+        return recipe_file(name, folder)
+    except UnknownRecipeError as error:
+        raise ConfigError(str(error)) from None
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:

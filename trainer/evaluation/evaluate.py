@@ -35,7 +35,7 @@ from .bleu_tokenizer import mismatch, tokenizer_for
 from .figures import PARTS, compare, summarise
 from .held_out import HeldOut, read_held_out
 from .measuring import Measurer
-from .options import EvaluationOptions, add_arguments, options_from
+from .options import STDOUT, EvaluationOptions, add_arguments, options_from
 from .text_scores import Bleu, chrf_signature, distinct
 
 LONGEST = 2048  # tokens of a dialogue that are read unless asked otherwise
@@ -221,9 +221,9 @@ def default_out(path: Path) -> Path:
 
 
 def run_evaluation(
-    path: str, against: str | None, out: str | None, options: EvaluationOptions, show: Callable[[dict[str, Any]], None]
+    path: str, against: str | None, out: str | None, options: EvaluationOptions, show: Callable[[dict[str, Any]], None] | None
 ) -> int:
-    """Measure (or read), compare, write and show. Returns the exit code."""
+    """Measure (or read), compare, write and show, or print the JSON where show is None. Returns the exit code."""
     world = join_world()
     try:
         say = teller(world)
@@ -245,8 +245,11 @@ def run_evaluation(
         if world.is_main:
             if not read or first is not None:
                 mine.write(target)
-            show(mine.summary)
-            print(f"{target}")
+            if show is None:
+                print(json.dumps(mine.summary, indent=1, ensure_ascii=False))
+            else:
+                show(mine.summary)
+                print(f"{target}")
     finally:
         end_world()
     return 0
@@ -283,7 +286,9 @@ def main(arguments: list[str] | None = None) -> int:
     add_arguments(parser)
     found = parser.parse_args(arguments)
     try:
-        return run_evaluation(found.checkpoint, found.against, found.out, options_from(found), show)
+        as_json = found.json == STDOUT
+        out = found.out or (None if as_json else found.json)
+        return run_evaluation(found.checkpoint, found.against, out, options_from(found), None if as_json else show)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

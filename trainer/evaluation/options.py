@@ -46,6 +46,9 @@ class EvaluationOptions:
             raise ConfigError(f"--seed {self.seed}: expected 0 or more.")
 
 
+STDOUT = "-"
+
+
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `chatmill eval`, the checkpoint left to the caller."""
     add = command.add_argument
@@ -82,7 +85,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default="auto",
         help="sacrebleu's tokenizer: 13a, intl, zh, ja-mecab, ko-mecab, char ... (default auto: by the script of the replies)",
     )
-    add("--out", "--json", dest="out", metavar="FILE", help="JSON to write (default: evaluation.json beside the checkpoint)")
+    add("--out", metavar="FILE", help="JSON to write (default: evaluation.json beside the checkpoint)")
+    as_json = "print the JSON instead of the table; with FILE: the same as --out"
+    add("--json", nargs="?", const=STDOUT, metavar="FILE", help=as_json)
 
 
 def options_from(found: argparse.Namespace) -> EvaluationOptions:

@@ -31,6 +31,7 @@ from ..engine.engine import Engine
 from ..evaluation.loss import validation_sets
 from ..model.decoder import Decoder
 from ..optim.schedule import learning_rate
+from ..run.finished import in_words
 from ..run.folder import RunFolder
 from ..run.guard import BadStep, Guard
 from ..run.meter import StepMeter
@@ -134,8 +135,7 @@ def _is_over(run: RunContext, state: TrainState) -> bool:
     ended = state.step >= steps or is_stale(state, run.recipe)
     if not run.world.any(run.world.is_main and ended and run.folder.has_finished(state.step)):
         return False
-    early = "It stopped early; raise evaluation.patience to go on." if state.step < steps else ""
-    run.display.say(f"{run.folder.path} is finished: {state.step} of {steps} steps. {early}".rstrip())
+    run.display.say(in_words(run.folder.path, state.step, steps))
     return True
 
 

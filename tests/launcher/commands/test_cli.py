@@ -105,12 +105,22 @@ def test_build_train_eval_report_export_import_in_one_go(
     assert main(["data", "build", "d.yaml"]) == 0
     assert "already built" in capsys.readouterr().out
     assert main(["data", "inspect", "data"]) == 0
+    capsys.readouterr()
+    assert main(["data", "inspect", "data", "--json"]) == 0
+    inspected = json.loads(capsys.readouterr().out)["splits"]
+    assert sum(split["dialogues"] for split in inspected.values()) == 200
+    assert main(["data", "inspect", "chats.jsonl", "--json", "--samples", "1"]) == 0
+    raw = json.loads(capsys.readouterr().out)
+    assert raw["dialogues"] == 200 and raw["files"][0]["format"] == "openai" and len(raw["samples"]) == 1
     assert main(["data", "verify", "data"]) == 0
     assert main(["train", "tiny", *small, *(f"model.{word}" for word in shape)]) == 0
     assert main(["data", "at", "runs/r", "1"]) == 0
     assert "chats.jsonl" in capsys.readouterr().out
     assert main(["eval", "runs/r", "--json", "figures.json"]) == 0
     figures = json.loads(Path("figures.json").read_text())
+    capsys.readouterr()
+    assert main(["eval", "figures.json", "--json"]) == 0  # reads it: nothing is measured again
+    assert json.loads(capsys.readouterr().out)["loss"] == figures["loss"]
     logged = [json.loads(line) for line in Path("runs/r/metrics.jsonl").read_text().splitlines()]
     assert figures["loss"] == pytest.approx([line["eval"]["loss"] for line in logged if "eval" in line][-1], rel=1e-5)
     assert main(["report", "runs/r"]) == 0

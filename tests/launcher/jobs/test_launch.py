@@ -35,7 +35,20 @@ def recipe(folder: Path, name: str = "r", steps: int = 20, every: int = 5) -> Pa
 def test_a_dry_run_prints_everything_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    words = ["launch", str(path), "--on", "slurm", "--nodes", "2", "--gpus-per-node", "4", "--partition", "p1", "--dry-run"]
+    words = [
+        "launch",
+        str(path),
+        "--on",
+        "slurm",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "4",
+        "--partition",
+        "p1",
+        "--dry-run",
+        "--full",
+    ]
     assert main([*words, "optimizer.lr=0.25"]) == 0
     text = capsys.readouterr().out
     for part in (
@@ -51,7 +64,17 @@ def test_a_dry_run_prints_everything_and_writes_nothing(tmp_path: Path, capsys: 
 
 
 def test_overrides_may_stand_before_and_after_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["launch", str(recipe(tmp_path)), "train.steps=7", "--on", "local", "optimizer.lr=0.5", "--dry-run", "train.seed=3"]
+    words = [
+        "launch",
+        str(recipe(tmp_path)),
+        "train.steps=7",
+        "--on",
+        "local",
+        "optimizer.lr=0.5",
+        "--dry-run",
+        "--full",
+        "train.seed=3",
+    ]
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "steps: 7\n" in text and "lr: 0.5\n" in text and "seed: 3\n" in text
@@ -59,7 +82,7 @@ def test_overrides_may_stand_before_and_after_options(tmp_path: Path, capsys: py
 
 def test_each_node_of_a_torchrun_launch_is_told_its_own_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["launch", str(recipe(tmp_path)), "--on", "torchrun", "--nodes", "2", "--gpus-per-node", "4"]
-    assert main([*words, "--master-addr", "h0", "--dry-run"]) == 0
+    assert main([*words, "--master-addr", "h0", "--dry-run", "--full"]) == 0
     text = capsys.readouterr().out
     assert "# node 0\n" in text and "--node-rank=1" in text and text.count("--master-addr=h0") == 2
     assert main(words) == 2
@@ -69,7 +92,7 @@ def test_each_node_of_a_torchrun_launch_is_told_its_own_command(tmp_path: Path, 
 def test_a_job_file_gives_the_cluster_and_options_come_on_top(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = tmp_path / "cluster.yaml"
     job.write_text("partition: train\naccount: lab\nnodes: 4\ngpus_per_node: 8\nmodules: [cuda/12.8]\n")
-    words = ["launch", str(recipe(tmp_path)), "--on", "slurm", "--job", str(job), "--dry-run"]
+    words = ["launch", str(recipe(tmp_path)), "--on", "slurm", "--job", str(job), "--dry-run", "--full"]
     assert main([*words, "--nodes", "2"]) == 0
     text = capsys.readouterr().out
     assert "#SBATCH --account=lab\n" in text and "#SBATCH --nodes=2\n" in text and "module load cuda/12.8\n" in text

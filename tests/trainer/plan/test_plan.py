@@ -318,7 +318,7 @@ def test_a_dry_run_prints_parameters_recipe_and_plan(
     write_recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = str(write_recipe("dry"))
-    command = ["launch", file, "--on", "torchrun", "--processes-per-node", "2", "--dry-run"]
+    command = ["launch", file, "--on", "torchrun", "--processes-per-node", "2", "--dry-run", "--full"]
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "parameters  " in out and "sequence_length: 128" in out and "torch.distributed.run" in out

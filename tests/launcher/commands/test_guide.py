@@ -1,0 +1,154 @@
+"""What shows the way: help, hints at typos, completion, schemas, the table of recipes; and answers that come at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from chatmill.config import dump_yaml
+from chatmill.launcher.__main__ import build_parser, main
+from chatmill.launcher.commands.arguments import RECIPES
+from chatmill.launcher.commands.schema import schema_of
+from chatmill.trainer.config import Recipe, load_recipe
+from chatmill.trainer.run.finished import finished_note
+
+SHIPPED = [file for folder in RECIPES.values() for file in sorted(folder.glob("*.yaml"))]
+LINE = "# yaml-language-server: $schema=schema.json"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian", "tiny"], "'trian' is not known; did you mean 'train'?"),
+        (["data", "buld", "x"], "'buld' is not known; did you mean 'build'?"),
+        (["launch", "tiny", "--on", "slrum"], "'slrum' is not known; did you mean 'slurm'?"),
+        (["logs", "r", "--folow"], "--folow: no such option; did you mean --follow?"),
+        (["status", "--zzz"], "--zzz: no such option"),
+        (["help", "data", "buld"], "did you mean 'build'?"),
+    ],
+)
+def test_a_typo_is_named_with_what_was_meant(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0 and "from raw conversations" in capsys.readouterr().out.lower()
+    assert main(["help", "data", "verify"]) == 0
+    assert "--quarantine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["train", "tinny"], ["launch", "tinny"], ["plan", "tinny"], ["data", "build", "chitchatt"]])
+def test_a_typo_in_a_recipes_name_is_named_before_anything_slow_is_imported(words: list[str], tmp_path: Path) -> None:
+    program = f"import sys; from chatmill.launcher.__main__ import main\ncode = main({words!r}); print(code, *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    code, *loaded = done.stdout.split()
+    assert code == "2" and not {"torch", "numpy", "pydantic", "yaml", "rich"} & set(loaded)
+    assert f"Did you mean {words[-1][:2]}"[:-2] in done.stderr and ("'tiny'" in done.stderr or "'chitchat'" in done.stderr)
+
+
+def finished_run(folder: Path, steps: int = 3, **event: Any) -> list[str]:
+    """The words of a training whose run folder says that it ended."""
+    words = [f"run.dir={folder}", "run.name=r", f"train.steps={steps}"]
+    run = folder / "r"
+    checkpoint = run / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(b"1234")
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": {"weights": {"bytes": 4}}}))
+    (run / "config.yaml").write_text(dump_yaml(load_recipe("tiny", words)))
+    (run / "events.jsonl").write_text(json.dumps({"event": "finished", "step": 3} | event) + "\n")
+    return ["train", "tiny", *words]
+
+
+def test_a_finished_run_says_so_before_torch_is_imported(tmp_path: Path) -> None:
+    words = finished_run(tmp_path)
+    program = (
+        f"import sys; from chatmill.launcher.__main__ import main\ncode = main({words!r}); print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "r is finished: 3 of 3 steps." in done.stdout and done.stdout.endswith("0 False\n")
+
+
+def test_what_is_not_surely_finished_is_left_to_the_training(tmp_path: Path) -> None:
+    def note(words: list[str]) -> str | None:
+        return finished_note(load_recipe(words[1], words[2:]))
+
+    words = finished_run(tmp_path / "a")
+    assert note(words) is not None
+    assert note([*words, "train.steps=9"]) is None
+    assert note([*words, "train.epochs=2"]) is None  # another budget: the training says what differs
+    (tmp_path / "a/r/checkpoints/step-00000003/weights").write_bytes(b"12")
+    assert note(words) is None  # a checkpoint that is not whole
+    assert note(finished_run(tmp_path / "b", steps=9)) is None  # it ended earlier
+    assert note(finished_run(tmp_path / "c", steps=9, early_stop=True)) is None  # patience was taken out
+    again = finished_run(tmp_path / "d")
+    with (tmp_path / "d/r/events.jsonl").open("a") as events:
+        events.write('{"event": "resume", "step": 3}\n')
+    assert note(again) is None
+
+
+def test_another_recipe_in_the_folder_of_a_finished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*finished_run(tmp_path), "optimizer.lr=0.5"]) == 2
+    assert "optimizer.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["train", "data"])
+def test_the_schemas_beside_the_recipes_are_those_of_today(kind: str) -> None:
+    folder = RECIPES["data" if kind == "data" else "trainer"]
+    assert (folder / "schema.json").read_text(encoding="utf-8") == schema_of(kind), (
+        f"chatmill schema {kind} > {folder}/schema.json"
+    )
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_recipes_begin_with_the_line_that_editors_understand(file: Path) -> None:
+    assert file.read_text(encoding="utf-8").startswith(f"{LINE}\n# ")
+    schema = json.loads((file.parent / "schema.json").read_text(encoding="utf-8"))
+    assert set(yaml.safe_load(file.read_text(encoding="utf-8"))) <= set(schema["properties"])
+
+
+def test_the_schema_knows_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", "sweep"]) == 0 and "space" in json.loads(capsys.readouterr().out)["properties"]
+    found = json.loads(schema_of("train"))
+    optimizer = found["$defs"]["OptimizerSection"]
+    assert set(found["properties"]) == set(Recipe.model_fields) and optimizer["additionalProperties"] is False
+    assert optimizer["properties"]["name"]["enum"] == ["adamw", "muon", "adamw8bit"]
+
+
+def test_bash_completes_commands_options_and_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    typed = ["tr", "data ver", "plan --gp", "train ti", "data build chitchat-"]
+    ask = """source ./script
+    complete_() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _shtab_chatmill; echo "${COMPREPLY[@]}"; }
+    """ + "\n".join(f"complete_ chatmill {words}" for words in typed)
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        ["train"], ["verify"], ["--gpu", "--gpus"], ["tiny"], ["chitchat-scratch"],
+    ]  # fmt: skip
+
+
+def test_one_dry_run_fits_a_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["launch", "8b", "--on", "slurm", "--nodes", "2", "--gpus-per-node", "8", "--dry-run"]
+    monkeypatch.setattr("chatmill.launcher.jobs.plan.plan_lines", lambda *rest: "plan\n" * 20)
+    assert main(words) == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) <= 50 and "#SBATCH --nodes=2" in short and "sbatch --parsable" in short and "--full" in short
+    assert main([*words, "--full"]) == 0
+    assert "sequence_length: 8192" in (full := capsys.readouterr().out) and len(full.splitlines()) > 150
+
+
+def test_every_command_stands_in_the_help_once() -> None:
+    text = build_parser().format_help()
+    for name in ("new", "help", "recipes", "schema", "completion"):
+        assert len(re.findall(rf"^    {name}\s", text, re.MULTILINE)) == 1
