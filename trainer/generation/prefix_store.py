@@ -43,7 +43,9 @@ class PrefixStore:
         cache = steps.cache
         try:
             self._kept[ids] = (cache.k[:, :, : len(ids)].clone(), cache.v[:, :, : len(ids)].clone())
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             self.clear()
 
     def lend(self, steps: Generation) -> int:
@@ -60,6 +62,13 @@ class PrefixStore:
     def clear(self) -> None:
         """Free the memory."""
         self._kept.clear()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, on a GPU or a CPU; for the latter torch has only a RuntimeError with these words."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate memory", "not enough memory"))
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -44,7 +44,7 @@ def bad_text(value: Any, where: str = "") -> str | None:
                 return f"a name in {where}" if where else "a name"
             if found := bad_text(item, f"{where}.{name}" if where else name):
                 return found
-    if isinstance(value, list):
+    if isinstance(value, list) and not {str, dict, list}.isdisjoint(map(type, value)):
         for i, item in enumerate(value):
             if found := bad_text(item, f"{where}.{i}" if where else str(i)):
                 return found

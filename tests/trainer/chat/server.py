@@ -16,10 +16,10 @@ from chatmill.trainer.generation.generation import Generation
 from chatmill.trainer.generation.sampling import Sampling
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
-from chatmill.trainer.chat.serve.app import create_app  # noqa: E402
-from chatmill.trainer.chat.serve.batcher import Batcher  # noqa: E402
+from chatmill.trainer.chat.serve.batcher import Batcher
+from chatmill.trainer.chat.serve.listening import make_server, open_sockets
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 12}
 
@@ -31,18 +31,18 @@ class Served:
 
     def __init__(self, batcher: Batcher, **options: Any) -> None:
         self.batcher = batcher
-        config = uvicorn.Config(create_app(batcher, **options), port=0, log_level="error", timeout_graceful_shutdown=2)
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        sockets = open_sockets("127.0.0.1", 0)
+        self.port: int = sockets[0].getsockname()[1]
+        self.server = make_server(batcher, log_level="error", **options)
+        self._thread = threading.Thread(target=self.server.run, args=(sockets,), daemon=True)
         self._thread.start()
         until = time.monotonic() + 300
-        while not self._server.started:
+        while not self.server.started:
             assert time.monotonic() < until
             time.sleep(0.01)
-        self.port: int = self._server.servers[0].sockets[0].getsockname()[1]
 
     def close(self) -> None:
-        self._server.should_exit = True
+        self.server.should_exit = True
         self._thread.join(300)
         assert not self._thread.is_alive()
 
@@ -70,7 +70,9 @@ class Served:
         link.sendall(head.encode() + body)
         seen = b""
         while b"data:" not in seen:
-            seen += link.recv(4096)
+            more = link.recv(4096)
+            assert more, seen
+            seen += more
         return link
 
     def wait_idle(self) -> None:

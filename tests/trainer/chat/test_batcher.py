@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from chatmill.trainer.chat.chat_model import ChatModel
-from chatmill.trainer.chat.serve.batcher import Batcher, Done, Event, Failed, Job, Piece
+from chatmill.trainer.chat.serve.batcher import Batcher, BusyError, Done, Event, Failed, Job, Piece
 from chatmill.trainer.generation.generation import Generation
 from chatmill.trainer.generation.sampling import Sampling
 
@@ -33,10 +33,19 @@ class Request:
         self.begun, self.over = threading.Event(), threading.Event()
         sampling, prompt = Sampling(temperature=1.0, ignore_eos=True), chat.tokenizer.encode("hello there")
         self.jobs = [Job(prompt, tokens, self._emit(k), sampling, seed=k, request=self) for k in range(count)]
-        self._left = count
-        self.expected = [
-            [s.id for s in Generation(chat.model, prompt, max_new_tokens=tokens, sampling=sampling, seed=k)]
-            for k in range(count)
+        self._left, self._chat = count, chat
+
+    @property
+    def expected(self) -> list[list[int]]:
+        """The ids of each reply when it is alone."""
+        return [
+            [
+                s.id
+                for s in Generation(
+                    self._chat.model, j.prompt_ids, max_new_tokens=j.max_new_tokens, sampling=j.sampling, seed=j.seed
+                )
+            ]
+            for j in self.jobs
         ]
 
     def _emit(self, k: int):  # type: ignore[no-untyped-def]
@@ -102,6 +111,39 @@ def test_alone_a_request_has_the_whole_batch_and_equals_share_it(chat_model: Cha
     assert most[1] >= PLACES // 2
 
 
+def test_the_next_place_goes_to_who_has_waited_longest(chat_model: ChatModel) -> None:
+    """One place: of a request for many replies and one that came later, each gets it in turn."""
+    batcher = Batcher(chat_model, max_active=1, max_waiting=2)
+    ended: list[str] = []
+    many = Request(chat_model, ended, "many", 6, 30).submit(batcher)
+    assert many.begun.wait(60)
+    late = Request(chat_model, ended, "late", 2, 3).submit(batcher)
+    assert many.over.wait(60) and late.over.wait(60)
+    assert ended.index("late") <= 2 and ended.count("many") == 6, ended
+    assert "late" in ended[ended.index("late") + 1 :][:2], ended
+    batcher.close()
+
+
+def test_requests_wait_not_replies_and_what_waits_too_long_is_told(chat_model: ChatModel) -> None:
+    """Six replies of one request are one that waits; another is told of its deadline while the place is taken."""
+    batcher = Batcher(chat_model, max_active=1, max_waiting=2)
+    first = Request(chat_model, [], "first", 1, 400).submit(batcher)
+    assert first.begun.wait(60)
+    many = Request(chat_model, [], "many", 6, 3).submit(batcher)
+    hasty = Request(chat_model, [], "hasty", 2, 3)
+    for job in hasty.jobs:
+        job.deadline = time.monotonic()
+    hasty.submit(batcher)
+    assert hasty.over.wait(60) and [failed.kind for failed in hasty.failed] == ["timeout"] * 2
+    assert not first.over.is_set()
+    Request(chat_model, [], "another", 1, 3).submit(batcher)
+    with pytest.raises(BusyError):
+        Request(chat_model, [], "too many", 1, 3).submit(batcher)
+    for job in (*first.jobs, *many.jobs):
+        job.cancel()
+    batcher.close()
+
+
 def test_what_pauses_can_be_cancelled_and_is_told_of_the_end(chat_model: ChatModel) -> None:
     batcher = Batcher(chat_model, max_active=2, max_waiting=300)
     many = Request(chat_model, [], "many", 3, 400).submit(batcher)
@@ -116,4 +158,6 @@ def test_what_pauses_can_be_cancelled_and_is_told_of_the_end(chat_model: ChatMod
         time.sleep(0.01)
     assert batcher.counts.cancelled == 1 and not batcher._paused
     batcher.close()
-    assert [failed.kind for failed in (*many.failed, *other.failed)] == ["error"] * 3, "the cancelled one is told nothing"
+    assert [failed.kind for failed in (*many.failed, *other.failed)] == ["shutting_down"] * 3, (
+        "the cancelled one is told nothing"
+    )

@@ -21,10 +21,11 @@ from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.model.decoder import Decoder
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
-from chatmill.trainer.chat.serve.app import create_app  # noqa: E402
-from chatmill.trainer.chat.serve.batcher import Batcher  # noqa: E402
+from chatmill.trainer.chat.serve.batcher import Batcher
+
+from .server import Served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
@@ -165,14 +166,9 @@ def batcher() -> Batcher:
 
 @pytest.fixture(scope="module")
 def address(batcher: Batcher) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(create_app(batcher), port=0, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(20)
+    served = Served(batcher)
+    yield f"http://127.0.0.1:{served.port}/"
+    served.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,19 +11,18 @@ rebound domain name reaches nothing; a client that goes away takes its reply wit
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -32,33 +31,29 @@ from chatmill.config import ConfigError
 
 from ....data.tokenizer.plain import PlainText
 from ...generation.grammar import Grammar, Grammars
-from ...generation.prompt import bad_text, check_prompt, most_bytes
+from ...generation.prompt import check_prompt, most_bytes
 from .batcher import Batcher
+from .bodies import SMALL, Bodies, parse_json
 from .completion import Completion, Limits
-from .errors import RequestError
+from .connections import CrowdCheck, Door
+from .errors import RequestError, refusal
 from .protocol import ChatRequest, TextRequest, named_first, parse
 
 PAGE = Path(__file__).with_name("page.html")
-MAX_DIGITS = 4300  # of a whole number: what Python reads
-DISCARDED = 16  # times the largest body: so much is still read, for a client that is sending does not see an answer
-ENCODED_AT_ONCE = 2  # prompts: a long one takes seconds and much memory, and the replies of others need the processor
+PREPARED_AT_ONCE = (4, 1)  # requests with small and with large bodies: a long prompt takes seconds and much memory
+T = TypeVar("T")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
-def create_app(batcher: Batcher, *, token: str | None = None, limits: Limits | None = None) -> FastAPI:
-    """The application; it closes the batcher when it shuts down."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(batcher.close)
-
-    app = FastAPI(title="Chatmill", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+def create_app(service: Service, *, token: str | None = None, door: Door | None = None) -> FastAPI:
+    """The application. door: counts the requests."""
+    app = FastAPI(title="Chatmill", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(HostOrTokenCheck, token=token)
+    if door is not None:
+        app.add_middleware(CrowdCheck, door=door)
     app.add_exception_handler(RequestError, refused)
     app.add_exception_handler(404, not_found)
     app.add_exception_handler(405, wrong_method)
-    service = Service(batcher, limits or Limits())
     app.get("/")(page)
     app.get("/health")(service.health)
     app.get("/metrics")(service.metrics)
@@ -78,8 +73,14 @@ class Service:
         self.started = int(time.time())
         self._plain = PlainText(self.chat.tokenizer)
         self._most_bytes = most_bytes(self.chat.tokenizer, self.chat.model.config.context)
-        self._encoding = asyncio.Semaphore(ENCODED_AT_ONCE)
+        self._small, self._large = (asyncio.Semaphore(count) for count in PREPARED_AT_ONCE)
+        self._bodies = Bodies(limits)
         self._grammars = Grammars(self.chat.tokenizer, self.chat.model.config.vocab_size)
+
+    async def close(self) -> None:
+        """End every reply and refuse every request, with an error that says why."""
+        self._bodies.close()
+        await in_thread(self.batcher.close)
 
     async def health(self) -> Response:
         """Whether the server answers, and how busy it is."""
@@ -123,26 +124,12 @@ class Service:
     async def _complete(self, request: Request, kind: type[ChatRequest | TextRequest]) -> Response:
         deadline = time.monotonic() + self.limits.timeout_s
         try:
-            asked = parse(kind, await read_json(request, self.limits))
+            async with self._bodies.read(request) as body, self._large if len(body) > SMALL else self._small:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                asked, prompts, grammar = await in_thread(self._prepare, kind, body)
         except ClientDisconnect:
             return Response(status_code=499)
-        config = self.chat.model.config
-        if asked.model is not None and asked.model != self.chat.name:
-            raise self._not_served(asked.model)
-        grammar = await run_in_threadpool(self._grammar, asked)
-        where = "messages" if kind is ChatRequest else "prompt"
-        if (size := asked.prompt_bytes) > self._most_bytes:
-            text = f"{where}: {size:,} bytes. The model's context is {config.context} tokens, which no text of more than "
-            text += f"{self._most_bytes:,} bytes fits. Shorten it."
-            raise RequestError(400, text, param=where, code="context_length_exceeded")
-        async with self._encoding:
-            prompts = await run_in_threadpool(asked.prompts, self.chat.tokenizer, self._plain)
-        for ids in prompts:
-            try:
-                check_prompt(ids, config.context, config.vocab_size)
-            except ConfigError as error:
-                code = "context_length_exceeded" if len(ids) >= config.context else None
-                raise RequestError(400, str(error), param=where, code=code) from None
         completion = Completion(asked, prompts, self.chat, self.limits, deadline, grammar)
         completion.submit(self.batcher)
         if asked.stream:
@@ -150,6 +137,29 @@ class Service:
             return StreamingResponse(completion.stream(), media_type="text/event-stream", headers=headers)
         answer = await completion.whole(request)
         return Response(status_code=499) if answer is None else JSONResponse(answer)
+
+    def _prepare(
+        self, kind: type[ChatRequest | TextRequest], body: bytes
+    ) -> tuple[ChatRequest | TextRequest, list[list[int]], Grammar | None]:
+        """(request, prompts, grammar) of a body. Raises RequestError; what cannot fit the context is refused untokenised."""
+        asked = parse(kind, parse_json(body))
+        if asked.model is not None and asked.model != self.chat.name:
+            raise self._not_served(asked.model)
+        grammar = self._grammar(asked)
+        config = self.chat.model.config
+        where = "messages" if kind is ChatRequest else "prompt"
+        if (size := asked.prompt_bytes) > self._most_bytes:
+            text = f"{where}: {size:,} bytes. The model's context is {config.context} tokens, which no text of more than "
+            text += f"{self._most_bytes:,} bytes fits. Shorten it."
+            raise RequestError(400, text, param=where, code="context_length_exceeded")
+        prompts = asked.prompts(self.chat.tokenizer, self._plain)
+        for ids in prompts:
+            try:
+                check_prompt(ids, config.context, config.vocab_size)
+            except ConfigError as error:
+                code = "context_length_exceeded" if len(ids) >= config.context else None
+                raise RequestError(400, str(error), param=where, code=code) from None
+        return asked, prompts, grammar
 
     def _grammar(self, asked: ChatRequest | TextRequest) -> Grammar | None:
         """The grammar of the replies. Raises RequestError for one that cannot be, and for what this model cannot do."""
@@ -162,6 +172,11 @@ class Service:
             return None if schema is None else self._grammars.json(schema)
         except ConfigError as error:
             raise RequestError(400, f"response_format: {error}", param="response_format") from None
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """The result of a call in a thread, which nobody waits for when the server ends."""
+    return await anyio.to_thread.run_sync(functools.partial(function, *arguments), abandon_on_cancel=True)
 
 
 async def page() -> Response:
@@ -213,12 +228,6 @@ class HostOrTokenCheck:
         await self._app(scope, receive, send)
 
 
-def refusal(error: RequestError) -> JSONResponse:
-    """An error as the OpenAI client expects it."""
-    headers = {429: {"Retry-After": "2"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
-
-
 def check_token(header: str, token: str) -> None:
     """Raise RequestError(401) unless the header is `Bearer <token>`."""
     kind, _, given = header.partition(" ")
@@ -231,50 +240,3 @@ def check_host(host: str) -> None:
     name = host.rsplit(":", 1)[0] if host.count(":") == 1 or (host.startswith("[") and "]:" in host) else host
     if name.lower() not in LOOPBACK:
         raise RequestError(403, f"host {host[:100]!r} is not served without a token.", code="host_refused")
-
-
-async def read_json(request: Request, limits: Limits) -> Any:
-    """The body as JSON, within the limits of size and time. Raises RequestError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestError(415, "expected Content-Type: application/json.")
-    too_large = RequestError(413, f"the body is larger than {limits.max_body_bytes:,} bytes.")
-    declared = request.headers.get("content-length", "")
-    size = int(declared) if declared.isdigit() else 0
-    if size > DISCARDED * limits.max_body_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            async for chunk in request.stream():
-                size = max(size, len(body) + len(chunk))
-                if size <= limits.max_body_bytes:
-                    body += chunk
-                elif not declared:
-                    raise too_large
-    except TimeoutError:
-        raise RequestError(408, f"the body did not arrive within {limits.body_timeout_s:.0f} s.") from None
-    if size > limits.max_body_bytes:
-        raise too_large
-    try:
-        found = json.loads(body, parse_constant=_no_number, parse_int=_whole)
-        place = bad_text(found)
-    except RecursionError:
-        raise RequestError(400, "the body is nested too deeply.") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(400, f"the body is not UTF-8: byte {error.start} cannot be read.") from None
-    except ValueError as error:
-        raise RequestError(400, f"the body is not JSON: {error}.") from None
-    if place is not None:
-        raise RequestError(400, f"{place[:200]}: not valid Unicode: it holds half of a character (a lone surrogate).")
-    return found
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number has {len(digits):,} digits; at most {MAX_DIGITS:,} are read")
-    return int(digits)

@@ -5,8 +5,9 @@
     job.cancel()                    the reply is dropped before its next token, and its cache with it
 
 At most `max_active` replies get tokens at once; they join and leave between steps. Requests take turns: the next place goes to
-the one that has the fewest. Where none is free, the request with the most gives one up, if it has two more: its newest reply
-pauses and keeps its cache. So a request for 64 replies has the whole batch while it is alone, and delays nobody by a reply.
+the one that has the fewest, and of those to the one that has waited longest since it got one. Where
+none is free, the request with the most gives one up, if it has two more: its newest reply pauses and keeps its cache. So a
+request for 64 replies has the whole batch while it is alone, and delays nobody by a reply.
 Each reply has its own cache and random generator: others affect it only through the rounding of a wider matrix product.
 
 Prompts are read in stretches between the steps, so that a long prompt does not hold up other replies. When a conversation
@@ -15,28 +16,35 @@ continues, only the new turn is read (`chatmill.trainer.generation.prefix_store`
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 from chatmill.config import ConfigError
 
 from ...generation.batched import joint_logits
 from ...generation.generation import PREFILL_CHUNK, FinishReason, Generation, TokenStep
 from ...generation.grammar import Grammar
-from ...generation.prefix_store import PrefixStore
+from ...generation.prefix_store import PrefixStore, is_out_of_memory
 from ...generation.sampling import Sampling
 from ...generation.text_stream import TextStream
 from ..chat_model import ChatModel
 
 STRETCH = 256  # tokens of prompts read per step while others get their replies
+JOIN_S = 3.0  # for the step in progress when the server ends
 
 
 class BusyError(Exception):
     """The queue is full."""
+
+
+class ClosedError(Exception):
+    """The server ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +72,15 @@ class Done:
 class Failed:
     """The reply could not be finished. refused: because of what was asked, for example a grammar that leads nowhere."""
 
-    kind: Literal["timeout", "error", "refused"]
+    kind: Literal["timeout", "error", "refused", "shutting_down"]
     message: str
 
 
 Event = Piece | Done | Failed
+ENDING = Failed("shutting_down", "the server is shutting down.")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Job:
     """One reply to make. emit is called on the batcher's thread and must not block."""
 
@@ -141,7 +150,9 @@ class Batcher:
         self.max_active, self.max_waiting = max_active, max_waiting
         self.counts = Counts()
         self._kept = PrefixStore(2 * chat.model.config.context if keep_tokens is None else keep_tokens)
-        self._waiting: deque[Job] = deque()
+        self._waiting: dict[int, deque[Job]] = {}  # of each request, by the id of its turn
+        self._turns: WeakKeyDictionary[object, int] = WeakKeyDictionary()  # when a request came, or last got a place
+        self._clock = itertools.count()
         self._active: list[_Active] = []
         self._paused: list[_Active] = []
         self._news = threading.Condition()
@@ -152,28 +163,43 @@ class Batcher:
     @property
     def load(self) -> tuple[int, int]:
         """(active, waiting) replies; one that pauses waits."""
-        return len(self._active), len(self._waiting) + len(self._paused)
+        return len(self._active), sum(map(len, list(self._waiting.values()))) + len(self._paused)
 
     def submit(self, job: Job) -> None:
         """Queue a job."""
         with self._news:
             if self._closed:
-                raise BusyError("the server is shutting down.")
-            if len(self._waiting) >= self.max_waiting and any(j.is_cancelled for j in self._waiting):
-                self._waiting = deque(j for j in self._waiting if not j.is_cancelled)
-            if len(self._waiting) >= self.max_waiting:
+                raise ClosedError(ENDING.message)
+            key = id(job.turn)
+            if key not in self._waiting and len(self._waiting) >= self.max_waiting:
+                self._drop_cancelled()
+            if key not in self._waiting and len(self._waiting) >= self.max_waiting:
                 self.counts.refused += 1
                 raise BusyError(f"{self.max_waiting} requests are waiting already; try again later.")
             self.counts.requests += 1
-            self._waiting.append(job)
+            self._turns.setdefault(job.turn, next(self._clock))
+            self._waiting.setdefault(key, deque()).append(job)
             self._news.notify()
 
+    def _drop_cancelled(self) -> None:
+        kept = {key: deque(job for job in jobs if not job.is_cancelled) for key, jobs in self._waiting.items()}
+        self._waiting = {key: jobs for key, jobs in kept.items() if jobs}
+
     def close(self) -> None:
-        """Stop; every unfinished job gets a Failed."""
+        """Stop; every unfinished job gets a Failed, at once: a step in progress may take long, and nobody waits for it."""
         with self._news:
             self._closed = True
             self._news.notify()
-        self._thread.join(timeout=30)
+        self._tell_the_end()
+        self._thread.join(timeout=JOIN_S)
+
+    def _tell_the_end(self) -> None:
+        with self._news:
+            started = [active.job for active in (*self._active, *self._paused)]
+            for job in itertools.chain(started, *self._waiting.values()):
+                if not job.is_cancelled:
+                    job.cancel()
+                    job.emit(ENDING)
 
     def _work(self) -> None:
         while True:
@@ -184,11 +210,11 @@ class Batcher:
                     break
             self._active = [active for active in self._active if not self._is_over(active.job)]
             self._paused = [active for active in self._paused if not self._is_over(active.job)]
+            self._end_overdue()
             while (chosen := self._next_turn()) is not None:
                 self._admit(chosen)
             self._active = self._advance(self._active)
-        for job in [active.job for active in (*self._active, *self._paused)] + list(self._waiting):
-            job.emit(Failed("error", "the server is shutting down."))
+        self._tell_the_end()
         self._active, self._paused = [], []
         self._waiting.clear()
 
@@ -196,22 +222,41 @@ class Batcher:
         """Take what gets a place now out of its queue, having made room; None where nobody waits or all have their share."""
         with self._news:
             held = Counter(id(active.job.turn) for active in self._active)
-            queue: list[Job | _Active] = [*self._paused, *self._waiting]
+            queue: list[Job | _Active] = [*self._paused, *(jobs[0] for jobs in self._waiting.values())]
             if not queue:
                 return None
-            chosen = min(queue, key=lambda waiting: held[id(_job(waiting).turn)])  # the first of those with the fewest places
+            chosen = min(queue, key=lambda waiting: self._turn(waiting, held))
+            turn = _job(chosen).turn
             if len(self._active) >= self.max_active:
                 most = max(held.values())
-                if most - held[id(_job(chosen).turn)] < 2 or len(self._paused) >= self.max_active:
+                if most - held[id(turn)] < 2 or len(self._paused) >= self.max_active:
                     return None
                 newest = next(a for a in reversed(self._active) if held[id(a.job.turn)] == most)
                 self._active.remove(newest)
                 self._paused.append(newest)
             if isinstance(chosen, Job):
-                self._waiting.remove(chosen)
+                jobs = self._waiting[id(turn)]
+                jobs.popleft()
+                if not jobs:
+                    del self._waiting[id(turn)]
             else:
                 self._paused.remove(chosen)
+            self._turns[turn] = next(self._clock)
             return chosen
+
+    def _turn(self, waiting: Job | _Active, held: Counter[int]) -> tuple[int, int]:
+        """Who has the fewest places comes first; of equals, who has waited longest since it got one."""
+        turn = _job(waiting).turn
+        return held[id(turn)], self._turns[turn]
+
+    def _end_overdue(self) -> None:
+        """End what waits past its time: its place may be far."""
+        with self._news:
+            for key, jobs in list(self._waiting.items()):
+                while jobs and self._is_over(jobs[0]):
+                    jobs.popleft()
+                if not jobs:
+                    del self._waiting[key]
 
     def _admit(self, chosen: Job | _Active) -> None:
         if isinstance(chosen, _Active):
@@ -311,7 +356,8 @@ class Batcher:
         if isinstance(error, ConfigError):
             job.emit(Failed("refused", str(error)))
             return
-        self._kept.clear()  # memory may be what was short
+        if is_out_of_memory(error):
+            self._kept.clear()
         job.emit(Failed("error", f"{type(error).__name__}: {error}"))
 
 

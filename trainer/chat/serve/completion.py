@@ -24,7 +24,7 @@ from ...generation.generation import TokenStep
 from ...generation.grammar import Grammar
 from ...generation.text_stream import TokenStarts
 from ..chat_model import ChatModel
-from .batcher import Batcher, BusyError, Done, Event, Failed, Job, Piece
+from .batcher import Batcher, BusyError, ClosedError, Done, Event, Failed, Job, Piece
 from .errors import RequestError
 from .protocol import ChatRequest, TextRequest, chat_logprobs, text_logprobs, usage
 
@@ -34,10 +34,16 @@ DISCONNECT_POLL_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """max_tokens: of a reply, whatever the client asks. timeout_s: from arrival to the last token, waiting included."""
+    """max_tokens: of a reply, whatever the client asks. timeout_s: from arrival to the last token, waiting included.
 
+    max_connections: requests in progress at once, those that only arrive or wait among them.
+    """
+
+    max_connections: int = 512
     max_body_bytes: int = 2 << 20
+    head_timeout_s: float = 10.0
     body_timeout_s: float = 20.0
+    send_timeout_s: float = 30.0
     max_tokens: int = 4096
     default_tokens: int = 512
     timeout_s: float = 300.0
@@ -101,6 +107,9 @@ class Completion:
         except BusyError as error:
             self.cancel()
             raise RequestError(429, str(error), code="queue_full") from None
+        except ClosedError as error:
+            self.cancel()
+            raise RequestError(503, str(error), code="shutting_down") from None
 
     def cancel(self) -> None:
         """Drop what is unfinished."""
@@ -173,7 +182,7 @@ class Completion:
                 if self._events.empty() and await request.is_disconnected():
                     return None
             elif isinstance(event, Failed):
-                raise failure(event, code=event.kind)
+                raise failure(event)
             else:
                 ends[index] = event
         return [(texts[index], steps[index], ends[index]) for index in range(count)]
@@ -228,9 +237,10 @@ class Completion:
         return {"index": index} | content | {"logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def failure(event: Failed, code: str | None = None) -> RequestError:
+def failure(event: Failed) -> RequestError:
     """A reply that could not be finished, as an HTTP error."""
-    return RequestError({"timeout": 504, "refused": 400}.get(event.kind, 500), event.message, code=code)
+    status = {"timeout": 504, "refused": 400, "shutting_down": 503}.get(event.kind, 500)
+    return RequestError(status, event.message, code=event.kind)
 
 
 def sse(value: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi.responses import JSONResponse
+
 
 class RequestError(Exception):
     """A request that is refused, with the HTTP status and the fields of an OpenAI error body."""
@@ -17,3 +19,10 @@ class RequestError(Exception):
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def refusal(error: RequestError) -> JSONResponse:
+    """An error as the OpenAI client expects it."""
+    again = {"Retry-After": "2"}
+    headers = {429: again, 503: again, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -27,6 +27,8 @@ MAX_REPLIES = 64  # to one request: prompts times n
 MAX_STOP_IDS = 256
 PART_FIELDS = ("type", "text", "cache_control", "prompt_cache_breakpoint")  # the last two: hints to a cache
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())  # "1" and true are no numbers
+FIRST = Field(fail_fast=True)  # the first problem of a list is enough: a million of them take minutes and gigabytes
+Ids = Annotated[list[int], FIRST]
 
 EXPECTED = {  # what a type of problem means to whoever wrote the JSON
     "bool_type": "true or false",
@@ -104,13 +106,20 @@ class Request(BaseModel):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
     seed: int | None = Field(default=None, ge=SEEDS[0], le=SEEDS[1])
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = Field(default=None, max_length=MAX_STOP_IDS)
+    stop: str | Annotated[list[str], FIRST] | None = None
+    stop_token_ids: Annotated[list[int], FIRST] | None = Field(default=None, max_length=MAX_STOP_IDS)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(default=None, ge=0)
     max_tokens: int | None = Field(default=None, ge=1)
     n: int | None = Field(default=None, ge=1, le=MAX_REPLIES)  # replies to one prompt; a seed gives seed, seed + 1, ...
     response_format: ResponseFormat | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _numbers(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and not {int, float}.issuperset(map(type, raw.values())):
+            raise ValueError("expected token ids, each with a value from -100 to 100")
+        return raw
 
     @field_validator("logit_bias")
     @classmethod
@@ -162,7 +171,7 @@ class Message(BaseModel):
     model_config = STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]]
+    content: str | Annotated[list[dict[str, Any]], FIRST]
 
     @model_validator(mode="before")
     @classmethod
@@ -196,7 +205,7 @@ class Message(BaseModel):
 class ChatRequest(Request):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=10_000)
+    messages: Annotated[list[Message], FIRST] = Field(min_length=1, max_length=10_000)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -248,7 +257,7 @@ class TextRequest(Request):
     max_tokens 0 (with echo): score the prompt, generate nothing.
     """
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Ids | Annotated[list[str], FIRST] | Annotated[list[Ids], FIRST]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     max_tokens: int | None = Field(default=None, ge=0)
     echo: bool = False

@@ -1,0 +1,150 @@
+"""Bodies of requests: limited in size, in time, and in what all of them hold together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import re
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Request
+
+from ...generation.prompt import bad_text
+from .completion import Limits
+from .errors import RequestError
+
+MAX_VALUES = 50_000  # in objects and lists; more would keep the replies of others waiting
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+NUMBERS = frozenset({int, float, bool, type(None)})
+DISCARDED = 16  # times the largest body: so much is still read, for a client that is sending does not see an answer
+HELD = 16  # times the largest body: what all bodies may hold
+SMALL = 64 << 10  # bytes of a body that is always read
+TOO_MANY = RequestError(400, f"the body has more than {MAX_VALUES:,} values, besides those in lists of numbers.")
+ENDING = "the server is shutting down."
+
+
+class Bodies:
+    """Reads bodies, and ends it for all when the server ends."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._held = 0  # bytes of all large bodies that are in memory
+        self._waits: set[asyncio.Timeout] = set()
+        self._is_closing = False
+
+    def close(self) -> None:
+        """Refuse every body that has not arrived."""
+        self._is_closing = True
+        for wait in self._waits:
+            wait.reschedule(0)
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, which counts as held until the block ends. Raises RequestError."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise RequestError(415, "expected Content-Type: application/json.")
+        body = bytearray()
+        try:
+            await self._fill(body, request)
+            yield bytes(body)
+        finally:
+            if len(body) > SMALL:
+                self._held -= len(body)
+                if not self._held:
+                    give_memory_back()
+
+    async def _fill(self, body: bytearray, request: Request) -> None:
+        most = self._limits.max_body_bytes
+        too_large = RequestError(413, f"the body is larger than {most:,} bytes.")
+        declared = request.headers.get("content-length", "")
+        size = int(declared) if declared.isdigit() else 0
+        if size > DISCARDED * most:
+            raise too_large
+        try:
+            async with asyncio.timeout(0 if self._is_closing else self._limits.body_timeout_s) as wait:
+                self._waits.add(wait)
+                try:
+                    async for chunk in request.stream():
+                        size = max(size, len(body) + len(chunk))
+                        if size <= most:
+                            self._take(body, chunk)
+                        elif not declared:
+                            raise too_large
+                finally:
+                    self._waits.discard(wait)
+        except TimeoutError:
+            if self._is_closing:
+                raise RequestError(503, ENDING, code="shutting_down") from None
+            raise RequestError(408, f"the body did not arrive within {self._limits.body_timeout_s:.0f} s.") from None
+        if size > most:
+            raise too_large
+
+    def _take(self, body: bytearray, chunk: bytes) -> None:
+        before = len(body) if len(body) > SMALL else 0
+        after = len(body) + len(chunk)
+        if after > SMALL:
+            if self._held - before + after > HELD * self._limits.max_body_bytes:
+                raise RequestError(503, "too many large requests at once; try again later.", code="overloaded")
+            self._held += after - before
+        body += chunk
+
+
+def give_memory_back() -> None:
+    """Let glibc return what large bodies leave behind: otherwise it keeps their pages for later. Takes milliseconds."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def parse_json(body: bytes) -> Any:
+    """The value that a body says. Raises RequestError."""
+    try:
+        check_lists(body)
+        found = json.loads(body, parse_constant=_no_number)
+        check_size(found)
+        place = bad_text(found)
+    except RecursionError:
+        raise RequestError(400, "the body is nested too deeply.") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(400, f"the body is not UTF-8: byte {error.start} cannot be read.") from None
+    except ValueError as error:
+        if not isinstance(error, json.JSONDecodeError) and "digits" in str(error):
+            longest = max(map(len, re.findall(rb"\d+", body)))
+            error = ValueError(f"a number has {longest:,} digits; at most {sys.get_int_max_str_digits():,} are read")
+        raise RequestError(400, f"the body is not JSON: {error}.") from None
+    if place is not None:
+        raise RequestError(400, f"{place[:200]}: not valid Unicode: it holds half of a character (a lone surrogate).")
+    return found
+
+
+def check_lists(body: bytes) -> None:
+    """Raise RequestError for more than MAX_VALUES objects and lists before they are made, which alone takes seconds."""
+    if body.count(b"[") + body.count(b"{") > MAX_VALUES:
+        bare = STRING.sub(b"", body)
+        if bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
+            raise TOO_MANY
+
+
+def check_size(value: Any) -> None:
+    """Raise RequestError for more than MAX_VALUES values. Those in lists of numbers are read fast, and not counted."""
+    count, rest = 0, [value]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, list) and NUMBERS.issuperset(map(type, value)):
+            continue
+        count += len(value) if isinstance(value, (dict, list)) else 0
+        if count > MAX_VALUES:
+            raise TOO_MANY
+        if isinstance(value, dict):
+            rest += [item for item in value.values() if isinstance(item, (dict, list))]
+        elif isinstance(value, list):
+            rest += [item for item in value if isinstance(item, (dict, list))]
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
