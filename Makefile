@@ -1,4 +1,4 @@
-# make demo | test | check | bench | gpu | wheels | venv | clean
+# make demo | test | check | load | bench | gpu | wheels | venv | clean
 # Every target sets up what it needs. PYTHON chooses the interpreter; PIP_ARGS is passed to pip (your own package index, for example).
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test check bench gpu wheels venv venv-dev clean
+.PHONY: demo test check load bench gpu wheels venv venv-dev clean
 
 # End to end: from real chats to a fine-tuned model's replies and a report.
 demo: venv
@@ -22,6 +22,10 @@ check: venv-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Hostile clients beside a well-behaved stream, on a tiny model or CHECKPOINT (docs/serving.md has the figures).
+load: venv-dev
+	PYTHONPATH=src $(BIN)/python -m tests.trainer.chat.mixed_load $(CHECKPOINT) $(ARGS)
 
 bench: venv-dev
 	$(BIN)/python -m chatmill.kernels.bench $(ARGS)

@@ -1,4 +1,7 @@
-"""Forty mixed loads at once: slow headers, slow bodies, dropped connections, rubbish, and plain requests that must be right."""
+"""Forty mixed loads at once: slow headers, slow bodies, dropped connections, rubbish, and plain requests that must be right.
+
+And a small run of the load that `python -m tests.trainer.chat.mixed_load` makes in full (docs/serving.md has its figures).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import random
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from chatmill.trainer.chat.chat_model import ChatModel
 
+from .mixed_load import measure, tiny_checkpoint
 from .server import HELLO, POST, Served, events_of, expected
 
 SLOW, DROPPED = ("slow header", "slow body"), ("dropped header", "dropped body", "dropped stream")
@@ -73,3 +78,11 @@ def test_forty_mixed_loads_leave_every_whole_request_right(served: Served, chat_
     served.wait_idle()
     assert served.batcher.counts.failed == 0
     assert served.chat()[1]["choices"][0]["message"]["content"] == expected(chat_model, "hello", 12)
+
+
+def test_hostile_clients_hold_up_nobody_and_leave_nothing_behind(tmp_path: Path) -> None:
+    """24 places for 40 clients. Busy test machines get four seconds more than the full run allows."""
+    checkpoint, log = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "log"
+    found = measure(checkpoint, log, rounds=1, clients=40, seconds=3.0, open_files=160, tokens=40)
+    assert not found.problems(gap_s=5.0), log.read_text()
+    assert found.answers["400 large_body"] + found.answers["503 large_body"] >= 3, found.answers
