@@ -13,6 +13,8 @@ from html.parser import HTMLParser
 
 _BLOCKS = {"p", "div", "section", "article", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "table", "blockquote", "pre", "hr"}
 _SILENT = {"script", "style", "head", "title", "template", "noscript"}
+_DECLARATION = re.compile(r"<[!?][^>]*>")
+_DEPTH = 20  # of quotes and lists in each other that are drawn
 _VOID = {"br", "hr", "img"}
 _TAG = re.compile(
     r"</?(p|div|br|span|a|b|i|u|em|strong|code|pre|ul|ol|li|blockquote|h[1-6]|table|tr|td|th|img|sub|sup|hr|font)(\s[^<>]*)?/?>",
@@ -52,7 +54,7 @@ class _Reader(HTMLParser):
             if self.lists and self.lists[-1] is not None:
                 mark = f"{self.lists[-1]}. "
                 self.lists[-1] += 1
-            self.parts.append("\n" + "  " * (len(self.lists) - 1) + mark)
+            self.parts.append("\n" + "  " * min(len(self.lists) - 1, _DEPTH) + mark)
         elif tag == "blockquote":
             self.parts.append("\n\n")
             self.quotes.append(len(self.parts))
@@ -78,6 +80,8 @@ class _Reader(HTMLParser):
             self.parts.append("\n\n")
         elif tag == "blockquote" and self.quotes:
             start = self.quotes.pop()
+            if len(self.quotes) >= _DEPTH:
+                return
             inner = _tidy("".join(self.parts[start:]))
             self.parts[start:] = ["\n".join(f"> {line}".rstrip() for line in inner.split("\n")), "\n\n"]
         elif tag in _BLOCKS:
@@ -91,9 +95,27 @@ class _Reader(HTMLParser):
 def html_to_text(html: str) -> str:
     """Plain text of an HTML fragment; never raises on broken markup."""
     reader = _Reader()
-    reader.feed(html)
+    reader.feed(_with_ends(html))
     reader.close()
     return _tidy("".join(reader.parts))
+
+
+def _with_ends(html: str) -> str:
+    """The markup without comments and declarations, in which everything that is opened ends.
+
+    The parser of the standard library looks for the end of each `<` and `<!--` up to the end of the text, which takes quadratic
+    time, and raises AssertionError for some `<![`.
+    """
+    parts, position = list[str](), 0
+    while (start := html.find("<!--", position)) >= 0:
+        end = html.find("-->", start + 4)
+        if end < 0:
+            break
+        parts.append(html[position:start])
+        position = end + 3
+    whole, mark, rest = ("".join(parts) + html[position:]).rpartition(">")
+    whole = _DECLARATION.sub("", whole + mark)
+    return whole + rest.replace("<", "&lt;")
 
 
 def _tidy(text: str) -> str:

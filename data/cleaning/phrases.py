@@ -44,7 +44,7 @@ PROVIDER_ERROR = re.compile(
 )
 BOT = re.compile(
     r"\bI( a|')m a (ro)?bot,? (and this action was performed automatically|[*_(\[]*(bl?eep|beep))"
-    r"|^[\s*_^(]*(beep|bl?eep)[\s,-]*(boop|bloop)"
+    r"|^[ \t*_^(]*(beep|bl?eep)[\s,-]*(boop|bloop)"
     r"|\b(this is an automated (message|reply|response)|this message was sent automatically)\b"
     r"|\^?\(?(contact|pm|message) (the )?(creator|developer|operator) of this bot\b",
     re.I | re.M,

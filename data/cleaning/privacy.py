@@ -11,6 +11,7 @@ are not found: that would need a model, which makes mistakes. Reports never quot
 
 from __future__ import annotations
 
+import bisect
 import ipaddress
 import re
 from collections.abc import Callable, Iterator
@@ -74,15 +75,17 @@ class PrivateSpan:
 
 def find(text: str, kinds: frozenset[str] | None = None) -> list[PrivateSpan]:
     """Findings in order, none overlapping: the earlier kind in the list wins. kinds: only these."""
-    taken: list[PrivateSpan] = []
+    taken: list[PrivateSpan] = []  # in order
     plain = half_width(text)  # as long as the text
     for kind, search in _SEARCHES.items():
         if (kinds is not None and kind not in kinds) or not _NEEDED[kind](plain):
             continue
         for start, end in search(plain):
-            if all(end <= other.start or start >= other.end for other in taken):
-                taken.append(PrivateSpan(kind, start, end))
-    return sorted(taken, key=lambda finding: finding.start)
+            place = bisect.bisect_right(taken, start, key=lambda finding: finding.start)
+            before, after = taken[place - 1 : place] if place else [], taken[place : place + 1]
+            if all(end <= other.start or start >= other.end for other in (*before, *after)):
+                taken.insert(place, PrivateSpan(kind, start, end))
+    return taken
 
 
 # What the stand-ins below look like; they identify nobody.

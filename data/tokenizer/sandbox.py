@@ -55,7 +55,7 @@ _DROPPED_FILTERS = ("filesizeformat", "pprint", "random", "striptags", "urlize",
 _LAZY_FILTERS = frozenset(("map", "select", "selectattr", "reject", "rejectattr"))
 _SCOPES = ("_loop_vars", "_block_vars")  # jinja2's own arguments to every call inside a loop or block
 _NUMBERS_ARE_VALUES = frozenset(("get", "default", "d", "index", "count"))
-_WIDE_FORMAT = re.compile(r":[^{}]*(?:\d{4}|\{)|%[^a-zA-Z%]*(?:\d{4}|\*)")
+_WIDE_FORMAT = re.compile(r":[^{}:]*(?:\d{4}|\{)|%[^a-zA-Z%]*(?:\d{4}|\*)")
 
 
 class _GenerationTag(Extension):

@@ -26,7 +26,7 @@ from ..records import BadRecordError, Record, entry_of, read_records, text_of
 _NAMES = ("gemini", "bard")
 _VERB = re.compile(r"^(?:Prompted(?: with)?|Asked(?: Gemini| Bard)?|Said)(?:: ?|[ \u00a0])")
 _TITLES_TRIED = 200
-_ATTACHED = re.compile(r"\s*\bAttached \d+ files?\.?\s*$")
+_ATTACHED = re.compile(r"(?<!\s)\s*\bAttached \d+ files?\.?\s*$")
 
 
 def recognise(head: bytes, name: str) -> bool:

@@ -26,7 +26,7 @@ from .openai_messages import kept_fields, system_turn, turn_of
 
 _PROMPTS = ("instruction", "input", "user")  # besides those of tables, and after them
 _REPLIES = ("target", "output")
-_MOSS = re.compile(r"^\s*<\|(?:Human|MOSS)\|>[:：]\s?|\s*<eo[hmtcr]>\s*$")
+_MOSS = re.compile(r"^\s*<\|(?:Human|MOSS)\|>[:：]\s?|(?<!\s)\s*<eo[hmtcr]>\s*$")
 
 
 def recognise(head: bytes, name: str) -> bool:

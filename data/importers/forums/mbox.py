@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from email.message import EmailMessage
 from email.utils import parseaddr
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 from ...cleaning.html_text import html_to_text
 from ...conversation import Conversation
@@ -28,6 +28,7 @@ from ..records import MALFORMED
 from .quotes import own_words
 
 _FROM = re.compile(rb"^From \S+.* \d\d:\d\d(:\d\d)? ")
+HEADER_CHARS = 1000
 _IDS = re.compile(r"<[^<>\s]+>")
 
 
@@ -69,12 +70,23 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
                 yield found
 
 
+class _ShortHeaders(email.policy.EmailPolicy):
+    """Headers are read up to HEADER_CHARS: the parser of the standard library takes quadratic time for some."""
+
+    def header_fetch_parse(self, name: str, value: str) -> Any:
+        return super().header_fetch_parse(name, value if len(value) <= HEADER_CHARS else value[:HEADER_CHARS])
+
+
+_POLICY = _ShortHeaders()
+
+
 def _mail(raw: bytes, number: int) -> tuple[str, list[str], str, str, float | None, str]:
     """(id, ids of those it answers, sender, subject, seconds since 1970, own words) of one mail."""
-    mail = email.message_from_bytes(raw, policy=email.policy.default)
+    mail = email.message_from_bytes(raw, policy=_POLICY)
     assert isinstance(mail, EmailMessage)
-    name = (_IDS.findall(str(mail.get("Message-ID", ""))) or [f"{number}"])[0]
-    parents = _IDS.findall(f"{mail.get('References', '')} {mail.get('In-Reply-To', '')}")
+    written = {key.lower(): str(value) for key, value in reversed(list(mail.raw_items()))}  # the first of a name counts
+    name = (_IDS.findall(written.get("message-id", "")) or [f"{number}"])[0]
+    parents = _IDS.findall(f"{written.get('references', '')} {written.get('in-reply-to', '')}")
     person, address = parseaddr(str(mail.get("From", "")))
     moment = getattr(mail.get("Date"), "datetime", None)
     time = moment.timestamp() if moment else None

@@ -40,8 +40,8 @@ _HEADER = re.compile(rf"^\s*\*{{0,2}}(?:{_NAMES})\s?\*{{0,2}}\s?[:：]\*{{0,2}}\
 _LINE = re.compile(r"^\s*[_-]{10,}\s*$")
 _WHO = re.compile(r"\d{4}|\d{1,2}[:.]\d{2}|<[^<>\s]+@[^<>\s]+>|\S+@\S+\.\S+|\d{1,2}[./-]\d{1,2}")
 _WROTE = re.compile(rf"(?:{_VERBS})\s*[:：]\s*$", re.I)
-_COLON = re.compile(r"[:：]\s*$")
 _SIGNATURE = re.compile(r"^--\s?$")
+_LONGEST_LINE = 1000  # characters of a line that is looked at
 _LONGEST = 4  # lines that one introduction may be wrapped into
 
 
@@ -49,15 +49,21 @@ def own_words(text: str) -> str:
     """The text of a mail without what it quotes and without its signature."""
     lines = text.replace("\r\n", "\n").split("\n")
     kept: list[str] = []
+    following = _following(lines)
     k = 0
     while k < len(lines):
         line = lines[k]
+        if len(line) > _LONGEST_LINE or not line.strip():
+            if not line.startswith(">"):
+                kept.append(line)
+            k += 1
+            continue
         if _SIGNATURE.match(line) or _RULE.match(line) or _headers_begin(lines, k):
             break
         if line.startswith(">"):
             k += 1
             continue
-        size, cut = _introduction(lines, k)
+        size, cut = _introduction(lines, k, following)
         if cut:
             break
         if size:
@@ -68,25 +74,35 @@ def own_words(text: str) -> str:
     return "\n".join(kept).strip()
 
 
+def _following(lines: list[str]) -> list[str | None]:
+    """Of each line, the first below that is not blank."""
+    found: list[str | None] = []
+    below: str | None = None
+    for line in reversed(lines):
+        found.append(below)
+        below = line if line.strip() else below
+    return found[::-1]
+
+
 def _headers_begin(lines: list[str], k: int) -> bool:
     """Do three header lines in a row begin here, maybe below a rule?"""
     start = k + 1 if _LINE.match(lines[k]) else k
-    block = lines[start : start + 4]
-    return len(block) >= 3 and sum(_HEADER.match(line) is not None for line in block) >= 3 and bool(_HEADER.match(block[0]))
+    block = [line[:_LONGEST_LINE] for line in lines[start : start + 4]]
+    return len(block) >= 3 and bool(_HEADER.match(block[0])) and sum(_HEADER.match(line) is not None for line in block) >= 3
 
 
-def _introduction(lines: list[str], k: int) -> tuple[int, bool]:
+def _introduction(lines: list[str], k: int, following: list[str | None]) -> tuple[int, bool]:
     """(lines of an introduction that begins here, or 0; whether all below it is quoted)."""
-    if not lines[k].strip():
-        return 0, False
     for size in range(1, _LONGEST + 1):
         part = lines[k : k + size]
         if len(part) < size or not part[-1].strip() or part[-1].startswith(">"):
             return 0, False
-        said = " ".join(line.strip() for line in part)
-        if len(said) > 300 or not _COLON.search(said):
+        if not part[-1].rstrip().endswith((":", "：")):
             continue
-        below = next((line for line in lines[k + size :] if line.strip()), None)
+        said = " ".join(line.strip() for line in part)
+        if len(said) > 300:
+            continue
+        below = following[k + size - 1]
         quoted = below is not None and below.startswith(">")
         known = _WROTE.search(said) is not None and (_WHO.search(said) is not None)
         if (known and (quoted or below is not None)) or (quoted and _WHO.search(said) is not None):

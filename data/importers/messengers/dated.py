@@ -23,6 +23,7 @@ _PM = "下午|中午|晚上|傍晚|午後|오후|μ\\.?μ\\.?|ÖS|CH|PTG|अप�
 _NOON = rf"(?:[AaPp]\.?[\s\u202f\u00a0]?[Mm]\b\.?|{_AM}|{_PM})"
 DATE = r"(\d{1,4})\s?[./\-年년]\s?(\d{1,2})\s?[./\-月월]\s?(\d{1,4})\s?(?:[.日일号]|г\.)?"
 TIME = rf"({_NOON})?\s*(\d{{1,2}})[:.：](\d{{2}})(?:[:.：](\d{{2}}))?\s*({_NOON})?"
+LONGEST_HEADER = 300  # characters of a line with a date, a time and a name
 GLUE = r"[,،]?\s+(?:klo|um|at|à|a las|às|kl\.?|alle|om|o|в|saat)?\s*"
 STAMP = DATE + GLUE + TIME  # eight groups
 Stamp = tuple[tuple[int, int, int], tuple[int, int, int]]  # three numbers of a date in the order of the text; h, m, s
@@ -77,7 +78,7 @@ def seconds_of(value: object) -> float | None:
         return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         pass
-    match = _ANY.match(text)
+    match = _ANY.match(text[:LONGEST_HEADER])
     parsed = stamp(match.groups()) if match and match[1] else None
     if parsed is None:
         return None
@@ -104,6 +105,8 @@ class Header:
 def block_header(line: str) -> Header | None:
     """`2023-03-07 11:22:33 阿杰(10001)`, `2024-10-04 11:42:01 小红` or `小红 2023/09/16 下午2:51`."""
     line = line.rstrip()
+    if len(line) > LONGEST_HEADER:
+        return None
     first = _DATE_FIRST.match(line)
     groups, name = (first.groups()[:8], first[9]) if first else ((), "")
     if not first:
@@ -175,6 +178,6 @@ _TIMED = re.compile(rf"^\[?(?:{TIME})\]?\t[^\t\n]*\t|^\[[^\]\n]{{1,60}}\] ?\[{TI
 
 def looks_dated(head: bytes) -> bool:
     """Do the lines look like date and speaker, as in a chat? Such a text is never guessed to be a document."""
-    lines = [line for line in head.decode("utf-8", "ignore").splitlines()[:1000] if line.strip()]
+    lines = [line[:LONGEST_HEADER] for line in head.decode("utf-8", "ignore").splitlines()[:1000] if line.strip()]
     dated = sum(_STAMPED.match(line) is not None or _TIMED.match(line) is not None for line in lines)
     return dated >= 3 and dated * 20 >= len(lines)

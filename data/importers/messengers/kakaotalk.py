@@ -18,7 +18,7 @@ from ...recipe import SourceSection
 from ..messages import ChatMessage
 from ..plain.rows import csv_rows, header_of
 from ..rebuild import conversations
-from .dated import DATE, MARKS, STAMP, TIME, clock_time, moment, seconds_of, stamp
+from .dated import DATE, LONGEST_HEADER, MARKS, STAMP, TIME, clock_time, moment, seconds_of, stamp
 
 _MONTHS = "january february march april may june july august september october november december".split()  # noqa: SIM905
 _ENGLISH = r"([A-Z][a-z]{2,8}) (\d{1,2}), (\d{4})"
@@ -34,7 +34,7 @@ def recognise(head: bytes, name: str) -> bool:
     """Two messages of either kind among the first lines, or the columns of the CSV."""
     if name.lower().endswith(".csv"):
         return header_of(head) == _COLUMNS
-    lines = head.decode("utf-8-sig", "ignore").splitlines()[:400]
+    lines = [line[:LONGEST_HEADER] for line in head.decode("utf-8-sig", "ignore").splitlines()[:400]]
     computer = any(_DAY.match(line) for line in lines) and sum(_PC.match(line) is not None for line in lines) >= 2
     return computer or sum(_SAID.match(line) is not None for line in lines) >= 2
 
@@ -68,7 +68,7 @@ def _lines(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[tu
     found: tuple[int, float | None, str, MessageLines] | None = None
     for number, line in file.text_lines(options.encoding, ledger):
         line = line.rstrip("\r\n")
-        said, computer, dated = _SAID.match(line), _PC.match(line), _DAY.match(line)
+        said, computer, dated = _SAID.match(line), _PC.match(line), _DAY.match(line[:LONGEST_HEADER])
         new: tuple[int, float | None, str, MessageLines] | None = None
         if said:
             when = _when(said.groups())
@@ -76,7 +76,7 @@ def _lines(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[tu
         elif computer and day is not None:
             clock = _clock(computer.groups()[1:6])
             new = (number, moment(day, clock), computer[1], MessageLines([computer[7]])) if clock else None
-        service = new is None and (dated is not None or _SYSTEM.match(line) is not None)
+        service = new is None and (dated is not None or _SYSTEM.match(line[:LONGEST_HEADER]) is not None)
         if (new or service) and found is not None:
             yield found[0], found[1], found[2], "\n".join(found[3]).strip("\n")
             found = None

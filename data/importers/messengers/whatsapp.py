@@ -35,7 +35,7 @@ _EDITED = (
     "|Ce message a été modifié|Se editó este mensaje|Mensagem editada|Questo messaggio è stato modificato"
     "|Tätä viestiä on muokattu|Muokattu|편집된 메시지|このメッセージは編集されました|Сообщение изменено"
 )
-_TRAILING = re.compile(f"\\s*(?:\u200e<[^<>\n]+>|<(?:{_EDITED})>)\\s*$")
+_TRAILING = re.compile(f"(?<!\\s)\\s*(?:\u200e<[^<>\n]+>|<(?:{_EDITED})>)\\s*$")
 Header = tuple[Stamp, str, bool]  # when, the rest of the line, written by iOS?
 
 
