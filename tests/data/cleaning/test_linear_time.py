@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,8 +28,8 @@ from chatmill.data.tokenizer import sandbox
 LENGTH, SECONDS = 15_000, 1.0  # what was quadratic took 3 s and more
 UNITS = (
     "<", "<a ", "<!--", "<!-- >", "<![CDATA[", '<a x="', "<blockquote>", "<ul><li>", "&", '"', "[", "(", "\n", " ", "\t",
-    "\r\n", " \n", "a\n", "> ", "> > ", ":", "1.", "2023/05/01 ", "a@", "a@b.co ", "1.2.3.4 ", "😀", "e\u0301", "中 ", "- ", "```\n",
-    "wrote:\n", "From: x\nTo: y\n", "http://a:b@",
+    "\r\n", " \n", "a\n", "> ", "> > ", ":", "1.", "2023/05/01 ", "a@", "a@b.co ", "1.2.3.4 ", "😀", "e\u0301", "中 ", "- ",
+    "```\n", "wrote:\n", "From: x\nTo: y\n", "http://a:b@",
 )  # fmt: skip
 EVERYTHING = CleanSection.model_validate(
     {"html": True, "urls": "replace", "privacy": {"mode": "redact"}, "drop_bots": True, "drop_refusals": True, "repetition": {},
@@ -50,9 +51,7 @@ WHAT: dict[str, Callable[[str], object]] = {
     "headers of mails": lambda text: mbox._mail(mail(text), 1),
     "fences": split_fences,
     "private data": privacy.find,
-    "all rules": lambda text: CLEANER.apply(
-        Conversation("u", (Turn("user", "q"), Turn("assistant", text)), "s", "o"), Ledger()
-    ),
+    "all rules": lambda text: CLEANER.apply(Conversation("u", (Turn("assistant", text),), "s", "o"), Ledger()),
     "marks of importers": lambda text: [
         pattern.sub("", text) for pattern in (whatsapp._TRAILING, gemini._ATTACHED, pairs._MOSS)
     ],
@@ -68,7 +67,8 @@ def test_time_is_linear_in_what_repeats(what: str) -> None:
         for end in ("", "x>"):
             text = unit * (LENGTH // len(unit)) + end
             start = time.process_time()
-            WHAT[what](text)
+            with suppress(RecursionError):  # the importer leaves such a mail out
+                WHAT[what](text)
             if (took := time.process_time() - start) > SECONDS:
                 slow[unit + end] = took
     assert not slow
