@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -111,26 +112,44 @@ def _write_again(
     progress: Callable[[str, int, int], None] | None,
 ) -> Path:
     """Shards 0 .. last of a split below scratch, as far as the dialogues can be read. Returns their folder."""
-    sizes = manifest["recipe"]["shards"]
-    writer = ShardWriter(
-        scratch,
-        split,
-        vocab_size=manifest["vocab_size"],
-        meta={name: manifest[name] for name in META},
-        block_dialogues=sizes["block_dialogues"],
-        shard_bytes=int(sizes["shard_mb"] * (1 << 20)),
-    )
+    sizes, records = manifest["recipe"]["shards"], manifest["splits"][split]["shards"]
     tokenizer = ChatTokenizer.load(folder / "tokenizer")
-    wanted = sum(record["dialogues"] for record in manifest["splits"][split]["shards"][: last + 1])
-    try:
-        for number, conversation in enumerate(read_dialogues(folder, manifest["dialogues"][split])):
-            if number == wanted:
-                break
-            writer.add(tokenizer.encode_dialogue(conversation), conversation.source, conversation.origin)
-            if progress and number % 1000 == 0:
-                progress("repair", number, wanted)
-        writer.close()
-    except ConfigError as error:
-        writer.abandon()
-        lines.append(f"{split}: the dialogue shards are damaged too: {error}")
+    wanted, number = sum(record["dialogues"] for record in records[: last + 1]), 0
+    texts = read_dialogues(folder, manifest["dialogues"][split])
+    for first, end, digest in _generations(manifest, split):  # each began with a shard of its own
+        if first > last:
+            break
+        writer = ShardWriter(
+            scratch,
+            split,
+            vocab_size=manifest["vocab_size"],
+            meta={name: manifest[name] for name in META} | {"recipe_sha256": digest},
+            block_dialogues=sizes["block_dialogues"],
+            shard_bytes=int(sizes["shard_mb"] * (1 << 20)),
+            first=first,
+        )
+        try:
+            for conversation in islice(texts, sum(record["dialogues"] for record in records[first:end])):
+                if number == wanted:
+                    break
+                writer.add(tokenizer.encode_dialogue(conversation), conversation.source, conversation.origin)
+                number += 1
+                if progress and number % 1000 == 0:
+                    progress("repair", number, wanted)
+            writer.close()
+        except ConfigError as error:
+            writer.abandon()
+            lines.append(f"{split}: the dialogue shards are damaged too: {error}")
+            break
     return scratch / split
+
+
+def _generations(manifest: dict[str, Any], split: str) -> Iterator[tuple[int, int, str]]:
+    """(first shard, shard after the last, recipe_sha256) of what each build or collection wrote of a split."""
+    first = 0
+    for state in manifest.get("generations", ()):
+        end = int(state["splits"][split]["shards"])
+        yield first, end, str(state["recipe_sha256"])
+        first = end
+    if not first:
+        yield 0, len(manifest["splits"][split]["shards"]), str(manifest["recipe_sha256"])

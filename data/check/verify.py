@@ -27,12 +27,12 @@ from ..samples.split import Facts, certificate
 from ..shards.dataset import TokenDataset
 from ..shards.dialogues import read_dialogues
 from ..shards.index import TAR_END, ShardIndex, TokenBlock, block_hash, check_mask, decode_block, walk_members
-from ..shards.manifest import MANIFEST, fingerprints, read_manifest
+from ..shards.manifest import MANIFEST, SEEN, dropped, fingerprints, read_manifest
 from ..shards.quarantine import QUARANTINE, HeldBlock, Quarantine, find_damage, read_quarantine, write_quarantine
 from ..tokenizer.tokenizer import ChatTokenizer
 
 MAX_PROBLEMS = 50
-FREE_FILES = {MANIFEST, QUARANTINE, "timings.json"}
+FREE_FILES = {MANIFEST, QUARANTINE, SEEN, "timings.json"}
 
 
 def verify_dataset(
@@ -136,7 +136,7 @@ def _check_split(
     strides = [max(1, -(-total // limit)) if limit else 0 for limit in limits]
     tokens = _tokens(folder, manifest, split, problems, known)
     texts = read_dialogues(folder, manifest["dialogues"][split])
-    number = 0
+    number, gone = 0, set(dropped(manifest, split))
     while len(problems) < MAX_PROBLEMS:
         try:
             conversation = next(texts, None)
@@ -147,7 +147,8 @@ def _check_split(
         if conversation is None and dialogue is None:
             break
         if conversation is not None:
-            facts.add(conversation)
+            if number not in gone:  # else a longer export has replaced it
+                facts.add(conversation)
             problems += _private(split, conversation, private, number)
         if dialogue is UNREADABLE:  # its block was named
             number += 1

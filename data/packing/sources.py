@@ -11,7 +11,7 @@ as if it stood in the recipe. It must begin at the step of the checkpoint that i
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from chatmill.config import ConfigError
@@ -24,14 +24,24 @@ from .mixture import Mixture
 RECORD = "excluded.jsonl"
 
 
-def open_mixture(config: SourcesSection, split: str = "train", damaged_blocks: float | None = None) -> Mixture:
+def open_mixture(
+    config: SourcesSection,
+    split: str = "train",
+    damaged_blocks: float | None = None,
+    begun: Mapping[str, str] | None = None,
+) -> Mixture:
     """The training data sets with their weights. Raises ConfigError where they do not belong together.
 
-    damaged_blocks: instead of the recipe's share, for those who only look.
+    damaged_blocks: instead of the recipe's share, for those who only look. begun: fingerprints, by name, that the run began
+    with (begun_with): of a data set that has grown since (`chatmill data collect`), what it held then is opened.
     """
     allowed = config.damaged_blocks if damaged_blocks is None else damaged_blocks
+    marks = begun or {}
     # By name: the order in which a recipe lists them must not decide which pack comes first.
-    datasets = {name: TokenDataset.open(path, split, damaged_blocks=allowed) for name, path in sorted(config.paths.items())}
+    datasets = {
+        name: TokenDataset.open(path, split, damaged_blocks=allowed, fingerprint=marks.get(name))
+        for name, path in sorted(config.paths.items())
+    }
     first_name, first = next(iter(datasets.items()))
     for name, dataset in datasets.items():
         for field in ("tokenizer_sha256", "template_sha256"):
@@ -41,6 +51,27 @@ def open_mixture(config: SourcesSection, split: str = "train", damaged_blocks: f
                     f"Build {dataset.path} again with tokenizer.path={first.path / 'tokenizer'}."
                 )
     return Mixture(datasets, config.weights)
+
+
+def begun_with(run: str | Path, split: str = "train") -> dict[str, str]:
+    """{data set: fingerprint of its split} that a run began with: in environment.json; of an older run, in a checkpoint.
+
+    Empty where the run has not begun. A run goes on with what it began with, though its data sets grow.
+    """
+    file = Path(run) / "environment.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("data", {}).get(split, {})
+    except (OSError, ValueError, AttributeError):
+        found = {}
+    if found or split != "train":
+        return {str(name): str(mark) for name, mark in found.items()}
+    for state in sorted(Path(run).glob("checkpoints/*/state.json"), reverse=True):
+        try:
+            sources = json.loads(state.read_text(encoding="utf-8"))["stream"]["sources"]
+            return {str(name): str(source["fingerprint"]) for name, source in sources.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return {}
 
 
 def exclusions(config: SourcesSection, run: str | Path | None = None) -> dict[int, frozenset[str]]:

@@ -27,7 +27,7 @@ from .config import SourcesSection
 from .options import StreamOptions
 from .order import DialogueSource
 from .schedule import Position, Schedule
-from .sources import exclusions, open_mixture
+from .sources import begun_with, exclusions, open_mixture
 from .windows import Pack, quarantined
 
 
@@ -161,7 +161,7 @@ def run_schedule(run: Path) -> tuple[Schedule, list[Position]]:
         max_dialogues=data.get("max_dialogues"),
         exclude=exclusions(sources, run),
     )
-    schedule = Schedule(open_mixture(sources, damaged_blocks=1.0), options)
+    schedule = Schedule(open_mixture(sources, damaged_blocks=1.0, begun=begun_with(run)), options)
     return schedule, [schedule.position(state) for state in states]
 
 

@@ -9,12 +9,9 @@ Intermediate files live in `.<name>.work-<digest>` beside the data set and go wh
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,36 +20,41 @@ import xxhash
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
-from chatmill.files import naming, publish_folder, sha256_file, write_durably
+from chatmill.files import write_durably
 
-from ..conversation import TokenizedDialogue, load_line
+from ..conversation import load_line
 from ..importers.registry import spans
 from ..importers.speakers import assistants, check_one_assistant, together
 from ..ledger import Ledger, shorten
+from ..raw.files import RawFile
 from ..recipe import DataRecipe
 from ..remote.files import is_url, staging_folder
-from ..report.page import html_report
 from ..report.text_counts import TextCounts
 from ..samples.decontaminate import benchmark_hashes
-from ..samples.dedup import CONTAMINATED, REASONS, SUPERSEDED, deduplicate
-from ..samples.identity import resolve
-from ..samples.near_duplicates import near_pairs
-from ..samples.split import Facts, assign, certificate, crossing, group, group_keys, join
-from ..shards.dataset import TokenDataset
-from ..shards.dialogues import DialogueWriter
-from ..shards.manifest import FORMAT_VERSION, MANIFEST
-from ..shards.writer import ShardWriter
+from ..samples.dedup import REASONS
+from ..samples.placing import place
+from ..samples.table import NEITHER, SampleTable
 from ..tokenizer.tokenizer import ChatTokenizer, train_bpe
 from .destination import Progress, built_report, copy_out, published_report
 from .dialogues_file import check_dialogues_file, write_dialogues
 from .executor import Task, available_cores, run_tasks
-from .inputs import build_digest, given_tokenizer, raw_files, recipe_facts, template_tokenizer, trained_template, trained_tokens
-from .stages import ImportFile, PrepareChunk, TokenizeChunk, encode_line
+from .existing import Existing
+from .inputs import (
+    Sources,
+    build_digest,
+    given_tokenizer,
+    raw_files,
+    template_tokenizer,
+    trained_template,
+    trained_tokens,
+)
+from .publication import SPLITS, Made, publish
+from .seen import SeenFiles
+from .stages import ImportFile, PrepareChunk, TokenizeChunk
 from .work_folder import WorkFolder, build_lock, load_arrays, remove_work, save_arrays
 
 Stage = Literal["import", "clean", "pair", "dedup", "split", "tokenize", "shard"]
 STAGES: tuple[Stage, ...] = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")
-SPLITS = ("train", "validation")
 
 
 def build_dataset(
@@ -69,27 +71,20 @@ def build_dataset(
     """
     if dialogues is not None:
         check_dialogues_file(dialogues, until)
-    place = str(out or recipe.place)
-    url = place.rstrip("/") if is_url(place) else None
-    folder = (staging_folder(url) if url else Path(place)).absolute()
+    goal, seen = str(out or recipe.place), SeenFiles()
+    url = goal.rstrip("/") if is_url(goal) else None
+    folder = (staging_folder(url) if url else Path(goal)).absolute()
     files, left_out = raw_files(recipe)
     tokenizer = given_tokenizer(recipe)
-    digest, inputs = build_digest(recipe, files, tokenizer)
+    digest, inputs, given = build_digest(recipe, files, tokenizer, seen)
     if until == "shard" and (found := published_report(url, digest) if url else built_report(folder, digest)):
         return found | {"built": False, "out": url or str(folder)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with build_lock(folder):
         if until == "shard" and url and (found := built_report(folder, digest)):  # killed while it was copied
             return copy_out(folder, url, found | {"built": True}, progress)
-        parts = [
-            (n, part)
-            for (n, file), found in zip(files, inputs, strict=True)
-            for part in spans(file, found["format"], recipe.sources[n])
-        ]
-        work = WorkFolder(folder.parent / f".{folder.name}.work-{digest[:12]}", recipe, tuple(parts))
-        for stage in ("import", "prepare", "assign", "tokenize"):
-            (work.folder / stage).mkdir(parents=True, exist_ok=True)
-        build = _Build(work, folder, digest, inputs, left_out, tokenizer, progress or (lambda stage, done, total: None))
+        work = work_for(folder, recipe, files, inputs, digest)
+        build = Build(work, folder, Sources(digest, inputs, inputs, given, left_out, seen), tokenizer, progress)
         report = build.run(until)
         if dialogues is not None:
             report["dialogues"] = write_dialogues(work, until, Path(dialogues))
@@ -100,21 +95,36 @@ def build_dataset(
     return report
 
 
-class _Build:
-    """One run through the stages."""
+def work_for(
+    folder: Path, recipe: DataRecipe, files: list[tuple[int, RawFile]], inputs: list[dict[str, Any]], digest: str
+) -> WorkFolder:
+    """The work folder of a build of these files, large ones in spans. inputs: their records; digest: of all that shapes it."""
+    parts = [
+        (number, part)
+        for (number, file), found in zip(files, inputs, strict=True)
+        for part in spans(file, found["format"], recipe.sources[number])
+    ]
+    work = WorkFolder(folder.parent / f".{folder.name}.work-{digest[:12]}", recipe, tuple(parts))
+    for stage in ("import", "prepare", "assign", "tokenize"):
+        (work.folder / stage).mkdir(parents=True, exist_ok=True)
+    return work
+
+
+class Build:
+    """One run through the stages. base: the data set that what is new is added to; its tokenizer is the given one then."""
 
     def __init__(
         self,
         work: WorkFolder,
         out: Path,
-        digest: str,
-        inputs: list[dict[str, Any]],
-        left_out: list[str],
+        sources: Sources,
         tokenizer: ChatTokenizer | None,
-        progress: Progress,
+        progress: Progress | None,
+        base: Existing | None = None,
     ) -> None:
-        self.work, self.out, self.digest, self.inputs, self.progress = work, out, digest, inputs, progress
-        self.left_out = left_out
+        self.work, self.out, self.sources, self.base = work, out, sources, base
+        self.progress: Progress = progress or (lambda stage, done, total: None)
+        self.replaced: dict[int, int] = {}  # row of the set that goes -> new row that comes in its place
         self.recipe, self.tokenizer = work.recipe, tokenizer
         self.workers = work.recipe.workers or available_cores()
         self.stages: list[dict[str, Any]] = []
@@ -134,7 +144,7 @@ class _Build:
             if until == "clean":
                 self.stages.pop()
             return self._report()
-        facts = self._assign(chunks, samples)
+        self._assign(chunks, samples)
         if until in ("dedup", "split"):
             if until == "dedup":
                 self.stages.pop()
@@ -142,7 +152,7 @@ class _Build:
         self._tokenize(chunks)
         if until == "tokenize":
             return self._report()
-        return self._shard(chunks, facts)
+        return self._publish(chunks)
 
     def _run(self, name: str, shown: str, tasks: list[str], function: Task) -> list[dict[str, Any]]:
         """A stage whose tasks are independent, by the recipe's executor."""
@@ -156,14 +166,16 @@ class _Build:
         self.stages.append({"name": name, **ledger.to_dict()})
 
     def _refuse_nothing(self, ledger: Ledger, what: str) -> None:
-        if not ledger.kept:
+        if not ledger.kept and self.base is None:
             found = "; ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common(5)) or "nothing was there"
             raise ConfigError(f"data {self.recipe.name}: {what}. Dropped: {shorten(found, 400)}")
 
     def _report(self, **more: Any) -> dict[str, Any]:
         stages = [stage | {"seconds": self.seconds.get(stage["name"], 0.0)} for stage in self.stages]
-        formats = dict(Counter(record["format"] for record in self.inputs).most_common())
-        files = {"formats": formats, "left_out": self.left_out, "assistants": self.assistants, "own_system": self.own_system}
+        formats = dict(Counter(record["format"] for record in self.sources.read).most_common())
+        files = {
+            "formats": formats, "left_out": self.sources.left_out, "assistants": self.assistants, "own_system": self.own_system,
+        }  # fmt: skip
         return {"name": self.recipe.name, "files": files, "stages": stages, "built": True, "out": str(self.out), **more}
 
     def _import(self) -> list[str]:
@@ -199,49 +211,32 @@ class _Build:
             self._refuse_nothing(ledger, f"`{name}` left nothing")
         return [r["samples"] for r in results]
 
-    def _assign(self, chunks: list[str], samples: list[int]) -> tuple[Facts, Facts]:
+    def _assign(self, chunks: list[str], samples: list[int]) -> None:
         """Duplicates out, sides drawn; one small file of sides per chunk."""
         self.progress("dedup", 0, 1)
+        dedup, split = self.recipe.dedup, self.recipe.split
         parts = [load_arrays(self.work.path("prepare", f"{chunk}.npz")) for chunk in chunks]
-        exact = np.concatenate([part["exact"] for part in parts])
-        thread = np.concatenate([part["thread"] for part in parts])
-        near = self.recipe.dedup.near
-        signature = np.concatenate([part["signature"] for part in parts]) if near else None
-        pairs = near_pairs(signature, near.threshold) if near and signature is not None else None
-        reason, cluster = deduplicate(exact, self.recipe.dedup.exact, pairs, near is not None and near.drop)
-        reason[np.concatenate([part["contaminated"] for part in parts])] = CONTAMINATED
-        uids, sizes = (np.concatenate([part[name] for part in parts]) for name in ("uid", "size"))
-        stays, copy = resolve(uids, sizes, reason == 0)
-        reason[(reason == 0) & ~stays] = SUPERSEDED
-        keep = reason == 0
+        self.table = SampleTable.of(parts, dedup.near is not None)
+        known = 0
+        if self.base is not None:
+            known, self.table = len(self.base.table), self.base.table.followed_by(self.table)
+        self.replaced = place(self.table, dedup, split, known)
+        table = self.table
+        keep = table.reason[known:] == 0
         ledger = Ledger("samples", kept=int(keep.sum()))
         bounds = np.cumsum([0, *samples])
         for i in np.flatnonzero(~keep).tolist():
-            name = REASONS[int(reason[i])]
+            name = REASONS[int(table.reason[known + i])]
             ledger.drop(name, self._text_of(chunks, bounds, i) if ledger.dropped[name] < 3 else "")
+        if self.replaced:
+            ledger.change("replaces a shorter export of its conversation", n=len(self.replaced))
         self._note("dedup", ledger)
         self.progress("dedup", 1, 1)
-
-        author_counts = np.concatenate([part["author_counts"] for part in parts])
-        flat = np.concatenate([part["authors"] for part in parts]).tolist()
-        edges = np.concatenate([[0], np.cumsum(author_counts)]).tolist()
-        authors = [flat[edges[i] : edges[i + 1]] for i in range(len(author_counts))] if self.recipe.split.by_author else None
-        times = np.concatenate([part["time"] for part in parts])
-        while True:
-            groups = group(cluster, thread, authors)
-            validation = assign(group_keys(groups, thread, times, keep), self.recipe.split)
-            side = np.where(keep, validation.astype(np.uint8), np.uint8(2))
-            before = cluster
-            if near and signature is not None:
-                cluster = join(cluster, crossing(signature, side, near.threshold))
-            if np.array_equal(cluster, before):
-                break
-        if (side == 0).sum() == 0 or (side == 1).sum() == 0:
-            largest = int(np.bincount(groups).max())
+        side, copy = np.where(keep, table.side[known:], np.uint8(NEITHER)), table.copy[known:]
+        if self.base is None and ((side == 0).sum() == 0 or (side == 1).sum() == 0):
             raise ConfigError(
                 f"data {self.recipe.name}: the split left {int((side == 0).sum())} training and "
-                f"{int((side == 1).sum())} validation samples out of "
-                f"{len(np.unique(groups))} groups (the largest holds {largest}).\n"
+                f"{int((side == 1).sum())} validation samples out of {int(keep.sum())}.\n"
                 "Give more data, another split.seed, a larger split.validation, or switch split.by_author off."
             )
         for k, chunk in enumerate(chunks):
@@ -251,12 +246,6 @@ class _Build:
         ledger.change("to train", n=int((side == 0).sum()))
         ledger.change("to validation", n=int((side == 1).sum()))
         self._note("split", ledger)
-        owner = np.repeat(np.arange(len(side)), author_counts)
-        facts = _facts(side == 0, exact, thread, flat, owner), _facts(side == 1, exact, thread, flat, owner)
-        if signature is not None:
-            facts[0].add_signatures(signature[side == 0])
-            facts[1].add_signatures(signature[side == 1])
-        return facts
 
     def _text_of(self, chunks: list[str], bounds: NDArray[np.int64], i: int) -> str:
         """First words of sample i, for the report."""
@@ -299,98 +288,9 @@ class _Build:
                     if side[number] == 0 and xxhash.xxh3_64_intdigest(line[:40]) * size < most << 64:
                         yield from (turn.content for turn in load_line(line).turns)
 
-    def _shard(self, chunks: list[str], facts: tuple[Facts, Facts]) -> dict[str, Any]:
+    def _publish(self, chunks: list[str]) -> dict[str, Any]:
         assert self.tokenizer is not None
-        final = self.work.folder / "final"
-        if final.exists():
-            shutil.rmtree(final)
-        final.mkdir()
-        hashes = {"tokenizer_sha256": self.tokenizer.tokenizer_sha256, "template_sha256": self.tokenizer.template_sha256}
-        sizes = self.recipe.shards
-        shard_bytes = int(sizes.shard_mb * (1 << 20))
-        meta = {**hashes, "recipe_sha256": self.digest, "vocab_size": self.tokenizer.vocab_size}
-        tokens = [
-            ShardWriter(
-                final, split, vocab_size=self.tokenizer.vocab_size, meta=meta, block_dialogues=sizes.block_dialogues,
-                shard_bytes=shard_bytes,
-            )
-            for split in SPLITS
-        ]  # fmt: skip
-        texts = [DialogueWriter(final, split, shard_bytes) for split in SPLITS]
-        for number, chunk in enumerate(chunks):
-            self._copy_chunk(chunk, tokens, texts)
-            self.progress("shard", number + 1, len(chunks))
-        splits = {split: _totals(writer.close()) for split, writer in zip(SPLITS, tokens, strict=True)}
-        dialogues = {split: writer.close() for split, writer in zip(SPLITS, texts, strict=True)}
-        ledger = Ledger("samples", kept=sum(split["dialogues"] for split in splits.values()))
-        self._note("shard", ledger)
-        near = self.recipe.dedup.near
-        proof = certificate(facts[0], facts[1], self.recipe.split.by_author, near.threshold if near else None)
-        if not proof["valid"]:  # an invariant of `group`; never publish without it
-            raise ConfigError(f"data {self.recipe.name}: the split leaks: {proof['shared']}")
-        with naming(final / "tokenizer"):
-            self.tokenizer.save(final / "tokenizer")
-        public = {key: splits[key] | {"shards": len(splits[key]["shards"])} for key in splits}
-        stages = {"name": self.recipe.name, "stages": self.stages, "splits": public, "certificate": proof, "texts": self.texts}
-        write_durably(final / "report.json", (json.dumps(stages, ensure_ascii=False, indent=1) + "\n").encode())
-        manifest: dict[str, Any] = {
-            "format": FORMAT_VERSION,
-            "name": self.recipe.name,
-            "recipe_sha256": self.digest,
-            "recipe": recipe_facts(self.recipe),
-            "inputs": self.inputs,
-            **hashes,
-            "vocab_size": self.tokenizer.vocab_size,
-            "splits": splits,
-            "dialogues": dialogues,
-            "certificate": proof,
-        }
-        if self.recipe.pair.mode == "preference":
-            manifest["preference"] = True
-        datasets = {split: TokenDataset.from_manifest(final, manifest, split) for split in SPLITS}
-        write_durably(final / "report.html", html_report(stages, datasets, self.tokenizer).encode())
-        for dataset in datasets.values():
-            dataset.close()
-        loose = [*(final / "tokenizer").iterdir(), final / "report.json", final / "report.html"]
-        manifest["files"] = {path.relative_to(final).as_posix(): sha256_file(path) for path in sorted(loose)}
-        write_durably(final / "timings.json", (json.dumps(self.seconds, indent=1) + "\n").encode())
-        write_durably(final / MANIFEST, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
-        publish_folder(final, self.out)
-        return self._report(splits=public, certificate=proof, texts=self.texts)
-
-    def _copy_chunk(self, chunk: str, tokens: list[ShardWriter], texts: list[DialogueWriter]) -> None:
-        arrays = load_arrays(self.work.path("tokenize", f"{chunk}.npz"))
-        rows = iter(json.loads(self.work.path("tokenize", f"{chunk}.json").read_bytes()))
-        mask = np.unpackbits(arrays["mask"], count=len(arrays["ids"])).view(np.bool_)
-        edges = np.concatenate([[0], np.cumsum(arrays["lengths"])]).tolist()
-        row, k = next(rows, None), 0
-        with self.work.path("prepare", f"{chunk}.jsonl").open("rb") as file:
-            for number, line in enumerate(file):
-                if row is None or row[0] != number:
-                    continue
-                _, side, uid, source, origin = row
-                span = slice(edges[k], edges[k + 1])
-                if not line.startswith(f'{{"uid":"{uid}"'.encode()):  # it shares its uid with an earlier sample
-                    line = encode_line(replace(load_line(line), uid=uid))
-                tokens[side].add(TokenizedDialogue(uid, arrays["ids"][span], mask[span]), source, origin)
-                texts[side].add(uid, line)
-                row, k = next(rows, None), k + 1
-
-
-def _totals(records: list[dict[str, Any]]) -> dict[str, Any]:
-    keys = ("dialogues", "tokens", "loss_tokens", "blocks")
-    return {"shards": records, **{key: sum(record[key] for record in records) for key in keys}}
-
-
-def _facts(
-    chosen: NDArray[np.bool_],
-    exact: NDArray[np.uint64],
-    thread: NDArray[np.uint64],
-    authors: list[int],
-    owner: NDArray[np.int64],
-) -> Facts:
-    facts = Facts()
-    facts.hashes["conversations"].extend(thread[chosen].tolist())
-    facts.hashes["exact_texts"].extend(exact[chosen].tolist())
-    facts.hashes["authors"].extend(np.array(authors, dtype=np.uint64)[chosen[owner]].tolist())
-    return facts
+        made = Made(self.sources, self.tokenizer, self.table, self.replaced, self.stages, self.texts, self.seconds)
+        public = publish(made, self.work, chunks, self.out, self.base, self.progress)
+        self._note("shard", Ledger("samples", kept=public.pop("written")))
+        return self._report(**public)

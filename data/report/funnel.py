@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from chatmill.formatting import counted
+
 from ..ledger import ranked, shorten
 from ..samples.split import in_words
 from .bins import binned_turns
@@ -24,6 +26,41 @@ _NAMES = {"documents": "documents (plain texts: every token carries loss)"}
 def print_funnel(report: dict[str, Any], console: Console | None = None) -> None:
     """One row per stage, then the split sizes and the certificate."""
     console = console or Console()
+    if report["stages"]:
+        _print_stages(report, console)
+    print_files(report.get("files") or {}, console)
+    for split, part in report.get("splits", {}).items():
+        share = part["loss_tokens"] / max(part["tokens"], 1)
+        sizes = f"{part['dialogues']:,} dialogues, {part['tokens']:,} tokens"
+        console.print(f"{split}: {sizes}, {share:.1%} of them with loss, {part['shards']} shard{'s' * (part['shards'] != 1)}")
+    print_texts(report, console)
+    proof = report.get("certificate")
+    if proof:
+        console.print(
+            f"split certificate: {'valid' if proof['valid'] else 'LEAKS'} (shared by train and validation: {in_words(proof)})"
+        )
+
+
+def print_collected(report: dict[str, Any], console: Console | None = None) -> None:
+    """What `data collect` added to a set that was there, and which of its files have gone."""
+    console = console or Console()
+    if (added := report.get("added")) is not None:
+        came = added["train"] + added["validation"] - added["replaced"]
+        line = f"new: {counted(len(added['files']), 'file')}; {counted(came, 'dialogue')} more"
+        if added["replaced"]:
+            line += f", {counted(added['replaced'], 'dialogue')} replaced by a longer export"
+        console.print(f"{line}; {counted(report['known'], 'file')} read before", highlight=False)
+    elif "known" in report:
+        console.print(f"nothing new: {counted(report['known'], 'file')} read before", highlight=False)
+    if gone := report.get("gone"):
+        named = ", ".join(gone[:FILES_NAMED]) + (", …" if len(gone) > FILES_NAMED else "")
+        line = f"no longer in the sources: {counted(len(gone), 'file')} ({named}). What they held stays in the set. "
+        line += "To take it out, build the set again: chatmill data build RECIPE"
+        console.print(escape(line), style="yellow", highlight=False)
+    console.print(report["out"], highlight=False, soft_wrap=True)
+
+
+def _print_stages(report: dict[str, Any], console: Console) -> None:
     table = Table(title=f"data {report['name']}", title_justify="left")
     for name, justify in (
         ("stage", "left"),
@@ -48,17 +85,6 @@ def print_funnel(report: dict[str, Any], console: Console | None = None) -> None
         ]
         table.add_row(*row, *([f"{stage.get('seconds', 0):.1f}"] if timed else []))
     console.print(table)
-    print_files(report.get("files") or {}, console)
-    for split, part in report.get("splits", {}).items():
-        share = part["loss_tokens"] / max(part["tokens"], 1)
-        sizes = f"{part['dialogues']:,} dialogues, {part['tokens']:,} tokens"
-        console.print(f"{split}: {sizes}, {share:.1%} of them with loss, {part['shards']} shard{'s' * (part['shards'] != 1)}")
-    print_texts(report, console)
-    proof = report.get("certificate")
-    if proof:
-        console.print(
-            f"split certificate: {'valid' if proof['valid'] else 'LEAKS'} (shared by train and validation: {in_words(proof)})"
-        )
 
 
 def print_files(files: dict[str, Any], console: Console) -> None:

@@ -32,16 +32,16 @@ class TextCounts:
     sources: Counter[str] = field(default_factory=Counter)
     documents: int = 0
 
-    def add(self, conversation: Conversation) -> None:
-        """Count one sample."""
-        self.sources[conversation.source] += 1
+    def add(self, conversation: Conversation, n: int = 1) -> None:
+        """Count one sample n times; -1 takes it out again."""
+        self.sources[conversation.source] += n
         if conversation.is_document:
-            self.documents += 1
+            self.documents += n
         else:
-            self.turns[len(conversation.turns)] += 1
+            self.turns[len(conversation.turns)] += n
         if can_detect():
             text = " ".join(prose(turn.content[: 2 * MAX_CHARS]) for turn in conversation.turns if turn.role != "system")
-            self.languages[_language(text)] += 1
+            self.languages[_language(text)] += n
 
     @property
     def mean_turns(self) -> float:
@@ -51,9 +51,9 @@ class TextCounts:
     def to_dict(self) -> dict[str, Any]:
         """JSON form: turns by number, the others by falling count."""
         return {
-            "turns": {str(turns): count for turns, count in sorted(self.turns.items())},
-            "languages": ranked(self.languages),
-            "sources": ranked(self.sources),
+            "turns": {str(turns): count for turns, count in sorted(self.turns.items()) if count},
+            "languages": ranked(+self.languages),
+            "sources": ranked(+self.sources),
             "documents": self.documents,
         }
 

@@ -64,12 +64,14 @@ class UnionFind:
         return np.array([self.find(i) for i in range(len(self.parent))], dtype=np.int64)
 
 
-EXACT, NEAR, CONTAMINATED, SUPERSEDED = 1, 2, 3, 4
+EXACT, NEAR, CONTAMINATED, SUPERSEDED, JOINS, REFUSED = 1, 2, 3, 4, 5, 6
 REASONS = {
     EXACT: "exact duplicate",
     NEAR: "near duplicate",
     CONTAMINATED: "shares text with an evaluation set",
     SUPERSEDED: "shorter export of a conversation that is there",
+    JOINS: "belongs with dialogues of both sides of the split",
+    REFUSED: "refused by the tokenizer or the chat template",
 }
 
 

@@ -15,6 +15,7 @@ be two people who begin alike: both stay, and the later ones get a uid of their 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import xxhash
@@ -61,13 +62,16 @@ def size_of(sample: Conversation) -> int:
 
 
 def resolve(
-    uids: NDArray[np.bytes_], sizes: NDArray[np.int64], keep: NDArray[np.bool_]
+    uids: NDArray[np.bytes_], sizes: NDArray[np.int64], keep: NDArray[np.bool_], known: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """(stays (N,), copy (N,)): of kept samples that share a uid, the longest where they have times, else all of them.
 
     copy: 0 for the one that has the uid, 1, 2 … for those that get one of their own (conversation.part_uid(uid, -copy)).
+    known: copy of the first samples, which is decided already. A longer one takes over the uid of the one that it replaces.
     """
     stays, copy = keep.copy(), np.zeros(len(keep), dtype=np.int64)
+    decided = 0 if known is None else len(known)
+    copy[:decided] = known if known is not None else 0
     kept = np.flatnonzero(keep)
     _, inverse, counts = np.unique(uids[kept], return_inverse=True, return_counts=True)
     same: dict[int, list[int]] = {}
@@ -75,9 +79,17 @@ def resolve(
         same.setdefault(int(inverse[i]), []).append(int(kept[i]))
     for members in same.values():
         timed = [i for i in members if sizes[i] > 0]
+        longest = max(timed, key=lambda i: (sizes[i], -i), default=-1)
         if timed:
             stays[timed] = False
-            stays[max(timed, key=lambda i: (sizes[i], -i))] = True
-        for number, i in enumerate(i for i in members if stays[i]):
-            copy[i] = number
+            stays[longest] = True
+        used = {int(copy[i]) for i in members if i < decided and stays[i]}
+        new = [i for i in members if i >= decided and stays[i]]
+        if longest in new and (replaced := [int(copy[i]) for i in timed if i < decided]):
+            copy[longest] = min(replaced)
+            used.add(min(replaced))
+            new.remove(longest)
+        free = (number for number in count() if number not in used)
+        for i in new:
+            copy[i] = next(free)
     return stays, copy

@@ -5,6 +5,7 @@
 A shard is a plain WebDataset tar (`webdataset.WebDataset(shard)` reads every sample). This reader needs one pread per block,
 checks its xxh3, and never yields fewer dialogues than the manifest promises: damage is an error that names the file.
 Blocks in the data set's quarantine (data/shards/quarantine.py) are left out where the reader agrees to it, and only those.
+Dialogues that a longer export has replaced (data/shards/manifest.py) are not there for whoever reads here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from chatmill.config import ConfigError
 from chatmill.files import read_unchanged
 
 from .index import DamagedShardError, ShardIndex, TokenBlock, block_hash, decode_block
-from .manifest import fingerprint, fingerprints, read_manifest
+from .manifest import as_of, dropped, fingerprint, fingerprints, read_manifest
 from .quarantine import HeldBlock, check_consent, read_quarantine
 
 
@@ -58,22 +59,51 @@ class TokenDataset:
         self._offset = np.concatenate([np.zeros(0, np.int64), *(i.offset for i in indices)])
         self._size = np.concatenate([np.zeros(0, np.int64), *(i.size for i in indices)])
         self._xxh3 = np.concatenate([np.zeros(0, np.uint64), *(i.xxh3 for i in indices)])
+        self._first_blocks = np.cumsum([0, *(len(i.offset) for i in indices)])  # of each shard
+        self._number = np.arange(len(counts))  # of each block, as the shards count
+        self._written: dict[int, tuple[NDArray[np.bool_], NDArray[np.uint32]]] = {}
+        if gone := dropped(manifest, split):
+            self._leave_out(np.array(gone))
         self._files: dict[int, int] = {}
+        self.grown_to: int | None = None  # dialogues that the split holds now, where an earlier generation of it is read here
         self.held: tuple[HeldBlock, ...] = ()
         self.quarantined: frozenset[int] = frozenset()
 
+    def _leave_out(self, gone: NDArray[np.int64]) -> None:
+        """Take the dialogues at these places of the shards out of all that is public, and blocks that hold no others."""
+        stays = np.ones(len(self.lengths), dtype=np.bool_)
+        stays[gone] = False
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(stays)])[self.block_starts]
+        self._number = used = np.flatnonzero(np.diff(before))
+        for b, number in enumerate(used.tolist()):
+            part = slice(int(self.block_starts[number]), int(self.block_starts[number + 1]))
+            if not stays[part].all():  # which of its dialogues stay, and the lengths of all
+                self._written[b] = stays[part], self.lengths[part]
+        self.lengths, self.loss_tokens = self.lengths[stays], self.loss_tokens[stays]
+        self.block_starts = np.append(before[:-1][used], before[-1])
+        self._block_shard, self._offset = self._block_shard[used], self._offset[used]
+        self._size, self._xxh3 = self._size[used], self._xxh3[used]
+
     @classmethod
-    def open(cls, path: str | Path, split: str, *, damaged_blocks: float = 0.0) -> TokenDataset:
+    def open(cls, path: str | Path, split: str, *, damaged_blocks: float = 0.0, fingerprint: str | None = None) -> TokenDataset:
         """Open one split of a data-set folder. Raises ConfigError naming what is missing or damaged.
 
         damaged_blocks: largest share of the split's blocks that its quarantine may leave out (data/shards/quarantine.py).
+        fingerprint: of an earlier generation of a set that has grown since: that generation is opened. Where the set never had
+        it, all of it is opened; its own fingerprint tells.
         """
         folder = Path(path)
 
         def read() -> TokenDataset:
-            manifest = read_manifest(folder)
+            whole = manifest = read_manifest(folder)
             held = read_quarantine(folder, fingerprints(manifest)).get(split, ())
-            return cls.from_manifest(folder, manifest, split, held, damaged_blocks)
+            if fingerprint is not None and split in manifest["splits"]:
+                manifest = as_of(manifest, split, fingerprint) or manifest
+                names = {record["name"] for record in manifest["splits"][split]["shards"]}
+                held = tuple(block for block in held if block.shard in names)
+            dataset = cls.from_manifest(folder, manifest, split, held, damaged_blocks)
+            dataset.grown_to = None if manifest is whole else int(whole["splits"][split]["dialogues"])
+            return dataset
 
         return read_unchanged(folder, read)  # a build may publish another one meanwhile
 
@@ -118,12 +148,12 @@ class TokenDataset:
         """Leave these blocks out; ConfigError where they are more than the share agreed to."""
         if held:
             check_consent(str(self.path), self.split, held, self.n_blocks, damaged_blocks)
-        first, starts = 0, {}
-        for record in self.manifest["splits"][self.split]["shards"]:
-            starts[record["name"]] = first
-            first += int(np.count_nonzero(self._block_shard == len(starts) - 1))
+        records = self.manifest["splits"][self.split]["shards"]
+        starts = dict(zip((record["name"] for record in records), self._first_blocks.tolist(), strict=False))
+        place = {number: b for b, number in enumerate(self._number.tolist())}
+        numbers = [starts[block.shard] + block.block for block in held]
         self.held = held
-        self.quarantined = frozenset(starts[block.shard] + block.block for block in held)
+        self.quarantined = frozenset(place[number] for number in numbers if number in place)
 
     @property
     def identity(self) -> str:
@@ -147,7 +177,7 @@ class TokenDataset:
 
     def block_name(self, b: int) -> str:
         """What to call block b in an error."""
-        return f"{self._shards[int(self._block_shard[b])]}, block {b}"
+        return f"{self._shards[int(self._block_shard[b])]}, block {self._number[b]}"
 
     def block_bytes(self, b: int) -> bytes:
         """The bytes of block b as they lie there; `read_block` checks them."""
@@ -166,6 +196,10 @@ class TokenDataset:
                 f"or continue without it: chatmill data verify {self.path} --quarantine SHARE"
             )
         block = decode_block(data, where)
+        if (written := self._written.get(b)) is not None and len(block.uids) == len(written[0]):
+            if not np.array_equal(np.diff(block.offsets), written[1]):
+                raise DamagedShardError(f"{where}: lengths differ from the index. Rebuild the data set.")
+            block = block.keeping(written[0])
         first, last = int(self.block_starts[b]), int(self.block_starts[b + 1])
         if not np.array_equal(np.diff(block.offsets), self.lengths[first:last]):
             raise DamagedShardError(f"{where}: lengths differ from the index. Rebuild the data set.")

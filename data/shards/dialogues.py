@@ -12,14 +12,15 @@ from typing import Any
 
 from ..conversation import Conversation, load_line
 from .index import TAR_END, DamagedShardError, tar_member, walk_members
+from .manifest import dropped
 from .writer import SHARD_BYTES, TarFile
 
 
 class DialogueWriter:
-    """Numbered tars `<split>-NNNNN.tar` under folder/dialogues."""
+    """Numbered tars `<split>-NNNNN.tar` under folder/dialogues, counted from `first`."""
 
-    def __init__(self, folder: Path, split: str, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.split, self.shard_bytes = folder / "dialogues", split, shard_bytes
+    def __init__(self, folder: Path, split: str, shard_bytes: int = SHARD_BYTES, first: int = 0) -> None:
+        self.folder, self.split, self.shard_bytes, self.first = folder / "dialogues", split, shard_bytes, first
         self._records: list[dict[str, Any]] = []
         self._tar: TarFile | None = None
         self._samples = 0
@@ -28,7 +29,7 @@ class DialogueWriter:
     def add(self, uid: str, line: bytes) -> None:
         """Append one sample: its JSON line as made by conversation.dump_line."""
         if self._tar is None:
-            self._tar = TarFile(self.folder, f"{self.split}-{len(self._records):05d}.tar")
+            self._tar = TarFile(self.folder, f"{self.split}-{self.first + len(self._records):05d}.tar")
         self._tar.put(tar_member(f"{uid}.json", line.rstrip(b"\n")))
         self._samples += 1
         if self._tar.size >= self.shard_bytes:
@@ -40,6 +41,14 @@ class DialogueWriter:
             self._records.append(self._tar.finish() | {"samples": self._samples})
             self._tar, self._samples = None, 0
         return self._records
+
+
+def present_dialogues(folder: Path, manifest: Mapping[str, Any], split: str) -> Iterator[Conversation]:
+    """The dialogues of a split in order, as training sees them: without those that a longer export has replaced."""
+    gone = set(dropped(manifest, split))
+    for place, conversation in enumerate(read_dialogues(folder, manifest["dialogues"][split])):
+        if place not in gone:
+            yield conversation
 
 
 def read_dialogues(folder: Path, records: Iterable[Mapping[str, Any]]) -> Iterator[Conversation]:

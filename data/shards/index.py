@@ -63,6 +63,16 @@ class TokenBlock:
         except ValueError as error:
             raise DamagedShardError(f"{self.where}: unreadable lineage ({error})") from error
 
+    def keeping(self, chosen: NDArray[np.bool_]) -> TokenBlock:
+        """The block with the chosen ones (n,) of its dialogues alone."""
+        lengths = np.diff(self.offsets)
+        tokens = np.repeat(chosen, lengths)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[chosen])])
+        uids = [uid for uid, stays in zip(self.uids, chosen.tolist(), strict=True) if stays]
+        pairs = [pair for pair, stays in zip(self.sources, chosen.tolist(), strict=True) if stays]
+        lineage = json.dumps(pairs, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return TokenBlock(self.ids[tokens], offsets, self.loss_mask[tokens], uids, lineage, self.where)
+
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:

@@ -64,7 +64,7 @@ class TarFile:
 class ShardWriter:
     """Appends dialogues to numbered shards of one split, cutting blocks and shards at fixed sizes.
 
-    block_dialogues: dialogues per block; shard_bytes: a shard is closed once it is at least this large.
+    block_dialogues: dialogues per block; shard_bytes: a shard is closed once it is at least this large; first: its number.
     The bytes depend only on the dialogues, their order and these sizes.
     """
 
@@ -77,8 +77,9 @@ class ShardWriter:
         meta: Mapping[str, Any] | None = None,
         block_dialogues: int = 512,
         shard_bytes: int = SHARD_BYTES,
+        first: int = 0,
     ) -> None:
-        self.folder, self.split, self.vocab_size = folder / split, split, vocab_size
+        self.folder, self.split, self.vocab_size, self.first = folder / split, split, vocab_size, first
         self.block_dialogues, self.shard_bytes = block_dialogues, shard_bytes
         self._header = json.dumps({"format": FORMAT_VERSION, "split": split, **(meta or {})}, sort_keys=True).encode()
         self._pending: list[TokenizedDialogue] = []
@@ -112,7 +113,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._tar is None:
-            self._tar = TarFile(self.folder, f"{self.split}-{len(self._records):05d}.tar")
+            self._tar = TarFile(self.folder, f"{self.split}-{self.first + len(self._records):05d}.tar")
             self._tar.put(tar_member("__meta__/shard.json", self._header))
             self._places: list[tuple[int, int, int, int]] = []  # offset, size, xxh3, dialogues of each block
             self._lengths: list[NDArray[np.uint32]] = []

@@ -1,9 +1,11 @@
-"""`chatmill data`: build, inspect, verify and trace data sets."""
+"""`chatmill data`: build, inspect, verify and trace data sets, and add later exports to them."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from chatmill.formatting import counted
@@ -24,6 +26,10 @@ def add_commands(commands: Any) -> None:
         add_recipe(command, "split.validation=0.1", part="data")
         written = "; FILE.jsonl: write what the stage made, to look at, edit and read again" if stage in WRITTEN else ""
         command.add_argument("--out", help=f"data-set folder (default: the recipe's){written}")
+    summary = "add what is new in a recipe's sources to its data set: what is there stays as it is"
+    command = add_command(data, "collect", _collect, summary, "data")
+    add_recipe(command, "sources.0.path=exports/", part="data")
+    command.add_argument("--out", help="data-set folder (default: the recipe's)")
     summary = "a data set: counts, loss share, coloured masks; raw chats before a build: formats, speakers, a random sample"
     command = add_command(data, "inspect", _inspect, summary, "data")
     command.add_argument("path", metavar="PATH", help="a data-set folder; or raw chats: file, folder, glob or a data recipe")
@@ -49,7 +55,6 @@ def add_commands(commands: Any) -> None:
 
 def _build(options: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     from ...data.pipeline.pipeline import build_dataset
     from ...data.recipe import load_data_recipe
@@ -57,6 +62,39 @@ def _build(options: argparse.Namespace) -> int:
 
     recipe = load_data_recipe(options.recipe, options.overrides)
     console = Console()
+    is_file = str(options.out or "").endswith(".jsonl")
+    out, dialogues = (None, options.out) if is_file else (options.out, None)
+    with _progress(console) as show:
+        report = build_dataset(recipe, out, show, options.until, dialogues)
+    print_funnel(report, console)
+    if dialogues is not None:
+        print(f"{dialogues}: {counted(report['dialogues'], 'dialogue')} as OpenAI messages; it can be a source of a recipe")
+    if options.until == "shard":
+        print(report["out"] if report["built"] else f"{report['out']}: already built from the same inputs and recipe")
+    return 0
+
+
+def _collect(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ...data.pipeline.collect import collect
+    from ...data.recipe import load_data_recipe
+    from ...data.report.funnel import print_collected, print_funnel
+
+    recipe = load_data_recipe(options.recipe, options.overrides)
+    console = Console()
+    with _progress(console) as show:
+        report = collect(recipe, options.out, show)
+    print_funnel(report, console)
+    print_collected(report, console)
+    return 0
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage while the block runs."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("{task.description:>9}"),
         BarColumn(bar_width=32),
@@ -71,15 +109,7 @@ def _build(options: argparse.Namespace) -> int:
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done, total=total)
 
-        is_file = str(options.out or "").endswith(".jsonl")
-        out, dialogues = (None, options.out) if is_file else (options.out, None)
-        report = build_dataset(recipe, out, show, options.until, dialogues)
-    print_funnel(report, console)
-    if dialogues is not None:
-        print(f"{dialogues}: {counted(report['dialogues'], 'dialogue')} as OpenAI messages; it can be a source of a recipe")
-    if options.until == "shard":
-        print(report["out"] if report["built"] else f"{report['out']}: already built from the same inputs and recipe")
-    return 0
+        yield show
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "chatmill data build chitchat-scratch",
         "chatmill data build my.yaml split.validation=0.1 workers=8",
     ),
+    "data collect": ("chatmill data collect my.yaml   # after new exports were put into its folders",),
     "data inspect": (
         "chatmill data inspect corpora/chitchat --samples 5",
         "chatmill data inspect corpora/chitchat --html look.html",

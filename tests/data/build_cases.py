@@ -47,6 +47,5 @@ def recipe(path: Path, **over: Any) -> DataRecipe:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "timings.json"
-    }
+    free = {"timings.json", "seen.json"}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in free}

@@ -25,7 +25,7 @@ from chatmill.config import ConfigError
 from ...data.conversation import Conversation
 from ...data.preference import without_rejected
 from ...data.samples.per_reply import in_pieces
-from ...data.shards.dialogues import read_dialogues
+from ...data.shards.dialogues import present_dialogues
 from ...data.tokenizer.tokenizer import ChatTokenizer
 
 
@@ -143,10 +143,10 @@ def choose_turn(samples: Sequence[HeldOut], seed: int) -> tuple[HeldOut, int] | 
 def _conversations(folder: Path, split: str) -> Iterator[Conversation]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        records = manifest["dialogues"][split]
+        _ = manifest["dialogues"][split], manifest["splits"][split]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f"{folder} holds no dialogues of a split {split!r}: expected a data-set folder made by `chatmill data build`.\n"
             "If the data set lies elsewhere, name it: --data FOLDER"
         ) from None
-    return read_dialogues(folder, records)
+    return present_dialogues(folder, manifest, split)

@@ -49,12 +49,18 @@ def validation_batches(
     )
 
 
-def validation_sets(recipe: Recipe) -> dict[str, TokenDataset]:
-    """The validation splits that evaluation.data names, by name; if it names none, those of all training data sets."""
+def validation_sets(recipe: Recipe, begun: Mapping[str, str] | None = None) -> dict[str, TokenDataset]:
+    """The validation splits that evaluation.data names, by name; if it names none, those of all training data sets.
+
+    begun: fingerprints, by name, that the run began with, for data sets that have grown since.
+    """
     known = recipe.data.paths
     chosen = {name: known.get(name, name) for name in recipe.evaluation.data} or known
     allowed = recipe.data.damaged_blocks
-    return {name: TokenDataset.open(path, "validation", damaged_blocks=allowed) for name, path in chosen.items()}
+    return {
+        name: TokenDataset.open(path, "validation", damaged_blocks=allowed, fingerprint=(begun or {}).get(name))
+        for name, path in chosen.items()
+    }
 
 
 def pooled(results: Sequence[Mapping[str, float]]) -> dict[str, float]:

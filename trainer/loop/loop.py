@@ -19,7 +19,7 @@ import torch
 
 from chatmill.run_files import list_checkpoints
 
-from ...data.packing.sources import exclusions, open_mixture
+from ...data.packing.sources import begun_with, exclusions, open_mixture
 from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -54,7 +54,8 @@ def train(recipe: Recipe) -> int:
     """Run (or continue) the recipe; returns the number of steps done. Raises ConfigError before anything is written."""
     stop = StopSignal()  # from here on a signal ends the run cleanly, whatever it is doing
     dataset = TokenDataset.open(recipe.data.path, "train", damaged_blocks=recipe.data.damaged_blocks)
-    mixture, splits = open_mixture(recipe.data), validation_sets(recipe)
+    mixture = open_mixture(recipe.data, begun=begun_with(recipe.run_dir))
+    splits = validation_sets(recipe, begun_with(recipe.run_dir, "validation"))
     # a run that continues has the shape, tokenizer and weights in its own checkpoints: its base may be gone by then
     begun = newest_readable(recipe.run_dir) if recipe.model.checkpoint else None
     base = open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint and begun is None else None

@@ -9,6 +9,7 @@ from chatmill.config import ConfigError
 
 from ...data.check.verify import quarantine_lines
 from ...data.packing.mixture import Mixture
+from ...data.packing.order import DialogueSource
 from ...data.shards.dataset import TokenDataset
 from ...data.tokenizer.folder import template_in
 from ...data.tokenizer.generation_settings import read_settings
@@ -108,13 +109,21 @@ def announce(run: RunContext, state: TrainState, proof: dict[str, Any], resume: 
     recipe, config, folder, say = run.recipe, run.config, run.folder, run.display.say
     counts = config.parameter_counts()
     if run.world.is_main:
-        folder.create(recipe, proof | {"parameters": counts, **describe_environment()})
+        marks = {
+            "train": {name: source.fingerprint for name, source in run.mixture.sources.items()},
+            "validation": {name: data.fingerprint for name, data in run.splits.items()},
+        }
+        folder.create(recipe, proof | {"parameters": counts, "data": marks, **describe_environment()})
         folder.forget_after(state.step)
         folder.event("resume" if resume else "start", step=state.step, **proof)
         for name, data in [*run.mixture.sources.items(), *run.splits.items()]:
             for held in quarantine_lines({f"{name}/{data.split}": data.held} if isinstance(data, TokenDataset) else {}):
                 folder.event("quarantine", step=state.step, block=held)
                 say(held)
+        for name, data in run.mixture.sources.items():
+            if line := _grown(name, data):
+                folder.event("data_grown", step=state.step, data=name, reason=line)
+                say(line)
     say(
         f"{counts['total']:,} parameters  {config.layers} layers x {config.hidden_size}  "
         f"vocabulary {config.vocab_size:,}  pack {recipe.data.sequence_length} tokens"
@@ -134,6 +143,16 @@ def announce(run: RunContext, state: TrainState, proof: dict[str, Any], resume: 
             say(line)
     if resume is not None:
         say(f"continuing {folder.path} from step {state.step} ({resume.path.name})")
+
+
+def _grown(name: str, data: DialogueSource) -> str:
+    """What to say of a data set that has grown since the run began; "" where it has not."""
+    if not isinstance(data, TokenDataset) or (now := data.grown_to) is None:
+        return ""
+    return (
+        f"data {name}: {data.path} has grown since this run began, to {now:,} training dialogues. This run goes on with the "
+        f"{len(data):,} that it began with; a new run learns from all of them (model.checkpoint=RUN starts it from this one)."
+    )
 
 
 def changes(base: Checkpoint, run: RunContext) -> Iterator[str]:

@@ -161,8 +161,8 @@ def test_verify_sees_a_leak_that_the_hashes_do_not_show(tmp_path: Path, monkeypa
     def blind(keys: Any, config: Any) -> Any:
         return np.arange(len(keys)) % 5 == 0
 
-    monkeypatch.setattr("chatmill.data.pipeline.pipeline.assign", blind)
-    monkeypatch.setattr("chatmill.data.pipeline.pipeline.certificate", lambda *a: {"shared": {}, "asked": [], "valid": True})
+    monkeypatch.setattr("chatmill.data.samples.placing.assign", blind)
+    monkeypatch.setattr("chatmill.data.pipeline.publication.certificate", lambda *a: {"shared": {}, "asked": [], "valid": True})
     build_dataset(recipe(tmp_path / "raw.jsonl", dedup={"exact": False}), tmp_path / "out")
     monkeypatch.undo()
     problems = verify_dataset(tmp_path / "out")
@@ -171,7 +171,7 @@ def test_verify_sees_a_leak_that_the_hashes_do_not_show(tmp_path: Path, monkeypa
 
 def test_the_build_itself_refuses_a_split_that_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "raw.jsonl", chats(300))
-    monkeypatch.setattr("chatmill.data.pipeline.pipeline.assign", lambda keys, config: np.arange(len(keys)) % 5 == 0)
+    monkeypatch.setattr("chatmill.data.samples.placing.assign", lambda keys, config: np.arange(len(keys)) % 5 == 0)
     with pytest.raises(ConfigError, match="the split leaks"):
         build_dataset(recipe(tmp_path / "raw.jsonl", dedup={"exact": False}), tmp_path / "out")
     assert not (tmp_path / "out").exists()

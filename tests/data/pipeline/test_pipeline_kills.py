@@ -107,7 +107,7 @@ def test_a_build_that_is_killed_while_it_clears_up_leaves_nothing_to_trip_over(
         next(folder.rglob("tokenize/*.json")).unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("chatmill.data.pipeline.pipeline.shutil.rmtree", killed)
+    monkeypatch.setattr("chatmill.data.pipeline.work_folder.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         build_dataset(recipe(raw), tmp_path / "out")
     monkeypatch.undo()

@@ -160,7 +160,7 @@ def test_a_build_killed_while_it_copied_only_goes_on_copying(
         )
         with pytest.raises(KeyboardInterrupt):
             build_dataset(build)
-    monkeypatch.setattr("chatmill.data.pipeline.pipeline._Build.run", lambda *a: pytest.fail("built twice"))
+    monkeypatch.setattr("chatmill.data.pipeline.pipeline.Build.run", lambda *a: pytest.fail("built twice"))
     assert build_dataset(build)["built"] and verify_dataset("s3://chat/set") == []
 
 

@@ -57,13 +57,13 @@ def test_a_planted_leak_is_refused_by_the_build_and_seen_by_verify(
     build_dataset(build, tmp_path / "good")
     assert verify_dataset(tmp_path / "good") == []
     # A split that looks at single samples.
-    monkeypatch.setattr("chatmill.data.pipeline.pipeline.assign", lambda keys, config: np.arange(len(keys)) % 3 == 0)
+    monkeypatch.setattr("chatmill.data.samples.placing.assign", lambda keys, config: np.arange(len(keys)) % 3 == 0)
     with pytest.raises(ConfigError, match=rf"the split leaks: .*'{kind}': [1-9]"):
         build_dataset(build, tmp_path / "refused")
     # And one that believes in itself.
     asked = ["samples", "conversations", "exact_texts", *(["authors"] if kind == "authors" else [])]
     blind = {"shared": dict.fromkeys(asked, 0), "asked": asked, "near": None, "valid": True}
-    monkeypatch.setattr("chatmill.data.pipeline.pipeline.certificate", lambda *a: blind)
+    monkeypatch.setattr("chatmill.data.pipeline.publication.certificate", lambda *a: blind)
     build_dataset(build, tmp_path / "bad")
     monkeypatch.undo()
     problems = verify_dataset(tmp_path / "bad")

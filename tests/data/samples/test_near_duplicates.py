@@ -119,7 +119,7 @@ def test_near_duplicates_leave_and_a_planted_leak_is_seen(tmp_path: Path, monkey
     # A program that neither drops nor groups near duplicates, and believes in itself.
     blind = recipe.model_copy(update={"name": "blind"})
     monkeypatch.setattr(
-        "chatmill.data.pipeline.pipeline.near_pairs", lambda signature, threshold: np.zeros((0, 2), dtype=np.int64)
+        "chatmill.data.samples.placing.near_pairs", lambda signature, threshold: np.zeros((0, 2), dtype=np.int64)
     )
     monkeypatch.setattr("chatmill.data.samples.split.near_pairs", lambda signature, threshold: np.zeros((0, 2), dtype=np.int64))
     build_dataset(blind, tmp_path / "blind")
