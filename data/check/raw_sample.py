@@ -26,7 +26,8 @@ from ..conversation import Conversation, to_record
 from ..importers.registry import is_recognised, read_file, recognise, source_files
 from ..importers.speakers import assistants, in_words
 from ..ledger import Ledger, ranked, shorten
-from ..raw.files import RawFile, distinct
+from ..raw.files import RawFile
+from ..raw.finding import distinct, uploads
 from ..recipe import RECIPES, SourceSection, load_data_recipe
 from ..remote.files import is_url
 from ..shards.manifest import MANIFEST
@@ -131,8 +132,9 @@ def survey(sources: Sequence[SourceSection], samples: int = 2, seed: int | None 
     files, left_out = list[FileFacts](), list[str]()
     for number, options in enumerate(sources):
         found = distinct(source_files(options))
+        aside = uploads(found) if options.format in ("auto", "chatgpt") else set()
         for file in found:
-            if options.format == "auto" and len(found) > 1 and not is_recognised(file, options.columns):
+            if file in aside or (options.format == "auto" and len(found) > 1 and not is_recognised(file, options.columns)):
                 left_out.append(file.label)
                 continue
             facts = FileFacts(number, str(file.path), file.label, _format(file, options))

@@ -15,7 +15,8 @@ from chatmill.config import ConfigError
 
 from ..conversation import Conversation
 from ..ledger import Ledger, shorten
-from ..raw.files import RawFile, find_files
+from ..raw.files import RawFile
+from ..raw.finding import find_files
 from ..raw.json_lines import first_object
 from ..recipe import SourceSection
 from .messengers.dated import looks_dated

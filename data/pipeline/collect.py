@@ -81,7 +81,7 @@ class _Collection:
 
     def _format(self, number: int, file: RawFile) -> str | None:
         """Of a file that was read for an equal source before; None of a new one."""
-        return self.formats.get((self.keys[number], self.hashes.get(file.path, ""), file.member or ""))
+        return self.formats.get((self.keys[number], self.hashes.get(file.path, ""), file.member_path))
 
     def _gone(self, here: set[FileKey]) -> list[dict[str, Any]]:
         """Records of the set's files that the sources do not hold now, with the numbers of today's sources."""

@@ -7,14 +7,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from chatmill.config import ConfigError
 
 from ..importers.registry import importer, is_recognised, recognise, source_files
-from ..raw.files import RawFile, distinct
+from ..raw.files import RawFile
+from ..raw.finding import distinct, uploads
 from ..recipe import DataRecipe, SourceSection
 from ..remote.files import RemotePath
 from ..samples.decontaminate import benchmark_files
@@ -33,16 +34,18 @@ def raw_files(
 ) -> tuple[list[tuple[int, RawFile]], list[str]]:
     """(source number, file) of all raw files that are read, and the labels of those of a folder or glob that no format fits.
 
-    A file that a source names must be readable; in a folder, a picture or a README is not an error. known: a file whose format
-    need not be found out.
+    A file that a source names must be readable; in a folder, a picture or a README is not an error. What people uploaded to
+    ChatGPT, in its export, is left out, too. known: a file whose format need not be found out.
     """
     found = [(number, file) for number, source in enumerate(recipe.sources) for file in source_files(source)]
     labelled = zip((number for number, _ in found), distinct([file for _, file in found]), strict=True)
     files, left_out = list[tuple[int, RawFile]](), list[str]()
     per_source = Counter(number for number, _ in found)
+    aside = uploads(file for number, file in found if recipe.sources[number].format in ("auto", "chatgpt"))
     for number, file in labelled:
-        guessed = per_source[number] > 1 and recipe.sources[number].format == "auto"
-        if guessed and not known(number, file) and not is_recognised(file, recipe.sources[number].columns):
+        source = recipe.sources[number]
+        guessed = per_source[number] > 1 and source.format == "auto" and not known(number, file)
+        if replace(file, folders=0) in aside or (guessed and not is_recognised(file, source.columns)):
             left_out.append(file.label)
         else:
             files.append((number, file))
@@ -67,7 +70,7 @@ def describe_inputs(
         kind = given if given != "auto" else known(number, file) or recognise(file, recipe.sources[number].columns)
         importer(kind)
         record = {"source": number, "file": file.label, "format": kind, "bytes": input_bytes(file), "sha256": hashes[file.path]}
-        records.append(record if file.member is None else record | {"member": file.member})
+        records.append(record | ({"member": file.member_path} if file.member is not None else {}))
     return records
 
 

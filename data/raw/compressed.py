@@ -17,8 +17,10 @@ import io
 import itertools
 import lzma
 import os
+import shutil
 import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ from chatmill.config import ConfigError
 from ..remote.files import RemotePath
 from .limits import Unpacked, UnpackedTooLargeError, check_unpacked
 
+ZIP_DEPTH, ZIPS_INSIDE = 3, 1000  # zips in a zip: how deep, and how many in each
 # zipfile says by RuntimeError that a member has a password, by NotImplementedError that it knows no such compression.
 _DAMAGE = (
     EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, UnpackedTooLargeError,
@@ -77,17 +80,20 @@ def open_compressed(path: Path | RemotePath) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def open_zip(path: Path | RemotePath) -> Iterator[Zip]:
-    """An archive, for its names or members. Its directory is read once, not once per member."""
-    with named_damage(path.name):
-        yield _opened(path, path.stat().st_mtime_ns if isinstance(path, Path) else 0, os.getpid())
+def open_zip(path: Path | RemotePath, inside: tuple[str, ...] = ()) -> Iterator[Zip]:
+    """An archive, for its names or members. Its directory is read once, not once per member.
+
+    inside: the zips on the way to it, names that each lie in the one before.
+    """
+    with named_damage("!".join((path.name, *inside))):
+        yield _opened(path, inside, path.stat().st_mtime_ns if isinstance(path, Path) else 0, os.getpid())
 
 
 class Zip:
     """An open archive with its sorted names."""
 
-    def __init__(self, path: Path | RemotePath) -> None:
-        self.raw = path.open("rb")
+    def __init__(self, raw: IO[bytes]) -> None:
+        self.raw = raw
         try:
             self.archive = zipfile.ZipFile(self.raw)
             packed = self.raw.seek(0, io.SEEK_END)
@@ -118,9 +124,43 @@ class Zip:
 
 
 @lru_cache(maxsize=4)
-def _opened(path: Path | RemotePath, written_ns: int, process: int) -> Zip:
-    """An archive that stays open. process: a child must not move the place of its parent's file."""
-    return Zip(path)
+def _opened(path: Path | RemotePath, inside: tuple[str, ...], written_ns: int, process: int) -> Zip:
+    """An archive that stays open. process: a child must not move the place of its parent's file.
+
+    One inside another is copied to a temporary file, because a zip is read from its end.
+    """
+    if not inside:
+        return Zip(path.open("rb"))
+    with open_zip(path, inside[:-1]) as outer, outer.open(inside[-1]) as packed:
+        raw = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the archive)
+        shutil.copyfileobj(packed, raw, 1 << 20)
+    return Zip(raw)
+
+
+def zip_files(path: Path | RemotePath, inside: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str]]:
+    """(zips on the way, name) of every file in an archive and in the zips inside it, sorted.
+
+    What computers add of their own (`__MACOSX/`, names that begin with a dot) is passed over. Raises ConfigError where a file
+    has a password, or zips lie deeper or are more than in exports; how large they may grow, limits.py says.
+    """
+    label, found, inner = "!".join((path.name, *inside)), list[tuple[tuple[str, ...], str]](), 0
+    with open_zip(path, inside) as zipped:
+        names, locked = zipped.names, {m.filename for m in zipped.archive.infolist() if m.flag_bits & 1}
+    for name in names:
+        parts = name.split("/")
+        if name.endswith("/") or parts[0] == "__MACOSX" or parts[-1].startswith("."):
+            continue
+        if name in locked:
+            raise ConfigError(f"source {label}: {name!r}: it has a password. Unpack it, and give what was in it.")
+        if not name.lower().endswith(".zip"):
+            found.append((inside, name))
+            continue
+        inner += 1
+        if len(inside) + 1 > ZIP_DEPTH or inner > ZIPS_INSIDE:
+            limits = f"{ZIP_DEPTH} zips inside each other, {ZIPS_INSIDE:,} side by side"
+            raise ConfigError(f"source {label}: {name!r} is one zip too many; exports hold at most {limits}. Unpack it first.")
+        found += zip_files(path, (*inside, name))
+    return found
 
 
 @contextmanager

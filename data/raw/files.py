@@ -6,11 +6,9 @@ A RawFile is a path, a URL, or one member of a zip or tar. Everything is streame
 from __future__ import annotations
 
 import codecs
-import glob
 import io
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +19,7 @@ from typing import IO, Any, cast
 from chatmill.config import ConfigError
 
 from ..ledger import Ledger
-from ..remote.files import RemotePath, find_remote, is_url
+from ..remote.files import RemotePath
 from .compressed import named_damage, open_compressed, open_tar, open_zip
 from .encodings import SAMPLE_BYTES, likely_encodings, text_encoding
 from .limits import TOO_LONG, WHOLE_BYTES, Lines, bounded_lines
@@ -31,14 +29,13 @@ _TAR_CHATS = (".json", ".jsonl", ".txt")
 # Windows programs write UTF-16 with a mark. The longer marks come first: UTF-32's begins like UTF-16's.
 _WIDE_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _WIDE = re.compile(r"^utf[-_]?(16|32)([-_]?[lb]e)?$", re.IGNORECASE)
-_DAY_FILE = re.compile(r"(^|/)\d{4}-\d\d-\d\d\.json$")
-_SLACK_LISTS = re.compile(r"(^|/)(users|channels|groups|dms|mpims|integration_logs)\.json$")
 
 
 @dataclass(frozen=True, slots=True)
 class RawFile:
     """A file on disk, or `member` of the zip or tar at path.
 
+    inside: zips on the way to the member: names, each inside the one before it.
     entry: of a tar's member, the open tar and the place in it; members() gives it, and it holds until the next member.
     span: only these whole lines of a line-by-line file: first byte, byte after the last, number of lines before.
     folders: how many of the folders above the file its label names.
@@ -49,6 +46,7 @@ class RawFile:
     span: tuple[int, int, int] | None = None
     folders: int = 0
     entry: tuple[tarfile.TarFile, tarfile.TarInfo] | None = field(default=None, compare=False, repr=False)
+    inside: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -56,7 +54,14 @@ class RawFile:
         name = "/".join(part for part in str(self.path).split("/")[-1 - self.folders :] if part)
         if self.member is None:
             return name
-        return f"{name}!{_readable(self.member)}" if self.entry is None else f"{name}:{self.member}"
+        if self.entry is not None:
+            return f"{name}:{self.member}"
+        return "!".join((name, *map(_readable, (*self.inside, self.member))))
+
+    @property
+    def member_path(self) -> str:
+        """The member and the zips on the way to it; "" for a file of its own."""
+        return "" if self.member is None else "!".join((*self.inside, self.member))
 
     @property
     def stem(self) -> str:
@@ -111,7 +116,7 @@ class RawFile:
             yield cast(IO[bytes], tar.extractfile(info))
             return
         if self.member is not None:
-            with open_zip(self.path) as archive, archive.open(self.member) as file:
+            with open_zip(self.path, self.inside) as archive, archive.open(self.member) as file:
                 yield file
             return
         with open_compressed(self.path) as file:
@@ -186,8 +191,8 @@ class RawFile:
     def parts(self) -> list[RawFile]:
         """The files of a folder (or of a folder inside a zip), sorted; a plain file is its own only part."""
         if self.member is not None and self.member.endswith("/"):
-            with open_zip(self.path) as archive:
-                return [RawFile(self.path, name) for name in archive.below(self.member)]
+            with open_zip(self.path, self.inside) as archive:
+                return [RawFile(self.path, name, inside=self.inside) for name in archive.below(self.member)]
         if self.path.is_dir():
             found: list[Path | RemotePath] = [*self.path.iterdir()]
             found.sort(key=lambda path: path.name)
@@ -238,8 +243,8 @@ class RawFile:
     def _in_zip(self, member: str) -> RawFile | None:
         if self.entry is not None:
             return None
-        with open_zip(self.path) as archive:
-            return RawFile(self.path, member) if member in archive else None
+        with open_zip(self.path, self.inside) as archive:
+            return RawFile(self.path, member, inside=self.inside) if member in archive else None
 
     def head(self, size: int = HEAD_BYTES) -> bytes:
         """The first bytes (of the first part of a folder), text as UTF-8."""
@@ -300,66 +305,3 @@ class _Recoding(io.RawIOBase):
         size = min(len(buffer), len(self.left))
         buffer[:size], self.left = self.left[:size], self.left[size:]
         return size
-
-
-def find_files(pattern: str) -> list[RawFile]:
-    """Files named by a path, URL, folder (all files in it) or glob, sorted; members of zips one by one."""
-    path = Path(pattern).expanduser()
-    paths: list[Path] | list[RemotePath]
-    if is_url(pattern):
-        paths = find_remote(pattern)
-    elif path.is_dir():
-        paths = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    elif path.is_file():
-        paths = [path]
-    else:
-        paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]  # noqa: PTH207 (a pattern)
-    if not paths:
-        raise ConfigError(f"source {pattern!r}: no such file, folder or matching glob")
-    files: list[RawFile] = []
-    for p in paths:
-        if p.suffix.lower() == ".zip":
-            with open_zip(p) as archive:
-                names = [name for name in archive.names if not name.endswith("/")]
-            files += [RawFile(p, name) for name in names]
-        else:
-            files.append(RawFile(p))
-    return _channels(files)
-
-
-def distinct(files: list[RawFile]) -> list[RawFile]:
-    """The same files; those of one name get the folders that tell them apart: `2023/x.jsonl`, `2024/x.jsonl`."""
-    files = list(files)
-    for _ in range(max((str(file.path).count("/") for file in files), default=0)):
-        labels = Counter(file.label for file in files)
-        if labels.total() == len(labels):
-            break
-        files = [replace(f, folders=f.folders + 1) if labels[f.label] > 1 else f for f in files]
-    return files
-
-
-def _channels(files: list[RawFile]) -> list[RawFile]:
-    """The day files of a Slack export (YYYY-MM-DD.json below users.json), one RawFile per channel; other files unchanged."""
-    roots = {
-        (f.path, f.member.rpartition("/")[0]) if f.member is not None else (f.path.parent, None)
-        for f in files
-        if f.stem.endswith("users.json")
-    }
-    out: dict[RawFile, None] = {}
-    for file in files:
-        if file.member is not None:
-            folder = file.member.rpartition("/")[0]
-            owner: tuple[Path | RemotePath, str | None] = (file.path, folder.rpartition("/")[0])
-            channel = RawFile(file.path, folder + "/")
-        else:
-            owner, channel = (file.path.parent.parent, None), RawFile(file.path.parent)
-        day = _DAY_FILE.search(file.stem) is not None
-        if owner in roots and day:
-            out[channel] = None
-        elif not (_SLACK_LISTS.search(file.stem) and (owner in roots or _root_of(file) in roots)):
-            out[file] = None
-    return list(out)
-
-
-def _root_of(file: RawFile) -> tuple[Path | RemotePath, str | None]:
-    return (file.path.parent, None) if file.member is None else (file.path, file.member.rpartition("/")[0])

@@ -20,7 +20,8 @@ from ..cleaning.scripts import CHARACTERS_PER_WORD, UNSPACED
 from ..conversation import Conversation
 from ..importers.registry import read_file
 from ..ledger import Ledger
-from ..raw.files import RawFile, find_files
+from ..raw.files import RawFile
+from ..raw.finding import find_files
 from ..recipe import SourceSection
 from .near_duplicates import words_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from chatmill.data.bench.build import bench, table
 from chatmill.data.bench.raw_mix import FORMATS, write_mix
 from chatmill.data.importers.registry import recognise
-from chatmill.data.raw.files import find_files
+from chatmill.data.raw.finding import find_files
 
 
 def test_the_mix_is_recognised_and_the_same_every_time(tmp_path: Path) -> None:

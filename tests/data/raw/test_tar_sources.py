@@ -12,7 +12,7 @@ from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation
 from chatmill.data.importers.registry import is_recognised, read_file, recognise
 from chatmill.data.ledger import Ledger
-from chatmill.data.raw.files import find_files
+from chatmill.data.raw.finding import find_files
 from chatmill.data.recipe import SourceSection
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "good day"}]}

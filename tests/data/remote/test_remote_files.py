@@ -21,7 +21,7 @@ from chatmill.config import ConfigError
 from chatmill.data.check.inspection import inspect_dataset
 from chatmill.data.check.verify import verify_dataset
 from chatmill.data.pipeline.pipeline import build_dataset
-from chatmill.data.raw.files import find_files
+from chatmill.data.raw.finding import find_files
 from chatmill.data.remote import files as remote_files
 from chatmill.data.remote.blocks import RemoteDataset
 from chatmill.data.remote.files import RemotePath, filesystem, find_remote, publish_remotely, staging_folder
