@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from chatmill.data.packing.sources import begun_with, open_mixture
 from chatmill.data.packing.usage import at
 from chatmill.data.pipeline.collect import collect
 from chatmill.data.pipeline.pipeline import build_dataset
-from chatmill.data.recipe import DataRecipe
+from chatmill.data.recipe import RECIPES, DataRecipe
 from chatmill.data.shards.dataset import TokenDataset
 from chatmill.data.shards.dialogues import present_dialogues
 from chatmill.data.shards.manifest import fingerprint, generation, read_manifest
@@ -215,23 +217,65 @@ def test_damaged_shards_of_any_generation_are_rebuilt_bit_for_bit(grown: Path, t
     assert tree(tmp_path / "set") == before and verify_dataset(tmp_path / "set") == []
 
 
-def test_a_collecting_killed_before_it_publishes_leaves_the_old_set_and_goes_on(
+# Collects in a child that is killed at its 8th, 18th, 28th … fsync, until one comes to its end; what stands there after each.
+KILLS = """
+import os, signal, sys
+from pathlib import Path
+from tests.data.build_cases import tree
+from chatmill.data.pipeline.collect import collect
+from chatmill.data.recipe import DataRecipe
+
+made, folder, real, done = DataRecipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), os.fsync, 0
+states = {hash(tuple(sorted(tree(folder).items()))): "old"}
+
+def fsync(descriptor):
+    global done
+    real(descriptor)
+    done += 1
+    if done == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+for moment in range(8, 600, 10):
+    child = os.fork()
+    if child == 0:
+        os.fsync = fsync
+        collect(made, folder)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(states.setdefault(hash(tuple(sorted(tree(folder).items()))), "new"), flush=True)
+    assert len(states) < 3
+    if status == 0:
+        break
+"""
+
+
+def test_a_collecting_killed_at_any_moment_leaves_the_old_set_or_the_new_one(grown: Path, tmp_path: Path) -> None:
+    shutil.copytree(grown / "old", tmp_path / "set")
+    words = [sys.executable, "-c", KILLS, chat_recipe(grown / "raw").model_dump_json(), str(tmp_path / "set")]
+    paths = f"{RECIPES.parents[1] / 'src'}{os.pathsep}{RECIPES.parents[1]}"
+    run = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    states = run.stdout.split()
+    assert states[:3] == ["old"] * 3 and states[-1] == "new" and len(states) < 50
+    assert tree(tmp_path / "set") == tree(grown / "set")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".set.lock", "set"]
+
+
+def test_a_collecting_that_was_killed_reads_nothing_again_and_clears_up(
     grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(grown / "old", tmp_path / "set")
-    before = tree(tmp_path / "set")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("chatmill.data.pipeline.publication.publish_folder", killed)
-    with pytest.raises(KeyboardInterrupt):
-        collect(chat_recipe(grown / "raw"), tmp_path / "set")
-    monkeypatch.undo()
-    assert tree(tmp_path / "set") == before
+    with monkeypatch.context() as before:
+        before.setattr("chatmill.data.pipeline.publication.publish_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            collect(chat_recipe(grown / "raw"), tmp_path / "set")
     monkeypatch.setattr("chatmill.data.pipeline.stages.read_file", lambda *_: pytest.fail("imported again"))
-    with monkeypatch.context() as later:
-        later.setattr("chatmill.data.pipeline.collect.remove_work", killed)  # after it has published
+    with monkeypatch.context() as after:
+        after.setattr("chatmill.data.pipeline.collect.remove_work", killed)  # it has published
         with pytest.raises(KeyboardInterrupt):
             collect(chat_recipe(grown / "raw"), tmp_path / "set")
     assert tree(tmp_path / "set") == tree(grown / "set")
