@@ -14,6 +14,7 @@ from typing import Any
 from chatmill.config import ConfigError
 from chatmill.files import sha256_file
 
+from ..importers.speakers import together
 from ..recipe import DataRecipe, SourceSection
 from ..samples.table import SampleTable
 from ..shards.manifest import read_manifest
@@ -66,6 +67,11 @@ class Existing:
     def source_keys(self) -> list[str]:
         """source_key of each source that the inputs of the manifest count."""
         return [json.dumps(source, sort_keys=True) for source in self.manifest["recipe"]["sources"]]
+
+    def speakers(self, source: SourceSection) -> dict[str, dict[str, int]]:
+        """Who spoke in the files of a source, where the order of speaking decided the roles: name -> role -> turns."""
+        keys, found = self.source_keys(), self.manifest["speakers"]
+        return together(found[k] for k, key in enumerate(keys) if key == source_key(source))
 
     def formats(self) -> dict[FileKey, str]:
         """The format of every raw file that was read."""

@@ -132,6 +132,7 @@ class Build:
         self.seconds: dict[str, float] = {}
         self.texts: dict[str, Any] = {}
         self.assistants: list[str] = []
+        self.speakers: list[dict[str, dict[str, int]]] = []  # by source, those of the base among them
         self.own_system: str | None = None
 
     def run(self, until: Stage) -> dict[str, Any]:
@@ -191,7 +192,9 @@ class Build:
         """ConfigError where the people of a chat would take turns as the assistant; the one who always replies is noted."""
         for number, source in enumerate(self.recipe.sources):
             files = zip(self.work.files, results, strict=True)
-            speakers = together(result.get("speakers", {}) for (n, _), result in files if n == number)
+            known = [self.base.speakers(source)] if self.base is not None else []
+            speakers = together([*known, *(result.get("speakers", {}) for (n, _), result in files if n == number)])
+            self.speakers.append(speakers)
             if not source.mix_speakers:
                 check_one_assistant(speakers, number, source.path)
                 self.assistants += [f"{name} (sources.{number}), who always replies" for name in assistants(speakers)]
@@ -290,7 +293,9 @@ class Build:
 
     def _publish(self, chunks: list[str]) -> dict[str, Any]:
         assert self.tokenizer is not None
-        made = Made(self.sources, self.tokenizer, self.table, self.replaced, self.stages, self.texts, self.seconds)
+        made = Made(
+            self.sources, self.speakers, self.tokenizer, self.table, self.replaced, self.stages, self.texts, self.seconds
+        )  # fmt: skip
         public = publish(made, self.work, chunks, self.out, self.base, self.progress)
         self._note("shard", Ledger("samples", kept=public.pop("written")))
         return self._report(**public)

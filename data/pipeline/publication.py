@@ -49,11 +49,13 @@ SPLITS = ("train", "validation")
 class Made:
     """What the stages made.
 
+    speakers: by source, in chats whose roles nothing but the order of speaking decides (data/importers/speakers.py).
     table: with the base's rows first; replaced: {row of the base: new row in its place}; stages, texts,
     seconds: for the report.
     """
 
     sources: Sources
+    speakers: list[dict[str, dict[str, int]]]
     tokenizer: ChatTokenizer
     table: SampleTable
     replaced: dict[int, int]
@@ -111,6 +113,7 @@ def publish(
         "recipe": recipe_facts(recipe),
         "given": made.sources.given,
         "inputs": made.sources.inputs,
+        "speakers": made.speakers,
         **hashes,
         "vocab_size": made.tokenizer.vocab_size,
         "splits": splits,

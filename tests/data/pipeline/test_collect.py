@@ -39,7 +39,8 @@ def write(folder: Path, **files: list[str]) -> None:
 
 
 def chat_recipe(folder: Path, **over: Any) -> DataRecipe:
-    return recipe(folder, split={"validation": 0.3}, **over)
+    sources = [{"path": str(folder), "assistant": "丽丽"}]
+    return recipe(folder, **{"split": {"validation": 0.3}, "sources": sources} | over)
 
 
 def dialogues(folder: Path) -> dict[str, tuple[str, str, str]]:
@@ -85,7 +86,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_collected_set_is_what_one_build_of_all_exports_gives(grown: Path, tmp_path: Path) -> None:
     build_dataset(chat_recipe(grown / "raw"), tmp_path / "once")
     old, found = dialogues(grown / "old"), dialogues(grown / "set")
-    assert found == dialogues(tmp_path / "once") and len(found) == 101  # one begins in the middle of a conversation
+    assert found == dialogues(tmp_path / "once") and len(found) == 100
     assert {text: entry[:2] for text, entry in found.items() if text in old} == {text: e[:2] for text, e in old.items()}
     assert sum(found[text] != old[text] for text in old) == 1  # the one that went on, under its uid
     assert verify_dataset(grown / "set") == []
@@ -96,15 +97,15 @@ def test_the_report_says_what_came_and_what_was_there(grown: Path) -> None:
     assert report["known"] == 2 and report["gone"] == [] and report["files"]["left_out"] == ["photo.jpg"]
     added = report["added"]
     assert sorted(added["files"]) == ["other.txt", "renamed.txt", "shortened.txt"]
-    assert added["train"] + added["validation"] == 42 and added["replaced"] == 1
+    assert added["train"] + added["validation"] == 41 and added["replaced"] == 1
     stages = {stage["name"]: stage for stage in report["stages"]}
-    assert stages["import"]["kept"] == 150 and stages["dedup"]["kept"] == 42  # of 70 + 50 + 30
+    assert stages["import"]["kept"] == 150 and stages["dedup"]["kept"] == 41  # of 70 + 50 + 30
     assert sum(stages["dedup"]["dropped"].values()) == 108
     stored = json.loads((grown / "set" / "report.json").read_text(encoding="utf-8"))
     total = {stage["name"]: stage for stage in stored["stages"]}
-    assert total["import"]["kept"] == 210 and total["shard"]["kept"] == 101
-    assert sum(part["dialogues"] for part in stored["splits"].values()) == 101
-    assert sum(sum(part["turns"].values()) for part in stored["texts"].values()) == 101
+    assert total["import"]["kept"] == 210 and total["shard"]["kept"] == 100
+    assert sum(part["dialogues"] for part in stored["splits"].values()) == 100
+    assert sum(sum(part["turns"].values()) for part in stored["texts"].values()) == 100
     manifest = read_manifest(grown / "set")
     assert {split: manifest["splits"][split]["dialogues"] for split in SPLITS} == {
         split: len(TokenDataset.open(grown / "set", split)) for split in SPLITS
@@ -149,7 +150,7 @@ def test_nothing_is_read_twice_and_nothing_new_changes_nothing(
     write(tmp_path / "raw", new=log(range(200, 205)))
     report = collect(chat_recipe(tmp_path / "raw"), tmp_path / "set")
     assert report["added"]["files"] == ["new.txt"] and set(report["gone"]) >= {"_chat.txt", "other.txt"}
-    assert len(dialogues(tmp_path / "set")) == 106 and verify_dataset(tmp_path / "set") == []
+    assert len(dialogues(tmp_path / "set")) == 105 and verify_dataset(tmp_path / "set") == []
     assert len(read_manifest(tmp_path / "set")["generations"]) == 3
 
 
@@ -157,7 +158,7 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "cleaning": ({"clean": {"privacy": {"mode": "redact"}, "min_turn_chars": 2}}, r"clean\.privacy\.mode: was off, is redact"),
     "split": ({"split": {"validation": 0.1}}, r"split\.validation: was 0\.3, is 0\.1"),
     "tokenizer": ({"tokenizer": {"train": {"vocab_size": 400}}}, r"tokenizer\.train\.vocab_size: was 300, is 400"),
-    "source": ({"sources": [{"path": "RAW", "assistant": "小明"}]}, r"source 1: assistant: was null, is 小明"),
+    "source": ({"sources": [{"path": "RAW", "assistant": "小明"}]}, r"source 1: assistant: was 丽丽, is 小明"),
     "no source": ({"sources": []}, r"sources: 1 in the set, 0 in the recipe"),
 }
 
@@ -180,7 +181,7 @@ def test_a_recipe_with_other_rules_is_refused_in_words(what: str, grown: Path) -
 def test_a_new_source_of_another_kind_is_added(grown: Path, tmp_path: Path) -> None:
     shutil.copytree(grown / "set", tmp_path / "set")
     write_jsonl(tmp_path / "raw.jsonl", chats(40))
-    sources = [{"path": str(tmp_path / "raw.jsonl"), "name": "extra"}, {"path": str(grown / "raw")}]
+    sources = [{"path": str(tmp_path / "raw.jsonl"), "name": "extra"}, {"path": str(grown / "raw"), "assistant": "丽丽"}]
     report = collect(chat_recipe(grown / "raw", sources=sources), tmp_path / "set")
     assert report["known"] == 5 and report["added"]["files"] == ["raw.jsonl"]
     manifest = read_manifest(tmp_path / "set")
@@ -188,6 +189,20 @@ def test_a_new_source_of_another_kind_is_added(grown: Path, tmp_path: Path) -> N
     assert verify_dataset(tmp_path / "set") == []
     with pytest.raises(ConfigError, match="2 in the set, 1 in the recipe"):
         collect(chat_recipe(grown / "raw"), tmp_path / "set")
+
+
+def test_a_chat_that_makes_somebody_else_the_assistant_is_refused_as_a_build_would(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    write(tmp_path / "raw", a=log(range(30)))
+    made = recipe(tmp_path / "raw", split={"validation": 0.3})
+    collect(made, tmp_path / "set")
+    write(
+        tmp_path / "raw",
+        b=[line.replace("小明", "X").replace("丽丽", "小明").replace("X", "丽丽") for line in log(range(40, 44))],
+    )
+    with pytest.raises(ConfigError, match=r"小明 64, 丽丽 38\.\n.*2 of them would be the assistant"):
+        collect(made, tmp_path / "set")
+    assert verify_dataset(tmp_path / "set") == [] and len(dialogues(tmp_path / "set")) == 30
 
 
 def test_a_set_of_an_earlier_version_and_a_url_are_refused(grown: Path, tmp_path: Path) -> None:

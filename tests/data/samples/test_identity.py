@@ -40,7 +40,8 @@ def build(folder: Path, files: dict[str, list[str]], out: Path, **over: Any) -> 
     for name, lines in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    build_dataset(recipe(folder, split={"validation": 0.3}, **over), out)
+    sources = [{"path": str(folder), "assistant": "丽丽"}]  # one that begins in the middle does not say who it is
+    build_dataset(recipe(folder, split={"validation": 0.3}, sources=sources, **over), out)
     assert verify_dataset(out) == []
     found = {}
     for split in ("train", "validation"):
