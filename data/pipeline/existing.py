@@ -94,7 +94,7 @@ class Existing:
             raise ConfigError(
                 f"data set {self.folder}: the recipe is not the one that it was built with, and a set has one set of rules:\n"
                 + "\n".join(f"  {line}" for line in found)
-                + f"\nUndo that, or give the new set another place: out=FOLDER. {AGAIN}"
+                + "\nUndo that; or build the set again (chatmill data build RECIPE), here or in another place (out=FOLDER)."
             )
 
 

@@ -26,12 +26,11 @@ SETTLED_NS = 2 * 10**9  # since the last change
 
 
 class SeenFiles:
-    """known: what seen.json holds, {hash of the path: [bytes, mtime, ctime, sha256]}, times in ns. read: paths hashed here."""
+    """known: what seen.json holds, {hash of the path: [bytes, mtime, ctime, sha256]}, times in ns."""
 
     def __init__(self, known: Mapping[str, list[Any]] | None = None) -> None:
         self._known = dict(known or {})
         self._found: dict[str, list[Any]] = {}
-        self.read: list[Path | RemotePath] = []
 
     @classmethod
     def load(cls, folder: Path) -> SeenFiles:
@@ -49,15 +48,13 @@ class SeenFiles:
     def sha256(self, path: Path | RemotePath) -> str:
         """Hex sha256 of a file. A remote one is always read."""
         if isinstance(path, RemotePath):
-            self.read.append(path)
             return path.sha256()
         key = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
         state, now = path.stat(), time.time_ns()
         marks = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
         entry = self._known.get(key)
         if entry is None or entry[:3] != marks:
-            self.read.append(path)
-            entry = [*marks, sha256_file(path)]
+            entry = self._known[key] = [*marks, sha256_file(path)]
         if max(marks[1:]) + SETTLED_NS < now:
             self._found[key] = entry
         return str(entry[3])
