@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from chatmill.config import ConfigError
-from chatmill.files import sha256_file
+from chatmill.files import remove_leftovers, sha256_file
 
 from ..importers.registry import source_files
 from ..raw.files import RawFile
@@ -51,6 +51,8 @@ def collect(recipe: DataRecipe, out: str | Path | None = None, progress: Progres
             f"{goal}: later exports are added to a folder, not to a URL. Give out=FOLDER here, and copy the folder after it."
         )
     folder = Path(goal).absolute()
+    if folder.parent.is_dir():
+        remove_leftovers(folder.parent, folder.name)  # of a kill where two folders cannot be exchanged: the old one comes back
     if not (folder / MANIFEST).is_file():
         return build_dataset(recipe, folder, progress)
     with build_lock(folder):

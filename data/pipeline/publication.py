@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
-from chatmill.files import publish_folder, sha256_file, sync, write_durably
+from chatmill.files import naming, publish_folder, sha256_file, sync, write_durably
 
 from ..conversation import Conversation, TokenizedDialogue, load_line
 from ..ledger import Ledger
@@ -98,7 +98,8 @@ def publish(
     if not proof["valid"]:  # an invariant of the placing; never publish without it
         raise ConfigError(f"data {recipe.name}: the split leaks: {proof['shared']}")
     if base is None:
-        made.tokenizer.save(final / "tokenizer")
+        with naming(final / "tokenizer"):
+            made.tokenizer.save(final / "tokenizer")
     public = {key: splits[key] | {"shards": len(splits[key]["shards"])} for key in splits}
     for part in public.values():
         part.pop("dropped", None)
