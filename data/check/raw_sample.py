@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from chatmill.config import ConfigError, parse_overrides, validate
 from chatmill.formatting import counted
+from chatmill.run_files import list_checkpoints
 
 from ..conversation import Conversation, to_record
 from ..importers.registry import is_recognised, read_file, recognise, source_files
@@ -107,6 +108,10 @@ def raw_sources(path: str, overrides: Sequence[str] = ()) -> list[SourceSection]
     is_data_set = (place / MANIFEST).exists() or (is_url(path) and not path.lower().endswith(_RAW_SUFFIXES) and "*" not in path)
     if is_data_set or (place.is_dir() and (place / "dialogues").is_dir() and (place / "tokenizer").is_dir()):
         return None
+    if list_checkpoints(place):
+        raise ConfigError(
+            f"{path} is a run: expected a data-set folder or raw chats. `chatmill status` and `report` show runs."
+        )
     if not place.exists() and not is_url(path) and not any(sign in path for sign in "*?["):
         raise ConfigError(
             f"{path} does not exist: expected a data-set folder, raw chats (file, folder or glob) or a data recipe."

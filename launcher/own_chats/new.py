@@ -123,7 +123,8 @@ def _base(choices: Choices) -> tuple[str | None, bool]:
     """(the model to fine-tune, must it be imported first?)"""
     if choices.model is not None:
         place = Path(choices.model)
-        if not is_published(place) and not list_checkpoints(place):
+        whole = is_published(place) and (place / "config.json").is_file()  # a data set has a manifest, too
+        if not whole and not list_checkpoints(place):
             hint = f" Import it: chatmill import {choices.model} runs/{place.name}" if (place / "config.json").is_file() else ""
             raise ConfigError(f"--model {choices.model}: no checkpoint there.{hint or ' `chatmill import` makes one.'}")
         return choices.model, False

@@ -181,7 +181,8 @@ def _steps(training: Training, validation: Validation, evaluated: int) -> int:
     """The loop. evaluated: the step whose validation is done, or -1: a run killed in its last validation still has to do it."""
     run, engine, checkpoints = training.run, training.engine, training.checkpoints
     recipe, folder, world, display, watchdog = run.recipe, run.folder, run.world, run.display, run.watchdog
-    guard = Guard(recipe.guard, folder, world)
+    guessing = math.log(run.config.vocab_size) if recipe.objective == "sft" else None
+    guard = Guard(recipe.guard, folder, world, guessing)
     profiler = StepProfiler(recipe.logging.profile_steps, folder.path / "profile", world, training.state.step)
     meter = StepMeter(run.config, world, profiler)
     batches = iter(training.stream)

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from chatmill.run_files import read_jsonl
+from chatmill.config import ConfigError
+from chatmill.run_files import MANIFEST, is_published, read_jsonl
 
 
 @dataclass(slots=True)
@@ -43,6 +44,8 @@ def read_run(path: Path) -> RunRecord:
     """Read a run folder. Only a folder that is not there at all is an error (FileNotFoundError)."""
     if not path.is_dir():
         raise FileNotFoundError(f"no run folder at {path}: expected a folder with metrics.jsonl, made by `chatmill train`.")
+    if is_published(path) and "splits" in _mapping(RunRecord(path, path.name), path / MANIFEST):
+        raise ConfigError(f"{path} is a data set, whose own page is {path / 'report.html'}. Give a run folder.")
     run = RunRecord(path, path.resolve().name)
     run.config = _mapping(run, path / "config.yaml")
     run.environment = _mapping(run, path / "environment.json")

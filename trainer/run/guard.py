@@ -2,6 +2,9 @@
 
     z = (loss - median) / (1.4826 * median of |losses - median|)      over the last `window` good steps
 
+Until guard.min_history steps are there, a loss more than a nat above both its highest value so far and ln V, which guessing
+would give, is warned of: a learning rate that is too high from the first step does that.
+
 Median and MAD, not mean and deviation: an outlier must not widen the measure that judges it. The loss is the global one (summed
 over ranks), so every rank comes to the same verdict without another message. A step is judged by its loss before the update and
 by its gradient norm after it; engines themselves skip an update whose norm is not finite.
@@ -30,6 +33,7 @@ from .state import TrainState
 
 Action = Literal["warn", "skip", "rollback", "stop"]
 REASON = "guard:"
+EARLY_RISE = 1.0  # nats above the highest loss so far
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ class BadStep:
 class Guard:
     """Judges each step and records what it did. What it compares with is in TrainState, hence in every checkpoint."""
 
-    def __init__(self, section: GuardSection, folder: RunFolder, world: World) -> None:
-        self.section, self.folder, self.world = section, folder, world
+    def __init__(self, section: GuardSection, folder: RunFolder, world: World, guessing: float | None = None) -> None:
+        """guessing: the loss of a model that takes every token to be as likely, where that means something."""
+        self.section, self.folder, self.world, self.guessing = section, folder, world, guessing
 
     def judge_loss(self, loss: float, state: TrainState) -> BadStep | None:
         """Before the update: loss of the step in nats per token, over all ranks."""
@@ -56,10 +61,22 @@ class Guard:
         if self.section.on_spike == "off":
             return None
         z = robust_z(loss, state.losses, self.section.min_history)
-        if z is None or z <= self.section.spike_z:
+        if z is None:
+            return self._early(loss, state)
+        if z <= self.section.spike_z:
             return None
         why = f"the loss of {loss:.4f} is {z:.1f} robust deviations above the last {len(state.losses)} steps"
         return BadStep("spike", self.section.on_spike, loss, z, why)
+
+    def _early(self, loss: float, state: TrainState) -> BadStep | None:
+        """Before there is a history: a loss far above all earlier ones and above guessing. It is only warned of."""
+        if self.guessing is None or not state.losses or loss <= max(*state.losses, self.guessing) + EARLY_RISE:
+            return None
+        why = (
+            f"the loss of {loss:.4f}, after {state.losses[0]:.4f} at first, is worse than guessing ({self.guessing:.2f}): "
+            "the learning rate is too high for the start. Raise schedule.warmup_steps or lower optimizer.lr"
+        )
+        return BadStep("spike", "warn", loss, None, why)
 
     def judge_gradient(self, norm: float) -> BadStep | None:
         """After the update, which the engine skips where the norm is not finite."""

@@ -152,3 +152,26 @@ def test_every_command_stands_in_the_help_once() -> None:
     text = build_parser().format_help()
     for name in ("new", "help", "recipes", "schema", "completion"):
         assert len(re.findall(rf"^    {name}\s", text, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["report", "set"], "set is a data set, whose own page is"),
+        (["new", "chat.txt", "--assistant", "Bob", "--model", "set"], "no checkpoint there"),
+        (["data", "inspect", "run"], "run is a run: expected a data-set folder or raw chats"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named_and_stays_as_it_is(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("set").mkdir()
+    Path("set/manifest.json").write_text(json.dumps({"format": 1, "splits": {}}))
+    Path("set/report.html").write_text("the data set's own page")
+    Path("run/checkpoints/step-00000003").mkdir(parents=True)
+    Path("run/checkpoints/step-00000003/manifest.json").write_text("{}")
+    Path("chat.txt").write_text("Ann: hi\nBob: hello\nAnn: how are you\nBob: fine\n")
+    before = sorted(Path().rglob("*"))
+    assert main(words) == 2 and message in capsys.readouterr().err
+    assert sorted(Path().rglob("*")) == before and Path("set/report.html").read_text() == "the data set's own page"

@@ -17,10 +17,13 @@ from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer.checkpoint.checkpoint import open_checkpoint
 from chatmill.trainer.checkpoint.saver import CheckpointSaver
 from chatmill.trainer.config import GuardSection, load_recipe
+from chatmill.trainer.distributed.world import World
 from chatmill.trainer.engine.engine import StepSums
 from chatmill.trainer.engine.torch_engine import TorchEngine
 from chatmill.trainer.loop.loop import train
-from chatmill.trainer.run.guard import robust_z
+from chatmill.trainer.run.folder import RunFolder
+from chatmill.trainer.run.guard import Guard, robust_z
+from chatmill.trainer.run.state import TrainState
 
 
 def losses(run: Path) -> list[float]:
@@ -63,6 +66,31 @@ def test_the_z_score_is_numpys_and_is_not_moved_by_one_outlier() -> None:
     assert robust_z(3.7, history[:31], 32) is None
     assert robust_z(2.0, [2.0] * 40, 32) == 0.0
     assert (robust_z(3.0, [2.0] * 40, 32) or 0) > 100
+
+
+@pytest.mark.parametrize(
+    ("losses", "loss", "warned"),
+    [
+        ([7.6], 11.1, True),
+        ([7.6, 7.5, 7.4], 11.1, True),
+        ([7.6], 8.5, False),  # a harder batch
+        ([2.0], 6.0, False),  # better than guessing: batches of a fine-tuning differ
+        ([], 11.1, False),
+        ([7.6, 11.1], 11.3, False),  # said already
+        ([7.6] * 40, 11.1, True),  # from here on by its history
+    ],
+)
+def test_a_start_with_too_high_a_learning_rate_is_warned_of(
+    losses: list[float], loss: float, warned: bool, tmp_path: Path
+) -> None:
+    world = World(0, 1, 0, 1, torch.device("cpu"), "none")
+    guard = Guard(GuardSection(), RunFolder(tmp_path / "r"), world, guessing=math.log(2048))
+    found = guard.judge_loss(loss, TrainState(losses=losses))
+    assert (found is not None) == warned and (found is None or found.action == "warn")
+    said: list[str] = []
+    guard.decide(found, loss, TrainState(step=2, losses=losses), [], said.append)
+    assert len(said) == warned and all("warning: step 2" in line for line in said)
+    assert Guard(GuardSection(), guard.folder, world).judge_loss(99.0, TrainState(losses=[1.0])) is None  # preferences
 
 
 @pytest.mark.parametrize("gradient_only", [False, True])
