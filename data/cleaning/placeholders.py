@@ -23,6 +23,7 @@ _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\u00ad]")
 _LONGEST = 300  # characters; no client writes more
 _ATTACHED = "attached|adjunto|anexado|angehängt|Anhang|joint|allegato|bijgevoegd|bijlage|liite|liitetty|bifoga[dt]"
 _ATTACHED += "|附件|附加|添付|첨부|прикреплен|вложен|ekli|مرفق"
+_ASCII_SIGNS = ("[", "<", ")", "call", "message")  # of what the layouts find in ASCII
 _CALL = "未接|已取消|已拒绝|对方已取消|对方已拒绝|对方无应答|对方忙线中|通话中断|通话时长|通話時長|通話時間"
 _CALL += "|语音通话|视频通话|語音通話|視訊通話"
 
@@ -71,5 +72,7 @@ def placeholder(text: str) -> Kind | None:
     texts, layouts, kinds = _known()
     if found := texts.get(_fold(text)):
         return found
+    if text.isascii() and not any(map(text.lower().__contains__, _ASCII_SIGNS)):
+        return None
     match = layouts.fullmatch((text if text.isascii() else _INVISIBLE.sub("", text)).strip().rstrip(".。"))
     return None if match is None else kinds[(match.lastindex or 1) - 1]

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from datetime import date as day_of
 
 from ...ledger import Ledger
 from ...raw.files import RawFile
@@ -28,6 +29,7 @@ GLUE = r"[,،]?\s+(?:klo|um|at|à|a las|às|kl\.?|alle|om|o|в|saat)?\s*"
 STAMP = DATE + GLUE + TIME  # eight groups
 Stamp = tuple[tuple[int, int, int], tuple[int, int, int]]  # three numbers of a date in the order of the text; h, m, s
 
+_FIRST_DAY = day_of(1970, 1, 1).toordinal()
 _IS_PM = re.compile(rf"[Pp]\.?[\s\u202f\u00a0]?[Mm]|{_PM}")
 
 
@@ -48,11 +50,15 @@ def clock_time(noon: str | None, hour: str | None, minute: str | None, second: s
 
 def moment(date: tuple[int, int, int], clock: tuple[int, int, int], order: str = "ymd") -> float | None:
     """Seconds since 1970; order: which of the date's numbers is year, month and day. None if there is no such day."""
-    year, month, day = (date[order.index(letter)] for letter in "ymd")
+    year, month, day = date[order.index("y")], date[order.index("m")], date[order.index("d")]
+    hour, minute, second = clock
+    if hour > 23 or minute > 59 or second > 59:
+        return None
     try:
-        return datetime(year + (2000 if year < 100 else 0), month, day, *clock, tzinfo=UTC).timestamp()
+        days = day_of(year + (2000 if year < 100 else 0), month, day).toordinal() - _FIRST_DAY
     except ValueError:
         return None
+    return float(((days * 24 + hour) * 60 + minute) * 60 + second)
 
 
 _ANY = re.compile(rf"^[{MARKS}\s]*{STAMP}\s*$|^[{MARKS}\s]*\d{{10,13}}$")

@@ -24,12 +24,11 @@ from .dated import MARKS, STAMP, Stamp, moment, stamp
 _HEADER = re.compile(rf"^[{MARKS}\s]*(?:\[{STAMP}\]\s?|{STAMP}\s+[-–—]\s)(.*)$", re.S)
 _NAMED = re.compile(r"^([^:：\n]{1,100}?)(?::(?: (.*)|)|：(.*))$", re.S)
 _NAMED_IOS = re.compile(r"^([^:：\n]{1,100}?)[:：] ?(.*)$", re.S)  # some languages print no blank
-_SERVICE = re.compile(
-    r"end-to-end encrypted|Ende-zu-Ende-verschlüsselt|cifrado de extremo a extremo|chiffrés de bout en bout"
-    r"|crittografati end-to-end|端到端加密|端對端加密|エンドツーエンド暗号化|종단간 암호화|сквозным шифрованием"
-    r"|salataan täysin",
-    re.I,
-)
+_SERVICE = (
+    "end-to-end encrypted", "ende-zu-ende-verschlüsselt", "cifrado de extremo a extremo", "chiffrés de bout en bout",
+    "crittografati end-to-end", "端到端加密", "端對端加密", "エンドツーエンド暗号化", "종단간 암호화", "сквозным шифрованием",
+    "salataan täysin",
+)  # fmt: skip
 _EDITED = (
     "This message was edited|此消息已编辑|这条消息已编辑|此訊息已編輯|已編輯此訊息|Diese Nachricht wurde bearbeitet"
     "|Ce message a été modifié|Se editó este mensaje|Mensagem editada|Questo messaggio è stato modificato"
@@ -79,7 +78,7 @@ def _message(found: tuple[int, Header], more: list[str], order: str, file: RawFi
     number, ((date, clock), rest, ios) = found
     where = f"{file.label}:{number}: {rest}"
     named = (_NAMED_IOS if ios else _NAMED).match(rest)
-    if named is None or _SERVICE.search(rest):
+    if named is None or any(map(rest.lower().__contains__, _SERVICE)):
         ledger.change("service line left out", where)
         return
     sender = named[1].strip(MARKS + " ~\u202f\u00a0")
@@ -87,7 +86,8 @@ def _message(found: tuple[int, Header], more: list[str], order: str, file: RawFi
     if body.startswith("\u200e") or placeholder(body):  # what iOS wrote itself, or one of Android's texts
         ledger.change("media left out", where)
         return
-    body = _TRAILING.sub("", body.strip(MARKS + "\n\r")).rstrip(MARKS)
+    body = body.strip(MARKS + "\n\r")
+    body = (_TRAILING.sub("", body) if body.rstrip().endswith(">") else body).rstrip(MARKS)
     yield ChatMessage(sender, body, moment(date, clock, order), key=str(number))
 
 
@@ -103,19 +103,21 @@ def _parse(line: str) -> Header | None:
 
 def _date_order(file: RawFile, encoding: str, ledger: Ledger) -> str:
     """`dmy`, `mdy` or `ymd`, from every header of the file."""
-    largest, backwards = [0, 0, 0], {"dmy": 0, "mdy": 0}
+    largest, backwards = [0, 0], {"dmy": 0, "mdy": 0}
     last: dict[str, tuple[int, ...]] = {}
     for _, line in file.text_lines(encoding, Ledger()):
         header = _parse(line.rstrip("\r\n"))
         if header is None:
             continue
         (a, b, c), clock = header[0]
-        largest = [max(x, y) for x, y in zip(largest, (a, b, c), strict=True)]
+        largest = [max(largest[0], a), max(largest[1], b)]
+        if largest[0] > 31:
+            return "ymd"
+        if max(largest) > 12:  # the order of time no longer matters
+            continue
         for name, key in (("dmy", (c, b, a, *clock)), ("mdy", (c, a, b, *clock))):
             backwards[name] += last.get(name, key) > key
             last[name] = key
-    if largest[0] > 31:
-        return "ymd"
     if largest[0] > 12 or largest[1] > 12:
         return "dmy" if largest[0] > 12 else "mdy"
     if backwards["dmy"] != backwards["mdy"]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from chatmill.data.cleaning import privacy
+from chatmill.data.cleaning import placeholders, privacy
 from chatmill.data.cleaning.clean import _CONTROL, normalise_newlines_and_controls, trim_whitespace
 from chatmill.data.cleaning.phrases_chinese import plain
 from chatmill.data.cleaning.repetition import character_runs
@@ -110,3 +110,20 @@ def test_no_private_data_is_missed_for_want_of_a_sign(texts: list[str], monkeypa
     monkeypatch.setattr(privacy, "_NEEDED", always)
     assert found == [privacy.find(text) for text in texts]
     assert {"key", "credentials", "email", "iban", "card", "ip", "phone"} <= {one.kind for spans in found for one in spans}
+
+
+def test_no_placeholder_is_missed_for_want_of_a_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, words = random.Random(4), re.findall(r"[A-Za-z ]+|[^\w\s]", placeholders._known()[1].pattern)
+    texts = ["".join(rng.choices([*words, "1", " ", ".", "a.jpg"], k=rng.randint(1, 6))) for _ in range(4000)]
+    texts += [
+        "Missed voice call",
+        "Video call, no answer",
+        "Ann unsent a message",
+        "[Photo]",
+        "IMG-1.jpg (file attached)",
+        "<photo >",
+    ]
+    found = [placeholders.placeholder(text) for text in texts]
+    monkeypatch.setattr(placeholders, "_ASCII_SIGNS", ("",))
+    assert found == [placeholders.placeholder(text) for text in texts]
+    assert {"media", "call", "deleted"} <= set(found)
