@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
+from chatmill.data.bench import checkouts
 from chatmill.data.bench.build import bench, table
 from chatmill.data.bench.raw_mix import FORMATS, write_mix
 from chatmill.data.importers.registry import recognise
@@ -29,3 +32,13 @@ def test_every_stage_is_measured(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 for row in results["stages"] if row["stage"] in ("import", "clean", "tokenize"))
     assert results["tokens"] > 30_000 and results["peak_mib"]["parent"] >= results["peak_mib"]["baseline"] > 0
     assert "tokens/s/core" in table(results)
+
+
+def test_checkouts_are_compared_in_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[3]
+    checkouts.write_chinese(tmp_path / "zh.jsonl", 0.01)
+    assert recognise(find_files(str(tmp_path / "zh.jsonl"))[0]) == "openai"
+    assert checkouts.main([str(root), "--mb", "0.05", "--rounds", "1", "--no-chitchat"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["tokens/s", "import", "clean", "train", "tokenize", "shard"]
+    assert all(float(row[-1]) > 0.1 for row in rows[1:])
