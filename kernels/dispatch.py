@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -145,11 +146,22 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         if is_interpreting():
             install()
+        _keep_fusion()
         device = _first_device(args)
         with torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext():
             return function(*args, **kwargs)
 
     return guarded
+
+
+@functools.cache
+def _keep_fusion() -> None:
+    """Let triton contract a * b + c into one instruction, as it does by default until 3.9; 3.10 does not (pull request 11270).
+
+    Our kernels are written for it: a step of attention has one such instruction for every score (docs/kernels-attention.md).
+    Where TRITON_DEFAULT_FP_FUSION is set, that holds.
+    """
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def _first_device(values: Any) -> torch.device | None:

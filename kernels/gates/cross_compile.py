@@ -3,11 +3,11 @@
     report = compile_build(build_case("scale", kernel, {"BLOCK": 128}, arch=90, num_warps=8, num_stages=3))
     report.registers, report.spill_bytes, report.shared_bytes, report.sass["HGMMA"], report.serialized_wgmma
 
-Needs triton, not a GPU: ptxas, cuobjdump and nvdisasm come inside triton's wheel. Must run in a process WITHOUT
-TRITON_INTERPRET (interpreted functions have no compiler); the tests therefore run this command in a subprocess, on a module
-of this folder that has `shipped_cases()`:
+Needs triton, not a GPU. Must run in a process WITHOUT TRITON_INTERPRET (interpreted functions have no compiler); the tests
+therefore run this command in a subprocess, on modules of this folder that have `shipped_cases()` (all of them by default):
 
     python -m chatmill.kernels.gates.cross_compile chatmill.kernels.gates.attention --arch 90 [--match NAME] [--json]
+    python -m chatmill.kernels.gates.cross_compile --triton FOLDER      # with the triton installed there (versions.py)
 
 Gates (`violations`): spills within the case's budget, shared memory within the chip's limit, tensor cores really used
 (HGMMA on sm_90, and no HMMA where HGMMA is expected), no wgmma serialised by ptxas (warning C7512); and what a case claims
@@ -20,27 +20,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..interpreter import is_interpreting
-from .loop_budget import LoopBudget, describe_loop, loop_budgets, matrix_loops
+from .binaries import SHARED_LIMIT, CompileReport, ptxas_log, read_binary, recall, remember
+from .loop_budget import describe_loop
+from .versions import use_triton
 
-# bytes of shared memory that one block may use (CUDA programming guide, table of compute capabilities)
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-# an instruction's whole mnemonic starts with one of these
-OPCODES = (
-    "HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "LDSM", "STSM",
-    "LDG.E.128", "STG.E.128", "LDG.E.U16", "STG.E.U16", "LDL", "STL", "USETMAXREG",
-    "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "MUFU.EX2",
-)  # fmt: skip
+SHIPPED = tuple(f"{__package__}.{name}" for name in ("attention", "decode", "cross_entropy", "layer"))
 
 
 @dataclass(frozen=True)
@@ -115,45 +106,11 @@ def build_case(
     return BuildCase(name, kernel, kinds, constants, aligned=aligned, **gates)
 
 
-@dataclass(frozen=True)
-class CompileReport:
-    """What the compiler made of one case. `sass` counts instructions by mnemonic (those of OPCODES).
-
-    loop_spills: loads and stores of local memory in the innermost loops with wgmma. overlapped: see overlapped_exponentials.
-    loops: what a step of each matrix loop costs, loop_budget.py.
-    """
-
-    name: str
-    arch: int
-    registers: int
-    stack_bytes: int
-    spill_bytes: int
-    shared_bytes: int
-    warps: int
-    serialized_wgmma: bool
-    wgmma: int
-    seconds: float
-    sass: dict[str, int]
-    loop_spills: int = 0
-    overlapped: int = 0
-    loops: tuple[LoopBudget, ...] = ()
-
-
-def _tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
-
-
 def compile_build(case: BuildCase) -> CompileReport:
     """Compile for the case's compute capability (80, 90, 100 ...) and read the binary.
 
-    Pointers are taken as 16-byte aligned, as torch allocates them. Raises what triton raises if it cannot compile.
+    Pointers are taken as 16-byte aligned, as torch allocates them. The report is kept beside triton's cache, so that each build
+    is compiled and read once, whoever asks. Raises what triton raises if it cannot compile.
     """
     if is_interpreting():
         raise RuntimeError("cross-compilation needs a process without TRITON_INTERPRET.")
@@ -173,57 +130,16 @@ def compile_build(case: BuildCase) -> CompileReport:
     else:
         from triton.compiler import ASTSource
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(case.constants), attrs=attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    key = repr((triton.__version__, source.hash(), case.arch, sorted(options.items())))
+    if (known := recall(key)) is not None:
+        return replace(known, name=case.name)
     started = time.perf_counter()
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    built = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
-    return read_binary(built, case.name, case.arch, time.perf_counter() - started)
-
-
-def read_binary(built: Any, name: str, arch: int, seconds: float) -> CompileReport:
-    """Registers, spills, shared memory and instruction counts of a compiled triton kernel."""
-    ptx = built.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx_file = Path(folder, "k.cubin"), Path(folder, "k.ptx")
-        cubin.write_bytes(built.asm["cubin"])
-        ptx_file.write_text(ptx)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", _run(_tool("cuobjdump"), "-res-usage", str(cubin)))
-        if usage is None:
-            raise RuntimeError(f"{name}: cuobjdump printed no resource usage.")
-        sass = _run(_tool("nvdisasm"), "-c", str(cubin))
-        found = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-        target = found[1] if found else f"sm_{arch}"
-        assembler = "ptxas-blackwell" if arch >= 100 and Path(_tool("ptxas-blackwell")).exists() else "ptxas"
-        log = _run(_tool(assembler), f"-arch={target}", "-v", str(ptx_file), "-o", str(Path(folder, "again.cubin")))
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
-    if "registers" not in log:
-        raise RuntimeError(f"{name}: ptxas refused the PTX:\n{log[-2000:]}")
-    return CompileReport(
-        name=name,
-        arch=arch,
-        registers=int(usage[1]),
-        stack_bytes=int(usage[2]),
-        spill_bytes=sum(spills),
-        shared_bytes=int(built.metadata.shared),
-        warps=int(built.metadata.num_warps),
-        serialized_wgmma="C7512" in log or bool(re.search(r"wgmma.*serializ", log)),
-        wgmma=ptx.count("wgmma.mma_async"),
-        seconds=round(seconds, 2),
-        sass={op: count for op in OPCODES if (count := len(re.findall(rf"\b{re.escape(op)}", sass)))},
-        loop_spills=loop_spills(sass),
-        overlapped=overlapped_exponentials(sass),
-        loops=loop_budgets(sass),
-    )
-
-
-def loop_spills(sass: str) -> int:
-    """Loads and stores of local memory in the innermost loops with wgmma, which cost time in every step."""
-    return sum(len(re.findall(r"\b(?:LDL|STL)\b", "\n".join(loop))) for loop in matrix_loops(sass))
-
-
-def overlapped_exponentials(sass: str) -> int:
-    """Fewest exponentials between a wait that leaves one wgmma in flight and the next wait; 0 if none leaves one."""
-    parts = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", sass)[1:]
-    return min((len(re.findall(r"MUFU\.EX2", re.split(r"WARPGROUP\.DEPBAR", part)[0])) for part in parts), default=0)
+    with ptxas_log() as log:
+        built = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    report = read_binary(built, case.name, case.arch, time.perf_counter() - started, log.getvalue())
+    remember(key, report)
+    return report
 
 
 def violations(case: BuildCase, report: CompileReport) -> list[str]:
@@ -256,14 +172,18 @@ def violations(case: BuildCase, report: CompileReport) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile the `shipped_cases()` of a kernel module; exit 1 if a gate fails."""
     parser = argparse.ArgumentParser(prog="python -m chatmill.kernels.gates.cross_compile", description=__doc__.splitlines()[0])
-    parser.add_argument("module", help="module with shipped_cases() -> list[BuildCase]")
+    parser.add_argument("modules", nargs="*", help="modules with shipped_cases() -> list[BuildCase]; default: all that ship")
     parser.add_argument("--arch", type=int, action="append", help="only these compute capabilities")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--loops", action="store_true", help="what a step of each matrix loop costs, counted, not timed")
+    parser.add_argument("--triton", metavar="FOLDER", help="use the triton installed in this folder")
     args = parser.parse_args(argv)
+    if args.triton:
+        use_triton(args.triton)
     rows, failed = [], 0
-    for case in importlib.import_module(args.module).shipped_cases():
+    found = ((name, case) for name in args.modules or SHIPPED for case in importlib.import_module(name).shipped_cases())
+    for module, case in found:
         if args.match not in case.name or (args.arch and case.arch not in args.arch):
             continue
         report = None
@@ -273,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row = {"name": case.name, "arch": case.arch, "violations": [f"{type(error).__name__}: {str(error)[:500]}"]}
         else:
             row = asdict(report) | {"violations": violations(case, report)}
-        rows.append(row)
+        rows.append(row | {"operation": module.rpartition(".")[2]})
         failed += bool(row["violations"])
         if not args.json:
             print(describe(row), flush=True)

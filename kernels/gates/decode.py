@@ -10,6 +10,7 @@ from typing import Any
 
 from ..attention.decode_triton import attention_decode_merge_kernel, attention_decode_stretch_kernel, tile
 from ..attention.tiles import padded
+from .attention import LITTLE_MEMORY
 from .cross_compile import BuildCase, build_case
 
 ARCHS = (80, 89, 90, 100, 120)
@@ -18,15 +19,18 @@ SHAPES = ((64, 64, 3), (128, 128, 4), (128, 128, 8), (192, 128, 1), (256, 256, 8
 
 
 def shipped_cases() -> Iterator[BuildCase]:
-    """Stretches of every head size with and without window and soft-cap, and their merge."""
+    """Every head size, with and without window and soft-cap, and their merge; the largest where memory is little."""
     for arch in ARCHS:
-        for D, DV, group in SHAPES:
-            yield _stretch(arch, D, DV, group, "bf16", plain=True)
-        yield _stretch(arch, 128, 128, 4, "bf16", plain=False)
-        yield _stretch(arch, 64, 64, 3, "fp16", plain=True)
-        for D in (128, 256) if arch in (89, 120) else ():  # the least shared memory, and the most that is asked of it
-            yield _stretch(arch, D, D, 8, "fp32", plain=True)
-        for splits in (2, 128):
+        if arch in LITTLE_MEMORY:
+            yield _stretch(arch, *SHAPES[-1], "bf16", plain=True)
+            for D in (128, 256):  # the most that is asked of it
+                yield _stretch(arch, D, D, 8, "fp32", plain=True)
+        else:
+            for D, DV, group in SHAPES:
+                yield _stretch(arch, D, DV, group, "bf16", plain=True)
+            yield _stretch(arch, 128, 128, 4, "bf16", plain=False)
+            yield _stretch(arch, 64, 64, 3, "fp16", plain=True)
+        for splits in (128,) if arch in LITTLE_MEMORY else (2, 128):
             constants = {"DV": 128, "BLOCK_DV": 128, "BLOCK_S": splits}
             name = f"merge D128 splits {splits}"
             yield build_case(name, attention_decode_merge_kernel, constants, arch=arch, num_warps=4, tensor_cores=False)

@@ -145,3 +145,15 @@ def test_the_decoder_is_imported_without_the_compiler() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_kernels_keep_fused_multiply_adds_where_triton_no_longer_has_them_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """triton 3.10 turns fusion off unless a kernel or this variable asks for it."""
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
+    dispatch._keep_fusion.cache_clear()
+    dispatch.on_its_device(lambda: None)()
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    dispatch._keep_fusion.cache_clear()
+    dispatch.on_its_device(lambda: None)()
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "0", "the user's own choice holds"

@@ -27,7 +27,7 @@ without it the results would still be right.
 Limits: bf16 and fp16, D = Dv = 64 or 128, T + 128 < 2**31 rows (TMA coordinates are int32 rows; addresses are 64-bit); values
 must be finite in rows next to a document too, for TMA cannot stop at its end: they are multiplied by a weight of 0.
 
-Checked without a GPU: compiled for sm_90 by triton 3.6.0 and 3.7.1 (gates/attention.py has the gates: no spill in a matrix
+Checked without a GPU: compiled for sm_90 by triton 3.7.1 and 3.9.0 (gates/attention.py has the gates: no spill in a matrix
 loop, the softmax beside P V in the binary too), and these very functions run under a simulator of barriers, TMA and
 asynchronous wgmma with adversarial schedules (gluon_simulator.py in its tests). Compiled, simulated, not timed: dispatch does
 not choose it by itself, impl="hopper" forces it, bench/hopper_check.py is what to run first on a GPU.
@@ -60,6 +60,8 @@ LOG2E_ = gl.constexpr(LOG2E)
 LN2_ = gl.constexpr(0.6931471805599453)
 # finite: a row that has seen nothing yet keeps this top
 NEVER = gl.constexpr(-1.0e30)
+# its name from triton 3.8 on; until 3.8 the other one, which 3.9 has removed
+_tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 # bytes of keys and values of the heads that run side by side: more would not stay in the 50 MB L2 of a Hopper
 L2_BYTES = 32 << 20
 
@@ -95,7 +97,7 @@ def _load_block(desc, row, column, place, full, empty, n, STAGES: gl.constexpr):
     s = n % STAGES
     mbarrier.wait(empty.index(s), ((n // STAGES) & 1) ^ 1)
     mbarrier.expect(full.index(s), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [row, column], full.index(s), place.index(s))
+    _tma_load(desc, [row, column], full.index(s), place.index(s))
 
 
 @gluon.jit
@@ -121,7 +123,7 @@ def attention_hopper_loader(
             for c in gl.static_range(2):
                 mbarrier.wait(q_empty.index(c), (t & 1) ^ 1)
                 mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(q_desc, [start + c * HALF, head * D], q_full.index(c), q_s.index(c))
+                _tma_load(q_desc, [start + c * HALF, head * D], q_full.index(c), q_s.index(c))
             for i in range(1, steps):
                 before = row
                 row = low + _step(i, lead, full, tail) * BLOCK_N

@@ -319,7 +319,7 @@ class Machine:
         return {
             "gl": gl,
             "mbarrier": mbarrier,
-            "tma": SimpleNamespace(async_copy_global_to_shared=self.load_block),
+            "_tma_load": self.load_block,
             "warpgroup_mma": self.mma,
             "warpgroup_mma_wait": self.mma_wait,
             "fence_async_shared": lambda: None,

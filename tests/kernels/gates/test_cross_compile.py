@@ -12,7 +12,9 @@ import pytest
 pytest.importorskip("triton")
 
 import chatmill.kernels.gates.cross_compile as gates
-from chatmill.kernels.gates.cross_compile import BuildCase, CompileReport, violations
+from chatmill.kernels.gates import binaries
+from chatmill.kernels.gates.binaries import CompileReport
+from chatmill.kernels.gates.cross_compile import BuildCase, violations
 from chatmill.kernels.gates.loop_budget import describe_loop, loop_budgets
 
 GOOD = CompileReport("gemm", 90, 168, 0, 0, 100_000, 4, False, 8, 1.0, {"HGMMA": 8, "USETMAXREG": 3}, overlapped=64)
@@ -79,15 +81,15 @@ SASS = """
 
 
 def test_spills_count_inside_the_innermost_matrix_loop_alone() -> None:
-    assert gates.loop_spills(SASS) == 0
-    assert gates.loop_spills(SASS.replace("MUFU.EX2 R2, R3", "STL [R1], R2")) == 1
+    assert binaries.loop_spills(SASS) == 0
+    assert binaries.loop_spills(SASS.replace("MUFU.EX2 R2, R3", "STL [R1], R2")) == 1
 
 
 def test_exponentials_count_between_the_wait_that_leaves_a_product_and_the_one_that_ends_it() -> None:
-    assert gates.overlapped_exponentials(SASS) == 1
+    assert binaries.overlapped_exponentials(SASS) == 1
     late = SASS.replace("        /*0050*/ MUFU.EX2 R2, R3 ;\n", "").replace("@P0 BRA", "MUFU.EX2 R2, R3 ;\n @P0 BRA")
-    assert gates.overlapped_exponentials(late) == 0
-    assert gates.overlapped_exponentials("HMMA") == 0
+    assert binaries.overlapped_exponentials(late) == 0
+    assert binaries.overlapped_exponentials("HMMA") == 0
 
 
 def test_a_loops_budget_counts_each_unit_and_the_copies_a_wait_leaves_under_way() -> None:
@@ -116,3 +118,9 @@ def test_a_module_is_compiled_for_three_generations_and_a_bad_tile_is_caught(tmp
         assert row["sass"][opcode] > 0
         assert 16 < row["registers"] <= 255
     assert rows["too big", 90]["violations"], "128 x 512 fp32 accumulators do not fit 4 warps"
+
+
+def test_a_report_without_ptxas_own_words_is_refused() -> None:
+    """Nothing was compiled while the log was kept (a cached build, say): spills would read as none."""
+    with pytest.raises(RuntimeError, match="no output of ptxas -v"):
+        binaries.read_binary(None, "gemm", 90, 1.0, log="")

@@ -1,0 +1,93 @@
+"""Every kernel build that ships, compiled once for A100, Ada, Hopper and Blackwell; all tests here read the same reports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import chatmill.kernels.gates.cross_compile as gates
+
+SOURCE = Path(gates.__file__).resolve().parents[2] / "src"
+pytestmark = pytest.mark.slow
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def builds() -> Rows:
+    """One row per build, of one process without the interpreter: importing torch takes longer than compiling a kernel."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "chatmill.kernels.gates.cross_compile", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    rows: Rows = json.loads(done.stdout)
+    assert done.returncode == int(any(row["violations"] for row in rows)), done.stderr
+    return rows
+
+
+def of(builds: Rows, operation: str, arch: int = 0, match: str = "") -> Rows:
+    return [row for row in builds if row["operation"] == operation and arch in (0, row["arch"]) and match in row["name"]]
+
+
+def test_every_shipped_build_passes_its_gates(builds: Rows) -> None:
+    assert not {f"{row['name']} sm_{row['arch']}": row["violations"] for row in builds if row["violations"]}
+
+
+@pytest.mark.parametrize(("arch", "attention", "decode"), [(80, 21, 9), (89, 9, 4), (90, 42, 9), (100, 21, 9), (120, 9, 4)])
+def test_no_generation_is_left_out(builds: Rows, arch: int, attention: int, decode: int) -> None:
+    assert len(of(builds, "attention", arch)) == attention
+    assert len(of(builds, "decode", arch)) == decode
+    assert of(builds, "cross_entropy", 80 if arch == 89 else arch if arch in (80, 90) else 100)
+    assert len(of(builds, "layer")) >= 12
+
+
+# builds whose third stage does not fit: registers, or the second block of a multiprocessor
+UNHIDDEN = ("forward D256 bf16", "dkdv D256 bf16", "dq D128 bf16 short")
+# instructions of a step without a mask, per exponential; the soft-cap's have three exponentials a score
+STEPS = {"forward D64 bf16": 7.0, "forward D128 bf16": 10.5, "forward hopper D64 bf16": 6.7, "forward hopper D128 bf16": 7.3}
+
+
+def test_a_step_of_attention_costs_what_was_counted(builds: Rows) -> None:
+    """Copies are asked for a step ahead; where every pair is seen no mask is computed, and little beside the softmax."""
+    rows = of(builds, "attention", 90)
+    for row in rows:
+        late = [loop for loop in row["loops"] if loop["in_flight"] == 0]
+        assert bool(late) == (row["name"] in UNHIDDEN), f"{row['name']}: waits for the copy that it has just asked for"
+    for row in rows:
+        if row["name"] in STEPS:
+            inner = [loop for loop in row["loops"] if loop["selections"] == 0]
+            assert len(inner) * 2 == len(row["loops"]), f"{row['name']}: a mask in the steps in which every pair is seen"
+            most = max(loop["instructions"] / loop["exponentials"] for loop in inner)
+            assert most <= STEPS[row["name"]], f"{row['name']}: {most:.1f} instructions per exponential"
+
+
+def test_the_hopper_tier_is_really_specialised(builds: Rows) -> None:
+    rows = of(builds, "attention", 90, "forward hopper")
+    assert len(rows) == 4
+    for row in rows:
+        assert row["sass"]["USETMAXREG"] > 0
+        assert row["sass"]["UTMALDG"] > 0
+        assert row["warps"] == 12, "two groups of four warps, and the loader's"
+        assert row["loop_spills"] == 0 and row["overlapped"] >= 64
+
+
+def test_the_fused_backward_loads_and_adds_by_tma(builds: Rows) -> None:
+    rows = of(builds, "attention", 90, "hopper fused")
+    assert len(rows) == 6
+    for row in rows:
+        assert row["sass"]["UTMAREDG"] == 1
+        assert row["sass"]["WARPGROUP.ARRIVE"] == 5, "one wgmma group per product, none split or serialised"
+
+
+def test_decoding_spills_nothing_and_multiplies_on_tensor_cores_but_for_fp32(builds: Rows) -> None:
+    stretches = of(builds, "decode", match="stretch")
+    assert len(stretches) == 27
+    # 16 query rows are one mma tile, too few for a warp group's; fp32 is multiplied without tensor cores
+    assert all((row["sass"].get("HMMA", 0) > 0) != row["name"].endswith("fp32") for row in stretches)
+    assert all(row["spill_bytes"] == 0 for row in stretches)
