@@ -1,4 +1,4 @@
-# make demo | test | check | load | bench | gpu | wheels | venv | clean
+# make demo | test | check | load | bench | gates | gpu | wheels | venv | clean
 # Every target sets up what it needs. PYTHON chooses the interpreter; PIP_ARGS is passed to pip (your own package index, for example).
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test check load bench gpu wheels venv venv-dev clean
+.PHONY: demo test check load bench gates gpu wheels venv venv-dev clean
 
 # End to end: from real chats to a fine-tuned model's replies and a report.
 demo: venv
@@ -30,6 +30,14 @@ load: venv-dev
 bench: venv-dev
 	$(BIN)/python -m chatmill.kernels.bench $(ARGS)
 
+# What can be known of the kernels without a GPU, for every shipped configuration: dry launches, compiled builds, memory accesses; then
+# launches and builds under other versions of triton. Well over an hour of one core; `make test` runs a part of it.
+gates: venv-dev
+	$(BIN)/python -m chatmill.kernels.gates.dry_launch
+	$(BIN)/python -m chatmill.kernels.gates.cross_compile
+	$(BIN)/python -m chatmill.kernels.gates.memory_check
+	$(BIN)/python -m chatmill.kernels.gates.versions
+
 # All GPU tests, the kernel benchmarks and short trainings, with results as JSON in results/ (or $OUT). Uses the Python that has the
 # CUDA torch (GPU_PYTHON) and installs only wheels found in wheels/. Without a GPU it says so and exits 0.
 # ARGS="--parts tests,bench" picks parts; docs/gpu.md lists them and says what to run first if time is short.
@@ -46,6 +54,7 @@ wheels:
 	@du -sh wheels
 
 # venv: what the demo needs. venv-dev: also what lint, types and tests need.
+# ttsem names Python 3.12 and runs on 3.11; it needs numpy alone, besides torch and triton.
 venv: $(VENV)/.ready
 venv-dev: $(VENV)/.dev
 
@@ -62,6 +71,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.ready
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps --ignore-requires-python ttsem
 	@touch $@
 
 # DeepSpeed has no wheel: it is built against the installed torch, without its CUDA and C++ extensions.
