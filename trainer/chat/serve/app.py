@@ -139,7 +139,7 @@ class Service:
         return Response(status_code=499) if answer is None else JSONResponse(answer)
 
     def _prepare(
-        self, kind: type[ChatRequest | TextRequest], body: bytes
+        self, kind: type[ChatRequest | TextRequest], body: bytearray
     ) -> tuple[ChatRequest | TextRequest, list[list[int]], Grammar | None]:
         """(request, prompts, grammar) of a body. Raises RequestError; what cannot fit the context is refused untokenised."""
         asked = parse(kind, parse_json(body))

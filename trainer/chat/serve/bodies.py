@@ -22,7 +22,7 @@ MAX_VALUES = 50_000  # in objects and lists; more would keep the replies of othe
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 NUMBERS = frozenset({int, float, bool, type(None)})
 DISCARDED = 16  # times the largest body: so much is still read, for a client that is sending does not see an answer
-HELD = 16  # times the largest body: what all bodies may hold
+HELD = 8  # times the largest body: what all bodies may hold
 SMALL = 64 << 10  # bytes of a body that is always read
 TOO_MANY = RequestError(400, f"the body has more than {MAX_VALUES:,} values, besides those in lists of numbers.")
 ENDING = "the server is shutting down."
@@ -44,7 +44,7 @@ class Bodies:
             wait.reschedule(0)
 
     @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
+    async def read(self, request: Request) -> AsyncIterator[bytearray]:
         """The body, which counts as held until the block ends. Raises RequestError."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -52,7 +52,7 @@ class Bodies:
         body = bytearray()
         try:
             await self._fill(body, request)
-            yield bytes(body)
+            yield body
         finally:
             if len(body) > SMALL:
                 self._held -= len(body)
@@ -66,6 +66,7 @@ class Bodies:
         size = int(declared) if declared.isdigit() else 0
         if size > DISCARDED * most:
             raise too_large
+        has_room = True
         try:
             async with asyncio.timeout(0 if self._is_closing else self._limits.body_timeout_s) as wait:
                 self._waits.add(wait)
@@ -73,7 +74,7 @@ class Bodies:
                     async for chunk in request.stream():
                         size = max(size, len(body) + len(chunk))
                         if size <= most:
-                            self._take(body, chunk)
+                            has_room = has_room and self._take(body, chunk)
                         elif not declared:
                             raise too_large
                 finally:
@@ -84,15 +85,21 @@ class Bodies:
             raise RequestError(408, f"the body did not arrive within {self._limits.body_timeout_s:.0f} s.") from None
         if size > most:
             raise too_large
+        if not has_room:
+            raise RequestError(503, "too many large requests at once; try again later.", code="overloaded")
 
-    def _take(self, body: bytearray, chunk: bytes) -> None:
+    def _take(self, body: bytearray, chunk: bytes) -> bool:
+        """Add to a body. False: there is no room, and what it held is dropped; the rest is read, so that its sender listens."""
         before = len(body) if len(body) > SMALL else 0
         after = len(body) + len(chunk)
         if after > SMALL:
             if self._held - before + after > HELD * self._limits.max_body_bytes:
-                raise RequestError(503, "too many large requests at once; try again later.", code="overloaded")
+                self._held -= before
+                body.clear()
+                return False
             self._held += after - before
         body += chunk
+        return True
 
 
 def give_memory_back() -> None:
@@ -101,7 +108,7 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: bytes | bytearray) -> Any:
     """The value that a body says. Raises RequestError."""
     try:
         check_lists(body)
@@ -122,7 +129,7 @@ def parse_json(body: bytes) -> Any:
     return found
 
 
-def check_lists(body: bytes) -> None:
+def check_lists(body: bytes | bytearray) -> None:
     """Raise RequestError for more than MAX_VALUES objects and lists before they are made, which alone takes seconds."""
     if body.count(b"[") + body.count(b"{") > MAX_VALUES:
         bare = STRING.sub(b"", body)
