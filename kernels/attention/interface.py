@@ -23,7 +23,7 @@ from torch import Tensor
 from ..dispatch import Obstacle, capability, choose, constant_in_graphs, import_problem, is_planning, why_no_triton
 from .flash import FLASH
 from .libraries import LIBRARIES, library_attention, why_not
-from .operators import attention_forward
+from .operators import attend
 from .reference import attention_reference
 from .rules import Rules
 from .tile_map import TileMap
@@ -116,7 +116,8 @@ def _attention(
     tiles, header = (None, ()) if tile_map is None or impl == "torch" else (tile_map.data, tile_map.header)
     if impl == "hopper" and _may_fuse(q.shape[2], rules.softcap, deterministic):
         impl = "hopper-fused"
-    return attention_forward(q, k, v, cu_seqlens, tiles, header, *rules, impl)
+    out, lse = attend(q, k, v, cu_seqlens, tiles, header, *rules, impl)
+    return out, lse
 
 
 def _check(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..eager import direct
 from ..tensors import wide_dtype
 from .rules import Rules
 from .tile_map import TileMap, make_tile_map
@@ -103,11 +104,13 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     q, k, v, out, lse, cu_seqlens, tiles = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv = attention_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, tiles, *ctx.options)
+    dq, dk, dv = _gradients(q, k, v, out, lse, dout, dlse, cu_seqlens, tiles, *ctx.options)
     return (dq, dk, dv, *(None,) * (2 + len(ctx.options)))
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_save)
+attend = direct(attention_forward, _save, _differentiate)
+_gradients = direct(attention_backward)
 
 
 def _bounds(cu_seqlens: Tensor) -> tuple[int, ...]:

@@ -285,8 +285,9 @@ def attention_forward_triton(q: Tensor, k: Tensor, v: Tensor, tile_map: TileMap,
     T, heads, _ = q.shape
     out, lse = q.new_empty(T, heads, v.shape[2]), q.new_empty(heads, T, dtype=torch.float32)
     constants = _constants(q, v, rules)
-    attention_forward_kernel[(tile_map.forward.shape[0] * heads,)](
-        q, k, v, out, lse, tile_map.forward, tile_map.bounds, T, heads, heads // k.shape[1], *rules.base2,
+    tiles = tile_map.forward
+    attention_forward_kernel[(tiles.shape[0] * heads,)](
+        q, k, v, out, lse, tiles, tile_map.bounds, T, heads, heads // k.shape[1], *rules.base2,
         *strides_of(q, k, v, out), **constants, **_blocks(tile_map.config.forward),
     )  # fmt: skip
     return out, lse
@@ -308,12 +309,14 @@ def attention_backward_triton(
         DV=constants["DV"], BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=64, HAS_DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    attention_dkdv_kernel[(tile_map.dkdv.shape[0] * kv_heads,)](
-        q, k, v, dout, lse, delta, dk, dv, tile_map.dkdv, tile_map.bounds, T, kv_heads, heads // kv_heads, rules.scale,
+    tiles, bounds = tile_map.dkdv, tile_map.bounds
+    attention_dkdv_kernel[(tiles.shape[0] * kv_heads,)](
+        q, k, v, dout, lse, delta, dk, dv, tiles, bounds, T, kv_heads, heads // kv_heads, rules.scale,
         *rules.base2, *strides_of(q, k, v, dout, dk, dv), **constants, **_blocks(tile_map.config.dkdv),
     )  # fmt: skip
-    attention_dq_kernel[(tile_map.dq.shape[0] * heads,)](
-        q, k, v, dout, lse, delta, dq, tile_map.dq, tile_map.bounds, T, heads, heads // kv_heads, rules.scale, *rules.base2,
+    tiles = tile_map.dq
+    attention_dq_kernel[(tiles.shape[0] * heads,)](
+        q, k, v, dout, lse, delta, dq, tiles, bounds, T, heads, heads // kv_heads, rules.scale, *rules.base2,
         *strides_of(q, k, v, dout, dq), **constants, **_blocks(tile_map.config.dq),
     )  # fmt: skip
     return dq, dk, dv

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Impl, choose, why_no_triton
+from ..eager import direct
 from ..tensors import wide_dtype
 
 # the Triton kernels hold whole rows in registers
@@ -43,7 +44,7 @@ def rms_norm(
     chosen = choose("rms_norm", impl, x.device, obstacles)
     if chosen == "triton":
         flat = None if residual is None else residual.to(x.dtype).reshape(-1, x.shape[-1])
-        y, h, _ = _norm_op(x.reshape(-1, x.shape[-1]), weight, flat, eps)
+        y, h, _ = _norm(x.reshape(-1, x.shape[-1]), weight, flat, eps)
         return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
     h = x if residual is None else x + residual.to(x.dtype)
     y = rms_norm_reference(h, weight, eps) if chosen == "reference" else _TorchNorm.apply(h, weight, eps)
@@ -122,12 +123,14 @@ def _norm_backward(ctx, dy: Tensor | None, dh: Tensor | None, _: Tensor | None) 
     if dy is None:  # only the residual stream was used further on
         return stream, None, stream, None
     need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-    d_x, d_weight = _norm_backward_op(h, weight, scale, dy, stream, need_x, ctx.needs_input_grad[1])
+    d_x, d_weight = _norm_gradients(h, weight, scale, dy, stream, need_x, ctx.needs_input_grad[1])
     through = d_x if need_x else None
     return through, d_weight if ctx.needs_input_grad[1] else None, through if ctx.has_residual else None, None
 
 
 _norm_op.register_autograd(_norm_backward, setup_context=_norm_setup)
+_norm = direct(_norm_op, _norm_setup, _norm_backward)
+_norm_gradients = direct(_norm_backward_op)
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Impl, choose, why_no_triton
+from ..eager import direct
 from ..tensors import wide_dtype
 from .rms_norm import rms_norm
 
@@ -48,10 +49,11 @@ def rope_one(
     """`rope` of queries or of keys only, x (T, heads, D), for modules that own one norm each."""
     _check(x, x, cos, sin)
     half = x.shape[-1] // 2
-    cos, sin = cos[..., :half], sin[..., :half]
+    if cos.shape[-1] != half:
+        cos, sin = cos[..., :half], sin[..., :half]
     chosen = choose("rope", impl, x.device, {"triton": why_no_triton(x.device), "torch": None, "reference": None})
     if chosen == "triton":
-        turned: Tensor = _rope_op(x, cos, sin, norm, norm_eps)[0]
+        turned: Tensor = _turned(x, cos, sin, norm, norm_eps)[0]
         return turned
     if norm is not None:
         x = rms_norm(x, norm, norm_eps, impl="reference" if chosen == "reference" else "torch")
@@ -134,13 +136,16 @@ def _backward(ctx, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, 
         return (None,) * 5
     cos, sin, *norm = ctx.saved_tensors
     if not ctx.has_norm:
-        return _rope_backward_op(dy, cos, sin), None, None, None, None
+        return _turned_back(dy, cos, sin), None, None, None, None
     x, weight, scale = norm
-    d_x, d_weight = _rope_norm_backward_op(x, cos, sin, weight, scale, dy)
+    d_x, d_weight = _norm_gradients(x, cos, sin, weight, scale, dy)
     return d_x, None, None, d_weight, None
 
 
 _rope_op.register_autograd(_backward, setup_context=_setup)
+_turned = direct(_rope_op, _setup, _backward)
+_turned_back = direct(_rope_backward_op)
+_norm_gradients = direct(_rope_norm_backward_op)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -9,11 +9,14 @@ Source: Shazeer, arXiv:2002.05202.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import Impl, choose, why_no_triton
+from ..eager import direct
 from ..tensors import wide_dtype
 
 
@@ -29,7 +32,8 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:
         return swiglu_reference(gate, up)
     if chosen == "triton":
         width = gate.shape[-1]
-        return _swiglu_op(gate.reshape(-1, width), up.reshape(-1, width)).view(gate.shape)
+        y: Tensor = _swiglu(gate.reshape(-1, width), up.reshape(-1, width))
+        return y.view(gate.shape)
     return _TorchSwiglu.apply(gate, up)
 
 
@@ -83,8 +87,10 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return _swiglu_backward_op(*ctx.saved_tensors, dy)
+def _backward(ctx, dy: Tensor) -> Any:  # type: ignore[no-untyped-def]
+    return _gradients(*ctx.saved_tensors, dy)
 
 
 _swiglu_op.register_autograd(_backward, setup_context=_setup)
+_swiglu = direct(_swiglu_op, _setup, _backward)
+_gradients = direct(_swiglu_backward_op)
