@@ -40,7 +40,8 @@ gates: venv-dev
 
 # All GPU tests, the kernel benchmarks and short trainings, with results as JSON in results/ (or $OUT). Uses the Python that has the
 # CUDA torch (GPU_PYTHON) and installs only wheels found in wheels/. Without a GPU it says so and exits 0.
-# ARGS="--parts tests,bench" picks parts; docs/gpu.md lists them and says what to run first if time is short.
+# ARGS="--parts first", then "--parts second": a visit of fifteen minutes (docs/gpu.md); --dry rehearses it. ARGS="--parts tests,bench"
+# picks parts.
 GPU_PYTHON ?= $(shell if [ -x $(BIN)/python ]; then echo $(BIN)/python; else echo $(PYTHON); fi)
 gpu:
 	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/.gpu-site $(GPU_PYTHON) tests/gpu_check.py --wheels wheels --site .gpu-site --out $${OUT:-results} $(ARGS)

@@ -13,8 +13,9 @@ Parts, the most valuable first:
 Every part is a process of its own with a time limit, and results/gpu.json is written every few seconds, so a timeout costs only
 the part that is running. Parts run in the order given, and a failed part does not stop the others. results/ holds at most
 8 files: summary.txt (gpu.json for people), gpu.json, tests.jsonl, log.txt, operators.txt, trace.json.gz, attention.json.
-`bench`, `fast` and `all` name groups of parts. Without a GPU the script says so and exits 0. Nothing is downloaded: missing
-packages are installed from --wheels into --site.
+`bench`, `fast` and `all` name groups of parts; `first` and `second` are the two commands of a visit of fifteen minutes
+(gpu_visit.py), which --dry rehearses without a GPU. Without a GPU the script says so and exits 0. Nothing is downloaded:
+missing packages are installed from --wheels into --site.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ TESTS = (
     "data/packing/test_stream_gpu.py",
     "trainer/plan/test_plan.py::test_a_step_on_a_gpu_needs_what_the_plan_says",
     "kernels/attention/test_attention_triton.py",
-    "kernels/attention/test_attention_hopper.py",
+    "kernels/attention/test_attention_hopper_backward.py",
     "kernels/attention/test_attention_decode.py",
     "kernels/cross_entropy/test_linear_cross_entropy_triton.py",
     "kernels/cross_entropy/test_linear_cross_entropy.py",
@@ -137,7 +138,12 @@ class Report:
 
 
 class Check:
-    """The parts and what they share: where results go and how much time is left."""
+    """The parts and what they share: where results go and how much time is left.
+
+    grace_s: what a process that is told to end has before it is killed; torchrun needs some seconds.
+    """
+
+    is_dry, grace_s = False, 8.0
 
     def __init__(self, out: Path, budget_s: float, jobs: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -145,13 +151,26 @@ class Check:
         self.report = Report(out)
         self.scratch = Path(tempfile.mkdtemp(prefix="chatmill-gpu-"))
         self.log = (out / "log.txt").open("a")
-        self._end = time.monotonic() + budget_s
+        self._end = self.now() + budget_s
         self._data: subprocess.Popen[bytes] | None = None
         self.environment = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
+    def now(self) -> float:
+        """Seconds of a clock that only goes on."""
+        return time.monotonic()
+
+    def pause(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+    def end(self, process: Any) -> None:
+        """Kill a process and its children."""
+        end_session(process, self.grace_s)
+
     def left_s(self) -> float:
-        return self._end - time.monotonic()
+        """Seconds of the budget that are left."""
+        return self._end - self.now()
 
     def start(self, command: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
         """A process in a session of its own, whose output goes to the log."""
@@ -163,26 +182,26 @@ class Check:
 
     def wait(self, running: Sequence[subprocess.Popen[bytes]], limit_s: float, news: Callable[[], None]) -> list[int | None]:
         """Exit codes, None for processes that had to be killed; `news` is called every two seconds and at the end."""
-        end = time.monotonic() + min(limit_s, self.left_s())
-        while any(process.poll() is None for process in running) and time.monotonic() < end:
-            time.sleep(min(2.0, max(0.05, end - time.monotonic())))
+        end = self.now() + min(limit_s, self.left_s())
+        while any(process.poll() is None for process in running) and self.now() < end:
+            self.pause(min(2.0, max(0.05, end - self.now())))
             news()
         codes = [process.poll() for process in running]
         for process, code in zip(running, codes, strict=True):
             if code is None:
-                end_session(process)
+                self.end(process)
         news()
         return codes
 
     def run(self, part: str, name: str, command: Sequence[str], limit_s: float, result: Path, **environment: str) -> bool:
         """Run one process and keep the JSON that it writes under its name in the report. True if it succeeded."""
-        began = time.monotonic()
-        if self.left_s() < 15:
+        began = self.now()
+        if self.left_s() < 10:
             self.report.put(part, **{name: {"outcome": "no time was left"}})
             return False
 
         def news() -> None:
-            figures: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
+            figures: dict[str, Any] = {"seconds": round(self.now() - began, 1)}
             with contextlib.suppress(OSError, ValueError):  # not there yet, or half written
                 figures["figures"] = json.loads(result.read_text())
             self.report.put(part, **{name: {"outcome": "running"} | figures})
@@ -192,7 +211,7 @@ class Check:
         entry = self.report.content["parts"][part][name]
         entry["outcome"] = outcome
         self.report.write()
-        print(f"  {name}: {outcome}, {time.monotonic() - began:.0f} s", flush=True)
+        print(f"  {name}: {outcome}, {self.now() - began:.0f} s", flush=True)
         return code == 0
 
     def part(self, part: str) -> bool:
@@ -235,7 +254,7 @@ class Check:
 
     def tests(self, limit_s: float, *, timed: bool = False) -> bool:
         """All tests in shards; after a crash the process continues with the tests that are not in its log."""
-        log, end = self.out / "tests.jsonl", time.monotonic() + min(limit_s, self.left_s())
+        log, end = self.out / "tests.jsonl", self.now() + min(limit_s, self.left_s())
         files = [str(ROOT / "tests" / name) for name in TESTS if (ROOT / "tests" / name.split("::")[0]).exists()]
         chosen = ["-k", TIMED if timed else f"not {TIMED}"]
         command = [
@@ -265,12 +284,12 @@ class Check:
 
         again = list(range(shards))
         codes: list[int | None] = []
-        while again and time.monotonic() < end - 5:
+        while again and self.now() < end - 5:
             running = [
                 self.start(command, CHATMILL_TEST_LOG=str(log), CHATMILL_TEST_SHARD=f"{i}/{shards}", CHATMILL_TEST_LIMIT_S="90")
                 for i in again
             ]
-            codes = self.wait(running, end - time.monotonic(), news)
+            codes = self.wait(running, end - self.now(), news)
             # 0: ended; 5: no test was left; 2 to 4: pytest itself failed, and would again; 1 is a test that hung
             again = [i for i, code in zip(again, codes, strict=True) if code is not None and code not in (0, 2, 3, 4, 5)]
         result = self.report.content["parts"].get(part, {})
@@ -287,18 +306,23 @@ class Check:
         command = [sys.executable, "-m", "chatmill.kernels.bench.harness", *kernels, *words, "--json", str(result)]
         return self.run(part, "bench", [*command, "--budget-s", str(min(limit_s, self.left_s()) - 12)], limit_s, result)
 
+    def data_is_made(self, limit_s: float) -> bool:
+        """Wait for the training data; False where they could not be made."""
+        good = self._data is None or self.wait([self._data], limit_s, lambda: None) == [0]
+        self._data = None
+        return good
+
     def train(self, part: str, limit_s: float) -> bool:
-        good, end, data = True, time.monotonic() + limit_s, self.make_data()
-        if self._data is not None and self.wait([self._data], 120, lambda: None) != [0]:
+        good, end, data = True, self.now() + limit_s, self.make_data()
+        if not self.data_is_made(120.0):
             self.report.put(part, data={"outcome": "the training data could not be made: see log.txt"})
             return False
-        self._data = None
         for name, words in (TRAININGS if part == "train" else ENGINES).items():
             result = self.scratch / f"{name.replace(' ', '-')}.json"
             launcher = [] if part == "train" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
             script = [sys.executable, *launcher, str(ROOT / "tests" / "gpu_training.py")]
             command = [*script, "--data", str(data), "--out", str(result), "--profile", str(self.scratch / "profile"), *words]
-            good &= self.run(part, name, command, min(120.0, end - time.monotonic()), result)
+            good &= self.run(part, name, command, min(120.0, end - self.now()), result)
             self.keep_profile()
         return good
 
@@ -335,10 +359,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--wheels", type=Path, default=Path("wheels"))
     parser.add_argument("--site", type=Path, default=Path(".gpu-site"))
-    parser.add_argument("--parts", default="all", help=f"some of {','.join(PARTS)}, or {', '.join(GROUPS)}")
-    parser.add_argument("--budget-s", type=float, default=560.0, help="total seconds")
+    parser.add_argument("--parts", default="all", help=f"some of {','.join(PARTS)}, or {', '.join(GROUPS)}, or first or second")
+    parser.add_argument("--dry", action="store_true", help="rehearse --parts first or second without a GPU")
+    parser.add_argument("--budget-s", type=float, default=560.0, help="total seconds; first and second have their own")
     parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="number of test processes")
     options = parser.parse_args()
+    visit = options.parts if options.parts in ("first", "second") else ""
+    if options.dry:
+        if not visit:
+            parser.error("--dry rehearses a visit: --parts first or --parts second")
+        import gpu_dry
+
+        return gpu_dry.rehearse(visit, options.out)
+    if visit:
+        options.parts = "all"
     asked = [part for word in options.parts.split(",") for part in GROUPS.get(word, (word,))]
     asked = list(dict.fromkeys(asked))
     if unknown := [part for part in asked if part not in PARTS]:
@@ -354,7 +388,7 @@ def main() -> int:
             "On a GPU machine this runs the gpu tests, the kernel benchmarks and a short training."
         )
         return 0
-    check = Check(options.out, options.budget_s, options.jobs)
+    check = Check(options.out, {"first": 560.0, "second": 150.0}.get(visit, options.budget_s), options.jobs)
     try:
         install(options.wheels, options.site)
     except (OSError, ValueError, subprocess.SubprocessError) as error:  # what needs no wheel can still be run
@@ -362,6 +396,10 @@ def main() -> int:
     check.report.content["machine"] = describe(torch)
     check.report.write()
     print(json.dumps(check.report.content["machine"]), flush=True)
+    if visit:
+        import gpu_visit
+
+        return gpu_visit.run(visit, check)
     outcome: dict[str, bool] = {}
     if "train" in asked or "engines" in asked:
         check.make_data()
@@ -381,11 +419,12 @@ def main() -> int:
     return int(not all(outcome.get(part, False) for part in asked))
 
 
-def end_session(process: subprocess.Popen[bytes]) -> None:
+def end_session(process: subprocess.Popen[bytes], grace_s: float) -> None:
     """Kill a process and its children. torchrun ends its workers, which have their own sessions, when asked."""
-    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(8)
+        process.wait(grace_s)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

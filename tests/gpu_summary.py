@@ -20,6 +20,8 @@ def summary(content: Mapping[str, Any]) -> str:
     lines = [f"{machine.get('gpu')}, {machine.get('date')}, " + json.dumps(machine.get("versions", {}))]
     if "wheels" in content:
         lines.append(f"wheels: {content['wheels']}")
+    if "visit" in content:
+        lines += [f"  {step:<12}{said}" for step, said in content["visit"].items()] + [f"  tables: {content.get('tables')}"]
     for part, found in content.get("parts", {}).items():
         lines += ["", f"== {part}"]
         if "error" in found:
@@ -66,6 +68,9 @@ def _benches(found: Mapping[str, Any]) -> list[str]:
     for name, run in _runs(found):
         lines.append(f"  {name}: {run.get('outcome')} after {run.get('seconds')} s")
         figures = run.get("figures", {})
+        machine = figures.get("machine", {}) if isinstance(figures, Mapping) else {}
+        if "gemm_tflops" in machine:
+            lines.append(f"    machine: {machine['gemm_tflops']:.0f} TFLOP/s, copies {machine['copy_gbytes_per_s']:.0f} GB/s")
         for row in figures.get("results", []) if isinstance(figures, Mapping) else []:
             if row.get("ms") is None:
                 value = row.get("reason") or "no time"
@@ -73,7 +78,7 @@ def _benches(found: Mapping[str, Any]) -> list[str]:
                 value = f"{row['ms']:9.3f} ms"
                 value += f"{row['tflops']:8.1f} TFLOP/s" if row.get("tflops") else ""
                 value += f"{row['gbytes_per_s']:8.0f} GB/s" if row.get("gbytes_per_s") else ""
-            lines.append(f"    {row['kernel']:<22}{row['case']:<36}{row['contender']:<16}{row['phase']:<10}{value}")
+            lines.append(f"    {row['kernel']:<22}{row['case']:<43}{row['contender']:<16}{row['phase']:<10}{value}")
     return lines
 
 

@@ -96,10 +96,14 @@ def machine_rates(device: torch.device) -> dict[str, float]:
     }
 
 
-def run_case(case: BenchCase, device: torch.device, rates: Mapping[str, float]) -> list[BenchResult]:
-    """Time every contender of a case."""
+def run_case(
+    case: BenchCase, device: torch.device, rates: Mapping[str, float], only: Sequence[str] | None = None
+) -> list[BenchResult]:
+    """Time every contender of a case, or those named."""
     results = []
     for name, prepare in case.contenders.items():
+        if only is not None and name not in only:
+            continue
         try:
             phases = prepare(device)
             for phase, run in phases.items():
@@ -217,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m chatmill.kernels.bench", description="Time the kernels against others.")
     parser.add_argument("kernel", nargs="*", metavar="KERNEL", help=f"{', '.join(REGISTRY)} or all (the default)")
     parser.add_argument("--match", action="append", help="only cases whose name contains this (may be repeated)")
+    parser.add_argument("--only", action="append", metavar="CONTENDER", help="only this contender (may be repeated)")
     parser.add_argument("--json", type=Path, help="write results and machine here, after every case")
     parser.add_argument("--plot", type=Path, help="write an SVG here")
     parser.add_argument("--tune", action="store_true", help="refit the tile table on this GPU")
@@ -243,6 +248,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = environment(device) | {"gemm_tflops": rates["flops"] / 1e12, "copy_gbytes_per_s": rates["bytes"] / 1e9}
     print(json.dumps(about), flush=True)
     results: list[BenchResult] = []
+
+    def save() -> None:  # a run that is cut short keeps what it measured
+        if args.json:
+            args.json.write_text(json.dumps({"machine": about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+
+    save()
     modules = dict.fromkeys(REGISTRY[name][0] for name in names if is_installed(REGISTRY[name][0]))
     for case in (case for module in modules for case in importlib.import_module(module).bench_cases()):
         if case.kernel not in names or not any(words in case.name for words in args.match or [""]):
@@ -250,10 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.budget_s and time.monotonic() - began > args.budget_s:
             results.append(BenchResult(case.kernel, case.name, "all", "-", reason=f"the {args.budget_s:.0f} s were used up"))
         else:
-            results += run_case(case, device, rates)
+            results += run_case(case, device, rates, args.only)
             print(f"{time.monotonic() - began:6.1f} s  {case.name}", flush=True)
-        if args.json:  # a run that is cut short keeps what it measured
-            args.json.write_text(json.dumps({"machine": about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+        save()
     print(table(results))
     if args.plot:
         args.plot.write_text(plot(results))

@@ -1,9 +1,12 @@
 """Checks that the Hopper tier is right on this GPU and does not hang. Each runs in its own process: a deadlock costs seconds.
 
-    python -m chatmill.kernels.bench.hopper_check [NAME ...] [--timeout-s 120]
+    python -m chatmill.kernels.bench.hopper_check [NAME ...] [--timeout-s 60] [--verdict FILE]
 
 A kernel with a barrier error does not fail: it waits for ever and takes the process with it. The benchmark and the GPU tests
 therefore ask `why_unfit()` or `guarded(name)` first. Without a Hopper GPU the command says so and ends 0.
+
+--verdict writes what was found; where CHATMILL_HOPPER_VERDICT names that file, why_unfit() reads it and starts nothing. So many
+processes ask once, and a check that hangs is not repeated by each of them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,7 +143,11 @@ CHECKS: dict[str, Callable[[], dict[str, float]]] = {
 }  # fmt: skip
 
 
-def guarded(name: str, timeout_s: float = 120.0) -> dict[str, float]:
+VERDICT = "CHATMILL_HOPPER_VERDICT"
+TIMEOUT_S = 60.0  # less than a test has (CHATMILL_TEST_LIMIT_S of make gpu): the test must outlive the check
+
+
+def guarded(name: str, timeout_s: float = TIMEOUT_S) -> dict[str, float]:
     """Figures of one check, made in another process; RuntimeError where it fails or does not end."""
     command = [sys.executable, "-m", "chatmill.kernels.bench.hopper_check", "--here", name]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -162,6 +170,12 @@ def why_unfit(check: str = "one_tile") -> str | None:
 
     "one_tile" for the forward, "backward" for the fused backward.
     """
+    if path := os.environ.get(VERDICT):
+        try:
+            told: dict[str, str | None] = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"attention, Hopper tier: no verdict in {path} ({type(error).__name__}), so it is not run."
+        return told.get(check, f"attention, Hopper tier: {check} is not in {path}, so it is not run.")
     try:
         guarded(check)
     except RuntimeError as error:
@@ -173,28 +187,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run checks; exit 1 where one fails or hangs."""
     parser = argparse.ArgumentParser(prog="python -m chatmill.kernels.bench.hopper_check", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CHECKS))
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="per check")
+    parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help="per check")
+    parser.add_argument("--verdict", type=Path, help="write per check null, or why the tier must not run")
     parser.add_argument("--here", choices=CHECKS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     unknown = sorted(set(options.names) - set(CHECKS))
     if unknown:
         parser.error(f"no such check: {', '.join(unknown)}; choose from {', '.join(CHECKS)}")
+    verdict: dict[str, str | None] = dict.fromkeys(options.names or CHECKS, "attention, Hopper tier: its check did not end.")
     if not torch.cuda.is_available() or not 90 <= capability(torch.device("cuda", 0)) < 100:
         print("no Hopper GPU here: nothing was run.")
+        _write(options.verdict, dict.fromkeys(verdict, "no Hopper GPU"))
         return 0
     if options.here:
         print(json.dumps(CHECKS[options.here]()))
         return 0
+    _write(options.verdict, verdict)
     failed = 0
     for name in options.names or CHECKS:
         try:
             print(f"{name}: ok {json.dumps(guarded(name, options.timeout_s))}", flush=True)
+            verdict[name] = None
+            _write(options.verdict, verdict)
         except RuntimeError as error:
             failed += 1
+            verdict[name] = str(error)
+            _write(options.verdict, verdict)
             print(error, flush=True)
             if "did not end" in str(error):
                 break
     return int(failed > 0)
+
+
+def _write(path: Path | None, verdict: Mapping[str, str | None]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(verdict, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
