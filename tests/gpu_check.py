@@ -365,6 +365,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="number of test processes")
     options = parser.parse_args()
     visit = options.parts if options.parts in ("first", "second") else ""
+    sys.path.append(str(ROOT / "tests" / "gpu"))
     if options.dry:
         if not visit:
             parser.error("--dry rehearses a visit: --parts first or --parts second")

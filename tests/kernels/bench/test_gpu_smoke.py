@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU make
 
 @pytest.fixture(scope="module")
 def smoke() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "gpu_smoke.py"
+    path = Path(__file__).resolve().parents[2] / "gpu" / "gpu_smoke.py"
     spec = importlib.util.spec_from_file_location("gpu_smoke_small", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,6 @@
 """The tables that the figures of a visit justify: which implementation runs on this GPU, and who multiplies in the loss.
 
-    python tests/gpu_table.py results/gpu.json        writes results/dispatch.json and results/linear_cross_entropy.json
+    python tests/gpu/gpu_table.py results/gpu.json        writes results/dispatch.json and results/linear_cross_entropy.json
 
 Copy them to kernels/tuning/ after a look. Only what was timed is moved, only rules of this GPU's generation change, and what
 gave a wrong result at real size (part `smoke`) is taken out. The rest keeps its order behind what was timed.
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TUNING = Path(__file__).resolve().parent.parent / "kernels" / "tuning"
+TUNING = Path(__file__).resolve().parents[2] / "kernels" / "tuning"
 MARGIN = 0.99  # a change must be worth more than the noise of two measurements
 # contender of the benchmark -> name in the table
 NAMES = {"hopper fused": "hopper", "sdpa-cudnn": "sdpa", "sdpa-flash": "sdpa"}

@@ -134,7 +134,7 @@ def smoke(visit: Visit, limit_s: float) -> bool:
         while waiting and len(running) < SMOKE_AT_ONCE:
             op = waiting.pop(0)
             found[op] = {"ok": False, "problem": "it did not end"}
-            command = [sys.executable, str(ROOT / "tests" / "gpu_smoke.py"), "--op", op, "--out", str(folder)]
+            command = [sys.executable, str(ROOT / "tests" / "gpu" / "gpu_smoke.py"), "--op", op, "--out", str(folder)]
             running[op] = check.start(command)
         check.pause(0.25)
         for op in [op for op, process in running.items() if process.poll() is not None]:
@@ -190,7 +190,13 @@ def timed(visit: Visit, limit_s: float) -> bool:
 
 def memcheck(visit: Visit, limit_s: float) -> bool:
     """compute-sanitizer over small smoke operations: reads and writes outside of tensors."""
-    script = [sys.executable, str(ROOT / "tests" / "gpu_smoke.py"), "--small", "--out", str(visit.check.scratch / "memcheck")]
+    script = [
+        sys.executable,
+        str(ROOT / "tests" / "gpu" / "gpu_smoke.py"),
+        "--small",
+        "--out",
+        str(visit.check.scratch / "memcheck"),
+    ]
     tool, good = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"], True
     for op in ("loss products triton bf16", "attention triton D64 packed"):
         good &= visit.check.run("memcheck", op, [*tool, *script, "--op", op], limit_s / 2, visit.check.scratch / "none.json")

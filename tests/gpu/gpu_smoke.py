@@ -1,7 +1,7 @@
 """One step of each operation at real size against fp64: a first look at whether the kernels are right on this GPU.
 
-    python tests/gpu_smoke.py --op "attention triton D128 packed" --out results/smoke      one operation, in this process
-    python tests/gpu_smoke.py --list
+    python tests/gpu/gpu_smoke.py --op "attention triton D128 packed" --out results/smoke      one operation, in this process
+    python tests/gpu/gpu_smoke.py --list
 
 Forward and backward, and that nothing waits for the GPU. The result is OUT/NAME.json: errors
 relative to fp64, the limits, seconds. --small takes tiny sizes: then the same code runs on a CPU with TRITON_INTERPRET=1.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parents[1]
 NAMES = ("gpu_log", "gpu_summary", "gpu_check", "gpu_training", "gpu_smoke", "gpu_table", "gpu_visit", "gpu_dry")
 
 
@@ -21,9 +21,10 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     """The scripts of `make gpu`, imported by their names."""
     pytest.importorskip("triton")
     before = {name: sys.modules.pop(name, None) for name in NAMES}
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path[:0] = [str(TESTS), str(TESTS / "gpu")]
     yield {name: importlib.import_module(name) for name in NAMES}
-    sys.path.remove(str(ROOT / "tests"))
+    for folder in (TESTS, TESTS / "gpu"):
+        sys.path.remove(str(folder))
     for name in NAMES:
         sys.modules.pop(name, None)
         if (module := before[name]) is not None:
