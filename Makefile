@@ -1,4 +1,4 @@
-# make demo | test | check | load | bench | gates | gpu | wheels | venv | clean
+# make demo | test | check | fuzz | load | bench | gates | gpu | wheels | venv | clean
 # Every target sets up what it needs. PYTHON chooses the interpreter; PIP_ARGS is passed to pip (your own package index, for example).
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test check load bench gates gpu wheels venv venv-dev clean
+.PHONY: demo test check fuzz load bench gates gpu wheels venv venv-dev clean
 
 # End to end: from real chats to a fine-tuned model's replies and a report.
 demo: venv
@@ -26,6 +26,12 @@ check: venv-dev
 # Hostile clients beside a well-behaved stream, on a tiny model or CHECKPOINT (docs/serving.md has the figures).
 load: venv-dev
 	PYTHONPATH=src $(BIN)/python -m tests.trainer.chat.mixed_load $(CHECKPOINT) $(ARGS)
+
+# Mutated inputs for every importer and for all other readers of files: FUZZ of each (the tests do 60 and 40).
+FUZZ ?= 10000
+fuzz: venv-dev
+	$(BIN)/python -m tests.data.importers.fuzz $(FUZZ) $(ARGS)
+	$(BIN)/python -m tests.fuzz_readers $(FUZZ)
 
 bench: venv-dev
 	$(BIN)/python -m chatmill.kernels.bench $(ARGS)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tests import fuzz_readers
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
@@ -50,3 +51,7 @@ def test_every_line_of_a_promise_names_tests_that_exist() -> None:
 )
 def test_a_line_without_a_test_is_found(line: str, wrong: str) -> None:
     assert unproven(f"\n## Promises\n\n### 1. x\n\n{line}\n\n## Not promised\n\n- All else.\n") == [wrong]
+
+
+def test_mutated_files_of_other_kinds_raise_nothing_but_the_named_error() -> None:
+    assert not any(fuzz_readers.fuzz(40).values())

@@ -99,11 +99,11 @@ def recorded_exclusions(run: str | Path) -> list[tuple[int, frozenset[str]]]:
     if not file.is_file():
         return []
     out = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             entry = json.loads(line)
             out.append((int(entry["step"]), frozenset(map(str, entry["uids"]))))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{file}:{number}: not an exclusion ({error}). Expected one JSON object per line: step, uids.\n"
                 "Correct or remove the line: without it the run's order cannot be known."

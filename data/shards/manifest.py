@@ -42,13 +42,17 @@ def parse_manifest(raw: bytes, where: str) -> dict[str, Any]:
     """A manifest whose format is known and whose names stay inside the data-set folder."""
     try:
         manifest = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedShardError(f"{where}: not JSON ({error}). Rebuild the data set.") from error
     if not isinstance(manifest, dict) or manifest.get("format") not in (FORMAT_VERSION, COLLECTED_VERSION):
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         known = f"{FORMAT_VERSION} and {COLLECTED_VERSION}"
         raise ConfigError(f"{where}: format {found!r}, this version reads {known}. Rebuild the data set.")
-    for name in _names(manifest):
+    try:
+        names = list(_names(manifest))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DamagedShardError(f"{where}: not a manifest ({type(error).__name__}: {error}). Rebuild the data set.") from error
+    for name in names:
         if not is_plain_name(name):
             raise DamagedShardError(f"{where}: names a file outside the folder: {name!r}. Rebuild the data set.")
     return manifest

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from chatmill.config import ConfigError, dump_yaml, read_yaml, validate
+from chatmill.config import ConfigError, dump_yaml, read_json, read_yaml, validate
 from chatmill.files import disk_problem, replace_text
 from chatmill.formatting import counted
 from chatmill.shell import in_this_shell, typed
@@ -239,7 +239,9 @@ def submit_recorded(folder: Path, record: dict[str, Any]) -> str:
 
 def run_here(folder: Path, detach: bool) -> int:
     """Start what folder/job.json describes on this machine: in this terminal (replacing this process) or in the background."""
-    record = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    record = read_json(folder / "job.json")
+    if not {"variables", "cwd", "command"} <= record.keys():
+        raise ConfigError(f"{folder / 'job.json'}: not the record of a launch: expected variables, cwd and command.")
     run_dir = folder.parents[1]
     environment = os.environ | record["variables"]
     if not detach:

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
-from chatmill.config import ConfigError
+from chatmill.config import ConfigError, read_json, read_yaml
 from chatmill.formatting import duration
 from chatmill.processes import is_running, process_mark
 from chatmill.run_files import PREEMPTED, read_jsonl
@@ -99,8 +98,7 @@ def last_launch(run_dir: Path) -> dict[str, Any] | None:
     records = sorted((run_dir / "launches").glob("*/job.json"))
     if not records:
         return None
-    record: dict[str, Any] = json.loads(records[-1].read_text(encoding="utf-8"))
-    return record | {"folder": str(records[-1].parent)}
+    return read_json(records[-1]) | {"folder": str(records[-1].parent)}
 
 
 def last_job(run_dir: Path) -> str:
@@ -144,10 +142,22 @@ def _rank(state: str) -> int:
 
 
 def describe(run_dir: Path, queue: dict[str, tuple[str, str]]) -> RunStatus:
-    """Everything about one run that its folder and the queue say."""
+    """Everything about one run that its folder and the queue say. Raises ConfigError for a folder with damaged records."""
+    try:
+        return _describe(run_dir, queue)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(
+            f"{run_dir}: its records are damaged, or not a run's ({type(error).__name__}: {error}). Look at metrics.jsonl, "
+            "environment.json, config.yaml, launches/ and logs/ in it."
+        ) from error
+
+
+def _describe(run_dir: Path, queue: dict[str, tuple[str, str]]) -> RunStatus:
     metrics = [line for line in read_jsonl(run_dir / "metrics.jsonl") if "loss" in line]
     tried, job = attempts(run_dir), last_job(run_dir)
-    steps = _recipe_value(run_dir, "train", "steps") or 0
+    steps = int(_recipe_value(run_dir, "train", "steps") or 0)
     step = int(metrics[-1]["step"]) if metrics else 0
     state, detail = _state(run_dir, tried, job, queue)
     step_s = seconds_per_step(run_dir)
@@ -282,7 +292,7 @@ def launcher_log(run_dir: Path) -> Path | None:
 def _recipe_value(run_dir: Path, section: str, key: str) -> Any:
     for file in (run_dir / "config.yaml", *sorted(run_dir.glob("launches/*/config.yaml"), reverse=True)):
         if file.is_file():
-            return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get(section, {}).get(key)
+            return (read_yaml(file, empty={}).get(section) or {}).get(key)
     return None
 
 
