@@ -27,11 +27,11 @@ check: venv-dev
 load: venv-dev
 	PYTHONPATH=src $(BIN)/python -m tests.trainer.chat.mixed_load $(CHECKPOINT) $(ARGS)
 
-# Mutated inputs for every importer and for all other readers of files: FUZZ of each (the tests do 60 and 40).
+# Mutated inputs for every importer and for all other readers of files: FUZZ of each (the tests do 60 and 20).
 FUZZ ?= 10000
 fuzz: venv-dev
 	$(BIN)/python -m tests.data.importers.fuzz $(FUZZ) $(ARGS)
-	$(BIN)/python -m tests.fuzz_readers $(FUZZ)
+	$(BIN)/python -m tests.launcher.fuzz_readers $(FUZZ)
 
 bench: venv-dev
 	$(BIN)/python -m chatmill.kernels.bench $(ARGS)

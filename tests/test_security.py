@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tests import fuzz_readers
+from tests.launcher import fuzz_readers
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
@@ -54,4 +54,4 @@ def test_a_line_without_a_test_is_found(line: str, wrong: str) -> None:
 
 
 def test_mutated_files_of_other_kinds_raise_nothing_but_the_named_error() -> None:
-    assert not any(fuzz_readers.fuzz(40).values())
+    assert not any(fuzz_readers.fuzz(20).values())

@@ -1,6 +1,6 @@
 """Mutated files for every other reader of files from outside: nothing comes out but an error that names what is wrong.
 
-    python -m tests.fuzz_readers 10000 [reader …]        # mutated files per reader
+    python -m tests.launcher.fuzz_readers 10000 [reader …]        # mutated files per reader
 
 tests/data/importers/fuzz.py does the same for the importers.
 """
