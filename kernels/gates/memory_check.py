@@ -16,6 +16,7 @@ ttsem asks for Python 3.12 and runs on 3.11 as well: there pip needs --ignore-re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import resource
@@ -25,9 +26,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from ..interpreter import is_interpreting
 from .versions import installed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TTSEM = "0.1.0"
 # cases that ttsem 0.1 cannot execute, by the first word of their names
@@ -61,7 +68,7 @@ def checked(arch: int, match: str = "") -> Iterator[Verdict]:
     sizes = Sizes(
         tokens=160, heads=(2, 1), loss_rows=150, loss_width=80, words=300, chunk_rows=70, layer_rows=40, cached=150
     )  # fmt: skip
-    with sanitize.session(arch) as state, warnings.catch_warnings():
+    with sanitize.session(arch) as state, _wide_products(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for case in launch_cases(arch, sizes):
             if not re.search(match, case.name):
@@ -80,6 +87,25 @@ def checked(arch: int, match: str = "") -> Iterator[Verdict]:
             if status == "ok" and state.launches == before:
                 status, text = "failed", "launched nothing"
             yield Verdict(case.name, status, state.launches - before, round(time.process_time() - started, 1), text[:800])
+
+
+@contextlib.contextmanager
+def _wide_products() -> Iterator[None]:
+    """torch.mm and torch.addmm with out_dtype, which torch has for CUDA alone, on the CPU tensors that stand for CUDA ones."""
+    import torch
+
+    plain, plain_add = torch.mm, torch.addmm
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        return plain(a, b, **options) if out_dtype is None else plain(a.to(out_dtype), b.to(out_dtype), **options)
+
+    def addmm(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        if out_dtype is not None:
+            a, b = a.to(out_dtype), b.to(out_dtype)
+        return plain_add(total, a, b, **options)
+
+    with mock.patch.object(torch, "mm", mm), mock.patch.object(torch, "addmm", addmm):
+        yield
 
 
 def main(argv: Sequence[str] | None = None) -> int:
