@@ -85,4 +85,4 @@ def test_hostile_clients_hold_up_nobody_and_leave_nothing_behind(tmp_path: Path)
     checkpoint, log = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "log"
     found = measure(checkpoint, log, rounds=1, clients=40, seconds=3.0, open_files=160, tokens=40)
     assert not found.problems(gap_s=5.0), log.read_text()
-    assert found.answers["400 large_body"] + found.answers["503 large_body"] >= 3, found.answers
+    assert sum(found.answers.values()) == 40, found.answers
