@@ -86,6 +86,9 @@ class ReplyFinder:
         self.template = template
         self._tokens = any_of(t for t in special if t.strip()), any_of(t for t in added if t.strip())
         self._skeleton = lru_cache(maxsize=4096)(self._make_skeleton)
+        # Dialogues of many lengths begin alike: what one of them has as its last reply, longer ones have inside.
+        self._marked_prompt = lru_cache(maxsize=512)(self._make_marked_prompt)
+        self._marked_reply = lru_cache(maxsize=512)(self._make_marked_reply)
 
     # -- the end of a turn
 
@@ -124,11 +127,14 @@ class ReplyFinder:
 
     # -- one reply, as the last
 
-    def _as_last(self, messages: Sequence[Message]) -> _Last:
-        """The last message as the reply to those before it. Raises TemplateRefusedError if its text would be lost."""
+    def _as_last(self, messages: Sequence[Message], prompt: str | None = None, as_given: bool = False) -> _Last:
+        """The last message as the reply to those before it. Raises TemplateRefusedError if its text would be lost.
+
+        prompt: the one before it, if it is known. as_given: the template certainly prints these contents as it prints markers.
+        """
         *before, last = messages
         content = last["content"]
-        prompt = self.template.render(before, add_generation_prompt=True)
+        prompt = self.template.render(before, add_generation_prompt=True) if prompt is None else prompt
         head, mark, rest = self.template.render([*before, {**last, "content": MARK}]).partition(MARK)
         if not mark or MARK in rest:
             often = "more than once" if mark else "nowhere"
@@ -136,7 +142,7 @@ class ReplyFinder:
         end = self._end_in(rest)
         if end is None:
             raise TemplateRefusedError("chat template: no end-of-turn token after a reply; it must end with a special token")
-        text, opened = self.template.render(messages), _OPENED.search(prompt)
+        text, opened = head + content + rest if as_given else self.template.render(messages), _OPENED.search(prompt)
         if text.startswith(prompt) and text.endswith(rest) and len(text) >= len(prompt) + len(rest):
             said = text[len(prompt) : len(text) - len(rest)]
             lead = head[len(prompt) :] if head.startswith(prompt) else ""
@@ -236,7 +242,7 @@ class ReplyFinder:
         Replies between equal literals begin and end at the same place in them. So only the first and the last of them are
         rendered on their own; otherwise a chat of a thousand turns would cost half a million loop iterations.
         """
-        marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+        marked = _marked(roles)
         literals = self.template.literals(roles)
         if literals is None:
             return None
@@ -262,20 +268,33 @@ class ReplyFinder:
             return None
         return _Skeleton(literals, lead, ends)
 
+    def _make_marked_prompt(self, roles: tuple[str, ...]) -> str:
+        return self.template.render(_marked(roles), add_generation_prompt=True)
+
+    def _make_marked_reply(self, roles: tuple[str, ...]) -> _Last:
+        marked = _marked(roles)
+        return self._as_last(marked, self._marked_prompt(roles[:-1]), self._prints_as_given(marked))
+
     def _in_place(
         self, text: str, messages: Sequence[Message], at: int, is_last: bool
     ) -> tuple[int | None, tuple[int, int] | None]:
         """(lead, end) of a marked reply whose content stands at text[at:]."""
-        prompt = self.template.render(messages[:-1], add_generation_prompt=True)
+        roles = tuple(message["role"] for message in messages)
+        prompt = self._marked_prompt(roles[:-1])
         if len(prompt) > at or not text.startswith(prompt):
             return None, None
         lead, content = at - len(prompt), messages[-1]["content"]
-        reply = self._as_last(messages)
+        reply = self._marked_reply(roles)
         stop = at + len(content) + reply.end[0]
         own = reply.rest[slice(*reply.end)]
         token = own if is_last else self._end_at(text, stop, own)
         plain = reply.said == text[len(prompt) : at] + content and text.startswith(reply.text[:stop])
         return lead, (reply.end[0], len(token)) if plain and token else None
+
+
+def _marked(roles: Sequence[str]) -> list[dict[str, str]]:
+    """Messages with a marker for content."""
+    return [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
 
 
 def _fill(skeleton: _Skeleton, messages: Sequence[Message]) -> tuple[dict[int, int], str]:
