@@ -200,7 +200,7 @@ class SplitSection(Section):
 class TrainTokenizerSection(Section):
     """Train a byte-level BPE on the training split, or on an even sample of it, of about sample_mb megabytes.
 
-    Memory grows with the sample: about 65 bytes per byte of Chinese text, whose words are not told apart by blanks, far fewer
+    Memory grows with the sample: up to 60 bytes per byte of Chinese text, whose words are not told apart by blanks, far fewer
     in other languages.
     """
 
