@@ -27,11 +27,14 @@ check: venv-dev
 load: venv-dev
 	PYTHONPATH=src $(BIN)/python -m tests.trainer.chat.mixed_load $(CHECKPOINT) $(ARGS)
 
-# Mutated inputs for every importer and for all other readers of files: FUZZ of each (the tests do 60 and 20).
+# Mutated inputs for every importer and for all other readers of files: FUZZ of each (the tests do 60 and 20). Then 1,500 damaged and
+# forged checkpoints, and 100 times kill -9 of a save, an import, a build and a training that rolls back.
 FUZZ ?= 10000
 fuzz: venv-dev
 	$(BIN)/python -m tests.data.importers.fuzz $(FUZZ) $(ARGS)
 	$(BIN)/python -m tests.launcher.fuzz_readers $(FUZZ)
+	PYTHONPATH=src $(BIN)/python -m tests.trainer.checkpoint.damages 1500
+	PYTHONPATH=src $(BIN)/python -m tests.trainer.checkpoint.kills 100
 
 bench: venv-dev
 	$(BIN)/python -m chatmill.kernels.bench $(ARGS)

@@ -1,6 +1,6 @@
 """A full, read-only or failing disk under every command that writes: one line that names the file, and nothing half-written.
 
-`python -m tests.fuzz disk` lets every single operation of every command fail, with each error.
+broken_disk.py lets one operation after the other fail.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.broken_disk import BrokenDisk
+from tests.trainer.checkpoint.broken_disk import BrokenDisk
 
 from chatmill.launcher.__main__ import main as chatmill
 from chatmill.launcher.jobs import launch

@@ -2,6 +2,7 @@
 
     with BrokenDisk(folder) as disk: command()                  # disk.operations: how many there were
     with BrokenDisk(folder, errno.ENOSPC, first=3): command()   # the third and all later ones fail
+    with BrokenDisk(folder, KILL, first=3): command()           # the process is killed there
 
 Operations: open for writing, make a folder, rename, fsync, and a file of tensors. Deleting works, as on a full disk. Lock files
 are left out: Optuna waits half a minute for one that it cannot rename.
@@ -12,11 +13,20 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 from chatmill.trainer.checkpoint import files as checkpoint_files
+
+KILL = -1  # instead of an error: kill -9, and of what was to be synced only half is on the disk
+
+
+def _die(path: str | os.PathLike[str]) -> None:
+    if str(path).startswith("/proc/self/fd/") and Path(path).is_file():
+        os.truncate(os.path.realpath(path), Path(path).stat().st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class BrokenDisk:
@@ -51,6 +61,8 @@ class BrokenDisk:
             if place.is_relative_to(self.root) and ".lock" not in place.name:
                 self.operations += 1
                 if 0 < self.first <= self.operations:
+                    if self.code == KILL:
+                        _die(path)
                     raise OSError(self.code, os.strerror(self.code), *([os.fspath(path)] if named else []))
             return real(*arguments, **options)
 
