@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def publish(
     made: Made, work: WorkFolder, chunks: list[str], out: Path, base: Existing | None, progress: Progress
 ) -> dict[str, Any]:
     """Write, certify and publish. Returns {"splits", "certificate", "texts", "written", and for a base "added"}."""
-    recipe, table = work.recipe, made.table
+    recipe, table, started = work.recipe, made.table, time.perf_counter()
     final = work.folder / "final"
     if final.exists():
         shutil.rmtree(final)
@@ -133,7 +134,8 @@ def publish(
         dataset.close()
     loose = [*(final / "tokenizer").iterdir(), *(final / name for name in ("report.json", "report.html", SAMPLES))]
     manifest["files"] = {path.relative_to(final).as_posix(): sha256_file(path) for path in sorted(loose)}
-    write_durably(final / "timings.json", (json.dumps(made.seconds, indent=1) + "\n").encode())
+    timings = made.seconds | {"shard": round(time.perf_counter() - started, 3)}
+    write_durably(final / "timings.json", (json.dumps(timings, indent=1) + "\n").encode())
     made.sources.seen.save(final)
     write_durably(final / MANIFEST, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
     publish_folder(final, out)
