@@ -20,7 +20,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--exhaustive."""
+    parser.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive, too")
+
+
 def _why_not(item: pytest.Item) -> str | None:
+    if item.get_closest_marker("exhaustive") and not item.config.getoption("--exhaustive"):
+        return "long; make test ARGS=--exhaustive runs it"
     if item.get_closest_marker("gpu"):
         import torch
 

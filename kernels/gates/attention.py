@@ -31,6 +31,12 @@ SPILLS = {
     ("dkdv", 80, 90): 176,
     ("dkdv", 128, 90): 176,
     ("dkdv", 256, 90): 256,
+    # by Blackwell's own ptxas, which triton takes from sm_100 on; where in the kernel is not counted there
+    ("dkdv", 256, 100): 96,
+    ("forward", 64, 120): 192,
+    ("forward", 128, 120): 288,
+    ("dkdv", 64, 120): 48,
+    ("dkdv", 256, 120): 128,
 }
 # the fused backward: addresses, a few of them fetched again in every step; the 64 keys per tile that would spill nothing
 # double what is added to dq in memory

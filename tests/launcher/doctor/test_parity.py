@@ -77,6 +77,7 @@ def test_every_engine_gives_the_reference_s_losses_and_gradients(tmp_path: Path)
     assert all(line(row) in done.stdout for row in rows)
 
 
+@pytest.mark.exhaustive  # test_engines.py has the interpreted kernels on gathered weights
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_interpreted_triton_kernels_give_the_reference_s_losses_and_gradients() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -165,10 +166,10 @@ def test_a_launch_runs_its_own_copy_of_the_code_and_is_cancelled_and_resumed_as_
     words = ("launch", str(path), "--on", "torchrun", "--processes-per-node", "2", "--detach", "train.accumulation=2")
     started = chatmill(tmp_path, *words)
     assert started.returncode == 0, started.stderr
-    commands = [line.strip() for line in started.stdout.splitlines() if line.startswith("  chatmill ")]
-    assert commands == ["chatmill status runs/r", "chatmill logs runs/r --follow", "chatmill cancel runs/r"]
     run = tmp_path / "runs" / "r"
     try:
+        commands = re.findall(r"^  \S*(chatmill .*)", started.stdout, re.M)  # where this shell finds the program
+        assert commands == ["chatmill status runs/r", "chatmill logs runs/r --follow", "chatmill cancel runs/r"]
         wait_until("a checkpoint", lambda: newest_step(run) >= 50)
         status = json.loads(chatmill(tmp_path, "status", "runs/r", "--json").stdout)
         assert status["state"] == "running" and status["step"] >= 50 and status["eta_s"] > 0 and 0 < status["goodput"] <= 1

@@ -37,20 +37,13 @@ def run_line(start: str, recipe: Path, *overrides: str) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
-def test_accelerates_fsdp_config_file_trains_as_one_process_and_a_disagreement_is_an_error(
-    write_recipe, tmp_path: Path
-) -> None:
+def test_accelerates_fsdp_config_file_trains_as_one_process(write_recipe, tmp_path: Path) -> None:
     train(load_recipe(str(write_recipe("reference", train={"steps": 2, "precision": "bf16"}))))
     recipe = write_recipe("shared", train={"steps": 2, "accumulation": 2, "precision": "bf16"})
-    start = "accelerate launch --config_file docs/accelerate/fsdp2.yaml"
-    done = run_line(start, recipe)
+    done = run_line("accelerate launch --config_file docs/accelerate/fsdp2.yaml", recipe)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "strategy fsdp2 (FSDPDecoder, sharded 20 of 20)" in done.stdout
     assert losses(tmp_path / "runs" / "shared") == pytest.approx(losses(tmp_path / "runs" / "reference"), rel=5e-3)
-    done = run_line(start, recipe, "run.name=other", "parallel.offload=cpu")
-    assert done.returncode != 0
-    assert "fsdp_offload_params=false; recipe: parallel.offload=cpu" in done.stderr
-    assert not (tmp_path / "runs" / "other").exists()
 
 
 @pytest.mark.slow
