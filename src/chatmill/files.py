@@ -212,16 +212,21 @@ def _replace_in_two_steps(new: Path, place: Path) -> bool:
     _remove(old)
     try:
         place.replace(old)
-        new.replace(place)
+        try:
+            new.replace(place)
+        except OSError:
+            if not os.path.lexists(place):
+                with contextlib.suppress(OSError):  # else another writer was faster
+                    old.replace(place)
+            if os.path.lexists(place):
+                _remove(old)
+            raise
+        _remove(old)  # `new` is published, wherever another writer may have moved it by now
     except OSError as error:
-        if os.path.lexists(old) and not os.path.lexists(place):
-            old.replace(place)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
             raise
         return False
     finally:
-        if os.path.lexists(place):
-            _remove(old)
         if handle is not None:
             os.close(handle)
     return True
@@ -236,8 +241,12 @@ def remove_leftovers(parent: Path, name: str | None = None) -> None:
         place = parent / found.name[1:].rpartition(".retired-")[0]
         with _abandoned(found) as alone:
             if alone and not os.path.lexists(place):
-                found.replace(place)
-            elif alone:
+                try:
+                    found.replace(place)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                        raise  # else another writer was faster
+            if alone and os.path.lexists(place):
                 _remove(found)
     _remove_left(parent, name, "writing")
 
@@ -248,7 +257,8 @@ def read_unchanged(folder: Path, read: Callable[[], T]) -> T:
         try:
             handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)  # while it is open, no other folder gets its inode
         except OSError:
-            break
+            read()  # says in its own words what is wrong; where the folder is there by now, nothing vouches for what was read
+            continue
         try:
             found = read()
         except Exception:
@@ -259,7 +269,7 @@ def read_unchanged(folder: Path, read: Callable[[], T]) -> T:
                 return found
         finally:
             os.close(handle)
-    return read()  # and say in its own words what is wrong
+    raise FileExistsError(errno.EEXIST, "the folder is exchanged all the time; try again later", str(folder))
 
 
 def _exchange(a: Path, b: Path) -> bool:
