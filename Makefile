@@ -1,4 +1,4 @@
-# make demo | test | check | fuzz | load | bench | gates | gpu | wheels | venv | clean
+# make demo | test | check | docs | fuzz | load | bench | gates | gpu | wheels | venv | clean
 # Every target sets up what it needs. PYTHON chooses the interpreter; PIP_ARGS is passed to pip (your own package index, for example).
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test check fuzz load bench gates gpu wheels venv venv-dev clean
+.PHONY: demo test check docs fuzz load bench gates gpu wheels venv venv-dev clean
 
 # End to end: from real chats to a fine-tuned model's replies and a report.
 demo: venv
@@ -22,6 +22,11 @@ check: venv-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, in site/: open site/index.html. Its search needs a server: python3 -m http.server -d site
+docs: venv-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo "site/index.html"
 
 # Hostile clients beside a well-behaved stream, on a tiny model or CHECKPOINT (docs/serving.md has the figures).
 load: venv-dev
@@ -90,4 +95,4 @@ $(VENV)/.deepspeed: $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .gpu-site
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .gpu-site site

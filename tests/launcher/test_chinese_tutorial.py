@@ -1,4 +1,4 @@
-"""The Chinese tutorial works as it is written, and README.zh.md names the commands of README.md."""
+"""The Chinese tutorial works as it is written."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from chatmill.launcher.__main__ import build_parser, main
+from chatmill.launcher.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-TUTORIAL, README = ROOT / "docs" / "zh" / "tutorial.md", ROOT / "README.zh.md"
+TUTORIAL = ROOT / "docs" / "zh" / "tutorial.md"
 
 
 def commands(path: Path) -> list[str]:
@@ -52,18 +52,3 @@ def test_the_recipe_of_the_tutorial_is_the_file_beside_it() -> None:
     shown = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     recipe = (TUTORIAL.parent / "recipe.yaml").read_text(encoding="utf-8")
     assert shown == [recipe] and len(recipe.splitlines()) == 5
-
-
-def test_the_chinese_readme_names_the_same_commands() -> None:
-    english = [c for c in commands(ROOT / "README.md") if c.startswith(("chatmill", "accelerate", "torchrun", "sbatch"))]
-    chinese = commands(README)
-    assert [command for command in english if command not in chinese] == []
-    for command in chinese:
-        if command.startswith("chatmill "):
-            build_parser().parse_args(shlex.split(command)[1:])
-
-
-@pytest.mark.parametrize("page", [README, TUTORIAL])
-def test_links_of_the_chinese_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("http") or (page.parent / target).exists(), target
