@@ -21,6 +21,7 @@ from tokenizers import Encoding, Tokenizer
 
 from chatmill.config import ConfigError
 
+LONG = 4096  # characters
 T = TypeVar("T")
 Job = Generator[list[str], list[Encoding], T]
 
@@ -55,6 +56,13 @@ class Pieces:
         pairs = [(at + a, at + b) for at, piece in zip(self.starts, self.encodings, strict=True) for a, b in piece.offsets]
         lefts, rights = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
         return lefts, rights
+
+
+def encoding_of(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = False) -> Encoding:
+    """The encoding of one text. `encode` keeps Python's lock (a second per megabyte), `encode_batch` lets it go."""
+    if len(text) < LONG:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
 
 def run_together(tokenizer: Tokenizer, jobs: Sequence[Job[T]]) -> list[T | ConfigError]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer
 
+from .pieces import encoding_of
 from .tokenizer import ChatTokenizer
 
 
@@ -24,5 +25,5 @@ class PlainText:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text, taken as it is. add_special_tokens=False: without BOS and whatever else would be added."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = encoding_of(self._tokenizer, text, add_special_tokens=add_special_tokens).ids
         return ids

@@ -34,7 +34,7 @@ from .budget import TemplateRefusedError
 from .decoding import Decoding, token_content
 from .folder import config_in, template_in, tokenizer_folder
 from .generation_settings import GENERATION, end_ids, read_settings, to_bytes, with_ids
-from .pieces import Job, Pieces, T, run_together
+from .pieces import Job, Pieces, T, encoding_of, run_together
 from .proof import Tools, find_fault
 from .replies import OneSamplePerReplyError, Replies, ReplyFinder, any_of
 from .template import TEMPLATES, ChatTemplate, Message, each_string
@@ -149,7 +149,7 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; no token is added."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = encoding_of(self._tokenizer, text).ids
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
@@ -171,7 +171,7 @@ class ChatTokenizer:
     def _break_up(self, text: str) -> str:
         """The same for strings that become a guarded token only when the tokenizer normalises them (`<|IM_END|>`)."""
         for attempt in range(len(text) + 2):
-            piece = self._tokenizer.encode(text, add_special_tokens=False)
+            piece = encoding_of(self._tokenizer, text)
             found = [span for i, span in zip(piece.ids, piece.offsets, strict=True) if i in self._guarded_ids]
             if not found:
                 break

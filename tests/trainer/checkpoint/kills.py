@@ -26,6 +26,7 @@ from tests.trainer.checkpoint.broken_disk import KILL, BrokenDisk
 from chatmill.data.check.verify import verify_dataset
 from chatmill.data.pipeline.pipeline import build_dataset
 from chatmill.data.recipe import DataRecipe
+from chatmill.data.shards.manifest import SEEN
 from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter, config_bytes, open_checkpoint, prune
 from chatmill.trainer.checkpoint.files import Share
@@ -138,7 +139,7 @@ def _recipe(folder: Path, dialogues: int) -> DataRecipe:
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    left_out = ("timings.json", "report.html")
+    left_out = ("timings.json", "report.html", SEEN)  # times of this build and of its raw files
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in left_out}
 
 

@@ -33,11 +33,11 @@ from ....data.tokenizer.plain import PlainText
 from ...generation.grammar import Grammar, Grammars
 from ...generation.prompt import check_prompt, most_bytes
 from .batcher import Batcher
-from .bodies import SMALL, Bodies, parse_json
+from .bodies import SMALL, Bodies, give_memory_back, parse_json
 from .completion import Completion, Limits
 from .connections import CrowdCheck, Door
 from .errors import RequestError, refusal
-from .protocol import ChatRequest, TextRequest, named_first, parse
+from .protocol import MAX_REPLIES, ChatRequest, TextRequest, named_first, parse
 
 PAGE = Path(__file__).with_name("page.html")
 PREPARED_AT_ONCE = (4, 1)  # requests with small and with large bodies: a long prompt takes seconds and much memory
@@ -69,6 +69,7 @@ class Service:
 
     def __init__(self, batcher: Batcher, limits: Limits) -> None:
         self.batcher, self.limits = batcher, limits
+        batcher.on_idle = give_memory_back
         self.chat = batcher.chat
         self.started = int(time.time())
         self._plain = PlainText(self.chat.tokenizer)
@@ -136,13 +137,15 @@ class Service:
             headers = {"Cache-Control": "no-store"}
             return StreamingResponse(completion.stream(), media_type="text/event-stream", headers=headers)
         answer = await completion.whole(request)
-        return Response(status_code=499) if answer is None else JSONResponse(answer)
+        return Response(status_code=499) if answer is None else Response(answer, media_type="application/json")
 
     def _prepare(
         self, kind: type[ChatRequest | TextRequest], body: bytearray
     ) -> tuple[ChatRequest | TextRequest, list[list[int]], Grammar | None]:
         """(request, prompts, grammar) of a body. Raises RequestError; what cannot fit the context is refused untokenised."""
-        asked = parse(kind, parse_json(body))
+        room = MAX_REPLIES * self.chat.model.config.context  # ids of the largest request
+        raw = self._in_turn(body, parse_json, body, room)
+        asked = self._in_turn(body, parse, kind, raw)
         if asked.model is not None and asked.model != self.chat.name:
             raise self._not_served(asked.model)
         grammar = self._grammar(asked)
@@ -160,6 +163,13 @@ class Service:
                 code = "context_length_exceeded" if len(ids) >= config.context else None
                 raise RequestError(400, str(error), param=where, code=code) from None
         return asked, prompts, grammar
+
+    def _in_turn(self, body: bytearray, function: Callable[..., T], *arguments: Any) -> T:
+        """The result of a call that keeps Python's lock for long where the body is large: then between two steps."""
+        if len(body) <= SMALL:
+            return function(*arguments)
+        with self.batcher.gate.piece(len(body)):
+            return function(*arguments)
 
     def _grammar(self, asked: ChatRequest | TextRequest) -> Grammar | None:
         """The grammar of the replies. Raises RequestError for one that cannot be, and for what this model cannot do."""

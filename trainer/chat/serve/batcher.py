@@ -34,9 +34,11 @@ from ...generation.prefix_store import PrefixStore, is_out_of_memory
 from ...generation.sampling import Sampling
 from ...generation.text_stream import TextStream
 from ..chat_model import ChatModel
+from .gate import Gate
 
 STRETCH = 256  # tokens of prompts read per step while others get their replies
 JOIN_S = 3.0  # for the step in progress when the server ends
+IDLE_S = 0.5  # without a request, before what is idle is given back
 
 
 class BusyError(Exception):
@@ -142,13 +144,16 @@ class Counts:
 class Batcher:
     """Owns the model while it runs. close() ends the thread and fails whatever is unfinished.
 
-    keep_tokens: of finished replies, kept for the next turn (default: two full contexts).
+    keep_tokens: of finished replies, kept for the next turn (default: two full contexts). gate: where long pieces of other work
+    take turns with the steps. on_idle: called on the thread, with submit() waiting, when there has been no work for IDLE_S.
     """
 
     def __init__(self, chat: ChatModel, *, max_active: int = 8, max_waiting: int = 64, keep_tokens: int | None = None) -> None:
         self.chat = chat
         self.max_active, self.max_waiting = max_active, max_waiting
         self.counts = Counts()
+        self.gate = Gate()
+        self.on_idle: Callable[[], None] = lambda: None
         self._kept = PrefixStore(2 * chat.model.config.context if keep_tokens is None else keep_tokens)
         self._waiting: dict[int, deque[Job]] = {}  # of each request, by the id of its turn
         self._turns: WeakKeyDictionary[object, int] = WeakKeyDictionary()  # when a request came, or last got a place
@@ -204,8 +209,8 @@ class Batcher:
     def _work(self) -> None:
         while True:
             with self._news:
-                while not (self._waiting or self._active or self._paused or self._closed):
-                    self._news.wait()
+                if not self._has_work():
+                    self._rest()
                 if self._closed:
                     break
             self._active = [active for active in self._active if not self._is_over(active.job)]
@@ -213,10 +218,22 @@ class Batcher:
             self._end_overdue()
             while (chosen := self._next_turn()) is not None:
                 self._admit(chosen)
-            self._active = self._advance(self._active)
+            with self.gate.step():
+                self._active = self._advance(self._active)
+        self.gate.rest()
         self._tell_the_end()
         self._active, self._paused = [], []
         self._waiting.clear()
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._active or self._paused or self._closed)
+
+    def _rest(self) -> None:
+        """Until there is work. on_idle is called once, after IDLE_S."""
+        self.gate.rest()
+        if not self._news.wait_for(self._has_work, IDLE_S):
+            self.on_idle()
+            self._news.wait_for(self._has_work)
 
     def _next_turn(self) -> Job | _Active | None:
         """Take what gets a place now out of its queue, having made room; None where nobody waits or all have their share."""

@@ -108,10 +108,10 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def parse_json(body: bytes | bytearray) -> Any:
-    """The value that a body says. Raises RequestError."""
+def parse_json(body: bytes | bytearray, most_numbers: int = 1 << 20) -> Any:
+    """The value that a body says. most_numbers: in lists, what more cannot be a prompt. Raises RequestError."""
     try:
-        check_lists(body)
+        check_lists(body, most_numbers)
         found = json.loads(body, parse_constant=_no_number)
         check_size(found)
         place = bad_text(found)
@@ -129,12 +129,15 @@ def parse_json(body: bytes | bytearray) -> Any:
     return found
 
 
-def check_lists(body: bytes | bytearray) -> None:
-    """Raise RequestError for more than MAX_VALUES objects and lists before they are made, which alone takes seconds."""
-    if body.count(b"[") + body.count(b"{") > MAX_VALUES:
+def check_lists(body: bytes | bytearray, most_numbers: int) -> None:
+    """Raise RequestError for more objects, lists and numbers than a request can have, before making them takes seconds."""
+    most = MAX_VALUES + most_numbers
+    if body.count(b"[") + body.count(b"{") > MAX_VALUES or body.count(b",") > most:
         bare = STRING.sub(b"", body)
         if bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
             raise TOO_MANY
+        if bare.count(b",") > most:
+            raise RequestError(400, f"the body has more than {most:,} values, which this model's context cannot hold.")
 
 
 def check_size(value: Any) -> None:

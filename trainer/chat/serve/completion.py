@@ -145,9 +145,12 @@ class Completion:
         finally:
             self.cancel()
 
-    async def whole(self, request: Request) -> dict[str, Any] | None:
-        """The answer when all replies are finished; None when the client has gone. Raises RequestError."""
-        choices, generated = list[dict[str, Any]](), 0
+    async def whole(self, request: Request) -> bytes | None:
+        """The answer as JSON when all replies are finished; None when the client has gone. Raises RequestError.
+
+        Between two replies others get their turn: 64 with the alternatives of every token are many megabytes.
+        """
+        choices, generated = list[str](), 0
         try:
             replies = await self._finished(request)
             if replies is None:
@@ -158,10 +161,13 @@ class Completion:
                     text, logprobs, tokens = self._with_prompt(index, text, steps, done)
                 else:
                     logprobs = self._logprobs(index, steps)
-                choices.append(self._choice(index, text, logprobs, done.finish_reason))
+                choices.append(to_json(self._choice(index, text, logprobs, done.finish_reason)))
                 generated += tokens
+                await asyncio.sleep(0)
             kind = "chat.completion" if self.is_chat else "text_completion"
-            return self._envelope(kind, choices) | {"usage": usage(self.prompt_tokens, generated)}
+            more = to_json(self._envelope(kind, []) | {"usage": usage(self.prompt_tokens, generated)})
+            before, after = more.split('"choices":[]')
+            return "".join((before, '"choices":[', ",".join(choices), "]", after)).encode()
         finally:
             self.cancel()
 
@@ -241,6 +247,11 @@ def failure(event: Failed) -> RequestError:
     """A reply that could not be finished, as an HTTP error."""
     status = {"timeout": 504, "refused": 400, "shutting_down": 503}.get(event.kind, 500)
     return RequestError(status, event.message, code=event.kind)
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """Without blanks."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def sse(value: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from .connections import KEPT, Connection, Door
 ACCEPTED_AT_ONCE = 16  # connections per turn of the event loop, so that these are few beyond those that are counted
 QUEUE = 1024  # connections that wait to be accepted, in the system
 RESERVE = 64 + 4 * ACCEPTED_AT_ONCE  # descriptors for all else: files, libraries, connections that begin or end
-SWITCH_S = 0.001  # a reply's step calls torch a thousand times, and may wait so long for Python each time
+SWITCH_S = 0.0002  # a step calls torch about a hundred times, and may wait so long for Python's lock each time
 CLOSE_S = 5  # for clients to read what is left for them
 EXIT_S = 10  # from the signal to the end; the rest is JOIN_S and turns of the event loop
 
