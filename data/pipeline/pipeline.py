@@ -51,7 +51,7 @@ from .inputs import (
 from .publication import SPLITS, Made, publish
 from .seen import SeenFiles
 from .stages import ImportFile, PrepareChunk, TokenizeChunk
-from .work_folder import WorkFolder, build_lock, load_arrays, remove_work, save_arrays
+from .work_folder import WorkFolder, build_lock, load_arrays, remove_rest, remove_work, save_arrays
 
 Stage = Literal["import", "clean", "pair", "dedup", "split", "tokenize", "shard"]
 STAGES: tuple[Stage, ...] = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")
@@ -78,6 +78,7 @@ def build_dataset(
     tokenizer = given_tokenizer(recipe)
     digest, inputs, given = build_digest(recipe, files, tokenizer, seen)
     if until == "shard" and (found := published_report(url, digest) if url else built_report(folder, digest)):
+        remove_rest(folder, is_staged=url is not None)
         return found | {"built": False, "out": url or str(folder)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with build_lock(folder):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
-from chatmill.files import write_durably
+from chatmill.files import remove_leftovers, write_durably
 
 from ..raw.files import RawFile
 from ..recipe import DataRecipe
@@ -64,6 +64,20 @@ def remove_work(folder: Path) -> None:
             stale.rename(Path(tempfile.mkdtemp(prefix=f".{folder.name}.gone-", dir=folder.parent)) / stale.name)
     for gone in folder.parent.glob(f".{folder.name}.gone-*"):
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_rest(folder: Path, *, is_staged: bool) -> None:
+    """What a build leaves that was killed after it had published, unless another build is at work here.
+
+    is_staged: the data set was published at a URL, so that the folder is only its copy.
+    """
+    if not (is_staged and folder.is_dir()) and not any(folder.parent.glob(f".{folder.name}.*-*")):
+        return
+    with contextlib.suppress(ConfigError), build_lock(folder):
+        remove_leftovers(folder.parent, folder.name)
+        remove_work(folder)
+        if is_staged:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

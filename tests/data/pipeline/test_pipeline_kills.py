@@ -16,6 +16,7 @@ from tests.data.build_cases import chats, recipe, tree, write_jsonl
 from chatmill.config import ConfigError
 from chatmill.data.check.verify import verify_dataset
 from chatmill.data.pipeline.pipeline import build_dataset
+from chatmill.data.pipeline.work_folder import remove_rest
 from chatmill.data.recipe import RECIPES
 
 # Ends the whole process group at the MOMENT-th fsync (of a file or folder) that the processes of a build make together,
@@ -116,6 +117,27 @@ def test_a_build_that_is_killed_while_it_clears_up_leaves_nothing_to_trip_over(
     build_dataset(recipe(raw), tmp_path / "out")
     assert verify_dataset(tmp_path / "out") == []
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "out", "raw.jsonl"]
+
+
+def test_what_a_build_leaves_that_was_killed_after_it_had_published_goes_with_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, place = write_jsonl(tmp_path / "raw.jsonl", chats(80)), tmp_path / "out"
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("chatmill.data.pipeline.pipeline.remove_work", killed)
+        build_dataset(recipe(raw), place)
+    assert list(tmp_path.glob(".out.work-*"))
+    assert not build_dataset(recipe(raw), place)["built"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "out", "raw.jsonl"]
+    assert verify_dataset(place) == []
+    shutil.copytree(place, tmp_path / "staged")
+    remove_rest(tmp_path / "staged", is_staged=True)
+    remove_rest(tmp_path / "never" / "was", is_staged=True)
+    assert not (tmp_path / "staged").exists() and not (tmp_path / "never").exists()
 
 
 def test_a_worker_that_outlives_a_killed_build_does_not_keep_the_next_one_out(tmp_path: Path) -> None:
