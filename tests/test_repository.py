@@ -87,8 +87,8 @@ ROOMS = {
     "stream check pipeline bench",
     "kernels": "tensors eager interpreter dispatch layer cross_entropy attention rms_norm rope swiglu linear_cross_entropy "
     "gates bench",
-    "trainer": "model_config config distributed model generation checkpoint optim engine evaluation plan run loop convert "
-    "chat report train",
+    "trainer": "model_config adapter_config config distributed model generation checkpoint adapters optim engine "
+    "evaluation plan run loop convert chat report train",
     "launcher": "programs supervise jobs runs sweep doctor own_chats commands demo __main__",
 }
 

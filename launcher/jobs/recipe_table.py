@@ -91,7 +91,7 @@ def _shape(recipe: Recipe) -> ModelConfig | None:
         found = model_shape(recipe)
     except ConfigError:
         found = None
-    written = not recipe.model.model_fields_set <= {"checkpoint"}
+    written = not recipe.model.model_fields_set <= {"checkpoint", "base_precision"}
     return found or (recipe.model.shape() if written else None)
 
 

@@ -15,7 +15,7 @@ from chatmill.config import ConfigError
 
 from ...data.tokenizer.generation_settings import end_ids
 from ...data.tokenizer.tokenizer import ChatTokenizer
-from ..checkpoint.checkpoint import open_checkpoint
+from ..adapters.merging import open_model
 from ..model.decoder import Decoder
 
 
@@ -34,7 +34,7 @@ def load_chat_model(checkpoint: str | Path, device: str | None = None) -> ChatMo
 
     Raises ConfigError if it is missing or damaged, has no chat template, or its tokenizer has ids that the model lacks.
     """
-    found = open_checkpoint(checkpoint)
+    found = open_model(checkpoint)
     found.check_model()
     tokenizer = ChatTokenizer.load(found.path)
     if tokenizer.vocab_size > found.config.vocab_size:

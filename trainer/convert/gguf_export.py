@@ -23,7 +23,8 @@ import torch
 from chatmill.config import ConfigError
 from chatmill.files import folder_beside, sync
 
-from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..adapters.merging import open_model
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import not_finite
 from ..config import ModelConfig
 from ..generation.defaults import sampling_of
@@ -47,7 +48,7 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
     if dtype not in TYPES:
         raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(TYPES)}.")
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint)
+        checkpoint = open_model(checkpoint)
     path = Path(out)
     if path.is_dir() or (path.exists() and not overwrite):
         raise ConfigError(f"{path} exists already. Choose another file name, or remove it.")

@@ -22,6 +22,7 @@ from chatmill.files import folder_beside, publish_folder, sync
 from chatmill.run_files import MANIFEST
 
 from ...data.tokenizer.generation_settings import GENERATION, as_setting, end_ids, read_settings, to_bytes, with_ids
+from ..adapters.merging import open_model
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..checkpoint.files import write_small_file
 from ..config import ModelConfig
@@ -93,7 +94,7 @@ def export_hf(
     dtype: fp32, bf16 or fp16; None keeps what the checkpoint holds. overwrite: replace an earlier export.
     """
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint)
+        checkpoint = open_model(checkpoint)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
     out = Path(out_dir)

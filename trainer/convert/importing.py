@@ -15,13 +15,27 @@ from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 
-def import_any(source: str, out: Path, force: bool = False) -> Checkpoint:
-    """Import `source` into the checkpoint folder `out`. Raises ConfigError; an existing `out` needs force."""
+def import_any(source: str, out: Path, force: bool = False, base: str | None = None) -> Checkpoint:
+    """Import `source` into the checkpoint folder `out`. Raises ConfigError; an existing `out` needs force.
+
+    base: the checkpoint of the model that a PEFT adapter changes.
+    """
     path = Path(source)
     if out.exists() and not force:
         raise ConfigError(f"{out} exists already. Use --force to replace it, or choose another folder.")
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         raise ConfigError(f"{source} was written by Chatmill: checkpoints, runs and data sets need no import.")
+    from .peft_folder import import_peft, is_peft_folder
+
+    adapter = path.is_dir() and is_peft_folder(path)
+    if adapter != (base is not None):
+        raise ConfigError(
+            f"{source} holds an adapter: say which model it changes, with --base CHECKPOINT (chatmill import that model first)."
+            if adapter
+            else f"{source} is not an adapter of PEFT: --base belongs to adapters only."
+        )
+    if base is not None:
+        return import_peft(path, base, out)
     if path.is_dir():
         from .hf import import_hf
 

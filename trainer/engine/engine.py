@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from chatmill.config import ConfigError
 
 from ...data.stream import PackedBatch
+from ..adapters.prepare import frozen_parameters, held_bytes, trained_parameters
 from ..checkpoint.files import Share
 from ..checkpoint.sharding import TensorSource
 from ..config import Recipe
@@ -96,8 +97,9 @@ class Engine(Protocol):
         """Set the averaged weights from a checkpoint's `ema` tensors. Raises ConfigError where it holds none."""
 
 
-def run_model(engine: Engine, batch: PackedBatch) -> LossOutput:
-    """Engine.forward: the batch on its device, through the wrapped model."""
+def run_model(engine: Engine, batch: PackedBatch, objective: Callable[[PackedBatch], Objective] | None = None) -> LossOutput:
+    """Engine.forward: the batch on its device, through the wrapped model. objective: in place of the engine's own."""
+    objective = objective or engine.objective
     batch = batch.to(engine.world.device, non_blocking=True)
     if engine.recipe.train.compile:
         _mark_varying(batch)
@@ -110,7 +112,7 @@ def run_model(engine: Engine, batch: PackedBatch) -> LossOutput:
             rows=batch.rows,
             tile_maps=batch.tile_maps,
             max_seqlen=batch.max_seqlen,
-            **({} if engine.objective is None else {"objective": engine.objective(batch)}),
+            **({} if objective is None else {"objective": objective(batch)}),
         )
     return output
 
@@ -131,7 +133,7 @@ def sum_micro_batches(
 
 def proof(engine: Engine, masters: Iterable[Tensor], /, **facts: Any) -> dict[str, Any]:
     """What `describe` says for every engine, with its own facts. masters: the weights that the optimizer updates (local
-    shards under ZeRO). Raises ConfigError where they are not fp32."""
+    shards under ZeRO); the frozen ones are counted from the decoder. Raises ConfigError where they are not fp32."""
     recipe, device = engine.recipe, engine.world.device
     dtypes = {weight.dtype for weight in masters}
     if dtypes != {torch.float32}:
@@ -144,6 +146,7 @@ def proof(engine: Engine, masters: Iterable[Tensor], /, **facts: Any) -> dict[st
         "backend": engine.world.backend,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         **facts,
+        **trained_and_frozen(engine),
         "parameter_dtype": "float32",
         "compute_dtype": {"bf16": "bfloat16", "fp32": "float32"}[recipe.train.precision],
         "gradient_dtype": "float32",
@@ -155,6 +158,19 @@ def proof(engine: Engine, masters: Iterable[Tensor], /, **facts: Any) -> dict[st
         "ema": recipe.train.ema,
         "threads": torch.get_num_threads(),
     }
+
+
+def trained_and_frozen(engine: Engine) -> dict[str, Any]:
+    """Tensors, elements and bytes of what is trained and of what is frozen, by precision; {} where nothing is frozen."""
+    frozen = frozen_parameters(engine.decoder)
+    if not frozen:
+        return {}
+    found: dict[str, Any] = {}
+    for kind, named in (("trained", trained_parameters(engine.decoder)), ("frozen", frozen)):
+        by_dtype = {dtype: {"elements": elements, "bytes": size} for dtype, elements, size in held_bytes(named)}
+        found[kind] = {"tensors": len(named), "by_dtype": by_dtype}
+    base = engine.recipe.model.base_precision
+    return found | {"base_precision": base}
 
 
 def check_average(source: TensorSource, names: Iterable[str]) -> None:

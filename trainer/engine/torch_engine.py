@@ -29,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from chatmill.config import ConfigError
 
 from ...data.stream import PackedBatch
+from ..adapters.prepare import kept_parameters, trained_parameters
+from ..adapters.sources import load_frozen
 from ..checkpoint.files import Share
 from ..checkpoint.sharding import TensorSource, copy_from, shares_of, states_by_parameter
 from ..config import Recipe
@@ -55,7 +57,7 @@ class TorchEngine:
         copies = dist.group.WORLD if recipe.parallel.strategy == "ddp" else None
         self.optimizer = build_optimizer(model, recipe.optimizer, recipe.train.precision, copies)
         decay = recipe.train.ema
-        self.average = WeightAverage(list(model.parameters()), decay) if decay is not None else None
+        self.average = WeightAverage([p for _, p in trained_parameters(model)], decay) if decay is not None else None
         self._gradients_seen = False
         self._norm: Tensor | None = None
 
@@ -100,7 +102,7 @@ class TorchEngine:
         state = "8-bit" if recipe.optimizer.name == "adamw8bit" else "fp32"
         return proof(
             self,
-            parameters,
+            [p for _, p in trained_parameters(self.decoder)],
             engine=type(self.model).__name__,
             sharded_parameters=f"{sharded} of {len(parameters)}",
             sharding=f"parameters, gradients and optimizer: {shards} shard(s) x {copies} copies",
@@ -138,7 +140,9 @@ class TorchEngine:
     def clip(self) -> None:
         self._check_gradients()
         clip = self.recipe.optimizer.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), clip if clip is not None else float("inf"))
+        norm = nn.utils.clip_grad_norm_(
+            [p for _, p in trained_parameters(self.decoder)], clip if clip is not None else float("inf")
+        )
         self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def step(self, lr: float) -> float:
@@ -156,10 +160,10 @@ class TorchEngine:
         return value
 
     def _check_gradients(self) -> None:
-        """Before the first update: every weight has an fp32 gradient, sharded as the weight is. Raises ConfigError."""
+        """Before the first update: every trained weight has an fp32 gradient, sharded as the weight is. Raises ConfigError."""
         if self._gradients_seen:
             return
-        for name, parameter in self.decoder.named_parameters():
+        for name, parameter in trained_parameters(self.decoder):
             grad = parameter.grad
             if grad is None or grad.dtype != torch.float32 or type(grad) is not type(parameter.data):
                 found = "none" if grad is None else f"{type(grad).__name__} {grad.dtype}"
@@ -189,8 +193,8 @@ class TorchEngine:
     def _held(self) -> Iterator[tuple[str, str, Tensor]]:
         """(group, name, tensor) of all that a checkpoint keeps; DTensors where it is sharded."""
         self._reshard()
-        named = list(self.decoder.named_parameters())
-        for name, parameter in named:
+        named = trained_parameters(self.decoder)
+        for name, parameter in kept_parameters(self.decoder):
             yield "model", name, parameter.detach()
         for name, parameter in named:
             for key, value in saved_state(self.optimizer, parameter).items():
@@ -201,20 +205,21 @@ class TorchEngine:
 
     def load_model(self, source: TensorSource) -> None:
         self._reshard()
-        for name, parameter in self.decoder.named_parameters():
+        for name, parameter in trained_parameters(self.decoder):
             copy_from(source, name, parameter)
+        load_frozen(self.decoder, source)
         if self.average is not None:
             self.average.reset()
 
     def load_optimizer(self, source: TensorSource) -> None:
         self._reshard()
         stored = states_by_parameter(source)
-        for name, parameter in self.decoder.named_parameters():
+        for name, parameter in trained_parameters(self.decoder):
             restore_state(self.optimizer, parameter, name, stored.get(name, []), source)
 
     def load_average(self, source: TensorSource) -> None:
         assert self.average is not None
-        names = [name for name, _ in self.decoder.named_parameters()]
+        names = [name for name, _ in trained_parameters(self.decoder)]
         check_average(source, names)
         for name, average in zip(names, self.average.tensors, strict=True):
             copy_from(source, PREFIX + name, average)

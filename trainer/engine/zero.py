@@ -22,6 +22,7 @@ from torch import Tensor
 from chatmill.config import ConfigError
 
 from ...data.stream import PackedBatch
+from ..adapters.prepare import frozen_parameters, kept_parameters, trained_parameters
 from ..checkpoint.files import Share
 from ..checkpoint.sharding import TensorSource, shares_of, states_by_parameter
 from ..config import Recipe
@@ -51,11 +52,12 @@ class ZeroEngine:
         if recipe.train.compile:
             model.compile_layers(recipe.train.compile_backend)
         self.optimizer = build_optimizer(model, recipe.optimizer, recipe.train.precision, flat=True)
-        self._named = list(model.named_parameters())
+        self._named = trained_parameters(model)
+        self._frozen = frozen_parameters(model)
         groups = self.optimizer.param_groups
         self._groups = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         self._muon_groups = {i for i, group in enumerate(groups) if group["muon"]}
-        config = zero_config(recipe, self.stage, sum(p.numel() for p in model.parameters()))
+        config = zero_config(recipe, self.stage, sum(p.numel() for _, p in self._named))
         with swapping_as_computed(self._library, recipe):
             self.model, *_ = self._library.initialize(model=model, optimizer=self.optimizer, config=config)
         self.zero = self.model.optimizer
@@ -144,6 +146,7 @@ class ZeroEngine:
         """This rank's elements of the fp32 weights and of the optimizer's state, as ZeRO cut them; no communication."""
         for name, parameter in self._named:
             yield from self._share("model", name, parameter, None)
+        yield from self._frozen_shares()
         if any(self.optimizer.state.get(flat) for flat in self._flat_partitions()):
             yield from self._state_shares()
         if self.average is not None:
@@ -151,6 +154,21 @@ class ZeroEngine:
                 for name, parameter in self._named:
                     for share in self._share(GROUP, PREFIX + name, parameter, None):
                         yield replace(share, tensor=share.tensor.clone())
+
+    def _frozen_shares(self) -> Iterator[Share]:
+        """This rank's part of the frozen weights that a checkpoint keeps: whole ones are divided, ZeRO-3's shards are there."""
+        kept = {name for name, _ in kept_parameters(self.decoder)}
+        chosen = [(name, parameter) for name, parameter in self._frozen if name in kept]
+        if self.stage < 3:
+            named = [("model", name, parameter) for name, parameter in chosen]
+            yield from shares_of(named, self.world.rank, self.world.world_size)
+            return
+        for name, parameter in chosen:
+            values = parameter.ds_tensor.detach().flatten()  # type: ignore[attr-defined]
+            start = self.world.rank * values.numel()
+            length = max(0, min(values.numel(), _shape(parameter).numel() - start))
+            if length:
+                yield Share("model", name, tuple(_shape(parameter)), start, values[:length])
 
     def _state_shares(self) -> Iterator[Share]:
         self._link_states()
@@ -193,6 +211,10 @@ class ZeroEngine:
             self._read_piece(source, name, parameter, None)
             reads = self.stage < 3 or self.world.is_main  # stage 3: the others get their part from rank 0
             self._set_copy(parameter, source.tensor(name) if reads else None)
+        for name, parameter in self._frozen:
+            if source.shape(name) != tuple(_shape(parameter)):
+                raise ConfigError(f"checkpoint: {name} has shape {source.shape(name)}, expected {tuple(_shape(parameter))}")
+            self._set_copy(parameter, source.tensor(name) if self.stage < 3 or self.world.is_main else None)
         if self.average is not None:
             self.average.reset()
 

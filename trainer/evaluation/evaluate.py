@@ -27,7 +27,8 @@ from chatmill.config import ConfigError
 from chatmill.files import disk_problem, replace_texts
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
-from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..adapters.merging import open_model
+from ..checkpoint.checkpoint import Checkpoint
 from ..distributed.world import World, end_world
 from ..generation.sampling import Sampling
 from ..model.decoder import Decoder
@@ -95,7 +96,7 @@ def load_evaluation(path: Path) -> Evaluation:
 
 def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, say: Say = lambda line: None) -> Evaluation:
     """Measure a checkpoint; every rank returns the same evaluation."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_model(path)
     folders = options.data or tuple(filter(None, [checkpoint.meta.get("data")]))
     if not folders:
         raise ConfigError(f"{checkpoint.path} does not say what it was trained on; give --data FOLDER.")

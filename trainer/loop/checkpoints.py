@@ -19,6 +19,8 @@ from chatmill.config import ConfigError, dump_yaml
 from chatmill.run_files import list_checkpoints, step_of
 
 from ...data.stream import PackedStream
+from ..adapters.merging import META, check_base, facts_of
+from ..adapters.sources import AdaptedSource
 from ..checkpoint.checkpoint import (
     BEST,
     Checkpoint,
@@ -33,6 +35,7 @@ from ..checkpoint.checkpoint import (
 from ..checkpoint.files import Share
 from ..checkpoint.random_state import random_state, restore_random_state
 from ..checkpoint.saver import CheckpointSaver, SaveResult
+from ..checkpoint.sharding import TensorSource
 from ..config import Recipe
 from ..distributed.world import World
 from ..engine.engine import Engine
@@ -82,7 +85,7 @@ class RunCheckpoints:
     def restore(self, checkpoint: Checkpoint, engine: Engine, stream: PackedStream) -> TrainState:
         """Put engine, stream and random generators where the checkpoint left them; returns the rest."""
         state, position = _read_state(checkpoint)
-        engine.load_model(checkpoint)
+        engine.load_model(self._weights(checkpoint))
         engine.load_optimizer(checkpoint)
         if engine.average is not None:
             engine.load_average(checkpoint)
@@ -95,6 +98,18 @@ class RunCheckpoints:
         if self.world.is_main and (state.best_step <= state.step < noted or state.best_step < 0 <= noted):
             (self.folder.path / "checkpoints" / BEST).unlink()
         return state
+
+    def _weights(self, checkpoint: Checkpoint) -> TensorSource:
+        """All weights of the model: those of an adapter checkpoint with those of its base."""
+        facts = self.run.adapter_facts()
+        if facts is None:
+            return checkpoint
+        assert self.run.base is not None
+        saved = facts_of(checkpoint)
+        if saved is None:
+            raise CheckpointError(f"{checkpoint.path} holds a whole model, but the recipe trains an adapter.")
+        check_base(self.run.base, saved, checkpoint.path)
+        return AdaptedSource(self.run.base, checkpoint, facts.settings.scale)
 
     # ---------------------------------------------------------------- saving
 
@@ -117,6 +132,8 @@ class RunCheckpoints:
             "lineage": state.lineage,
             "best": note,
         }
+        if (facts := self.run.adapter_facts()) is not None:
+            meta[META] = facts.as_meta()
         files = {
             "config.json": config_bytes(self.run.config),
             "state.json": state.as_json(stream.state_dict()),

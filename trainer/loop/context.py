@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...data.packing.mixture import Mixture
 from ...data.shards.dataset import TokenDataset
 from ...data.tokenizer.tokenizer import ChatTokenizer
+from ..adapters.merging import AdapterFacts, facts_for
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..config import Recipe
 from ..distributed.world import World
@@ -45,3 +46,11 @@ class RunContext:
         """
         path = self.recipe.model.checkpoint
         return self.base or (open_checkpoint(path) if path else None)
+
+    def adapter_facts(self) -> AdapterFacts | None:
+        """What checkpoints record of the recipe's adapter and its base (opened already), or None without one."""
+        recipe = self.recipe
+        if recipe.adapter is None:
+            return None
+        assert self.base is not None and recipe.model.checkpoint is not None
+        return facts_for(self.base, recipe.model.checkpoint, recipe.adapter, recipe.model.base_precision)

@@ -7,7 +7,7 @@
 Shapes: T tokens, S segments, P pairs of a batch. The log-probabilities are sums over each segment of the fused linear
 cross-entropy's token losses, so no logits exist here either. The reference is the checkpoint that training starts from: its
 log-probabilities are computed once, before the first step, and kept in the run folder: with every engine no second model stays
-in memory, and a resumed run has the same ones.
+in memory, and a resumed run has the same ones. A run that trains an adapter takes its base, with the adapter off, instead.
 Source: Rafailov et al. 2023 (arXiv:2305.18290); length normalisation: Meng et al. 2024 (arXiv:2405.14734), but relative to the
 reference; label smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
 """
@@ -31,12 +31,13 @@ from chatmill.files import write_durably
 from ...data.packing.mixture import Mixture
 from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
+from ..adapters.layers import adapters_off
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.manifest import CheckpointError
 from ..checkpoint.vocabulary import with_new_rows
 from ..config import PreferenceSection, Recipe
 from ..distributed.world import World
-from ..engine.engine import Engine, Objective
+from ..engine.engine import Engine, Objective, run_model
 from ..model.decoder import LossOutput
 from ..run.state import TrainState
 from .context import RunContext
@@ -116,6 +117,28 @@ class ScoreObjective:
         return objective
 
 
+@dataclass(frozen=True)
+class AdapterObjective:
+    """PairObjective of a run that trains an adapter: the reference is the same model with the adapter off.
+
+    Each batch runs once more without gradients, so there is neither a pass before the first step nor a second model.
+    """
+
+    engine: Engine
+    options: PreferenceSection
+
+    def __call__(self, batch: PackedBatch) -> Objective:
+        pairs, lengths, scores = checked_pairs(batch), pair_lengths(batch), []  # type: ignore[var-annotated]
+        with torch.no_grad(), adapters_off(self.engine.decoder):
+            run_model(self.engine, batch, ScoreObjective(scores))
+        reference: Tensor = scores[0]
+
+        def objective(token_losses: Tensor) -> LossOutput:
+            return preference_loss(log_probabilities(token_losses, batch.cu_seqlens, pairs), reference, lengths, self.options)
+
+        return objective
+
+
 def checked_pairs(batch: PackedBatch) -> Tensor:
     """batch.pairs, which every batch of a preference data set has."""
     assert batch.pairs is not None  # check_objective
@@ -157,12 +180,17 @@ def reference_pass(recipe: Recipe, source: Mixture | TokenDataset, world: World)
     )
 
 
-def pair_objective(run: RunContext, engine: Engine, state: TrainState, resume: Checkpoint | None) -> PairObjective:
-    """The objective of a run. The reference is read from the run folder, or computed from its starting checkpoint and stored.
+def pair_objective(
+    run: RunContext, engine: Engine, state: TrainState, resume: Checkpoint | None
+) -> PairObjective | AdapterObjective:
+    """The objective of a run. With an adapter, the reference is the model without it.
 
-    A run that continues without its reference needs the checkpoint that it started from. Raises ConfigError.
+    Otherwise it is read from the run folder, or computed from the starting checkpoint and stored: a run that continues without
+    it needs the checkpoint that it started from. Raises ConfigError.
     """
     recipe, world, path = run.recipe, run.world, run.folder.path / REFERENCE
+    if recipe.adapter is not None:
+        return AdapterObjective(engine, recipe.preference)
     if world.any(world.is_main and path.is_file()):
         return PairObjective(load_reference(path), recipe.preference)
     base = run.starting_checkpoint() if resume is None else same_start(run, state)

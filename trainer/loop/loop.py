@@ -22,7 +22,10 @@ from chatmill.run_files import list_checkpoints
 from ...data.packing.sources import begun_with, exclusions, open_mixture
 from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
+from ..adapters.prepare import prepare
+from ..adapters.sources import AdaptedSource, NewAdapter
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.sharding import TensorSource
 from ..checkpoint.vocabulary import with_new_rows
 from ..config import Recipe
 from ..distributed.world import end_world, start_world
@@ -45,7 +48,16 @@ from .budget import in_steps, remarks
 from .checkpoints import RunCheckpoints, newest_readable, origin
 from .context import RunContext
 from .dpo import check_objective, pair_objective
-from .starting import announce, check_same_data, check_validation, check_weights, choose_shape, claim, run_tokenizer
+from .starting import (
+    announce,
+    check_adapter,
+    check_same_data,
+    check_validation,
+    check_weights,
+    choose_shape,
+    claim,
+    run_tokenizer,
+)
 from .stream import merged, overlong_figures, take, training_stream
 from .validation import Validation
 
@@ -58,9 +70,12 @@ def train(recipe: Recipe) -> int:
     splits = validation_sets(recipe, begun_with(recipe.run_dir, "validation"))
     # a run that continues has the shape, tokenizer and weights in its own checkpoints: its base may be gone by then
     begun = newest_readable(recipe.run_dir) if recipe.model.checkpoint else None
-    base = open_checkpoint(recipe.model.checkpoint) if recipe.model.checkpoint and begun is None else None
+    needs_base = recipe.model.checkpoint and (begun is None or recipe.adapter is not None)  # an adapter is nothing alone
+    base = open_checkpoint(str(recipe.model.checkpoint)) if needs_base else None
     tokenizer = run_tokenizer(dataset, begun or base)
     config = choose_shape(recipe, begun or base, dataset)
+    if base is not None:
+        check_adapter(recipe, base, begun, config, tokenizer)
     check_validation(splits, dataset)
     exclude = exclusions(recipe.data, recipe.run_dir)
     world = start_world(recipe)
@@ -91,7 +106,7 @@ def _train(run: RunContext, checkpoints: RunCheckpoints) -> int:
     resume = checkpoints.newest()
     start = resume or run.starting_checkpoint()
     if start is not None:
-        check_weights(start, world)
+        check_weights(start if run.recipe.adapter is None else run.base or start, world)
     engine = build_engine(recipe, _model(run, start), world)
     check_same_data(run.mixture, world)
     stream = training_stream(run, run.exclude)
@@ -99,7 +114,7 @@ def _train(run: RunContext, checkpoints: RunCheckpoints) -> int:
     if resume is not None:
         state = checkpoints.restore(resume, engine, stream)
     elif start is not None:
-        engine.load_model(with_new_rows(start, run.config, run.tokenizer))
+        engine.load_model(starting_weights(run, engine, start))
     if start is not None:
         state.lineage.append(origin(start, recipe, world))
     proof = engine.describe()
@@ -125,9 +140,18 @@ def _model(run: RunContext, start: Checkpoint | None) -> Decoder:
     train = run.recipe.train
     model = Decoder(run.config, run.recipe.kernels)
     model.set_recompute(train.activation_checkpointing, train.activation_checkpointing_layers)
+    prepare(model, run.recipe)
     if start is None:
         model.init_weights(train.seed)
     return model
+
+
+def starting_weights(run: RunContext, engine: Engine, start: Checkpoint) -> TensorSource:
+    """What the first step trains: the checkpoint, with rows for new tokens, or with a new adapter."""
+    adapter = run.recipe.adapter
+    if adapter is None:
+        return with_new_rows(start, run.config, run.tokenizer)
+    return AdaptedSource(start, NewAdapter(start, engine.decoder, adapter, run.recipe.train.seed), adapter.scale)
 
 
 def _is_over(run: RunContext, state: TrainState) -> bool:

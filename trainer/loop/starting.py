@@ -15,7 +15,9 @@ from ...data.tokenizer.folder import template_in
 from ...data.tokenizer.generation_settings import read_settings
 from ...data.tokenizer.new_tokens import tokens_beyond
 from ...data.tokenizer.tokenizer import ChatTokenizer
+from ..adapters.merging import check_base, facts_of
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.rows import new_tokens
 from ..checkpoint.vocabulary import rows_for
 from ..config import Recipe
 from ..distributed.world import World
@@ -32,7 +34,7 @@ def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset)
     """
     config = recipe.model.shape()
     if base is not None:
-        written = {name: getattr(config, name) for name in recipe.model.model_fields_set if name != "checkpoint"}
+        written = {name: getattr(config, name) for name in recipe.model.model_fields_set if name in ModelConfig.model_fields}
         wrong = [
             f"model.{k}={v!r} (checkpoint: {getattr(base.config, k)!r})"
             for k, v in written.items()
@@ -52,6 +54,31 @@ def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset)
             f"data.sequence_length={recipe.data.sequence_length} exceeds the model's context of {config.context}."
         )
     return config
+
+
+def check_adapter(
+    recipe: Recipe, base: Checkpoint, begun: Checkpoint | None, config: ModelConfig, tokenizer: ChatTokenizer
+) -> None:
+    """Refuse what an adapter run cannot do: a base that is an adapter itself, another base than before, new tokens.
+
+    begun: the run's newest checkpoint. Raises ConfigError.
+    """
+    if facts_of(base) is not None:
+        raise ConfigError(
+            f"model.checkpoint={recipe.model.checkpoint} is an adapter, not a whole model.\n"
+            f"Merge it first: chatmill merge {recipe.model.checkpoint} MERGED, then model.checkpoint=MERGED."
+        )
+    if recipe.adapter is None:
+        return
+    new = new_tokens(base.path, tokenizer, recipe.data.path)
+    if new or config.vocab_size != base.config.vocab_size:
+        raise ConfigError(
+            f"{recipe.data.path} has special tokens that {base.path} lacks: {', '.join(new) or 'more rows'}.\n"
+            "An adapter cannot train rows for them: build the data without tokenizer.add_special_tokens, or train all weights."
+        )
+    facts = None if begun is None else facts_of(begun)
+    if begun is not None and facts is not None:
+        check_base(base, facts, begun.path)
 
 
 def check_validation(splits: Mapping[str, TokenDataset], dataset: TokenDataset) -> None:
@@ -138,11 +165,23 @@ def announce(run: RunContext, state: TrainState, proof: dict[str, Any], resume: 
     )
     extras = [f"{name} {proof[name]}" for name in ("offload", "activation_checkpointing", "compile", "ema")]
     say(f"sharding {proof['sharding']}  " + "  ".join(extras))
-    if run.base is not None:
+    if "frozen" in proof:
+        for kind in ("trained", "frozen"):
+            say(f"{kind} {parts_in_words(proof[kind])}" + (f", base {proof['base_precision']}" if kind == "frozen" else ""))
+    if run.base is not None and resume is None:
         for line in changes(run.base, run):
             say(line)
     if resume is not None:
         say(f"continuing {folder.path} from step {state.step} ({resume.path.name})")
+
+
+def parts_in_words(part: Mapping[str, Any]) -> str:
+    """`30 tensors: 122,880 float32 (0.5 MB), ...` of what is trained or frozen; codes of a quantised base count as bytes."""
+    kinds = ", ".join(
+        f"{counts['elements']:,} {'bytes of codes and scales' if dtype == 'uint8' else dtype} ({counts['bytes'] / 1e6:,.1f} MB)"
+        for dtype, counts in part["by_dtype"].items()
+    )
+    return f"{part['tensors']} tensors: {kinds}"
 
 
 def _grown(name: str, data: DialogueSource) -> str:

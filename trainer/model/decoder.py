@@ -192,13 +192,15 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels.elementwise)
         self.mlp = FeedForward(config, kernels.elementwise)
         self.recompute: Recompute = "none"
+        self.draws = False  # whether it draws random numbers (dropout), which a second pass must draw again
 
     def forward(self, x: Tensor, layout: Layout, memory: TokenMemory | None = None) -> Tensor:
         if self.recompute == "none" or memory is not None or not torch.is_grad_enabled():
             return self._forward(x, layout, memory)
         # inside the block's own forward: engines gather its weights around it, and torch.compile sees the recomputation
         contexts: dict[str, Any] = {"context_fn": _keep_attention} if self.recompute == "selective" else {}
-        out: Tensor = checkpoint(self._forward, x, layout, use_reentrant=False, preserve_rng_state=False, **contexts)
+        options = {"use_reentrant": False, "preserve_rng_state": self.draws, **contexts}
+        out: Tensor = checkpoint(self._forward, x, layout, **options)
         return out
 
     def _forward(self, x: Tensor, layout: Layout, memory: TokenMemory | None = None) -> Tensor:
@@ -233,13 +235,19 @@ class TokenTable(nn.Module):
         """
         if embed:
             return F.embedding(x, self.weight)
+        return self.classify(self.weight, x, targets, objective, rows=rows, norm=norm)
+
+    def classify(
+        self, weight: Tensor, x: Tensor, targets: Tensor | None, objective: Any, **options: Any
+    ) -> Tensor | LossOutput:
+        """Logits, or a loss, of hidden states with the given classifier ["V H"]; options: rows and norm of `forward`."""
         if targets is None:
-            logits = F.linear(x, self.weight.to(x.dtype)).float()
+            logits = F.linear(x, weight.to(x.dtype)).float()
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        options: dict[str, Any] = {"rows": rows, "norm": norm, "softcap": self.softcap, "impl": self.impl}
+        options |= {"softcap": self.softcap, "impl": self.impl}
         if objective is not None:
-            return objective(linear_cross_entropy(x, self.weight, targets, reduction="none", **options))
-        loss_sum, metrics = linear_cross_entropy_with_metrics(x, self.weight, targets, reduction="sum", **options)
+            return objective(linear_cross_entropy(x, weight, targets, reduction="none", **options))
+        loss_sum, metrics = linear_cross_entropy_with_metrics(x, weight, targets, reduction="sum", **options)
         return LossOutput(loss_sum.float(), metrics.correct, metrics.count)
 
 
@@ -381,6 +389,8 @@ class Decoder(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        elif x.dtype != self.norm.weight.dtype:  # a frozen table in bf16, with fp32 compute
+            x = x.to(self.norm.weight.dtype)
         for block in self.layers:
             x = block(x, layout, memory)
         return x

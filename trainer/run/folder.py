@@ -112,15 +112,16 @@ class RunFolder:
         free_data = (*FREE_DATA, "path") if both_mixed or self._data_moved(old, recipe) else FREE_DATA
         free_model = ("checkpoint",) if self._base_moved(old, recipe) else ()
         differing = [
-            f"  {section}.{key}: {old.get(section, {}).get(key)!r} -> {value!r}"
+            f"  {section}.{key}: {(old.get(section) or {}).get(key)!r} -> {value!r}"
             for section, fields in new.items()
             if section not in FREE and isinstance(fields, dict)
             for key, value in fields.items()
             if not (section == "train" and key in free_train)
             and not (section == "data" and key in free_data)
             and not (section == "model" and key in free_model)
-            and old.get(section, {}).get(key) != value
+            and (old.get(section) or {}).get(key) != value
         ]
+        differing += [f"  {name}: {old[name]!r} -> None" for name in old if old[name] and name in new and new[name] is None]
         if old.get("objective", recipe.objective) != recipe.objective:
             differing.insert(0, f"  objective: {old['objective']!r} -> {recipe.objective!r}")
         if differing:

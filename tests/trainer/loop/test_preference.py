@@ -23,7 +23,7 @@ from chatmill.trainer.checkpoint.checkpoint import open_checkpoint
 from chatmill.trainer.config import KernelSection, ModelConfig, PreferenceSection, load_recipe
 from chatmill.trainer.distributed.world import World
 from chatmill.trainer.evaluation.held_out import read_held_out
-from chatmill.trainer.loop.dpo import REFERENCE, PairObjective, ScoreObjective, take_reference
+from chatmill.trainer.loop.dpo import REFERENCE, PairObjective, ScoreObjective, reference_pass, take_reference
 from chatmill.trainer.loop.loop import train
 from chatmill.trainer.model.decoder import Decoder, LossOutput
 
@@ -208,6 +208,31 @@ def test_a_resumed_run_needs_its_base_only_where_its_reference_is_lost(write_dpo
     (tmp_path / "kept").rename(run / "checkpoints" / "step-00000002")
     with pytest.raises(ConfigError, match="base is not the checkpoint that the run started from"):
         train(load_recipe(path))
+
+
+def test_an_adapter_is_compared_with_its_base_and_not_with_itself(write_dpo, tmp_path: Path, monkeypatch: Any) -> None:
+    """The reference is the adapter switched off: as good as a pass over all pairs before the first step, which it replaces."""
+    sections: dict[str, Any] = {"adapter": {"rank": 4, "init": "pissa"}, "train": {"steps": 6, "accumulation": 2}}
+    train(load_recipe(str(write_dpo("off", **sections))))
+    run = tmp_path / "runs" / "off"
+    assert not (run / REFERENCE).exists()
+    assert lines(run, "eval")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    real = PairObjective
+
+    def stored(engine: Any, options: PreferenceSection) -> PairObjective:
+        scores: list[torch.Tensor] = []
+        engine.objective = ScoreObjective(scores)
+        engine.model.eval()
+        recipe = engine.recipe
+        passes = [
+            reference_pass(recipe, TokenDataset.open(recipe.data.path, split), ALONE) for split in ("train", "validation")
+        ]
+        return real(take_reference(engine.forward, scores, passes, ALONE), options)
+
+    monkeypatch.setattr("chatmill.trainer.loop.dpo.AdapterObjective", stored)
+    train(load_recipe(str(write_dpo("stored", **sections))))
+    assert lines(run, "loss") == pytest.approx(lines(tmp_path / "runs" / "stored", "loss"), rel=2e-5)
+    assert lines(run, "loss")[-1] < 0.6
 
 
 @pytest.mark.slow
