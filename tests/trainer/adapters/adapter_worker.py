@@ -51,12 +51,13 @@ def follows(
     world: World, data: str, base: Checkpoint, strategies: tuple[str, ...], tolerance: float = 2e-5, **sections: Any
 ) -> None:
     """Every engine trains as one process does; what it saves is the adapter, and the next engine goes on from it."""
+    parallel = sections.pop("parallel", {})
     single = engine_on(base, recipe(data, base, "single", **sections))
     wanted, weights = train(single), state(single)
     further = train(single, 2, skip=3)
     saved = weights
     for strategy in strategies:
-        engine = engine_on(base, recipe(data, base, strategy, **sections), world)
+        engine = engine_on(base, recipe(data, base, strategy, **sections, parallel={"strategy": strategy, **parallel}), world)
         close(train(engine), wanted, tolerance)
         found = state(engine)
         assert set(found) == set(weights), set(found) ^ set(weights)
