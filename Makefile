@@ -1,4 +1,4 @@
-# make demo | test | check | docs | fuzz | load | bench | gates | gpu | wheels | venv | clean
+# make demo | test | check | docs | first-hour | fuzz | load | bench | gates | gpu | wheels | venv | clean
 # Every target sets up what it needs. PYTHON chooses the interpreter; PIP_ARGS is passed to pip (your own package index, for example).
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test check docs fuzz load bench gates gpu wheels venv venv-dev clean
+.PHONY: demo test check docs first-hour fuzz load bench gates gpu wheels venv venv-dev clean
 
 # End to end: from real chats to a fine-tuned model's replies and a report.
 demo: venv
@@ -27,6 +27,11 @@ check: venv-dev
 docs: venv-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 	@echo "site/index.html"
+
+# A new user's first hour as a script: clone, demo, every command that is printed, two chats of one's own (tests/first_hour.py).
+first-hour: venv-dev
+	rm -rf .first-hour
+	$(BIN)/python -m tests.first_hour .first-hour --venv $(VENV) $(ARGS)
 
 # Hostile clients beside a well-behaved stream, on a tiny model or CHECKPOINT (docs/serving.md has the figures).
 load: venv-dev
@@ -95,4 +100,4 @@ $(VENV)/.deepspeed: $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .gpu-site site
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .gpu-site .first-hour site

@@ -30,51 +30,13 @@ from chatmill.launcher.jobs.job import JobSpec
 from chatmill.launcher.sweep.config import SweepConfig
 from chatmill.trainer.config import RECIPES, Recipe, load_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-WITH_COMMANDS = [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")]  # which tell of what was
-COMMANDS = {
-    *("accelerate", "bash", "cd", "chatmill", "cp", "curl", "echo", "eval", "git", "make", "mkdir", "pip", "pytest", "python"),
-    *("salloc", "sbatch", "source", "torchrun", "docker"),
-}
+from .documented import PAGES, ROOT, WITH_COMMANDS, blocks, inline_commands, shell_lines
+
 PLACEHOLDER = re.compile(r"^[A-Z][A-Z._]*$")  # RECIPE, DIR, RUN, PATH, STEP ...
 
 
 def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
-
-
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """(language, text) of the fenced blocks; those inside a list are indented."""
-    text = page.read_text(encoding="utf-8")
-    found = re.findall(r"^([ ]*)```(\w*)[^\n]*\n(.*?)^\1```", text, flags=re.DOTALL | re.MULTILINE)
-    return [(language, re.sub(rf"(?m)^{indent}", "", body)) for indent, language, body in found]
-
-
-def shell_lines(page: Path) -> list[str]:
-    """Commands of the blocks without a language, or of a shell, one by one, without comments."""
-    lines = []
-    for language, body in blocks(page):
-        if language in ("", "sh", "bash"):
-            joined = re.sub(r"\\\n\s*", " ", body)
-            commands = [
-                line.strip()
-                for line in joined.splitlines()
-                if re.match(rf"(\w+=\S+ )*(\.venv/bin/)?({'|'.join(COMMANDS)})\b", line)
-            ]
-            lines += [part.strip() for line in commands for part in re.split(r"\s*(?:&&|\|(?!\|))\s*", without_comment(line))]
-    return [line for line in lines if line]
-
-
-def without_comment(line: str) -> str:
-    return re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip().removeprefix(".venv/bin/")
-
-
-def inline_commands(page: Path) -> list[str]:
-    """Commands inside `…` that are whole: those with an ellipsis, brackets or a bar are not."""
-    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    found = [" ".join(code.split()) for code in re.findall(r"(?<!`)`(chatmill [^`]+)`(?!`)", text)]
-    return [code for code in found if not re.search(r"[…|\[\]]|\.\.\.", code)]
 
 
 def cases(lines_of: Any) -> list[Any]:
