@@ -1,0 +1,76 @@
+"""The tutorial on own chats works as it is written, with a small model in place of SmolLM2 and two steps of training.
+
+tests/first_hour.py (`make first-hour`) types the same commands, and those of the demo, in full.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from chatmill.data.tokenizer.tokenizer import train_bpe
+from chatmill.launcher.__main__ import main
+from chatmill.launcher.own_chats import new as module
+from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter
+from chatmill.trainer.model.decoder import Decoder
+from chatmill.trainer.model_config import ModelConfig
+
+from ...documented import ROOT, whole_lines
+from ...first_hour import CHINESE
+
+SMALLER = {
+    "train": "train.steps=2 train.precision=fp32 train.cpu_threads=1 data.sequence_length=128 evaluation.max_new_tokens=4",
+    "eval": "--generate 1 --select 1 --max-new-tokens 4",
+    "chat": "--max-new-tokens 8",
+}
+CHATS = {
+    "en": ("docs/tutorials/whatsapp.txt", {}),
+    "zh": ("docs/zh/chats/whatsapp.txt", CHINESE),
+}
+
+
+@pytest.mark.parametrize("language", list(CHATS))
+def test_the_tutorial_goes_from_an_export_to_an_export(
+    language: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, words = CHATS[language]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "visible_gpus", lambda: None)
+    name, archive = words.get("ann", "ann"), Path(words.get("exports/chat.zip", "exports/chat.zip"))
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as made:
+        made.write(ROOT / chat, "WhatsApp Chat.txt")
+    save_small_model(Path("runs/smollm2"), (ROOT / chat).read_text(encoding="utf-8"))
+    said: dict[str, str] = {}
+    for line in whole_lines(ROOT / "docs/tutorials/own-chats.md"):
+        for old, new in words.items():
+            line = re.sub(rf"(?<![a-z]){re.escape(old)}(?![a-z])", new, line)
+        text, _, command = line.rpartition(" | ")
+        monkeypatch.setattr("sys.stdin", io.StringIO(text.removeprefix("echo ") or "Hi!\n"))
+        typed = shlex.split(command)
+        if typed[0] == "chatmill" and typed[1] not in ("import", "serve"):
+            assert main([*typed[1:], *SMALLER.get(typed[1], "").split()]) == 0, command
+            said[typed[1] if typed[1] != "data" else typed[2]] = capsys.readouterr().out
+    printed = [row.partition("chatmill ")[2] for row in said["new"].partition("Next:")[2].splitlines() if "chatmill " in row]
+    assert printed == [f"data build {name}-data.yaml", f"train {name}-train.yaml", f"chat runs/{name}"]
+    assert "whatsapp" in said["new"] and said["chat"].strip()
+    assert Path(f"runs/{name}/report.html").is_file() and Path(f"runs/{name}/evaluation.json").is_file()
+    assert Path(f"out/{name}/config.json").is_file() and Path(f"out/{name}.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def save_small_model(folder: Path, text: str) -> None:
+    """A random one-layer checkpoint with a tokenizer of its own, where the pages have SmolLM2."""
+    tokenizer = train_bpe(iter(text.splitlines()), 400)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "context": 128}
+    model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
+    model.init_weights(1)
+    with CheckpointWriter(folder, model.config) as writer:
+        for parameter, tensor in model.named_parameters():
+            writer.add(parameter, tensor.detach())
+        for file, data in tokenizer.files().items():
+            writer.add_file(file, data)
