@@ -28,10 +28,10 @@ docs: venv-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 	@echo "site/index.html"
 
-# A new user's first hour as a script: clone, demo, every command that is printed, two chats of one's own (tests/first_hour.py).
+# A new user's first hour as a script: clone, demo, every command that is printed, two chats of one's own (tests/documentation/first_hour.py).
 first-hour: venv-dev
 	rm -rf .first-hour
-	$(BIN)/python -m tests.first_hour .first-hour --venv $(VENV) $(ARGS)
+	$(BIN)/python -m tests.documentation.first_hour .first-hour --venv $(VENV) $(ARGS)
 
 # Hostile clients beside a well-behaved stream, on a tiny model or CHECKPOINT (docs/serving.md has the figures).
 load: venv-dev

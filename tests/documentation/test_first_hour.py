@@ -1,6 +1,6 @@
 """The tutorial on own chats works as it is written, with a small model in place of SmolLM2 and two steps of training.
 
-tests/first_hour.py (`make first-hour`) types the same commands, and those of the demo, in full.
+tests/documentation/first_hour.py (`make first-hour`) types the same commands, and those of the demo, in full.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter
 from chatmill.trainer.model.decoder import Decoder
 from chatmill.trainer.model_config import ModelConfig
 
-from ...documented import ROOT, whole_lines
-from ...first_hour import CHINESE
+from .documented import ROOT, whole_lines
+from .first_hour import CHINESE
 
 SMALLER = {
     "train": "train.steps=2 train.precision=fp32 train.cpu_threads=1 data.sequence_length=128 evaluation.max_new_tokens=4",

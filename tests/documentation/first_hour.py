@@ -1,7 +1,7 @@
 """A new user's first hour, typed as the pages say it: clone, demo, every command it prints, then two chats of one's own.
 
     make first-hour                                      # in .first-hour, with .venv
-    python -m tests.first_hour FOLDER [--skip-demo]      # FOLDER must not exist
+    python -m tests.documentation.first_hour FOLDER [--skip-demo]      # FOLDER must not exist
 
 A clone of HEAD is made in FOLDER; the environment that it is given (--venv) is not installed again. Every command comes from a
 page, or was printed by one before it. What is added is only what a script cannot do like a person: chat gets its lines through
