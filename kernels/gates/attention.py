@@ -38,12 +38,9 @@ SPILLS = {
     ("dkdv", 64, 120): 48,
     ("dkdv", 256, 120): 128,
 }
-# the fused backward: addresses, a few of them fetched again in every step; the 64 keys per tile that would spill nothing
-# double what is added to dq in memory
-SPILLS_FUSED = {(128, 128): 128}
 FEW = 32  # saved once, outside the loops
-# scalars and addresses kept from tile to tile, by D, until triton 3.8 and from 3.9 on; clean_loops sees to it that no step pays
-# for them
+# the Hopper tier's forward: scalars and addresses kept from tile to tile, by D, until triton 3.8 and from 3.9 on (which asks ptxas
+# for another allocation of registers, --regAllocOptLevel=2); none in a matrix loop
 SPILLS_HOPPER = {64: 0, 128: 384}
 SPILLS_HOPPER_39 = {64: 212, 128: 396}
 
@@ -96,7 +93,6 @@ def hopper_cases() -> Iterator[BuildCase]:
                 spill_bytes=budgets[D],
                 specialised=True,
                 instructions=("UTMALDG", "WARPGROUP.DEPBAR"),
-                clean_loops=True,
                 # 64 rows x 128 keys on 128 threads
                 overlapped=64,
             )
@@ -123,7 +119,6 @@ def hopper_backward_cases() -> Iterator[BuildCase]:
             types=types,
             num_warps=num_warps,
             num_stages=num_stages,
-            spill_bytes=SPILLS_FUSED.get((D, block_n), 0),
             instructions=("UTMALDG", "UTMAREDG"),
         )
     prepare = {"D": 128, "BLOCK_M": fused.ROWS, "HAS_DLSE": True}
@@ -155,5 +150,6 @@ def portable_case(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         spill_bytes=spill_bytes,
+        loop_spills=spill_bytes // 4,
         tensor_cores=element != "fp32",
     )

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import loop_budget
-from .loop_budget import LoopBudget, loop_budgets, matrix_loops
+from . import loop_budget, matrix_loops
+from .loop_budget import LoopBudget, loop_budgets
 
 # bytes of shared memory that one block may use (CUDA programming guide, table of compute capabilities)
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -39,7 +39,7 @@ OPCODES = (
 class CompileReport:
     """What the compiler made of one case. `sass` counts instructions by mnemonic (those of OPCODES).
 
-    loop_spills: loads and stores of local memory in the innermost loops with wgmma. overlapped: see overlapped_exponentials.
+    loop_spills: loads and stores of local memory in the innermost loops with matrix products. overlapped: see overlapped_exponentials.
     loops: what a step of each matrix loop costs, loop_budget.py.
     """
 
@@ -137,13 +137,13 @@ REPORT_FILE = "chatmill_report.json"
 
 def _hash(key: str) -> str:
     """Of the key and of this code: a report read in another way is another report."""
-    code = [Path(path).read_bytes() for path in (__file__, loop_budget.__file__)]
+    code = [Path(path).read_bytes() for path in (__file__, loop_budget.__file__, matrix_loops.__file__)]
     return hashlib.sha256(b"\0".join([key.encode(), *code])).hexdigest()
 
 
 def loop_spills(sass: str) -> int:
-    """Loads and stores of local memory in the innermost loops with wgmma, which cost time in every step."""
-    return sum(len(re.findall(r"\b(?:LDL|STL)\b", "\n".join(loop))) for loop in matrix_loops(sass))
+    """Loads and stores of local memory in the innermost loops with matrix products, which cost time in every step."""
+    return sum(len(re.findall(r"\b(?:LDL|STL)\b", "\n".join(loop))) for loop in matrix_loops.matrix_loops(sass))
 
 
 def overlapped_exponentials(sass: str) -> int:

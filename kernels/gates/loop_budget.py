@@ -22,8 +22,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from .matrix_loops import INSTRUCTION, matrix_loops
+
 HALF_RATE = ("FMNMX", "FSEL", "FSETP", "ISETP", "F2FP", "SEL", "LOP3", "IADD3", "VIADD", "IMAD", "SHF", "LEA", "PRMT")
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9_.a-z]*)(.*)")
 
 
 @dataclass(frozen=True)
@@ -62,26 +63,9 @@ class LoopBudget:
         return self.tensor_cycles / (self.tensor_cycles + max(n for unit, n in self.units(1).items() if unit != "tensor"))
 
 
-def matrix_loops(sass: str) -> list[list[str]]:
-    """Lines of every innermost loop that holds wgmma."""
-    lines = sass.splitlines()
-    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:", line)}
-    loops, before = [], ""
-    for i, line in enumerate(lines):
-        target = re.search(r"@!?U?P\d+ BRA\b.*`\((\.L_x_\d+)\)", line)
-        start = labels.get(target[1], i) if target else i
-        # not a loop: the slow path of a wait, which is placed after the code and jumps back into it
-        if start < i and "SYNCS.PHASECHK" not in before and any("HGMMA" in x for x in lines[start:i]):
-            loops.append((start, i))
-        if "/*" in line:
-            before = line
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return [lines[start : end + 1] for start, end in inner]
-
-
 def loop_budgets(sass: str) -> tuple[LoopBudget, ...]:
-    """Of every matrix loop, in the binary's order."""
-    return tuple(_budget(loop) for loop in matrix_loops(sass))
+    """Of every matrix loop with wgmma, in the binary's order."""
+    return tuple(_budget(loop) for loop in matrix_loops(sass) if any("HGMMA" in line for line in loop))
 
 
 def _budget(loop: list[str]) -> LoopBudget:

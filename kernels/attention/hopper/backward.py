@@ -14,7 +14,7 @@ which scales and rounds dq. With short documents (one or two key tiles per query
 TMA tiles are whole blocks of rows, whichever document they belong to. So in a step at a document's edge, a window's edge or
 the diagonal P and dS are set to zero outside what is seen, and 0.0 is added to rows of other documents; rows past T are cut off
 by the hardware. (A NaN in another document's q, k or dout within such a block does get through: 0 * NaN.) Steps in which every
-pair is seen skip the mask by a branch: one loop, since two of them spill 408 bytes at D = 128 instead of 124.
+pair is seen skip the mask by a branch: one loop, since two of them need more registers than there are at D = 128.
 
 Steps begin at multiples of 4 rows: TMA coordinates must be multiples of 16 bytes, and lse and delta are fp32.
 Not warp-specialised: with the fifth product in the loop the compiler's partitioning pass fails (3.6.0 and 3.7.1, docs/log.md).
@@ -107,8 +107,10 @@ def attention_backward_hopper_kernel(
     begin = low // ALIGNED_ROWS * ALIGNED_ROWS
     m = begin
     head = kv_head * group
+    # addresses kept over the loop would take the registers that 128 channels need: what is spilled then is read in every step
+    WIDE: tl.constexpr = D > 64
     # heads and steps in one loop, so that the loads of the next head overlap the last step of this one
-    for _ in tl.range(0, (high - begin + BLOCK_M - 1) // BLOCK_M * group):
+    for _ in tl.range(0, (high - begin + BLOCK_M - 1) // BLOCK_M * group, disable_licm=WIDE):
         q = Q.load([m, head * q_head])
         lse2 = LSE2.load([head, m]).reshape([BLOCK_M])
         scores = capped(tl.dot(k, q.T) * scale2, cap2, HAS_CAP)
@@ -134,12 +136,8 @@ def attention_backward_hopper_kernel(
 
 
 def launch_shape(D: int, block_n: int) -> tuple[int, int]:
-    """Warps and pipeline stages of the kernel.
-
-    With 2 stages a step's tiles are asked for at the end of the step before and waited for at once: nothing hides the way to
-    memory. 3 ask one step earlier; at D = 128 with 128 keys they do not fit the registers (31 spilled accesses a step for 7).
-    """
-    return (4 if D == 64 and block_n <= 64 else 8), (2 if D == 128 and block_n == 128 else 3)
+    """Warps and pipeline stages of the kernel. With 2 stages a step's tiles would be asked for one step late."""
+    return (4 if D == 64 and block_n <= 64 else 8), 3
 
 
 @on_its_device
