@@ -39,7 +39,7 @@ SPILLS = {
     ("dkdv", 256, 120): 128,
 }
 FEW = 32  # saved once, outside the loops
-# the Hopper tier's forward: scalars and addresses kept from tile to tile, by D, until triton 3.8 and from 3.9 on (which asks ptxas
+# the Hopper forward: scalars and addresses kept from tile to tile, by D, until triton 3.8 and from 3.9 on (which asks ptxas
 # for another allocation of registers, --regAllocOptLevel=2); none in a matrix loop
 SPILLS_HOPPER = {64: 0, 128: 384}
 SPILLS_HOPPER_39 = {64: 212, 128: 396}

@@ -39,8 +39,8 @@ OPCODES = (
 class CompileReport:
     """What the compiler made of one case. `sass` counts instructions by mnemonic (those of OPCODES).
 
-    loop_spills: loads and stores of local memory in the innermost loops with matrix products. overlapped: see overlapped_exponentials.
-    loops: what a step of each matrix loop costs, loop_budget.py.
+    loop_spills: loads and stores of local memory in the innermost loops with matrix products. overlapped: see
+    overlapped_exponentials. loops: what a step of each matrix loop costs, loop_budget.py.
     """
 
     name: str
