@@ -15,6 +15,7 @@ from pathlib import Path
 from chatmill.config import ConfigError
 
 from ..remote.files import RemotePath, find_remote, is_url
+from ..remote.modelscope import MODELSCOPE, modelscope_files
 from .compressed import zip_files
 from .files import RawFile
 
@@ -33,7 +34,9 @@ def find_files(pattern: str) -> list[RawFile]:
     """Files named by a path, URL, folder (all files in it) or glob, sorted; members of zips, and of zips in them, singly."""
     path = Path(pattern).expanduser()
     paths: list[Path] | list[RemotePath]
-    if is_url(pattern):
+    if pattern.startswith(MODELSCOPE):
+        paths = modelscope_files(pattern)
+    elif is_url(pattern):
         paths = find_remote(pattern)
     elif path.is_dir():
         paths = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
@@ -42,7 +45,7 @@ def find_files(pattern: str) -> list[RawFile]:
     else:
         paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]  # noqa: PTH207 (a pattern)
     if not paths:
-        raise ConfigError(f"source {pattern!r}: no such file, folder or matching glob")
+        raise ConfigError(f"source {pattern!r}: no such file, folder or matching glob{_hub_forms(pattern)}")
     files: list[RawFile] = []
     for p in paths:
         if p.suffix.lower() == ".zip":
@@ -50,6 +53,16 @@ def find_files(pattern: str) -> list[RawFile]:
         else:
             files.append(RawFile(p))
     return _channels(files)
+
+
+def _hub_forms(pattern: str) -> str:
+    """How data sets of a hub are named, where somebody may have meant one."""
+    if not pattern.startswith(("hf://", "modelscope://")) and not re.fullmatch(r"[\w.-]+/[\w.-]+", pattern):
+        return ""
+    return (
+        ". A data set of a hub is hf://datasets/ORG/NAME or modelscope://datasets/ORG/NAME, followed by @REVISION and /FILES "
+        "where wanted; a private one needs HF_TOKEN or MODELSCOPE_API_TOKEN."
+    )
 
 
 def distinct(files: list[RawFile]) -> list[RawFile]:

