@@ -29,8 +29,11 @@ def model_card(checkpoint: Checkpoint) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["chatmill", "conversational"],
     }
-    if source and source.get("license"):
-        head["license"] = source["license"]
+    base = _hub_source(checkpoint)
+    if base.get("license"):
+        head["license"] = base["license"]
+    if base.get("hub"):
+        head["base_model"] = base["imported_from"]
     total = config.parameter_counts()["total"]
     loader = AS_IT_IS if is_replaced(checkpoint) else "AutoTokenizer"
     lines = [
@@ -81,6 +84,18 @@ def _training(checkpoint: Checkpoint) -> Iterator[str]:
     if facts:
         yield "## Training"
         yield from _table(facts)
+
+
+def _hub_source(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What the checkpoint, or the one that its training began with, says of where it was imported from."""
+    file = checkpoint.files().get("recipe.yaml")
+    model = (_mapping(file) if file is not None else {}).get("model")
+    found, first = checkpoint.meta.get("source"), model.get("checkpoint") if isinstance(model, Mapping) else None
+    if not isinstance(found, Mapping) and first:
+        manifest = _mapping(_beside(checkpoint, Path(str(first))) / "manifest.json")
+        meta = manifest.get("meta")
+        found = meta.get("source") if isinstance(meta, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _data(checkpoint: Checkpoint) -> Iterator[str]:

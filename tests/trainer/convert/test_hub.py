@@ -22,6 +22,7 @@ from chatmill.launcher.__main__ import main
 from chatmill.trainer.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from chatmill.trainer.convert.hf import import_hf
 from chatmill.trainer.convert.importing import already_imported, import_any
+from chatmill.trainer.convert.model_card import model_card
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -185,7 +186,9 @@ def test_push(hub: HubStandIn, folder: Path, tmp_path: Path, capsys: pytest.Capt
     hub.requests.clear()
     assert main([*command, "--force"]) == 0
     assert not [path for method, path, _ in hub.requests if method == "PUT"]
-    assert same(import_any("me/demo", tmp_path / "back"), open_checkpoint(tmp_path / "run"))
+    back = import_any("me/demo", tmp_path / "back")
+    assert same(back, open_checkpoint(tmp_path / "run"))
+    assert "base_model: me/demo" in model_card(back) and "base_model" not in model_card(open_checkpoint(tmp_path / "run"))
 
 
 def test_push_errors(
