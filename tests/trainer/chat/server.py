@@ -29,11 +29,11 @@ POST = "POST /v1/{} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/jso
 class Served:
     """A running server and what a test needs to talk to it."""
 
-    def __init__(self, batcher: Batcher, **options: Any) -> None:
-        self.batcher = batcher
+    def __init__(self, *batchers: Batcher, **options: Any) -> None:
+        self.batcher = batchers[0]
         sockets = open_sockets("127.0.0.1", 0)
         self.port: int = sockets[0].getsockname()[1]
-        self.server = make_server(batcher, log_level="error", **options)
+        self.server = make_server(*batchers, log_level="error", **options)
         self._thread = threading.Thread(target=self.server.run, args=(sockets,), daemon=True)
         self._thread.start()
         until = time.monotonic() + 300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import os
 import shutil
@@ -186,6 +187,41 @@ def page(browser: Browser, address: str) -> Browser:
     browser.open(address)
     browser.js("$('max_tokens').value = 30, $('temperature').value = 0, input.focus()")
     return browser
+
+
+def test_two_models_answer_side_by_side_and_each_leads_its_own_conversation(
+    browser: Browser, batcher: Batcher, tmp_path: Path
+) -> None:
+    one = batcher.chat
+    other = Decoder(one.model.config)
+    other.init_weights(5)
+    second = ChatModel(other.eval().requires_grad_(False), one.tokenizer, Path("other"), "after")
+    served = Served(Batcher(dataclasses.replace(one, name="before")), Batcher(second))
+    try:
+        browser.shape(1100, 800)
+        browser.open(f"http://127.0.0.1:{served.port}/")
+        browser.wait("document.title === 'before | after'")
+        browser.js("$('max_tokens').value = 8, $('temperature').value = 0, ask_text('hello')")
+        browser.wait(REPLY_DONE)
+        browser.js("ask_text('hello')")
+        browser.wait(f"turns.length === 4 && {REPLY_DONE}")
+        messages = [{"role": "user", "content": "hello"}]
+        for k, name in enumerate(("before", "after")):
+            led = browser.js(f"turns.filter(t => t.role === 'assistant').map(t => replies_of(t)[{k}].content)")
+            first, again = messages, [*messages, {"role": "assistant", "content": led[0]}, *messages]
+            for asked, reply in zip((first, again), led, strict=True):
+                _, answer = served.chat(model=name, messages=asked, temperature=0, max_tokens=8)
+                assert answer["choices"][0]["message"]["content"] == reply
+        assert browser.js("[...document.querySelectorAll('.who')].map(e => e.textContent)") == ["before", "after"] * 2
+        left, right = browser.js("[...document.querySelectorAll('.reply')].slice(0, 2).map(e => e.getBoundingClientRect().x)")
+        assert right > left + 250
+        browser.picture(tmp_path / "two.png")
+        browser.shape(380, 700)
+        assert browser.js("document.documentElement.scrollWidth") <= 380
+        assert browser.js("new Set([...document.querySelectorAll('.reply')].map(e => e.getBoundingClientRect().x)).size") == 1
+        assert browser.problems == []
+    finally:
+        served.close()
 
 
 REPLY_DONE = "turns.length && !abort && turns.at(-1).role === 'assistant'"

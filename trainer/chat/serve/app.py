@@ -1,11 +1,12 @@
-"""The HTTP side: an OpenAI-compatible API and a chat page over one `Batcher`.
+"""The HTTP side: an OpenAI-compatible API and a chat page over one `Batcher` per model.
 
     GET /   GET /health   GET /metrics   GET /v1/models   GET /v1/models/{id}
     POST /v1/chat/completions   POST /v1/completions
 
 Rules: bodies are limited in size and in the time they may take; JSON only (a foreign web page cannot post it without a
 preflight, which is never granted: CORS is off); without a token only loopback host names are answered, so that a
-rebound domain name reaches nothing; a client that goes away takes its reply with it.
+rebound domain name reaches nothing; a client that goes away takes its reply with it. `model` of a request chooses among several
+models; without it the first answers.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import hmac
+import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,55 +67,74 @@ def create_app(service: Service, *, token: str | None = None, door: Door | None 
     return app
 
 
-class Service:
-    """The endpoints that need the model."""
+class ServedModel:
+    """One of the models with what its requests need."""
 
-    def __init__(self, batcher: Batcher, limits: Limits) -> None:
-        self.batcher, self.limits = batcher, limits
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher, self.chat = batcher, batcher.chat
         batcher.on_idle = give_memory_back
-        self.chat = batcher.chat
+        self.name, self.config = self.chat.name, self.chat.model.config
+        self.plain = PlainText(self.chat.tokenizer)
+        self.most_bytes = most_bytes(self.chat.tokenizer, self.config.context)
+        self.grammars = Grammars(self.chat.tokenizer, self.config.vocab_size)
+
+
+class Service:
+    """The endpoints that need a model. batchers: one per model, with different names."""
+
+    def __init__(self, batchers: Sequence[Batcher], limits: Limits) -> None:
+        self.served = {batcher.chat.name: ServedModel(batcher) for batcher in batchers}
+        assert len(self.served) == len(batchers) > 0
+        self.limits = limits
         self.started = int(time.time())
-        self._plain = PlainText(self.chat.tokenizer)
-        self._most_bytes = most_bytes(self.chat.tokenizer, self.chat.model.config.context)
         self._small, self._large = (asyncio.Semaphore(count) for count in PREPARED_AT_ONCE)
         self._bodies = Bodies(limits)
-        self._grammars = Grammars(self.chat.tokenizer, self.chat.model.config.vocab_size)
 
     async def close(self) -> None:
         """End every reply and refuse every request, with an error that says why."""
         self._bodies.close()
-        await in_thread(self.batcher.close)
+        await asyncio.gather(*(in_thread(model.batcher.close) for model in self.served.values()))
 
     async def health(self) -> Response:
         """Whether the server answers, and how busy it is."""
-        active, waiting = self.batcher.load
-        return JSONResponse({"status": "ok", "model": self.chat.name, "active": active, "waiting": waiting})
+        active, waiting = map(sum, zip(*(model.batcher.load for model in self.served.values()), strict=True))
+        first = next(iter(self.served))
+        return JSONResponse({"status": "ok", "model": first, "active": active, "waiting": waiting})
 
     async def metrics(self) -> Response:
-        """Counters and gauges for Prometheus."""
-        active, waiting = self.batcher.load
-        counts = asdict(self.batcher.counts)
-        lines = [f"# TYPE chatmill_{k}_total counter\nchatmill_{k}_total {v}" for k, v in counts.items()]
-        lines += [f"# TYPE chatmill_{k} gauge\nchatmill_{k} {v}" for k, v in (("active", active), ("waiting", waiting))]
+        """Counters and gauges for Prometheus; of several models each has its own, with its name as a label."""
+        kinds: dict[str, str] = {}
+        values: dict[str, list[str]] = {}
+        for name, model in self.served.items():
+            label = f"{{model={json.dumps(name, ensure_ascii=False)}}}" if len(self.served) > 1 else ""
+            counters = {f"{k}_total": ("counter", v) for k, v in asdict(model.batcher.counts).items()}
+            gauges = {k: ("gauge", v) for k, v in zip(("active", "waiting"), model.batcher.load, strict=True)}
+            for key, (kind, value) in (counters | gauges).items():
+                kinds[key] = kind
+                values.setdefault(key, []).append(f"chatmill_{key}{label} {value}")
+        lines = [line for key, kind in kinds.items() for line in (f"# TYPE chatmill_{key} {kind}", *values[key])]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     async def models(self) -> Response:
-        """The one model that is served."""
-        return JSONResponse({"object": "list", "data": [self._entry()]})
+        """The models that are served."""
+        return JSONResponse({"object": "list", "data": [self._entry(model) for model in self.served.values()]})
 
     async def model(self, name: str) -> Response:
-        """The same entry by its name."""
-        if name != self.chat.name:
-            raise self._not_served(name)
-        return JSONResponse(self._entry())
+        """The entry of one of them by its name."""
+        return JSONResponse(self._entry(self._chosen(name)))
 
-    def _entry(self) -> dict[str, Any]:
-        entry = {"id": self.chat.name, "object": "model", "created": self.started, "owned_by": "chatmill"}
-        return entry | {"context_length": self.chat.model.config.context}
+    def _entry(self, model: ServedModel) -> dict[str, Any]:
+        entry = {"id": model.name, "object": "model", "created": self.started, "owned_by": "chatmill"}
+        return entry | {"context_length": model.config.context}
 
-    def _not_served(self, name: str) -> RequestError:
-        text = f"model {name[:200]!r} is not served here; this is {self.chat.name!r}."
-        return RequestError(404, text, param="model", code="model_not_found")
+    def _chosen(self, name: str | None) -> ServedModel:
+        """The model of that name; without a name the first one. Raises RequestError."""
+        model = next(iter(self.served.values())) if name is None else self.served.get(name)
+        if model is None:
+            names = " or ".join(map(repr, self.served))
+            text = f"model {(name or '')[:200]!r} is not served here; this is {names}."
+            raise RequestError(404, text, param="model", code="model_not_found")
+        return model
 
     async def chat_completions(self, request: Request) -> Response:
         """Reply to a conversation."""
@@ -128,11 +150,11 @@ class Service:
             async with self._bodies.read(request) as body, self._large if len(body) > SMALL else self._small:
                 if await request.is_disconnected():
                     raise ClientDisconnect
-                asked, prompts, grammar = await in_thread(self._prepare, kind, body)
+                model, asked, prompts, grammar = await in_thread(self._prepare, kind, body)
         except ClientDisconnect:
             return Response(status_code=499)
-        completion = Completion(asked, prompts, self.chat, self.limits, deadline, grammar)
-        completion.submit(self.batcher)
+        completion = Completion(asked, prompts, model.chat, self.limits, deadline, grammar)
+        completion.submit(model.batcher)
         if asked.stream:
             headers = {"Cache-Control": "no-store"}
             return StreamingResponse(completion.stream(), media_type="text/event-stream", headers=headers)
@@ -141,47 +163,49 @@ class Service:
 
     def _prepare(
         self, kind: type[ChatRequest | TextRequest], body: bytearray
-    ) -> tuple[ChatRequest | TextRequest, list[list[int]], Grammar | None]:
-        """(request, prompts, grammar) of a body. Raises RequestError; what cannot fit the context is refused untokenised."""
-        room = MAX_REPLIES * self.chat.model.config.context  # ids of the largest request
-        raw = self._in_turn(body, parse_json, body, room)
+    ) -> tuple[ServedModel, ChatRequest | TextRequest, list[list[int]], Grammar | None]:
+        """(model, request, prompts, grammar) of a body. Raises RequestError; what cannot fit is refused untokenised."""
+        most = max(model.config.context for model in self.served.values())
+        raw = self._in_turn(body, parse_json, body, MAX_REPLIES * most)  # ids of the largest request
         asked = self._in_turn(body, parse, kind, raw)
-        if asked.model is not None and asked.model != self.chat.name:
-            raise self._not_served(asked.model)
-        grammar = self._grammar(asked)
-        config = self.chat.model.config
+        model = self._chosen(asked.model)
+        grammar = grammar_of(asked, model)
+        config = model.config
         where = "messages" if kind is ChatRequest else "prompt"
-        if (size := asked.prompt_bytes) > self._most_bytes:
+        if (size := asked.prompt_bytes) > model.most_bytes:
             text = f"{where}: {size:,} bytes. The model's context is {config.context} tokens, which no text of more than "
-            text += f"{self._most_bytes:,} bytes fits. Shorten it."
+            text += f"{model.most_bytes:,} bytes fits. Shorten it."
             raise RequestError(400, text, param=where, code="context_length_exceeded")
-        prompts = asked.prompts(self.chat.tokenizer, self._plain)
+        prompts = asked.prompts(model.chat.tokenizer, model.plain)
         for ids in prompts:
             try:
                 check_prompt(ids, config.context, config.vocab_size)
             except ConfigError as error:
                 code = "context_length_exceeded" if len(ids) >= config.context else None
                 raise RequestError(400, str(error), param=where, code=code) from None
-        return asked, prompts, grammar
+        return model, asked, prompts, grammar
 
     def _in_turn(self, body: bytearray, function: Callable[..., T], *arguments: Any) -> T:
         """The result of a call that keeps Python's lock for long where the body is large: then between two steps."""
         if len(body) <= SMALL:
             return function(*arguments)
-        with self.batcher.gate.piece(len(body)):
+        with ExitStack() as stack:
+            for model in self.served.values():  # in the same order everywhere: none waits for another in a circle
+                stack.enter_context(model.batcher.gate.piece(len(body)))
             return function(*arguments)
 
-    def _grammar(self, asked: ChatRequest | TextRequest) -> Grammar | None:
-        """The grammar of the replies. Raises RequestError for one that cannot be, and for what this model cannot do."""
-        schema = asked.wanted_schema
-        try:
-            asked.sampling({}).check_against(self.chat.model.config.vocab_size, with_grammar=schema is not None)
-        except ValueError as error:
-            raise RequestError(400, str(error), param=named_first(str(error))) from None
-        try:
-            return None if schema is None else self._grammars.json(schema)
-        except ConfigError as error:
-            raise RequestError(400, f"response_format: {error}", param="response_format") from None
+
+def grammar_of(asked: ChatRequest | TextRequest, model: ServedModel) -> Grammar | None:
+    """The grammar of the replies. Raises RequestError for one that cannot be, and for what this model cannot do."""
+    schema = asked.wanted_schema
+    try:
+        asked.sampling({}).check_against(model.config.vocab_size, with_grammar=schema is not None)
+    except ValueError as error:
+        raise RequestError(400, str(error), param=named_first(str(error))) from None
+    try:
+        return None if schema is None else model.grammars.json(schema)
+    except ConfigError as error:
+        raise RequestError(400, f"response_format: {error}", param="response_format") from None
 
 
 async def in_thread(function: Callable[..., T], *arguments: Any) -> T:

@@ -1,7 +1,7 @@
 """Sockets that are open before a model loads, and a server that tells every client when it ends.
 
 sockets = open_sockets("127.0.0.1", 8000)        ConfigError where the port is taken
-server = make_server(Batcher(chat), token=None)
+server = make_server(Batcher(chat), token=None)   one batcher per model
 server.run(sockets=sockets)                      until SIGTERM or Ctrl-C, then at most EXIT_S more
 """
 
@@ -131,13 +131,13 @@ class ChatServer(uvicorn.Server):
 
 
 def make_server(
-    batcher: Batcher, *, token: str | None = None, limits: Limits | None = None, log_level: str = "warning"
+    *batchers: Batcher, token: str | None = None, limits: Limits | None = None, log_level: str = "warning"
 ) -> ChatServer:
-    """The server for one model. It closes the batcher when it ends."""
+    """The server for one model or several. It closes the batchers when it ends."""
     assert CLOSE_S + JOIN_S < EXIT_S
     limits = limits or Limits()
     limits = replace(limits, max_connections=most_connections(limits.max_connections))
-    door, service = Door(limits), Service(batcher, limits)
+    door, service = Door(limits), Service(batchers, limits)
     config = uvicorn.Config(
         create_app(service, token=token, door=door),
         http=Connection.bound_to(door),

@@ -1,4 +1,8 @@
-"""Start the server: `chatmill serve CHECKPOINT [--host --port --token]`.
+"""Start the server: `chatmill serve CHECKPOINT... [--host --port --token --open]`.
+
+Several checkpoints are several models, whose replies the page shows side by side:
+
+    chatmill serve before=runs/smollm2 after=runs/demo      # `model` of a request is "before" or "after"
 
 On loopback (the default) no token is needed. On any other address one is required: --token, or CHATMILL_TOKEN in the
 environment, which the process list does not show.
@@ -9,15 +13,21 @@ from __future__ import annotations
 import gc
 import ipaddress
 import os
+import re
 import sys
+import threading
+import webbrowser
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from chatmill.config import ConfigError
 
+NAMED = re.compile(r"([\w.-]{1,64})=(.+)")
+
 
 def serve(
-    checkpoint: str | Path,
-    *,
+    *checkpoints: str | Path,
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
@@ -25,12 +35,14 @@ def serve(
     max_waiting: int = 64,
     max_connections: int = 512,
     timeout_s: float = 300.0,
+    open_page: bool = False,
 ) -> int:
-    """Serve until interrupted; returns the exit code.
+    """Serve until interrupted; returns the exit code. checkpoints: folders, or NAME=FOLDER. open_page: in the browser.
 
     A public address without a token and a port that is taken are refused before anything loads. From then on the port is held:
     clients that come while the model loads are answered when it is there.
     """
+    named = names_of(checkpoints)
     token = token or os.environ.get("CHATMILL_TOKEN") or None
     check_address(host, token)
     if not 0 <= port < 65536 or min(max_active, max_waiting, max_connections) < 1 or not timeout_s > 0:
@@ -50,9 +62,17 @@ def serve(
         from ..chat_model import load_chat_model
         from .batcher import Batcher
 
-        print(f"loading {checkpoint} ...", file=sys.stderr, flush=True)
-        batcher = Batcher(load_chat_model(checkpoint), max_active=max_active, max_waiting=max_waiting)
-        server = make_server(batcher, token=token, limits=Limits(max_connections=max_connections, timeout_s=timeout_s))
+        chats = []
+        for name, checkpoint in named:
+            print(f"loading {checkpoint} ...", file=sys.stderr, flush=True)
+            chat = load_chat_model(checkpoint)
+            chats.append(chat if name is None else replace(chat, name=name))
+        if twice := sorted({chat.name for chat in chats if sum(chat.name == other.name for other in chats) > 1}):
+            raise ConfigError(
+                f"serve: two of the checkpoints would be called {twice[0]!r}. Name them: chatmill serve one=FOLDER two=FOLDER."
+            )
+        batchers = [Batcher(chat, max_active=max_active, max_waiting=max_waiting) for chat in chats]
+        server = make_server(*batchers, token=token, limits=Limits(max_connections=max_connections, timeout_s=timeout_s))
     except BaseException:
         for opened in sockets:
             opened.close()
@@ -61,12 +81,31 @@ def serve(
         print(f"at most {most} connections, not {max_connections}: ulimit -n allows no more.", file=sys.stderr, flush=True)
     gc.collect()
     gc.freeze()  # what the model needs is never looked through again, which would hold up every reply
-    name = batcher.chat.name
+    names, models = " and ".join(c.name for c in chats), " or ".join(repr(c.name) for c in chats)
     place = f"http://{f'[{host}]' if ':' in host else host}:{sockets[0].getsockname()[1]}"
-    print(f"{name}: {place}/  (API: {place}/v1, model {name!r}; Ctrl-C ends)", file=sys.stderr, flush=True)
+    print(f"{names}: {place}/  (API: {place}/v1, model {models}; Ctrl-C ends)", file=sys.stderr, flush=True)
+    if open_page:  # the sockets are open: a browser that is quicker than the server waits
+        threading.Thread(target=webbrowser.open, args=(f"{place}/",), daemon=True).start()
     server.run(sockets=sockets)
-    batcher.close()
+    for batcher in batchers:
+        batcher.close()
     return 0 if server.started else 2
+
+
+def names_of(checkpoints: Sequence[str | Path]) -> list[tuple[str | None, Path]]:
+    """(name or None, folder) of each; a folder whose name has a = in it is taken as it is."""
+    found: list[tuple[str | None, Path]] = []
+    for checkpoint in map(str, checkpoints):
+        match = None if Path(checkpoint).exists() else NAMED.fullmatch(checkpoint)
+        found.append((match[1], Path(match[2])) if match else (None, Path(checkpoint)))
+    return found
+
+
+def can_open_pages(environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> bool:
+    """Whether somebody sits at a screen of this machine who can be shown a page: not in CI, over ssh or without a display."""
+    if environment.get("CI") or environment.get("SSH_CONNECTION") or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    return platform in ("darwin", "win32") or bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
 
 
 def check_address(host: str, token: str | None) -> None:
