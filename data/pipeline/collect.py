@@ -100,7 +100,8 @@ class _Collection:
             remove_work(folder)  # of an attempt that was killed after it had published
             self.sources.seen.save(folder)
             files = {"formats": {}, "left_out": self.sources.left_out}
-            kept = {key: self.base.report[key] for key in ("splits", "certificate", "texts")}
+            known = self.base.report
+            kept = {key: known[key] for key in ("splits", "certificate", "repeats", "texts") if key in known}
             return {"name": recipe.name, "files": files, "stages": [], "built": False, "out": str(folder), **kept, **more}
         state = hashlib.sha256(f"{self.sources.digest}{sha256_file(folder / MANIFEST)}".encode()).hexdigest()
         work = work_for(folder, recipe, [self.files[k] for k in self.new], self.sources.read, state)

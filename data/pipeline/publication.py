@@ -29,6 +29,7 @@ from ..ledger import Ledger
 from ..report.page import html_report
 from ..report.text_counts import TextCounts
 from ..samples.dedup import REFUSED
+from ..samples.repeats import repeats
 from ..samples.split import Facts, certificate
 from ..samples.table import SampleTable
 from ..shards.dataset import TokenDataset
@@ -68,7 +69,7 @@ class Made:
 def publish(
     made: Made, work: WorkFolder, chunks: list[str], out: Path, base: Existing | None, progress: Progress
 ) -> dict[str, Any]:
-    """Write, certify and publish. Returns {"splits", "certificate", "texts", "written", and for a base "added"}."""
+    """Write, certify and publish. Returns {"splits", "certificate", "repeats", "texts", "written", and for a base "added"}."""
     recipe, table, started = work.recipe, made.table, time.perf_counter()
     final = work.folder / "final"
     if final.exists():
@@ -106,7 +107,6 @@ def publish(
         part.pop("dropped", None)
     added = {"files": [record["file"] for record in made.sources.read], **written}
     report = _report(recipe.name, made, base, public, proof, written, added)
-    write_durably(final / "report.json", (json.dumps(report, ensure_ascii=False, indent=1) + "\n").encode())
     save_arrays(final / SAMPLES, **table.arrays())
     manifest: dict[str, Any] = {
         "format": FORMAT_VERSION,
@@ -129,6 +129,9 @@ def publish(
     if recipe.pair.mode == "preference":
         manifest["preference"] = True
     datasets = {split: TokenDataset.from_manifest(final, manifest, split) for split in SPLITS}
+    if recipe.pair.mode != "preference":  # a pair's tokens with loss are not one reply
+        manifest["repeats"] = report["repeats"] = repeats(datasets["train"], datasets["validation"])
+    write_durably(final / "report.json", (json.dumps(report, ensure_ascii=False, indent=1) + "\n").encode())
     write_durably(final / "report.html", html_report(report, datasets, made.tokenizer).encode())
     for dataset in datasets.values():
         dataset.close()
@@ -140,7 +143,8 @@ def publish(
     write_durably(final / MANIFEST, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
     publish_folder(final, out)
     more = {"added": added} if base is not None else {}
-    return {"splits": public, "certificate": proof, "texts": report["texts"], "written": sum(map(len, places)), **more}
+    shown = {key: report[key] for key in ("splits", "certificate", "repeats", "texts") if key in report}
+    return {**shown, "written": sum(map(len, places)), **more}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rich.table import Table
 from chatmill.formatting import counted
 
 from ..ledger import ranked, shorten
+from ..samples.repeats import in_words as repeats_in_words
 from ..samples.split import in_words
 from .bins import binned_turns
 from .text_counts import TextCounts
@@ -39,6 +40,8 @@ def print_funnel(report: dict[str, Any], console: Console | None = None) -> None
         console.print(
             f"split certificate: {'valid' if proof['valid'] else 'LEAKS'} (shared by train and validation: {in_words(proof)})"
         )
+    if told := repeats_in_words(report.get("repeats")):
+        console.print(f"validation {told}", style="yellow")
 
 
 def print_collected(report: dict[str, Any], console: Console | None = None) -> None:

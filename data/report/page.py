@@ -18,6 +18,7 @@ import numpy as np
 from chatmill.formatting import number
 
 from ..ledger import ranked
+from ..samples.repeats import in_words as repeats_in_words
 from ..samples.split import in_words
 from ..shards.dataset import TokenDataset
 from ..tokenizer.tokenizer import ChatTokenizer
@@ -36,7 +37,7 @@ def html_report(report: Mapping[str, Any], datasets: Mapping[str, TokenDataset],
     title = f"Data set {escape(str(report['name']))}"
     texts = TextCounts.total(report.get("texts", {}).values())
     parts = [
-        f"<header><h1>{title}</h1>{_certificate(report.get('certificate'))}</header>",
+        f"<header><h1>{title}</h1>{_certificate(report.get('certificate'))}{_repeats(report)}</header>",
         _cards(report, datasets),
         "<section><h2>From raw to ready</h2>",
         _funnel_chart(report["stages"]),
@@ -82,6 +83,11 @@ def _certificate(proof: Mapping[str, Any] | None) -> str:
         f'<p><span class="badge {kind}">Split certificate: <strong>{word}</strong></span> '
         f"Train and validation share {escape(in_words(proof))}.</p>"
     )
+
+
+def _repeats(report: Mapping[str, Any]) -> str:
+    told = repeats_in_words(report.get("repeats"))
+    return "" if told is None else f'<p><span class="badge bad">Validation</span> {escape(told)}.</p>'
 
 
 def _cards(report: Mapping[str, Any], datasets: Mapping[str, TokenDataset]) -> str:

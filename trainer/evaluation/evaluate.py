@@ -26,6 +26,8 @@ import torch.distributed as dist
 from chatmill.config import ConfigError
 from chatmill.files import disk_problem, replace_texts
 
+from ...data.samples.repeats import in_words
+from ...data.shards.manifest import read_manifest
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..adapters.merging import open_model
 from ..checkpoint.checkpoint import Checkpoint
@@ -108,6 +110,7 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
         )
     limit = min(options.sequence_length or LONGEST, checkpoint.config.context)
     dialogues = read_held_out(folders, tokenizer, split=options.split, limit=limit, max_dialogues=options.max_dialogues)
+    repeated = {} if options.split == "train" else repeats_of(folders, say)
     checkpoint.check_model()
     model = Decoder(checkpoint.config)
     checkpoint.load_into(model)
@@ -155,8 +158,19 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
     cut = {"dialogues_cut": sum(d.cut > 0 for d in dialogues), "tokens_left_out": sum(d.cut for d in dialogues)}
     facts = {"parameters": checkpoint.config.parameter_counts()["total"], "device": world.device.type}
     per_data = {} if len(folders) == 1 else {"per_data": by_folder(dialogues, records["tokens"])}
-    summary = head | plain | figures | per_data | cut | facts | {"signatures": signatures, "settings": chosen}
+    summary = head | plain | figures | per_data | cut | facts | repeated | {"signatures": signatures, "settings": chosen}
     return Evaluation(summary, records, texts)
+
+
+def repeats_of(folders: Sequence[str], say: Say) -> dict[str, Any]:
+    """`repeats` by folder, of validation splits that repeat training texts, which is said; {} where none does."""
+    found: dict[str, Any] = {}
+    for folder in folders:
+        counts = read_manifest(Path(folder)).get("repeats")
+        if told := in_words(counts):
+            say(f"{folder}: the validation split {told}\n")
+            found[str(folder)] = counts
+    return {"repeats": found} if found else {}
 
 
 def by_folder(dialogues: Sequence[HeldOut], records: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

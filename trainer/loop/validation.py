@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ...data.samples.repeats import in_words as repeats_in_words
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..engine.engine import Engine
 from ..evaluation.loss import evaluate, in_words, pooled, validation_batches
@@ -32,6 +33,10 @@ class Validation:
         self.context, self.engine = context, engine
         self.recipe, self.world, self.display = context.recipe, context.world, context.display
         attention, precision = self.recipe.kernels.attention, self.recipe.train.precision
+        self._repeats = {
+            name: told for name, split in context.splits.items() if (told := repeats_in_words(split.manifest.get("repeats")))
+        }
+        self._told = False
         self._annotate = tile_map_maker(context.config, attention, precision, self.world.device)
 
     def run(self, state: TrainState) -> bool:
@@ -43,9 +48,14 @@ class Validation:
             return False
         result = pooled(list(results.values()))
         if self.world.is_main:
-            each = {"eval_by_data": results} if len(results) > 1 else {}
+            each: dict[str, object] = {"eval_by_data": results} if len(results) > 1 else {}
+            each |= {"repeats_training": sorted(self._repeats)} if self._repeats else {}
             self.context.folder.metric(step=state.step, eval=result, **each, seconds=round(time.monotonic() - began, 3))
-        self.display.say(f"validation at step {state.step}: {in_words(result)}")
+        repeated = " (repeats training texts)" if self._repeats else ""
+        self.display.say(f"validation at step {state.step}{repeated}: {in_words(result)}")
+        for name, told in self._repeats.items() if not self._told else ():
+            self.display.say(f"  note: the validation of {name} {told}")
+        self._told = True
         if self.recipe.evaluation.ema:
             self._measure_average(state.step)
         self._answer_prompts(state.step)
