@@ -9,7 +9,9 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 
 .PHONY: demo test check docs first-hour fuzz load bench gates gpu wheels venv venv-dev clean
 
-# End to end: from real chats to a fine-tuned model's replies and a report.
+# End to end: a model gets a name, then learns from real chats. NAME is its name (make demo NAME=小米); it counts only on the command
+# line of make, because some systems set a variable NAME of their own. ARGS="--no-open --only persona" and the like.
+demo: export CHATMILL_DEMO_NAME = $(if $(filter command,$(origin NAME)),$(NAME))
 demo: venv
 	$(BIN)/python -m chatmill.launcher.demo $(ARGS)
 

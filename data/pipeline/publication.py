@@ -143,7 +143,7 @@ def publish(
     write_durably(final / MANIFEST, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
     publish_folder(final, out)
     more = {"added": added} if base is not None else {}
-    shown = {key: report[key] for key in ("splits", "certificate", "repeats", "texts") if key in report}
+    shown: dict[str, Any] = {key: report[key] for key in ("splits", "certificate", "repeats", "texts") if key in report}
     return {**shown, "written": sum(map(len, places)), **more}
 
 

@@ -43,8 +43,8 @@ def in_words(found: Mapping[str, Any] | None) -> str | None:
         return None
     share = found["repeated_tokens"] / found["loss_tokens"]
     return (
-        f"repeats training texts: {found['repeated']:,} of {found['replies']:,} replies ({share:.0%} of the tokens with loss) are "
-        "trained on word for word, so its loss shows what the model remembers, not how it does on new texts"
+        f"repeats training texts: {found['repeated']:,} of {found['replies']:,} replies ({share:.0%} of the tokens with loss) "
+        "are trained on word for word, so its loss shows what the model remembers, not how it does on new texts"
     )
 
 
