@@ -16,6 +16,7 @@ from ..ledger import Ledger
 from ..raw.files import RawFile
 from ..raw.json_lines import Place
 from .messages import ChatMessage
+from .unread import Unread
 
 Record = dict[str, Any]
 # What reading a value of an unexpected type or size raises: null for a number, a text for a list, 1e999 for a time.
@@ -47,6 +48,7 @@ def read_records(
     records: Iterable[tuple[Place, Record]], reader: Reader, file: RawFile, source: str, ledger: Ledger
 ) -> Iterator[Conversation]:
     """One conversation per record."""
+    unread = Unread(ledger)
     for number, record in records:
         origin = f"{file.label}:{number}"
         noted = Ledger()  # what a record changed counts only if the record stays
@@ -58,6 +60,8 @@ def read_records(
             continue
         ledger.add(noted)
         ledger.keep()
+        if not unread.is_known(record):
+            unread.note(record, [turn.content for turn in turns], origin, (meta, [turn.reasoning for turn in turns]))
         yield Conversation(make_uid(source, origin), tuple(turns), source, origin, meta)
 
 
@@ -65,6 +69,7 @@ def read_messages(
     entries: Iterable[Any], reader: Callable[[Record], ChatMessage | str], file: RawFile, ledger: Ledger
 ) -> Iterator[ChatMessage]:
     """What `reader` makes of every entry of a chat. A text says why one is left out, and so does whatever is wrong with it."""
+    unread = Unread(ledger)
     for number, entry in enumerate(entries, 1):
         detail = ""
         try:
@@ -78,6 +83,8 @@ def read_messages(
             key = entry.get("id", number) if isinstance(entry, dict) else number
             ledger.change(found, f"{file.label}:{key}: {detail}")
         else:
+            if not unread.is_known(entry):
+                unread.note(entry, (found.text,), f"{file.label}:{number}")
             yield found
 
 

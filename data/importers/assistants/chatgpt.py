@@ -21,6 +21,7 @@ from ...recipe import SourceSection
 from ..datasets.openai_messages import other_parts
 from ..messengers.dated import seconds_of
 from ..records import BadRecordError, Record, read_records
+from ..unread import Unread
 from .branches import shown_branch
 
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -85,6 +86,7 @@ def _turn(message: dict[str, Any], origin: str, ledger: Ledger) -> Turn | None:
         if not pictures:
             ledger.change("empty message left out", f"{origin}: {kind} of {role}")
         return None
+    Unread(ledger).note(message, texts or [text], origin)
     if role == "assistant":
         plain = without_citations(text)
         if plain != text:

@@ -18,6 +18,7 @@ from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
 from ..messengers.dated import seconds_of
 from ..records import BadRecordError, Record, entry_of, read_records, text_of
+from ..unread import Unread
 from .branches import shown_branch
 
 _REPLIES = ("RESPONSE", "TEMPLATE_RESPONSE")
@@ -68,6 +69,7 @@ def _turns(message: Record, origin: str, ledger: Ledger) -> list[Turn]:
             ledger.change("call or answer of a tool left out", f"{origin}: {kind}")
     if message.get("files"):
         ledger.change("picture, sound or file left out of a message", origin, len(message["files"]))
+    Unread(ledger).note(message, [*asked, *replied, *thoughts], origin)
     time = seconds_of(message.get("inserted_at"))
     turns = [Turn("user", "\n\n".join(asked), time=time)] if asked else []
     if replied:

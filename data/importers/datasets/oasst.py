@@ -17,6 +17,7 @@ from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
 from ..records import MALFORMED, BadRecordError, entry_of, text_of, why_bad
+from ..unread import Unread
 
 
 def recognise(head: bytes, name: str) -> bool:
@@ -36,14 +37,15 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
 def trees(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any]]]:
     """(tree id, root message with nested replies). Flat files list a tree's messages together: one tree is in memory."""
     tree: list[dict[str, Any]] = []
+    unread = Unread(ledger)
     for number, record in json_lines(file, options.encoding, ledger):
         where = f"{file.label}:{number}"
         if "prompt" in record:
-            root = _node(record["prompt"], where, ledger)
+            root = _node(record["prompt"], where, ledger, unread)
             if root is not None:
                 yield str(record.get("message_tree_id")), root
             continue
-        node = _node({**record, "replies": []}, where, ledger)
+        node = _node({**record, "replies": []}, where, ledger, unread)
         if node is None:
             continue
         if tree and tree[0]["message_tree_id"] != node["message_tree_id"]:
@@ -54,7 +56,7 @@ def trees(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[tup
         yield from _roots(tree, file, ledger)
 
 
-def _node(value: Any, where: str, ledger: Ledger) -> dict[str, Any] | None:
+def _node(value: Any, where: str, ledger: Ledger, unread: Unread) -> dict[str, Any] | None:
     """A message and its replies with all fields as they must be; what is not so is left out and counted, with its replies."""
     try:
         node = entry_of(value)
@@ -70,7 +72,9 @@ def _node(value: Any, where: str, ledger: Ledger) -> dict[str, Any] | None:
             raise BadRecordError("unknown role", fields["role"])
         if fields["parent_id"] is not None:
             text_of(fields["parent_id"], "parent_id")
-        return fields | {"replies": [reply for item in replies if (reply := _node(item, where, ledger)) is not None]}
+        unread.note({**node, "replies": None}, (text_of(node["text"]),), where)
+        found = [reply for item in replies if (reply := _node(item, where, ledger, unread)) is not None]
+        return fields | {"replies": found}
     except MALFORMED as error:
         reason, detail = why_bad(error)
         ledger.change(f"{reason}: message left out", f"{where}: {detail}", _count(value))

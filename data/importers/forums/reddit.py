@@ -20,6 +20,7 @@ from ...recipe import SourceSection
 from ..messages import ChatMessage, to_conversation
 from ..messengers.dated import seconds_of
 from ..records import MALFORMED, text_of
+from ..unread import Unread
 
 MAX_DEPTH = 12
 _GONE = ("[deleted]", "[removed]", "")
@@ -36,6 +37,7 @@ def recognise(head: bytes, name: str) -> bool:
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """The best path of every thread; a thread whose post is not in the file begins at its top comments."""
     with Spill("CREATE TABLE posts (key, entry)", "CREATE TABLE comments (key, parent, score, time, entry)") as db:
+        unread = Unread(ledger)
         for number, record in json_lines(file, options.encoding, ledger):
             try:
                 entry = _entry(record)
@@ -50,6 +52,8 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
             if entry is None or reason is not None:
                 ledger.change(f"{reason} left out", f"{file.label}:{number}")
                 continue
+            if not unread.is_known(record):
+                unread.note(record, (entry["text"],), f"{file.label}:{number}")
             stored = packed(*(entry[name] for name in ("key", "author", "text", "score", "time")))
             if entry["parent"] is None:
                 db.execute("INSERT INTO posts VALUES (?, ?)", (key(entry["key"]), stored))

@@ -19,6 +19,7 @@ from ...raw.files import RawFile
 from ...raw.limits import RECORD_CHARS, TOO_LONG
 from ...raw.spill import Spill, packed, unpacked
 from ...recipe import SourceSection
+from ..unread import Unread
 
 PIECE_BYTES = 1 << 20
 _DEPTH = 100
@@ -31,6 +32,7 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """One two-turn dialogue per answered question, in the order of the answers."""
+    unread = Unread(ledger)
     with Spill(*_TABLES) as db:
         for row in _rows(file):
             if row.get("PostTypeId") == "1" and row.get("AcceptedAnswerId"):
@@ -59,7 +61,11 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
                     continue
                 db.execute("DELETE FROM waiting WHERE question = ?", (row.get("ParentId", ""),))
                 ledger.keep()
-                yield _dialogue(unpacked(asked[0])[0], row, file, source)
+                question = unpacked(asked[0])[0]
+                found = _dialogue(question, row, file, source)
+                for turn, read_row in zip(found.turns, (question, row), strict=True):
+                    unread.note(read_row, (turn.content,), found.origin)
+                yield found
         for (number,) in db.execute("SELECT question FROM waiting ORDER BY rowid"):
             ledger.drop("answer stands before its question", f"{file.label}:{number}")
 

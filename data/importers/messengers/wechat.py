@@ -24,6 +24,7 @@ from ..messages import ChatMessage
 from ..plain.rows import csv_rows, header_of
 from ..rebuild import chats, conversations
 from ..records import MALFORMED, entry_of, why_bad
+from ..unread import Unread
 from .dated import block_headers, blocks, moment, names_repeat, seconds_of
 
 OWNER = "我"
@@ -64,6 +65,7 @@ def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[
     else:
         yield from _texts(file, options, ledger)
         return
+    unread = Unread(ledger)
     for number, entry in entries:
         where = f"{file.label}:{number}"
         try:
@@ -75,6 +77,8 @@ def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[
         if reason := _why_not_said(kind, message.text):
             ledger.change(f"{reason} left out", f"{where}: {kind} {message.text}")
         else:
+            if not unread.is_known(entry):
+                unread.note(entry, (message.text, message.sender, chat), where)
             yield chat, message
 
 

@@ -28,6 +28,7 @@ from ..messages import ChatMessage, to_conversation
 from ..messengers.dated import seconds_of
 from ..rebuild import GAP_MINUTES, by_chat, rebuild
 from ..records import BadRecordError, Record, entry_of, read_records, text_of
+from ..unread import Unread
 from .rows import csv_rows
 
 _USUAL = {
@@ -168,6 +169,7 @@ def _grouped(
     speaker = columns["role"] if "role" in columns else columns["sender"]
 
     def messages() -> Iterator[tuple[str, ChatMessage]]:
+        unread = Unread(ledger)
         for number, row in rows:
             try:
                 sender, text = _cell(row, speaker), _cell(row, columns["content"])
@@ -176,6 +178,8 @@ def _grouped(
                 ledger.change(f"{error.reason} left out", f"{file.label}:{number}: {error.detail}")
                 continue
             time = seconds_of(value_at(row, columns["time"])) if "time" in columns else None
+            if not unread.is_known(row):
+                unread.note(row, (sender, text, chat), f"{file.label}:{number}")
             yield chat, ChatMessage(sender, text, time, str(number))
 
     merge_s = None if options.merge_minutes is None else options.merge_minutes * 60
