@@ -58,6 +58,11 @@ class Group:
         return torch.arange(self.length, device=self.rows.device)[None] < self.lengths[:, None]
 
 
+def _covers(bounds: tuple[int, ...], T: int) -> bool:
+    """Whether every row of T is in a document."""
+    return T == 0 or (len(bounds) > 1 and bounds[0] == 0 and bounds[-1] == T)
+
+
 @lru_cache(maxsize=64)
 def document_groups(bounds: tuple[int, ...], device: torch.device) -> tuple[Group, ...]:
     """Partition of the documents `bounds[i]:bounds[i+1]` into groups of similar length; empty documents vanish."""
@@ -143,7 +148,10 @@ def attention_forward_torch(q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, 
     """q (T, Hq, D), k (T, Hk, D), v (T, Hk, Dv) to out (T, Hq, Dv) and lse (Hq, T); rows in no document get 0 and -inf."""
     T, Hq, _ = q.shape
     Hk, dtype = k.shape[1], wide_dtype(q.dtype)
-    out, lse = q.new_zeros(T, Hq, v.shape[2]), torch.full((T, Hq), float("-inf"), dtype=dtype, device=q.device)
+    out, lse = q.new_empty(T, Hq, v.shape[2]), q.new_empty(T, Hq, dtype=dtype)
+    if not _covers(bounds, T):
+        out.zero_()
+        lse.fill_(float("-inf"))
     for group in document_groups(bounds, q.device):
         if _is_plain(q, v, group, rules):
             og, lg = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -184,10 +192,9 @@ def attention_backward_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; shapes as in the forward, dlse (Hq, T) or None."""
     Hk, dtype = k.shape[1], wide_dtype(q.dtype)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    delta = (dout.to(dtype) * out.to(dtype)).sum(-1)  # (T, Hq)
-    if dlse is not None:
-        delta = delta - dlse.t().to(dtype)
+    make = torch.empty_like if _covers(bounds, q.shape[0]) else torch.zeros_like
+    dq, dk, dv = make(q), make(k), make(v)
+    delta: Tensor | None = None  # (T, Hq); the fused kernel makes its own
     for group in document_groups(bounds, q.device):
         if dlse is None and _is_plain(q, v, group, rules):
             dog, qg, kg, vg, og = (group.take(x).transpose(1, 2) for x in (dout, q, k, v, out))
@@ -200,6 +207,10 @@ def attention_backward_torch(
             for into, grad in zip((dq, dk, dv), grads, strict=True):
                 group.put(into, grad.transpose(1, 2))
             continue
+        if delta is None:
+            delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
+            if dlse is not None:
+                delta = delta - dlse.t().to(dtype)
         qg, kg, vg, dog, lg, deltag = (
             _heads_first(group.take(x), Hk, dtype) for x in (q, k, v, dout, lse.t().unsqueeze(-1), delta.unsqueeze(-1))
         )

@@ -39,7 +39,10 @@ def run_torch(
     hits = x.new_empty(n_rows, dtype=torch.bool)
     projection = weight.to(x.dtype)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
-    d_weight = torch.zeros(weight.shape, dtype=sums, device=x.device) if need_weight else weight.new_empty(0)
+    # the first chunk of what needs no rounding is written, not added
+    begun = not (n_rows and x.dtype is sums)
+    make = torch.zeros if begun else torch.empty
+    d_weight = make(weight.shape, dtype=sums, device=x.device) if need_weight else weight.new_empty(0)
     size = max(1, min(n_rows, CHUNK_BYTES // (vocabulary * losses.element_size())))
     buffer = x.new_empty(size, vocabulary, dtype=sums)
     for start in range(0, n_rows, size):
@@ -56,7 +59,10 @@ def run_torch(
         gradient = z.to(x.dtype)
         if need_x:
             torch.mm(gradient, projection, out=d_x[part])
-        if need_weight:
+        if need_weight and not begun:
+            torch.mm(gradient.T, x[part], out=d_weight)
+            begun = True
+        elif need_weight:
             accumulate(d_weight, gradient, x[part])
     del buffer  # before a narrower weight's gradient is cast, which takes memory of its own
     if shard is not None and need_x:

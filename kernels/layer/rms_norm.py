@@ -65,18 +65,21 @@ class _TorchNorm(torch.autograd.Function):
         wide = h.to(wide_dtype(h.dtype))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(h, weight, scale)
-        return (wide * scale * weight.to(wide.dtype)).to(h.dtype)
+        return (wide * scale).mul_(weight.to(wide.dtype)).to(h.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[no-untyped-def]
+        """With u = scale h and g = grad u: d_weight = sum of g;  d_h = scale (grad weight - u mean(g weight))."""
         h, weight, scale = ctx.saved_tensors
         unit, grad = h.to(scale.dtype) * scale, grad.to(scale.dtype)
+        product = grad * unit
         d_h = d_weight = None
         if ctx.needs_input_grad[0]:
-            inner = grad * weight.to(scale.dtype)
-            d_h = (scale * (inner - unit * (inner * unit).mean(-1, keepdim=True))).to(h.dtype)
+            wide = weight.to(scale.dtype)
+            mean = (product @ wide).unsqueeze(-1).div_(h.shape[-1])
+            d_h = torch.mul(grad, wide).addcmul_(unit, mean, value=-1).mul_(scale).to(h.dtype)
         if ctx.needs_input_grad[1]:
-            d_weight = (grad * unit).reshape(-1, h.shape[-1]).sum(0).to(weight.dtype)
+            d_weight = product.reshape(-1, h.shape[-1]).sum(0).to(weight.dtype)
         return d_h, d_weight, None
 
 

@@ -66,15 +66,28 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 class _TorchTurn(torch.autograd.Function):
+    """_turn without a tensor of its own for every product."""
+
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _turn_in_two_passes(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _turn_in_two_passes(grad, cos, -sin), None, None
+
+
+def _turn_in_two_passes(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = wide_dtype(x.dtype)
+    c, s = cos.to(wide)[:, None], sin.to(wide)[:, None]  # (T, 1, D/2)
+    a, b = x.to(wide).chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=wide, device=x.device)
+    first, second = out.chunk(2, dim=-1)
+    torch.mul(a, c, out=first).addcmul_(b, s, value=-1)
+    torch.mul(b, c, out=second).addcmul_(a, s)
+    return out.to(x.dtype)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -55,8 +55,10 @@ class _TorchSwiglu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         wide = wide_dtype(gate.dtype)
         g, dy = gate.to(wide), grad.to(wide)
-        d_gate = torch.ops.aten.silu_backward(dy * up, g).to(gate.dtype)
-        return d_gate, F.silu(g).mul_(dy).to(up.dtype)
+        s = torch.sigmoid(g)  # once: the exponential costs as much as six of the other passes on a CPU
+        y = g * s
+        slope = torch.lerp(y, y.new_ones(()), s)  # y + s (1 - y) = s (1 + g (1 - s))
+        return slope.mul_(dy * up).to(gate.dtype), y.mul_(dy).to(up.dtype)
 
 
 @torch.library.custom_op("chatmill::swiglu", mutates_args=())
