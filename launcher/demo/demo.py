@@ -35,9 +35,9 @@ RUN = Path("runs/demo")
 DATA = Path("corpora/chitchat")
 FIGURES = RUN / "evaluation.json"
 DIALOGUES = 40  # of real chats that the models are compared on
-PART = 512  # of each of them, at most, in tokens
-# Without bf16 in the processor, fp32 takes about twice the time per token, so the demo does less of it.
-SMALLER = ["train.precision=fp32", "train.steps=16", "checkpoint.every_steps=8"]
+PART = 256  # of each of them, at most, in tokens
+# Without bf16 in the processor, fp32 takes twice to four times the time per token, so the demo does less of it.
+SMALLER = ["train.precision=fp32", "train.steps=10", "checkpoint.every_steps=5", "evaluation.max_dialogues=4"]
 
 
 class Step(NamedTuple):
