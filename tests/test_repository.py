@@ -88,7 +88,7 @@ ROOMS = {
     "kernels": "tensors eager interpreter dispatch layer cross_entropy attention rms_norm rope swiglu linear_cross_entropy "
     "gates bench",
     "trainer": "model_config adapter_config config distributed model generation checkpoint adapters optim engine "
-    "evaluation plan run loop convert chat report train",
+    "evaluation plan run loop convert chat report bench train",
     "launcher": "programs supervise jobs runs sweep doctor own_chats commands demo __main__",
 }
 

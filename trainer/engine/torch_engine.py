@@ -123,6 +123,8 @@ class TorchEngine:
 
     def _micro_batch(self, batch: PackedBatch, scale: float, last: bool) -> LossOutput:
         with self._gradient_sync(last):
+            if self.world.device.type == "cpu":  # a GPU's kernels round that gradient to bf16, and are measured without it
+                (self.decoder.head or self.decoder.embed).loss_scale = scale
             output = self.forward(batch)
             (output.loss_sum * scale).backward()
         return output

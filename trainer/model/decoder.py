@@ -213,6 +213,9 @@ class Block(nn.Module):
 class TokenTable(nn.Module):
     """One row per token of the vocabulary: the embedding at the bottom, the classifier at the top, or both when tied."""
 
+    # What a loss will be multiplied by before its backward pass, if known: its gradients are then made with this factor.
+    loss_scale: float | None = None
+
     def __init__(self, config: ModelConfig, impl: Impl) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
@@ -247,7 +250,11 @@ class TokenTable(nn.Module):
         options |= {"softcap": self.softcap, "impl": self.impl}
         if objective is not None:
             return objective(linear_cross_entropy(x, weight, targets, reduction="none", **options))
-        loss_sum, metrics = linear_cross_entropy_with_metrics(x, weight, targets, reduction="sum", **options)
+        scale = self.loss_scale if torch.is_grad_enabled() else None
+        options |= {"reduction": "sum"} if scale is None else {"reduction": "mean", "normalizer": 1 / scale}
+        loss_sum, metrics = linear_cross_entropy_with_metrics(x, weight, targets, **options)
+        if scale is not None:  # times scale again, its gradient is exactly 1, and no pass over the weight's gradient follows
+            loss_sum = loss_sum / loss_sum.new_tensor(scale)
         return LossOutput(loss_sum.float(), metrics.correct, metrics.count)
 
 
@@ -310,11 +317,8 @@ class Decoder(nn.Module):
         layout = self._layout(positions, cu_seqlens, max_seqlen, tile_maps)
         x = self._stream(tokens, layout)
         table = self.embed if self.head is None else self.head
-        out: Tensor | LossOutput
-        if targets is None:
-            out = table(self.norm(x))
-        else:
-            out = table(x, targets=targets, rows=rows, objective=objective, norm=self.norm)
+        options: dict[str, Any] = {"targets": targets, "rows": rows, "objective": objective, "norm": self.norm}
+        out: Tensor | LossOutput = table(self.norm(x)) if targets is None else table(x, **options)
         return out
 
     @torch.no_grad()
