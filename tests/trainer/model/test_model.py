@@ -204,7 +204,7 @@ def test_selective_checkpointing_runs_the_attention_once_and_the_rest_twice(reco
     layers = len(model.layers)
     assert count.names["attention_forward"] == (2 if recompute == "full" else 1) * layers
     assert count.names["attention_backward"] == layers
-    assert count.names["silu"] == (3 if recompute else 2) * layers  # SwiGLU's own backward has one
+    assert count.names["silu"] == (2 if recompute else 1) * layers  # SwiGLU's own backward has a sigmoid in its place
 
 
 @each_config
