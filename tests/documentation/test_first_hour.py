@@ -13,15 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from chatmill.data.tokenizer.tokenizer import train_bpe
 from chatmill.launcher.__main__ import main
 from chatmill.launcher.own_chats import new as module
-from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter
-from chatmill.trainer.model.decoder import Decoder
-from chatmill.trainer.model_config import ModelConfig
 
 from .documented import ROOT, whole_lines
-from .first_hour import CHINESE
+from .first_hour import CHINESE, save_small_model
 
 SMALLER = {
     "train": "train.steps=2 train.precision=fp32 train.cpu_threads=1 data.sequence_length=128 evaluation.max_new_tokens=4",
@@ -61,16 +57,3 @@ def test_the_tutorial_goes_from_an_export_to_an_export(
     assert "whatsapp" in said["new"] and said["chat"].strip()
     assert Path(f"runs/{name}/report.html").is_file() and Path(f"runs/{name}/evaluation.json").is_file()
     assert Path(f"out/{name}/config.json").is_file() and Path(f"out/{name}.gguf").read_bytes()[:4] == b"GGUF"
-
-
-def save_small_model(folder: Path, text: str) -> None:
-    """A random one-layer checkpoint with a tokenizer of its own, where the pages have SmolLM2."""
-    tokenizer = train_bpe(iter(text.splitlines()), 400)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "context": 128}
-    model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
-    model.init_weights(1)
-    with CheckpointWriter(folder, model.config) as writer:
-        for parameter, tensor in model.named_parameters():
-            writer.add(parameter, tensor.detach())
-        for file, data in tokenizer.files().items():
-            writer.add_file(file, data)
