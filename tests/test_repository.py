@@ -21,7 +21,7 @@ WELL_KNOWN = {
     "pytest", "regex", "requests", "rich", "safetensors", "tensorboard", "tokenizers", "torch", "transformers", "triton", "trl",
     "wandb", "webdataset", "xxhash", "yaml", "openai", "fastapi", "uvicorn", "psutil", "packaging", "hypothesis",
 }  # fmt: skip
-SHARED = {"config", "files", "formatting", "hub", "processes", "recipe_names", "run_files", "shell"}
+SHARED = {"config", "files", "formatting", "hub", "processes", "progress", "recipe_names", "run_files", "shell"}
 MAY_IMPORT = {
     "data": {"data", *SHARED},
     "kernels": {"kernels"},

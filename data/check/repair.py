@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from chatmill.config import ConfigError
 from chatmill.files import sha256_file, sync
+from chatmill.progress import Report
 
 from ..shards.dialogues import read_dialogues
 from ..shards.index import DamagedShardError
@@ -31,7 +32,7 @@ SCRATCH = ".repair-"
 META = ("tokenizer_sha256", "template_sha256", "recipe_sha256", "vocab_size")
 
 
-def repair_dataset(path: str | Path, progress: Callable[[str, int, int], None] | None = None) -> list[str]:
+def repair_dataset(path: str | Path, progress: Report | None = None) -> list[str]:
     """Restore what can be restored; one line per damaged file that says what became of it."""
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -81,7 +82,7 @@ def _repair_split(
     manifest: dict[str, Any],
     split: str,
     damaged: list[int],
-    progress: Callable[[str, int, int], None] | None,
+    progress: Report | None,
 ) -> list[str]:
     records = manifest["splits"][split]["shards"]
     lines: list[str] = []
@@ -109,7 +110,7 @@ def _write_again(
     scratch: Path,
     last: int,
     lines: list[str],
-    progress: Callable[[str, int, int], None] | None,
+    progress: Report | None,
 ) -> Path:
     """Shards 0 .. last of a split below scratch, as far as the dialogues can be read. Returns their folder."""
     sizes, records = manifest["recipe"]["shards"], manifest["splits"][split]["shards"]
@@ -134,8 +135,8 @@ def _write_again(
                     break
                 writer.add(tokenizer.encode_dialogue(conversation), conversation.source, conversation.origin)
                 number += 1
-                if progress and number % 1000 == 0:
-                    progress("repair", number, wanted)
+                if progress:
+                    progress(f"repair {split}", number, wanted)
             writer.close()
         except ConfigError as error:
             writer.abandon()

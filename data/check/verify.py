@@ -10,7 +10,7 @@ searched for it again. Blocks in the quarantine are known to be damaged: they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from chatmill.config import ConfigError
 from chatmill.files import sha256_file
+from chatmill.progress import Report, silent
 
 from ..cleaning.privacy import Privacy
 from ..conversation import Conversation, TokenizedDialogue
@@ -32,12 +33,11 @@ from ..shards.quarantine import QUARANTINE, HeldBlock, Quarantine, find_damage, 
 from ..tokenizer.tokenizer import ChatTokenizer
 
 MAX_PROBLEMS = 50
+PHASES = ("hashes", "train", "validation", "certificate")  # what verify_dataset reports
 FREE_FILES = {MANIFEST, QUARANTINE, SEEN, "timings.json"}
 
 
-def verify_dataset(
-    path: str | Path, encoded: int = 20_000, proven: int = 64, progress: Callable[[str, int, int], None] | None = None
-) -> list[str]:
+def verify_dataset(path: str | Path, encoded: int = 20_000, proven: int = 64, progress: Report = silent) -> list[str]:
     """Problems found, each a line that names the file; empty when the data set is what its manifest says.
 
     encoded: largest number of dialogues per split that are tokenised again; proven: of masks proven by prefix rendering.
@@ -76,7 +76,9 @@ def verify_dataset(
     facts = {split: Facts(near=near is not None) for split in manifest["splits"]}
     for split in manifest["splits"]:
         known = {(block.shard, block.block) for block in held.get(split, ())}
-        problems += _check_split(folder, manifest, split, tokenizer, facts[split], (encoded, proven), damaged, known)
+        limits = (encoded, proven)
+        problems += _check_split(folder, manifest, split, tokenizer, facts[split], limits, damaged, known, progress)
+    progress(PHASES[-1], 0, 1)
     if len(facts) == 2:
         found = certificate(facts["train"], facts["validation"], "authors" in manifest["certificate"]["asked"], near)
         if not found["valid"]:
@@ -84,6 +86,7 @@ def verify_dataset(
             problems.append(f"split: train and validation share {shared.replace('_', ' ')}")
         elif not manifest["certificate"]["valid"]:
             problems.append("split: the manifest's own certificate says that it leaks")
+    progress(PHASES[-1], 1, 1)
     return problems[:MAX_PROBLEMS]
 
 
@@ -100,9 +103,7 @@ def expected_files(manifest: dict[str, Any]) -> dict[str, str]:
     return files
 
 
-def _check_files(
-    folder: Path, expected: dict[str, str], excused: set[str], progress: Callable[[str, int, int], None] | None
-) -> list[str]:
+def _check_files(folder: Path, expected: dict[str, str], excused: set[str], progress: Report) -> list[str]:
     problems = []
     for number, (name, sha) in enumerate(sorted(expected.items())):
         file = folder / name
@@ -112,8 +113,7 @@ def _check_files(
             problems.append(f"{name}: missing")
         elif sha256_file(file) != sha:
             problems.append(f"{name}: sha256 is not the manifest's")
-        if progress:
-            progress("hashes", number + 1, len(expected))
+        progress("hashes", number + 1, len(expected))
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     problems += [f"{name}: not in the manifest" for name in sorted(present - set(expected) - FREE_FILES)]
     return problems
@@ -128,6 +128,7 @@ def _check_split(
     limits: tuple[int, int],
     damaged: set[str],
     known: set[tuple[str, int]],
+    progress: Report,
 ) -> list[str]:
     """Blocks against their index, dialogues against their tokens; fills facts from the dialogues' texts."""
     problems: list[str] = []
@@ -138,6 +139,7 @@ def _check_split(
     texts = read_dialogues(folder, manifest["dialogues"][split])
     number, gone = 0, set(dropped(manifest, split))
     while len(problems) < MAX_PROBLEMS:
+        progress(split, min(number, total - 1), total)
         try:
             conversation = next(texts, None)
         except ConfigError as error:
@@ -163,6 +165,7 @@ def _check_split(
         assert isinstance(dialogue, TokenizedDialogue)
         problems += _compare(split, conversation, dialogue, tokenizer, number, strides)
         number += 1
+    progress(split, total, total)
     return problems
 
 

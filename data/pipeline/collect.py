@@ -23,6 +23,7 @@ from typing import Any
 
 from chatmill.config import ConfigError
 from chatmill.files import remove_leftovers, sha256_file
+from chatmill.progress import Report, silent
 
 from ..importers.registry import source_files
 from ..raw.files import RawFile
@@ -30,15 +31,20 @@ from ..recipe import DataRecipe
 from ..remote.files import is_url
 from ..shards.manifest import MANIFEST
 from ..tokenizer.tokenizer import ChatTokenizer
-from .destination import Progress
 from .existing import Existing, FileKey, file_key, source_key
 from .inputs import Sources, describe_inputs, digest_of, given_facts, given_tokenizer, hash_files, raw_files
-from .pipeline import Build, build_dataset, work_for
+from .pipeline import HASHES, Build, build_dataset, phases, work_for
 from .seen import SeenFiles
 from .work_folder import build_lock, remove_work
 
 
-def collect(recipe: DataRecipe, out: str | Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def phases_of(recipe: DataRecipe, out: str | Path | None = None) -> list[str]:
+    """What a collecting will report, in order."""
+    goal = str(out or recipe.place)
+    return phases(recipe, is_given=not is_url(goal) and (Path(goal) / MANIFEST).is_file())
+
+
+def collect(recipe: DataRecipe, out: str | Path | None = None, progress: Report | None = None) -> dict[str, Any]:
     """Add what is new in the recipe's sources to its data set. Returns the report of what was read now.
 
     Beside the fields of a build's report: "known": files that were read before; "gone": labels of files that the set has read
@@ -65,12 +71,14 @@ def collect(recipe: DataRecipe, out: str | Path | None = None, progress: Progres
 class _Collection:
     """What the sources hold now, beside what the set has read."""
 
-    def __init__(self, recipe: DataRecipe, base: Existing, given: dict[str, Any], progress: Progress | None) -> None:
+    def __init__(self, recipe: DataRecipe, base: Existing, given: dict[str, Any], progress: Report | None) -> None:
         self.recipe, self.base, self.progress = recipe, base, progress
         seen, self.formats = SeenFiles.load(base.folder), base.formats()
         self.keys = [source_key(source) for source in recipe.sources]
         found = [file for source in recipe.sources for file in source_files(source)]
+        (progress or silent)(HASHES, 0, 1)
         self.hashes = hash_files(found, seen)
+        (progress or silent)(HASHES, 1, 1)
         self.files, left_out = raw_files(recipe, lambda number, file: self._format(number, file) is not None)
         inputs = describe_inputs(recipe, self.files, seen, self._format)
         self.new = [k for k, (number, file) in enumerate(self.files) if self._format(number, file) is None]

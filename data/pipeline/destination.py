@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from chatmill.config import ConfigError
+from chatmill.progress import Report
 
 from ..remote.files import publish_remotely, read_remote_json, remote_files
 from ..shards.manifest import MANIFEST, read_manifest
-
-Progress = Callable[[str, int, int], None]
 
 
 def built_report(folder: Path, digest: str) -> dict[str, Any] | None:
@@ -42,7 +40,7 @@ def published_report(url: str, digest: str) -> dict[str, Any] | None:
     return read_remote_json(url, "report.json") if whole else None
 
 
-def copy_out(folder: Path, url: str, report: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
+def copy_out(folder: Path, url: str, report: dict[str, Any], progress: Report | None) -> dict[str, Any]:
     """Move a data set from the folder where it was built to its URL; its report."""
     publish_remotely(folder, url, (lambda done, total: progress("copy", done, total)) if progress else None)
     shutil.rmtree(folder)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
 from chatmill.files import write_durably
+from chatmill.progress import Report, silent
 
 from ..conversation import load_line
 from ..importers.registry import spans
@@ -35,7 +36,7 @@ from ..samples.dedup import REASONS
 from ..samples.placing import place
 from ..samples.table import NEITHER, SampleTable
 from ..tokenizer.tokenizer import ChatTokenizer, train_bpe
-from .destination import Progress, built_report, copy_out, published_report
+from .destination import built_report, copy_out, published_report
 from .dialogues_file import check_dialogues_file, write_dialogues
 from .executor import Task, available_cores, run_tasks
 from .existing import Existing
@@ -55,12 +56,24 @@ from .work_folder import WorkFolder, build_lock, load_arrays, remove_rest, remov
 
 Stage = Literal["import", "clean", "pair", "dedup", "split", "tokenize", "shard"]
 STAGES: tuple[Stage, ...] = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")
+HASHES, TRAIN = "hash files", "train tokenizer"
+# The phases that people see, in order, and the last stage of each.
+PHASES = {HASHES: "", "import": "import", "clean + pair": "pair", "dedup": "split", TRAIN: "", "tokenize": "tokenize"}
+PHASES["shard"] = "shard"
+
+
+def phases(recipe: DataRecipe, until: Stage = "shard", is_given: bool = False) -> list[str]:
+    """What a build will report, in order. is_given: its tokenizer is, even where the recipe names none."""
+    last = next(k for k, stage in enumerate(PHASES.values()) if stage and STAGES.index(stage) >= STAGES.index(until))
+    trains = recipe.tokenizer.path is None and not is_given
+    copies = ["copy"] if until == "shard" and is_url(str(recipe.place)) else []
+    return [name for name in [*PHASES][: last + 1] if name != TRAIN or trains] + copies
 
 
 def build_dataset(
     recipe: DataRecipe,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
     until: Stage = "shard",
     dialogues: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -76,7 +89,9 @@ def build_dataset(
     folder = (staging_folder(url) if url else Path(goal)).absolute()
     files, left_out = raw_files(recipe)
     tokenizer = given_tokenizer(recipe)
+    (progress or silent)(HASHES, 0, 1)
     digest, inputs, given = build_digest(recipe, files, tokenizer, seen)
+    (progress or silent)(HASHES, 1, 1)
     if until == "shard" and (found := published_report(url, digest) if url else built_report(folder, digest)):
         remove_rest(folder, is_staged=url is not None)
         return found | {"built": False, "out": url or str(folder)}
@@ -120,11 +135,11 @@ class Build:
         out: Path,
         sources: Sources,
         tokenizer: ChatTokenizer | None,
-        progress: Progress | None,
+        progress: Report | None,
         base: Existing | None = None,
     ) -> None:
         self.work, self.out, self.sources, self.base = work, out, sources, base
-        self.progress: Progress = progress or (lambda stage, done, total: None)
+        self.progress: Report = progress or silent
         self.replaced: dict[int, int] = {}  # row of the set that goes -> new row that comes in its place
         self.recipe, self.tokenizer = work.recipe, tokenizer
         self.workers = work.recipe.workers or available_cores()
@@ -264,11 +279,11 @@ class Build:
         if not (folder / "tokenizer.done").is_file():
             if self.tokenizer is None:
                 assert self.recipe.tokenizer.train is not None
-                self.progress("train tokenizer", 0, 1)
+                self.progress(TRAIN, 0, 1)
                 train = self.recipe.tokenizer.train
                 texts = self._training_texts(chunks, int(train.sample_mb * 1e6))
                 self.tokenizer = train_bpe(texts, train.vocab_size, trained_tokens(self.recipe), trained_template(self.recipe))
-                self.progress("train tokenizer", 1, 1)
+                self.progress(TRAIN, 1, 1)
                 now = time.perf_counter()
                 self.seconds["train tokenizer"], self.started = round(now - self.started, 3), now
             self.tokenizer.save(folder)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from chatmill.config import ConfigError
 from chatmill.files import naming, publish_folder, sha256_file, sync, write_durably
+from chatmill.progress import Report
 
 from ..conversation import Conversation, TokenizedDialogue, load_line
 from ..ledger import Ledger
@@ -38,7 +39,6 @@ from ..shards.index import ShardIndex
 from ..shards.manifest import COLLECTED_VERSION, FORMAT_VERSION, MANIFEST, totals
 from ..shards.writer import ShardWriter
 from ..tokenizer.tokenizer import ChatTokenizer
-from .destination import Progress
 from .existing import SAMPLES, Existing
 from .inputs import Sources, recipe_facts
 from .stages import encode_line
@@ -67,7 +67,7 @@ class Made:
 
 
 def publish(
-    made: Made, work: WorkFolder, chunks: list[str], out: Path, base: Existing | None, progress: Progress
+    made: Made, work: WorkFolder, chunks: list[str], out: Path, base: Existing | None, progress: Report
 ) -> dict[str, Any]:
     """Write, certify and publish. Returns {"splits", "certificate", "repeats", "texts", "written", and for a base "added"}."""
     recipe, table, started = work.recipe, made.table, time.perf_counter()
@@ -142,6 +142,7 @@ def publish(
     made.sources.seen.save(final)
     write_durably(final / MANIFEST, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
     publish_folder(final, out)
+    progress("shard", len(chunks) + 1, len(chunks) + 1)
     more = {"added": added} if base is not None else {}
     shown: dict[str, Any] = {key: report[key] for key in ("splits", "certificate", "repeats", "texts") if key in report}
     return {**shown, "written": sum(map(len, places)), **more}
@@ -196,7 +197,7 @@ def _copy(
     tokens: list[ShardWriter],
     texts: list[DialogueWriter],
     counts: list[int],
-    progress: Progress,
+    progress: Report,
 ) -> tuple[list[int], list[int]]:
     """Write the samples of all chunks; the rows of the table that were written to each side, in order.
 
@@ -211,7 +212,7 @@ def _copy(
             made.table.place[first + local] = counts[side] + len(rows[side])
             rows[side].append(first + local)
         first += len(load_arrays(work.path("assign", f"{chunk}.npz"))["side"])
-        progress("shard", number + 1, len(chunks))
+        progress("shard", number + 1, len(chunks) + 1)  # the last part: certificate and page
     return rows
 
 

@@ -81,6 +81,11 @@ def add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", help=CHECKPOINT_HELP)
 
 
+def add_quiet(command: argparse.ArgumentParser) -> None:
+    """--quiet, of commands that show how far long work is."""
+    command.add_argument("-q", "--quiet", action="store_true", help="do not show how far the work is (on stderr)")
+
+
 def add_run(command: argparse.ArgumentParser, help: str | None = None) -> None:
     """RUN, a run folder."""
     command.add_argument("run_dir", metavar="RUN", help=help)

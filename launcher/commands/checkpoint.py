@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import CHECKPOINT_HELP, add_command, add_group, add_run
+from chatmill.progress import LongWork
+
+from .arguments import CHECKPOINT_HELP, add_command, add_group, add_quiet, add_run
 
 
 def add_commands(commands: Any) -> None:
@@ -15,6 +17,7 @@ def add_commands(commands: Any) -> None:
     summary = "read and hash every file; exit 1 and name the file if one is torn or flipped"
     command = add_command(group, "verify", _verify, summary, "checkpoint")
     command.add_argument("path", metavar="PATH", help="a checkpoint folder, or a run folder (all its checkpoints)")
+    add_quiet(command)
     summary = "tensors, config and origin of two checkpoints; exit 1 if they differ"
     command = add_command(group, "diff", _diff, summary, "checkpoint")
     command.add_argument("a", metavar="A", help=CHECKPOINT_HELP)
@@ -31,7 +34,8 @@ def _ls(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from ...trainer.checkpoint.command import verify
 
-    return verify(options.path)
+    with LongWork(["files"], options.quiet) as show:
+        return verify(options.path, show)
 
 
 def _diff(options: argparse.Namespace) -> int:

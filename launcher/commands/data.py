@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from chatmill.formatting import counted
+from chatmill.progress import LongWork
 
-from .arguments import RUN_HELP, add_command, add_group, add_recipe, add_run
+from .arguments import RUN_HELP, add_command, add_group, add_quiet, add_recipe, add_run
 
 WRITTEN = ("import", "clean", "pair")  # stages that --out FILE.jsonl writes
 STAGES = ("import", "clean", "pair", "dedup", "split", "tokenize", "shard")
@@ -26,10 +25,12 @@ def add_commands(commands: Any) -> None:
         add_recipe(command, "split.validation=0.1", part="data")
         written = "; FILE.jsonl: write what the stage made, to look at, edit and read again" if stage in WRITTEN else ""
         command.add_argument("--out", help=f"data-set folder (default: the recipe's){written}")
+        add_quiet(command)
     summary = "add what is new in a recipe's sources to its data set: what is there stays as it is"
     command = add_command(data, "collect", _collect, summary, "data")
     add_recipe(command, "sources.0.path=exports/", part="data")
     command.add_argument("--out", help="data-set folder (default: the recipe's)")
+    add_quiet(command)
     summary = "a data set: counts, loss share, coloured masks; raw chats before a build: formats, speakers, a random sample"
     command = add_command(data, "inspect", _inspect, summary, "data")
     command.add_argument("path", metavar="PATH", help="a data-set folder; or raw chats: file, folder, glob or a data recipe")
@@ -45,6 +46,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--repair", action="store_true", help="first rebuild damaged token shards from the dialogue shards")
     quarantine = "list damaged blocks in DIR/quarantine.json, at most this share of a split; training can then leave them out"
     command.add_argument("--quarantine", type=float, metavar="SHARE", help=quarantine)
+    add_quiet(command)
     command = add_command(data, "at", _at, "which dialogues a run used in a step, with raw file and line", "data")
     add_run(command, RUN_HELP)
     command.add_argument("step", metavar="STEP", type=int, help="a step of metrics.jsonl, counted from 1")
@@ -56,17 +58,16 @@ def add_commands(commands: Any) -> None:
 def _build(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from ...data.pipeline.pipeline import build_dataset
+    from ...data.pipeline.pipeline import build_dataset, phases
     from ...data.recipe import load_data_recipe
     from ...data.report.funnel import print_funnel
 
     recipe = load_data_recipe(options.recipe, options.overrides)
-    console = Console()
     is_file = str(options.out or "").endswith(".jsonl")
     out, dialogues = (None, options.out) if is_file else (options.out, None)
-    with _progress(console) as show:
+    with LongWork(phases(recipe, options.until), options.quiet) as show:
         report = build_dataset(recipe, out, show, options.until, dialogues)
-    print_funnel(report, console)
+    print_funnel(report, Console())
     if dialogues is not None:
         print(f"{dialogues}: {counted(report['dialogues'], 'dialogue')} as OpenAI messages; it can be a source of a recipe")
     if options.until == "shard":
@@ -77,39 +78,17 @@ def _build(options: argparse.Namespace) -> int:
 def _collect(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from ...data.pipeline.collect import collect
+    from ...data.pipeline.collect import collect, phases_of
     from ...data.recipe import load_data_recipe
     from ...data.report.funnel import print_collected, print_funnel
 
     recipe = load_data_recipe(options.recipe, options.overrides)
     console = Console()
-    with _progress(console) as show:
+    with LongWork(phases_of(recipe, options.out), options.quiet) as show:
         report = collect(recipe, options.out, show)
     print_funnel(report, console)
     print_collected(report, console)
     return 0
-
-
-@contextmanager
-def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage while the block runs."""
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description:>9}"),
-        BarColumn(bar_width=32),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-    )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield show
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -144,13 +123,14 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from ...data.check.repair import repair_dataset
-    from ...data.check.verify import listed_quarantine, quarantine_dataset, verify_dataset
+    from ...data.check.verify import PHASES, listed_quarantine, quarantine_dataset, verify_dataset
 
-    for line in repair_dataset(options.path) if options.repair else []:
-        print(line)
-    if options.quarantine is not None:
-        quarantine_dataset(options.path, options.quarantine)
-    problems = verify_dataset(options.path)
+    with LongWork(PHASES, options.quiet) as show:
+        for line in repair_dataset(options.path, show) if options.repair else []:
+            print(line)
+        if options.quarantine is not None:
+            quarantine_dataset(options.path, options.quarantine)
+        problems = verify_dataset(options.path, progress=show)
     for line in (*listed_quarantine(options.path), *problems):
         print(line)
     print(f"{options.path}: {counted(len(problems), 'problem') if problems else 'files whole, masks and split proven'}")

@@ -66,6 +66,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "merge": ("chatmill merge runs/demo-lora models/demo-merged",),
     "export": ("chatmill export runs/demo out/demo-hf", "chatmill export runs/demo out/demo.gguf --to gguf --dtype q8_0"),
     "report": ("chatmill report runs/demo", "chatmill report runs/demo runs/second --out both.html"),
+    "watch": ("chatmill watch runs/demo   # in a second terminal, while it trains",),
     "bench": ("chatmill bench kernels", "chatmill bench data --help"),
     "launch": (
         "chatmill launch tiny --detach",

@@ -1,4 +1,4 @@
-"""report, bench, launch, plan, status, logs, cancel, resume, sweep and doctor on the `chatmill` command line."""
+"""report, watch, bench, launch, plan, status, logs, cancel, resume, sweep and doctor on the `chatmill` command line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--out", help="file to write (default: report.html in the run folder)")
     command.add_argument("others", metavar="OTHER", nargs="*", help="other run folders to compare it with")
     command.add_argument("--compare", nargs="*", default=[], help="the same, as an option")
+
+    command = add_command(commands, "watch", _watch, "the report of a run as a page on this machine, live while it trains")
+    add_run(command, RUN_HELP)
+    command.add_argument("--port", type=int, default=8010, help="default 8010; 0: any free one")
+    command.add_argument("--no-open", action="store_true", help="print the address, open no browser")
 
     command = add_command(commands, "bench", _bench, "benchmarks")
     command.add_argument("what", choices=("kernels", "data", "build"))
@@ -112,6 +117,12 @@ def _report(options: argparse.Namespace) -> int:
     others = [Path(other) for other in (*options.others, *options.compare)]
     print(build_report(Path(options.run_dir), Path(options.out) if options.out else None, others))
     return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from ..runs.watch import watch
+
+    return watch(options.run_dir, options.port, not options.no_open)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -7,9 +7,11 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from chatmill.progress import LongWork
+
 from ...trainer.evaluation.options import STDOUT, options_from
 from ...trainer.evaluation.options import add_arguments as add_evaluation_arguments
-from .arguments import CHECKPOINT_HELP, add_checkpoint, add_command, add_recipe
+from .arguments import CHECKPOINT_HELP, add_checkpoint, add_command, add_quiet, add_recipe
 
 SAMPLING = (
     *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
@@ -26,6 +28,7 @@ def add_commands(commands: Any) -> None:
     add_checkpoint(command)
     add_evaluation_arguments(command)
     command.add_argument("--best", action="store_true", help="of a run, take the checkpoint with the best validation")
+    add_quiet(command)
 
     command = add_command(commands, "chat", _chat, "talk to a checkpoint in the terminal")
     add_checkpoint(command)
@@ -37,6 +40,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--file", help='JSONL with {"prompt": ...} or {"messages": [...]} per line')
     command.add_argument("--out", help="JSONL to write (with --file); the same command continues where it was stopped")
     command.add_argument("--batch", type=int, default=8, help="replies made at once (with --file; default 8)")
+    add_quiet(command)
     _add_sampling(command)
 
     command = add_command(commands, "serve", _serve, "web page and OpenAI-compatible API on this machine (extra: serve)")
@@ -59,6 +63,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("out", help="checkpoint folder to make")
     command.add_argument("--base", help="for an adapter folder of PEFT: the checkpoint of the model that it changes")
     command.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+    add_quiet(command)
 
     command = add_command(commands, "export", _export, "write a checkpoint as a Hugging Face folder or a GGUF file")
     add_checkpoint(command)
@@ -71,6 +76,7 @@ def add_commands(commands: Any) -> None:
     push = "also upload it: ORG/NAME[@BRANCH] of the Hugging Face hub, or modelscope://ORG/NAME"
     command.add_argument("--push", metavar="ORG/NAME", help=push)
     command.add_argument("--private", action="store_true", help="with --push: a new repository is private")
+    add_quiet(command)
 
     command = add_command(commands, "merge", _merge, "write an adapter and its base as one checkpoint")
     add_checkpoint(command)
@@ -138,7 +144,7 @@ def _eval(options: argparse.Namespace) -> int:
         checkpoint = str(best_of(Path(checkpoint)))
     as_json = options.json == STDOUT
     out = options.out or (None if as_json else options.json)
-    return run_evaluation(checkpoint, options.against, out, options_from(options), None if as_json else show)
+    return run_evaluation(checkpoint, options.against, out, options_from(options), None if as_json else show, options.quiet)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -160,7 +166,9 @@ def _generate(options: argparse.Namespace) -> int:
         raise ConfigError("--file needs --out REPLIES.jsonl")
     from ...trainer.chat.file import generate_file
 
-    return generate_file(options.checkpoint, options.file, options.out, batch=options.batch, **_sampling(options))
+    return generate_file(
+        options.checkpoint, options.file, options.out, batch=options.batch, quiet=options.quiet, **_sampling(options)
+    )
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -171,13 +179,14 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from ...trainer.convert.importing import already_imported, chat_problem, import_any
+    from ...trainer.convert.importing import PHASES, already_imported, chat_problem, import_any
 
     out = Path(options.out)
     known = None if options.force else already_imported(options.source, out)
     if known is not None:
         print(f"{out} was imported from {options.source} before, and is whole: nothing to do (--force imports it again)")
-    checkpoint = known or import_any(options.source, out, force=options.force, base=options.base)
+    with LongWork(PHASES, options.quiet) as show:
+        checkpoint = known or import_any(options.source, out, force=options.force, base=options.base, progress=show)
     total = checkpoint.config.parameter_counts()["total"]
     print(f"{checkpoint.path}: {checkpoint.config.family}, {total:,} parameters, vocabulary {checkpoint.config.vocab_size:,}")
     if problem := chat_problem(checkpoint):
@@ -196,21 +205,30 @@ def _export(options: argparse.Namespace) -> int:
     from ...trainer.convert.tokenizer_class import AS_IT_IS, is_replaced
     from ...trainer.optim.ema import averaged, export_average
 
-    source, out = open_checkpoint(options.checkpoint), Path(options.out)
+    out, ours = Path(options.out), options.to == "chatmill"
     target = _push_target(options)
-    if options.to == "chatmill":
-        if not options.ema:
-            raise ConfigError(f"{source.path} is a Chatmill checkpoint already: --to chatmill needs --ema.")
-        print(f"{export_average(source, out)}: checkpoint of the averaged weights")
-        return 0
-    with averaged(source, out) if options.ema else contextlib.nullcontext(source) as chosen:
-        if options.to == "gguf":
-            out = out if out.suffix == ".gguf" else out.with_name(out.name + ".gguf")  # loaders go by the ending
-            export_gguf(with_base(chosen, as_stored=True), out, dtype=options.dtype or "bf16", overwrite=options.force)
-        elif options.to == "peft":
-            export_peft(chosen, out, overwrite=options.force)
+    phases = ["verify", *(["average"] if options.ema else []), *([] if ours else ["weights", "to disk"])]
+    with LongWork(phases, options.quiet) as show:
+        show("verify", 0, 1)
+        source = open_checkpoint(options.checkpoint)
+        if ours:
+            if not options.ema:
+                raise ConfigError(f"{source.path} is a Chatmill checkpoint already: --to chatmill needs --ema.")
+            export_average(source, out, show)
         else:
-            export_hf(with_base(chosen, as_stored=True), out, dtype=options.dtype, overwrite=options.force)
+            with averaged(source, out, show) if options.ema else contextlib.nullcontext(source) as chosen:
+                if options.to == "gguf":
+                    out = out if out.suffix == ".gguf" else out.with_name(out.name + ".gguf")  # loaders go by the ending
+                    whole, dtype = with_base(chosen, as_stored=True), options.dtype or "bf16"
+                    export_gguf(whole, out, dtype=dtype, overwrite=options.force, progress=show)
+                elif options.to == "peft":
+                    export_peft(chosen, out, overwrite=options.force)
+                else:
+                    whole = with_base(chosen, as_stored=True)
+                    export_hf(whole, out, dtype=options.dtype, overwrite=options.force, progress=show)
+    if ours:
+        print(f"{out}: checkpoint of the averaged weights")
+        return 0
     if options.to == "peft":
         print(f"{out}: adapter, loads with peft.PeftModel.from_pretrained(BASE, FOLDER)")
         return 0

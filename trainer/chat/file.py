@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from chatmill.config import ConfigError
 from chatmill.files import naming, replace_text
+from chatmill.progress import LongWork
 
 from ..generation.prompt import Prompt, bad_text, check_text, fit_messages
 from ..generation.replies import replies_to_many
@@ -26,7 +26,14 @@ Messages = list[dict[str, str]]
 
 
 def generate_file(
-    checkpoint: str | Path, prompts: str | Path, out: str | Path, *, system: str | None = None, batch: int = 8, **settings: Any
+    checkpoint: str | Path,
+    prompts: str | Path,
+    out: str | Path,
+    *,
+    system: str | None = None,
+    batch: int = 8,
+    quiet: bool = False,
+    **settings: Any,
 ) -> int:
     """Reply to each line of a JSONL file, `batch` at a time; the prompts are checked before anything loads."""
     Settings(**settings)  # refuses before anything loads
@@ -37,38 +44,39 @@ def generate_file(
     rows = list(read_prompts(Path(prompts), system))
     if not rows:
         raise ConfigError(f"{prompts}: no prompts in it.")
-    chat = load_chat_model(checkpoint)
-    start = Settings.of(chat, settings)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made_from = (str(start), [messages for _, messages in rows], (chat.path / "manifest.json").read_text(encoding="utf-8"))
-    progress = Progress(target, hashlib.sha256(json.dumps(made_from).encode("utf-8", "surrogatepass")).hexdigest())
-    left = [number for number in range(len(rows)) if number not in progress.done]
-    if progress.done and left:
-        print(f"{len(progress.done)} of {len(rows)} replies are done already", file=sys.stderr)
-    context = chat.model.config.context
-    asked = [
-        Prompt(
-            fit_messages(chat.tokenizer, rows[number][1], context, start.max_new_tokens)[0],
-            start.max_new_tokens,
-            start.sampling,
-            None if start.seed is None else start.seed + number,
-            start.stop,
-        )
-        for number in left
-    ]
-    with progress:
-        for index, reply in replies_to_many(chat.model, chat.tokenizer, asked, batch=batch):
-            found = {"reply": reply.text, "finish_reason": reply.finish_reason, "tokens": reply.tokens}
-            progress.add(left[index], found)
-            if sys.stderr.isatty():
-                print(f"\r{len(progress.done)}/{len(rows)}", end="", file=sys.stderr, flush=True)
-    progress.publish([rows[number][0] | progress.done[number] for number in range(len(rows))])
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    with LongWork(["load", "replies"], quiet) as show:
+        show("load", 0, 1)
+        chat = load_chat_model(checkpoint)
+        start = Settings.of(chat, settings)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        manifest = (chat.path / "manifest.json").read_text(encoding="utf-8")
+        made_from = json.dumps((str(start), [messages for _, messages in rows], manifest)).encode("utf-8", "surrogatepass")
+        kept = Kept(target, hashlib.sha256(made_from).hexdigest())
+        left = [number for number in range(len(rows)) if number not in kept.done]
+        if kept.done and left:
+            show.say(f"{len(kept.done)} of {len(rows)} replies are done already")
+        context = chat.model.config.context
+        asked = [
+            Prompt(
+                fit_messages(chat.tokenizer, rows[number][1], context, start.max_new_tokens)[0],
+                start.max_new_tokens,
+                start.sampling,
+                None if start.seed is None else start.seed + number,
+                start.stop,
+            )
+            for number in left
+        ]
+        with kept:
+            show("replies", len(kept.done), len(rows))
+            for index, reply in replies_to_many(chat.model, chat.tokenizer, asked, batch=batch):
+                found = {"reply": reply.text, "finish_reason": reply.finish_reason, "tokens": reply.tokens}
+                kept.add(left[index], found)
+                show("replies", len(kept.done), len(rows))
+        kept.publish([rows[number][0] | kept.done[number] for number in range(len(rows))])
     return 0
 
 
-class Progress:
+class Kept:
     """The replies made so far, in a hidden file beside `target`; those of other prompts, settings or weights do not count."""
 
     def __init__(self, target: Path, key: str) -> None:

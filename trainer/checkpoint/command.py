@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from chatmill.progress import Report, silent
 from chatmill.run_files import MANIFEST, list_checkpoints, step_of
 
 from .checkpoint import (
@@ -62,11 +63,12 @@ def ls(run_dir: str) -> int:
     return 1 if damaged else 0
 
 
-def verify(path: str) -> int:
+def verify(path: str, progress: Report = silent) -> int:
     """Read every file of a checkpoint, or of all checkpoints of a run, and report what is damaged or missing."""
     problems = []
     folders = _folders(path)
-    for folder in folders:
+    for number, folder in enumerate(folders):
+        progress("files", number, len(folders))
         found = verify_files(folder)
         if not found:
             more = unlisted_tensors(folder, read_manifest(folder))

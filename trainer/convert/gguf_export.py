@@ -22,6 +22,7 @@ import torch
 
 from chatmill.config import ConfigError
 from chatmill.files import folder_beside, sync
+from chatmill.progress import Report, silent
 
 from ..adapters.merging import open_model
 from ..checkpoint.checkpoint import Checkpoint
@@ -39,7 +40,14 @@ UNUSED = 5
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: str = "bf16", overwrite: bool = False) -> Path:
+def export_gguf(
+    checkpoint: Checkpoint | str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "bf16",
+    overwrite: bool = False,
+    progress: Report = silent,
+) -> Path:
     """Write the file `out`. dtype: fp32, fp16, bf16 or q8_0 (8 bits and a scale per 32 weights). Raises ConfigError."""
     try:
         import gguf
@@ -63,7 +71,7 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
     with folder_beside(path) as folder:
         temporary = folder / path.name
         try:
-            _write(gguf, checkpoint, temporary, dtype)
+            _write(gguf, checkpoint, temporary, dtype, progress)
         except OSError as error:
             number = error.errno
             if number is None:  # numpy says only that not all was written
@@ -74,7 +82,7 @@ def export_gguf(checkpoint: Checkpoint | str | Path, out: str | Path, *, dtype: 
     return path
 
 
-def _write(gguf: Any, checkpoint: Checkpoint, path: Path, dtype: str) -> None:
+def _write(gguf: Any, checkpoint: Checkpoint, path: Path, dtype: str, progress: Report) -> None:
     """Write and sync the file."""
     config = checkpoint.config
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family])
@@ -90,7 +98,8 @@ def _write(gguf: Any, checkpoint: Checkpoint, path: Path, dtype: str) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name in kinds:
+        for number, name in enumerate(kinds):
+            progress("weights", number, len(kinds))
             tensor = checkpoint.tensor(name)
             if problem := not_finite(tensor):
                 raise ConfigError(f"{checkpoint.path}: {name} {problem}. A model with such weights is not exported.")
@@ -99,7 +108,9 @@ def _write(gguf: Any, checkpoint: Checkpoint, path: Path, dtype: str) -> None:
                 values = reorder_rotary_rows(values, heads, to_gguf=True)
             writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
         writer.close()
+        progress("to disk", 0, 1)
         sync(path)
+        progress("to disk", 1, 1)
     except BaseException:
         with contextlib.suppress(OSError):  # it writes what it still holds, on the same disk
             writer.close()

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from chatmill.config import ConfigError, validate
 from chatmill.hub import FORMS
+from chatmill.progress import Report, silent
 
 from ...data.tokenizer.generation_settings import GENERATION, to_bytes, with_ids
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
@@ -45,7 +46,9 @@ SAMPLING_KEYS = {
 }
 
 
-def import_gguf(source: str | Path, out_dir: str | Path, *, origin: Mapping[str, str] | None = None) -> Checkpoint:
+def import_gguf(
+    source: str | Path, out_dir: str | Path, *, origin: Mapping[str, str] | None = None, progress: Report = silent
+) -> Checkpoint:
     """Write the checkpoint out_dir from a .gguf file or the name of an installed package that holds one.
 
     origin: what the checkpoint says of its source, instead of the file's name.
@@ -96,7 +99,8 @@ def import_gguf(source: str | Path, out_dir: str | Path, *, origin: Mapping[str,
         **{key: value for key, value in (origin or {}).items() if value},
     }
     with CheckpointWriter(out_dir, config, meta={"source": meta}) as writer:
-        for name, source_name in names.items():
+        for number, (name, source_name) in enumerate(names.items()):
+            progress("weights", number, len(names))
             tensor = tensors[source_name]
             try:
                 values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32, order="C")
@@ -111,6 +115,7 @@ def import_gguf(source: str | Path, out_dir: str | Path, *, origin: Mapping[str,
             writer.add(name, torch.from_numpy(values))
         for file, data in tokenizer.items():
             writer.add_file(file, data)
+    progress("weights", len(names), len(names))
     return open_checkpoint(out_dir, verify=False)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from chatmill.config import ConfigError, read_json
 from chatmill.files import folder_beside, publish_folder, sync
+from chatmill.progress import Report, silent
 from chatmill.run_files import MANIFEST
 
 from ...data.tokenizer.generation_settings import GENERATION, as_setting, end_ids, read_settings, to_bytes, with_ids
@@ -48,7 +49,12 @@ READ = {*TOKENIZER_FILES, GENERATION, INDEX, "config.json", "adapter_config.json
 
 
 def import_hf(
-    source_dir: str | Path, out_dir: str | Path, *, shard_bytes: int = 2 << 30, origin: Mapping[str, str] | None = None
+    source_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    shard_bytes: int = 2 << 30,
+    origin: Mapping[str, str] | None = None,
+    progress: Report = silent,
 ) -> Checkpoint:
     """Write the Chatmill checkpoint out_dir from a Hugging Face folder with safetensors weights.
 
@@ -72,7 +78,8 @@ def import_hf(
         "dtype": raw.get("dtype") or raw.get("torch_dtype"),
     }
     with CheckpointWriter(out_dir, config, meta={"source": meta}, shard_bytes=shard_bytes) as writer:
-        for theirs, tensor in read_tensors(source, where, wanted):
+        for number, (theirs, tensor) in enumerate(read_tensors(source, where, wanted)):
+            progress("weights", number, len(wanted))
             names = wanted[theirs]
             for name, part in zip(names, tensor.split([rows[name][0] for name in names]), strict=True):
                 writer.add(name, part)
@@ -81,6 +88,7 @@ def import_hf(
                 writer.add_file(file, (source / file).read_bytes())
         if settings:
             writer.add_file(GENERATION, to_bytes(settings))
+    progress("weights", len(wanted), len(wanted))
     return open_checkpoint(out_dir, verify=False)
 
 
@@ -91,6 +99,7 @@ def export_hf(
     dtype: str | None = None,
     shard_bytes: int = 4 << 30,
     overwrite: bool = False,
+    progress: Report = silent,
 ) -> Path:
     """Write a folder that transformers, vLLM and llama.cpp's converter load, with a model card. Returns its path.
 
@@ -108,14 +117,16 @@ def export_hf(
     raw = write_hf_config(checkpoint.config, str(DTYPES[dtype] if dtype else held).removeprefix("torch."))
     raw |= {"bos_token_id": found.bos, "eos_token_id": as_setting(found.stops), "pad_token_id": found.pad}
     with folder_beside(out) as temporary:
-        index = write_weights(checkpoint, temporary, DTYPES[dtype] if dtype else None, shard_bytes)
+        index = write_weights(checkpoint, temporary, DTYPES[dtype] if dtype else None, shard_bytes, progress)
         if index is not None:
             _write_json(temporary / INDEX, index)
         _write_json(temporary / "config.json", raw)
         _write_companions(checkpoint, temporary, found)
         write_small_file(temporary / "README.md", model_card(checkpoint).encode())
+        progress("to disk", 0, 1)
         for path in temporary.iterdir():
             sync(path)
+        progress("to disk", 1, 1)
         publish_folder(temporary, out)
     return out
 

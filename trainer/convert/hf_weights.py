@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chatmill.config import ConfigError, read_json
+from chatmill.progress import Report, silent
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import not_finite, save_tensors
@@ -151,7 +152,9 @@ def open_weights(file: Path) -> Any:
         raise ConfigError(f"{file}: not a readable safetensors file ({error}). Fetch it again.") from None
 
 
-def write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, Any] | None:
+def write_weights(
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, shard_bytes: int, progress: Report = silent
+) -> dict[str, Any] | None:
     """Write the weight files; returns their index, or None where there is one file."""
     pending: dict[str, Tensor] = {}
     shards: list[list[str]] = []
@@ -164,7 +167,9 @@ def write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
         pending.clear()
         held = 0
 
-    for name, parts in hf_tensors(checkpoint.config).items():
+    wanted = hf_tensors(checkpoint.config)
+    for number, (name, parts) in enumerate(wanted.items()):
+        progress("weights", number, len(wanted))
         tensors = [checkpoint.tensor(part) for part in parts]
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         if problem := not_finite(tensor):
@@ -177,6 +182,7 @@ def write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
         total += tensor.nbytes
     if pending:
         flush()
+    progress("weights", len(wanted), len(wanted))
     if len(shards) == 1:
         (folder / "part-0").rename(folder / SINGLE)
         return None

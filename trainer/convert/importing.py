@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chatmill.config import ConfigError, read_json
 from chatmill.hub import FORMS, Snapshot, fetch, hub_name, look_up
+from chatmill.progress import Report, silent
 from chatmill.run_files import MANIFEST, is_published
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
@@ -18,8 +19,10 @@ from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .hf import READ, refuse_foreign_folder
 from .hf_weights import INDEX, SINGLE
 
+PHASES = ("weights", "verify")  # what import_any reports
 
-def import_any(source: str, out: Path, force: bool = False, base: str | None = None) -> Checkpoint:
+
+def import_any(source: str, out: Path, force: bool = False, base: str | None = None, progress: Report = silent) -> Checkpoint:
     """Import `source` into the checkpoint folder `out`. Raises ConfigError; an existing `out` needs force.
 
     base: the checkpoint of the model that a PEFT adapter changes.
@@ -47,12 +50,15 @@ def import_any(source: str, out: Path, force: bool = False, base: str | None = N
     if path.is_dir():
         from .hf import import_hf
 
-        import_hf(path, out, origin=origin)
+        import_hf(path, out, origin=origin, progress=progress)
     else:
         from .gguf_import import import_gguf
 
-        import_gguf(path, out, origin=origin)
-    return open_checkpoint(out)
+        import_gguf(path, out, origin=origin, progress=progress)
+    progress("verify", 0, 1)
+    checkpoint = open_checkpoint(out)
+    progress("verify", 1, 1)
+    return checkpoint
 
 
 def _fetch_model(snapshot: Snapshot) -> Path:

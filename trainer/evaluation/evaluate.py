@@ -15,8 +15,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from chatmill.config import ConfigError
 from chatmill.files import disk_problem, replace_texts
+from chatmill.progress import LongWork, Report, silent
 
 from ...data.samples.repeats import in_words
 from ...data.shards.manifest import read_manifest
@@ -35,8 +36,9 @@ from ..distributed.world import World, end_world
 from ..generation.sampling import Sampling
 from ..model.decoder import Decoder
 from .bleu_tokenizer import mismatch, tokenizer_for
-from .figures import PARTS, compare, summarise
-from .held_out import HeldOut, read_held_out
+from .budget import EVERYTHING, Share, cpu_share
+from .figures import CANDIDATES, PARTS, compare, summarise
+from .held_out import HeldOut, count_held_out, read_held_out
 from .measuring import Measurer
 from .options import STDOUT, EvaluationOptions, add_arguments, options_from
 from .text_scores import Bleu, chrf_signature, distinct
@@ -45,6 +47,7 @@ LONGEST = 2048  # tokens of a dialogue that are read unless asked otherwise
 FORMAT = 1
 DIALOGUES = "dialogues_sha256"  # in evaluation.json: of the file beside it
 Say = Callable[[str], None]
+PHASES = ("load", "tokens", "replies", "selection", "intervals")  # what evaluate_fully reports
 
 
 @dataclass(slots=True)
@@ -96,8 +99,16 @@ def load_evaluation(path: Path) -> Evaluation:
     return Evaluation(summary, {part: found for part, found in records.items() if found}, replies)
 
 
-def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, say: Say = lambda line: None) -> Evaluation:
-    """Measure a checkpoint; every rank returns the same evaluation."""
+def evaluate_fully(
+    path: str | Path,
+    options: EvaluationOptions,
+    world: World,
+    say: Say = lambda line: None,
+    progress: Report = silent,
+    only: Collection[str] | None = None,
+) -> Evaluation:
+    """Measure a checkpoint; every rank returns the same evaluation. only: the uids of another one's dialogues."""
+    progress(PHASES[0], 0, 1)
     checkpoint = open_model(path)
     folders = options.data or tuple(filter(None, [checkpoint.meta.get("data")]))
     if not folders:
@@ -109,12 +120,23 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
             "They do not belong together; put the tokenizer files of the training into the checkpoint's folder."
         )
     limit = min(options.sequence_length or LONGEST, checkpoint.config.context)
-    dialogues = read_held_out(folders, tokenizer, split=options.split, limit=limit, max_dialogues=options.max_dialogues)
-    repeated = {} if options.split == "train" else repeats_of(folders, say)
     checkpoint.check_model()
+    parameters, on_gpu = checkpoint.config.parameter_counts()["total"], world.device.type == "cuda"
+    max_new_tokens = min(options.max_new_tokens, checkpoint.config.context // 2)
+    share = EVERYTHING if on_gpu or options.everything else cpu_share(parameters, max_new_tokens)
+    sampled = options.max_dialogues is None and only is None
+    dialogues = read_held_out(
+        folders, tokenizer, split=options.split, limit=limit, max_dialogues=options.max_dialogues, only=only,
+        max_tokens=share.tokens if sampled else None, seed=options.seed,
+    )  # fmt: skip
+    repeated = {} if options.split == "train" else repeats_of(folders, say)
     model = Decoder(checkpoint.config)
     checkpoint.load_into(model)
     model.to(world.device).eval().requires_grad_(False)
+    generate = share.replies if options.generate is None else options.generate
+    select = share.choices if options.select is None else options.select
+    candidates = options.candidates or (share.candidates if options.select is None else CANDIDATES[-1])
+    progress(PHASES[0], 1, 1)
     tokenize = bleu_tokenizer(options.bleu_tokenize, dialogues, say)
     bleu, signatures = metrics_of_sacrebleu(tokenize, say)
     measurer = Measurer(
@@ -123,13 +145,11 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
         dialogues,
         seed=options.seed,
         sampling=Sampling(options.temperature, None, options.top_p, None, options.repetition_penalty),
-        max_new_tokens=min(options.max_new_tokens, checkpoint.config.context // 2),
+        max_new_tokens=max_new_tokens,
         bleu=bleu,
-        progress=lambda what, done, of: say(f"{what} {done}/{of}"),
+        candidates=candidates,
+        progress=progress,
     )
-    on_gpu = world.device.type == "cuda"
-    generate = options.generate if options.generate is not None else 256 if on_gpu else 32
-    select = options.select if options.select is not None else 256 if on_gpu else 8
     texts: dict[str, dict[str, Any]] = {}
     records: dict[str, dict[str, dict[str, float]]] = {}
     with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
@@ -140,23 +160,28 @@ def evaluate_fully(path: str | Path, options: EvaluationOptions, world: World, s
         if select:
             records["selection"] = {u: r for u, r in measurer.selection_records(world, select).items() if len(r) > 1}
     records = {part: found for part, found in records.items() if found}
+    progress(PHASES[-1], 0, 1)
     figures = summarise(records, seed=options.seed, resamples=options.resamples, bleu=bleu)
+    progress(PHASES[-1], 1, 1)
     if texts:
         replies = [text["reply"] for text in texts.values()]
         figures["metrics"] |= {f"distinct_{n}": {"value": distinct(replies, n), "low": None, "high": None} for n in (1, 2)}
     if select and "selection" not in records:
-        say("selection left out: too few different replies in these dialogues to choose among\n")
+        say("selection left out: too few different replies in these dialogues to choose among")
     chosen = asdict(options) | {
         "data": list(map(str, folders)),
         "sequence_length": limit,
         "generate": generate,
         "select": select,
+        "candidates": candidates,
         "bleu_tokenize": tokenize,
     }
     head = {"format": FORMAT, "checkpoint": str(path), "data": ", ".join(map(str, folders)), "split": options.split}
     plain = {name: figures["metrics"][name]["value"] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
     cut = {"dialogues_cut": sum(d.cut > 0 for d in dialogues), "tokens_left_out": sum(d.cut for d in dialogues)}
-    facts = {"parameters": checkpoint.config.parameter_counts()["total"], "device": world.device.type}
+    facts: dict[str, Any] = {"parameters": parameters, "device": world.device.type}
+    if reduced := _reduced(options, share, dialogues, count_held_out(folders, options.split) if sampled else 0):
+        facts["reduced"] = reduced
     per_data = {} if len(folders) == 1 else {"per_data": by_folder(dialogues, records["tokens"])}
     summary = head | plain | figures | per_data | cut | facts | repeated | {"signatures": signatures, "settings": chosen}
     return Evaluation(summary, records, texts)
@@ -168,9 +193,22 @@ def repeats_of(folders: Sequence[str], say: Say) -> dict[str, Any]:
     for folder in folders:
         counts = read_manifest(Path(folder)).get("repeats")
         if told := in_words(counts):
-            say(f"{folder}: the validation split {told}\n")
+            say(f"{folder}: the validation split {told}")
             found[str(folder)] = counts
     return {"repeats": found} if found else {}
+
+
+def _reduced(options: EvaluationOptions, share: Share, dialogues: Sequence[HeldOut], held: int) -> dict[str, Any]:
+    """What is measured less of than on a GPU because nothing else was asked for. held: dialogues there are to sample from."""
+    out: dict[str, Any] = {}
+    if share is not EVERYTHING:
+        if (count := len({d.uid for d in dialogues})) < held:
+            out["dialogues"] = {"measured": count, "of": held}
+        if options.generate is None and held > share.replies:
+            out["replies"] = share.replies
+        if options.select is None and (held > share.choices or share.candidates < CANDIDATES[-1]):
+            out |= {"choices": share.choices, "candidates": share.candidates}
+    return out
 
 
 def by_folder(dialogues: Sequence[HeldOut], records: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -198,7 +236,7 @@ def bleu_tokenizer(asked: str, dialogues: Sequence[HeldOut], say: Say) -> str:
     if asked == "auto":
         return tokenizer_for(replies)
     if warning := mismatch(asked, replies):
-        say(f"{warning}\n")
+        say(warning)
     return asked
 
 
@@ -208,7 +246,7 @@ def metrics_of_sacrebleu(tokenize: str, say: Say) -> tuple[Bleu | None, dict[str
         bleu = Bleu(tokenize)
         return bleu, {"bleu": bleu.signature(), "chrf": chrf_signature()}
     except ImportError:
-        say("BLEU left out: pip install 'chatmill[eval]'\n")
+        say("BLEU left out: pip install 'chatmill[eval]'")
         return None, {}
 
 
@@ -218,7 +256,7 @@ def compared(first: Evaluation, second: Evaluation, say: Say = lambda line: None
     tokenize, other = settings["bleu_tokenize"], first.summary["settings"]["bleu_tokenize"]
     bleu, _ = metrics_of_sacrebleu(tokenize, lambda line: None) if tokenize == other else (None, {})
     if tokenize != other:
-        say(f"BLEU is not compared: its tokenizer was {other} there and is {tokenize} here. Measure both with the same one.\n")
+        say(f"BLEU is not compared: its tokenizer was {other} there and is {tokenize} here. Measure both with the same one.")
     found = compare(first.records, second.records, seed=settings["seed"], resamples=settings["resamples"], bleu=bleu)
     if not found["dialogues"]:
         raise ConfigError(
@@ -236,27 +274,35 @@ def default_out(path: Path) -> Path:
 
 
 def run_evaluation(
-    path: str, against: str | None, out: str | None, options: EvaluationOptions, show: Callable[[dict[str, Any]], None] | None
+    path: str,
+    against: str | None,
+    out: str | None,
+    options: EvaluationOptions,
+    show: Callable[[dict[str, Any]], None] | None,
+    quiet: bool = False,
 ) -> int:
     """Measure (or read), compare, write and show, or print the JSON where show is None. Returns the exit code."""
+    read, read_other = Path(path).suffix == ".json", Path(against or "").suffix == ".json"
+    target = Path(out) if out else Path(path) if read else default_out(Path(path))
+    runs = [*([] if read else [path]), *([] if against is None or read_other else [against])]
+    asked = [name for name in PHASES if {"replies": options.generate, "selection": options.select}.get(name) != 0]
+    names = {of: {name: name if len(runs) == 1 else f"{name} of {of}" for name in asked} for of in runs}
     world = join_world()
     try:
-        say = teller(world)
-        read = Path(path).suffix == ".json"
-        target = Path(out) if out else Path(path) if read else default_out(Path(path))
-        first: Evaluation | None = None
-        if against is not None and Path(against).suffix == ".json":
-            first = load_evaluation(Path(against))
-        mine = load_evaluation(Path(path)) if read else evaluate_fully(path, options, world, say)
-        if against is not None and first is None:
-            # on the same dialogues, also where the other checkpoint was trained on something else
-            same = EvaluationOptions(**asdict(options) | {"data": tuple(mine.summary["settings"]["data"])})
-            first = evaluate_fully(against, same, world, say)
-            if world.is_main:
-                first.write(target.with_name(target.name.removesuffix(".json") + "-against.json"))
-        say("")
-        if first is not None:
-            mine.summary["against"] = compared(first, mine, say)
+        with LongWork([name for of in runs for name in names[of].values()], quiet or not world.is_main) as work:
+            say = work.say if world.is_main else lambda line: None
+
+            def measure(of: str, how: EvaluationOptions, only: Collection[str] | None = None) -> Evaluation:
+                return evaluate_fully(of, how, world, say, lambda phase, done, n: work(names[of][phase], done, n), only)
+
+            first = load_evaluation(Path(against)) if against is not None and read_other else None
+            mine = load_evaluation(Path(path)) if read else measure(path, options)
+            if against is not None and first is None:
+                first = measure(against, _like(mine, options), mine.records["tokens"].keys())
+                if world.is_main:
+                    first.write(target.with_name(target.name.removesuffix(".json") + "-against.json"))
+            if first is not None:
+                mine.summary["against"] = compared(first, mine, say)
         if world.is_main:
             if not read or first is not None:
                 mine.write(target)
@@ -270,14 +316,11 @@ def run_evaluation(
     return 0
 
 
-def teller(world: World) -> Say:
-    """Prints progress on rank 0: on one line of a terminal. Notes, which end in a newline, go to any stderr."""
-
-    def say(line: str) -> None:
-        if line.endswith("\n") or sys.stderr.isatty():
-            print(f"\r{line:<60}" if sys.stderr.isatty() else line, end="", file=sys.stderr, flush=True)
-
-    return say if world.is_main else lambda line: None
+def _like(mine: Evaluation, options: EvaluationOptions) -> EvaluationOptions:
+    """The options by which another checkpoint is measured as this one was, also where it was trained on something else."""
+    known = mine.summary["settings"]
+    filled = {name: known.get(name) for name in ("generate", "select", "candidates") if getattr(options, name) is None}
+    return replace(options, data=tuple(known["data"]), **filled)
 
 
 def join_world() -> World:
@@ -299,11 +342,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure a checkpoint; see chatmill eval.")
     parser.add_argument("checkpoint")
     add_arguments(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="do not show how far the work is (on stderr)")
     found = parser.parse_args(arguments)
     try:
         as_json = found.json == STDOUT
         out = found.out or (None if as_json else found.json)
-        return run_evaluation(found.checkpoint, found.against, out, options_from(found), None if as_json else show)
+        return run_evaluation(found.checkpoint, found.against, out, options_from(found), None if as_json else show, found.quiet)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -80,6 +80,13 @@ class Measure:
     compute: Metric
 
 
+def part_of(name: str) -> Part:
+    """The part of the records that a figure of the catalogue comes from."""
+    if name.startswith(("recall_", "mean_reciprocal_rank")):
+        return "selection"
+    return "tokens" if name in (measure.name for measure in token_measures()) else "replies"
+
+
 def ratio(above: str, below: str) -> Metric:
     """above / below."""
     return lambda s: s[above] / s[below]

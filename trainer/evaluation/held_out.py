@@ -11,9 +11,10 @@ Shapes: L tokens of a dialogue.
 
 from __future__ import annotations
 
+import heapq
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from ...data.preference import without_rejected
 from ...data.samples.per_reply import in_pieces
 from ...data.shards.dialogues import present_dialogues
 from ...data.tokenizer.tokenizer import ChatTokenizer
+
+LEAST = 8  # dialogues of a sample: an interval of fewer says nothing
+SHORTEST = 16  # tokens of a dialogue, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,29 +74,60 @@ def read_held_out(
     split: str = "validation",
     limit: int,
     max_dialogues: int | None = None,
+    only: Collection[str] | None = None,
+    max_tokens: int | None = None,
+    seed: int = 0,
 ) -> list[HeldOut]:
     """The first max_dialogues of each folder's split, in its order; at most `limit` tokens of each. Raises ConfigError.
 
-    A dialogue in several folders counts once.
+    A dialogue in several folders counts once. only: the dialogues with these uids. max_tokens: a random sample of dialogues,
+    drawn by seed, that together have about so many tokens, the same share of each folder; at least LEAST of each.
     """
     found: list[HeldOut] = []
     seen: set[str] = set()
     for folder in folders:
-        taken = 0
-        for conversation in _conversations(Path(folder), split):
-            if max_dialogues is not None and taken >= max_dialogues:
+        taken = tokens = 0
+        room = None if max_tokens is None else max_tokens // len(folders)
+        parts = list[tuple[int, list[HeldOut]]]()
+        for place, conversation in _in_turn(Path(folder), split, room, seed):
+            enough = room is not None and taken >= LEAST and tokens >= room
+            if enough or (max_dialogues is not None and taken >= max_dialogues):
                 break
-            if conversation.uid in seen:
+            if conversation.uid in seen or (only is not None and conversation.uid not in only):
                 continue
             seen.add(conversation.uid)
             samples = samples_of(conversation, tokenizer, limit, str(folder))
-            found += samples
+            parts.append((place, samples))
             taken += bool(samples)
+            tokens += sum(len(sample.ids) for sample in samples)
+        found += [sample for _, samples in sorted(parts, key=lambda part: part[0]) for sample in samples]
     if not found:
         raise ConfigError(
             f"{', '.join(map(str, folders))}: the split {split} holds no supervised token; nothing can be measured."
         )
     return found
+
+
+def _in_turn(folder: Path, split: str, room: int | None, seed: int) -> Iterator[tuple[int, Conversation]]:
+    """(place in the split, conversation) in the split's order; for a sample of `room` tokens in an order drawn by seed."""
+    found = enumerate(_conversations(folder, split))
+    if room is None:
+        return found
+    most = max(LEAST, room // SHORTEST)  # bounds the memory
+
+    def lot(one: tuple[int, Conversation]) -> tuple[int, int]:
+        return zlib.crc32(f"{seed} sample {one[1].uid}".encode()), one[0]
+
+    return iter(heapq.nsmallest(most, found, key=lot))
+
+
+def count_held_out(folders: Sequence[str | Path], split: str) -> int:
+    """Dialogues of a split in all folders, by their manifests; 0 where one is missing."""
+    try:
+        manifests = [json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8")) for folder in folders]
+        return sum(int(manifest["splits"][split]["dialogues"]) for manifest in manifests)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def samples_of(conversation: Conversation, tokenizer: ChatTokenizer, limit: int, source: str = "") -> list[HeldOut]:

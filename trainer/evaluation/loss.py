@@ -70,12 +70,30 @@ def pooled(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
     unit = "pairs" if "pairs" in results[0] else "loss_tokens"
     count = sum(result[unit] for result in results)
     loss, accuracy = (sum(result[name] * result[unit] for result in results) / count for name in ("loss", "accuracy"))
-    return _figures(loss, accuracy, int(count), unit)
+    more = {"dialogues": sum(result["dialogues"] for result in results)} if all("dialogues" in r for r in results) else {}
+    for name in ("loss_se", "accuracy_se"):  # of independent sets
+        if all(name in result for result in results):
+            more[name] = math.sqrt(math.fsum((result[name] * result[unit] / count) ** 2 for result in results))
+    return _figures(loss, accuracy, int(count), unit) | more
 
 
 def _figures(loss: float, accuracy: float, count: int, unit: str) -> dict[str, float]:
     perplexity = {} if unit == "pairs" else {"perplexity": math.inf if loss >= 700 else math.exp(loss)}
     return {"loss": loss, **perplexity, "accuracy": accuracy, unit: count}
+
+
+def standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Of sum(sums) / sum(counts), from the spread of groups that do not depend on each other; None for fewer than two.
+
+    Linearised ratio estimator: se^2 = k / (k - 1) * sum (s_i - r n_i)^2 / (sum n_i)^2, with r the ratio and k groups.
+    Cochran, Sampling Techniques, 3rd edition, section 6.4.
+    """
+    total, k = sum(counts), len(counts)
+    if k < 2 or total == 0:
+        return None
+    ratio = math.fsum(sums) / total
+    squares = math.fsum((s - ratio * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    return math.sqrt(k / (k - 1) * squares) / total
 
 
 def in_words(figures: Mapping[str, float]) -> str:
@@ -84,7 +102,8 @@ def in_words(figures: Mapping[str, float]) -> str:
     if "perplexity" in figures:
         text += f"perplexity {figures['perplexity']:.2f}  "
     count, unit = (figures["pairs"], "pairs") if "pairs" in figures else (figures["loss_tokens"], "tokens")
-    return f"{text}accuracy {100 * figures['accuracy']:.2f} %  ({int(count):,} {unit})"
+    about = f", {int(figures['dialogues']):,} dialogues" if "dialogues" in figures else ""
+    return f"{text}accuracy {100 * figures['accuracy']:.2f} %  ({int(count):,} {unit}{about})"
 
 
 @torch.no_grad()
@@ -95,26 +114,37 @@ def evaluate(
     stopped: Callable[[], bool] = lambda: False,
     preference: bool = False,
 ) -> dict[str, float] | None:
-    """Loss (nats), perplexity, accuracy and the number of supervised tokens, over all ranks.
+    """Loss (nats), perplexity, accuracy and the number of dialogues and of supervised tokens, over all ranks.
+
+    loss_se, accuracy_se: standard errors, from the spread between batches; a dialogue lies in one batch, with others.
 
     preference: forward returns the loss of preference pairs; the figures then have the number of pairs and no perplexity.
     stopped: asked before each batch; if any rank says yes, every rank stops and gets None.
     """
     losses: list[Tensor] = []
     correct: list[Tensor] = []
-    count = 0
+    counts: list[int] = []
+    dialogues = set[str]()
     for batch in batches:
         if world.any(stopped()):
             return None
         output = forward(batch)
         losses.append(output.loss_sum.double())
         correct.append(output.correct)
-        count += len(batch.uids) if preference else batch.loss_tokens
+        counts.append(len(batch.uids) if preference else batch.loss_tokens)
+        dialogues.update(batch.uids)
     # fsum rounds once, whatever the order: the same figure, bit for bit, for any number of ranks
-    mine = (torch.stack(losses).tolist(), int(torch.stack(correct).sum()), count) if losses else ([], 0, 0)
-    parts = world.gather(mine)
-    totals = (math.fsum(x for part in parts for x in part[0]), sum(part[1] for part in parts), sum(part[2] for part in parts))
+    found = (torch.stack(losses).tolist(), torch.stack(correct).tolist()) if losses else ([], [])
+    parts = world.gather((*found, counts, sorted(dialogues)))
+    sums, hits, sizes = ([x for part in parts for x in part[k]] for k in range(3))
+    totals = (math.fsum(sums), sum(hits), sum(sizes))
     if totals[2] == 0:
         raise ConfigError("the validation split holds no supervised token; nothing can be measured")
     unit = "pairs" if preference else "loss_tokens"
-    return _figures(totals[0] / totals[2], totals[1] / totals[2], int(totals[2]), unit)
+    figures = _figures(totals[0] / totals[2], totals[1] / totals[2], int(totals[2]), unit)
+    if not preference:
+        figures["dialogues"] = len({uid for part in parts for uid in part[3]})
+    for name, error in (("loss_se", standard_error(sums, sizes)), ("accuracy_se", standard_error(hits, sizes))):
+        if error is not None:
+            figures[name] = error
+    return figures

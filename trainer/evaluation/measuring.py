@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from chatmill.progress import Report, silent
+
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..distributed.world import World
 from ..generation.candidates import grouped, score_candidates
 from ..generation.prompt import Prompt, fit_messages
-from ..generation.replies import replies_to_many
+from ..generation.replies import Reply, replies_to_many
 from ..generation.sampling import Sampling
 from ..model.decoder import Decoder
 from .figures import CANDIDATES, ROLES, TURN_BUCKETS
@@ -39,6 +41,7 @@ GREEDY = Sampling()
 
 Unit = TypeVar("Unit")
 Found = TypeVar("Found")
+Tick = Callable[[int], None]  # so much of the work is done
 Record = dict[str, float]
 
 
@@ -49,7 +52,7 @@ def turn_bucket(reply: int) -> str:
 
 @dataclass(frozen=True)
 class Measurer:
-    """A model, its held-out dialogues, and how replies are made. progress: called with (what, done, of)."""
+    """A model, its held-out dialogues, and how replies are made. candidates: replies to choose among, the real one included."""
 
     model: Decoder
     tokenizer: ChatTokenizer
@@ -58,12 +61,15 @@ class Measurer:
     sampling: Sampling = GREEDY
     max_new_tokens: int = 128
     bleu: Bleu | None = None
-    progress: Callable[[str, int, int], None] = lambda what, done, of: None
+    candidates: int = CANDIDATES[-1]
+    progress: Report = silent
 
     def token_records(self, world: World) -> dict[str, Record]:
         """Sums over tokens by uid."""
         packs = grouped([len(d.ids) for d in self.dialogues], PACK_TOKENS)
-        found = self._spread(world, "tokens", packs, self._measure_pack)
+        found = self._spread(
+            world, "tokens", packs, self._measure_pack, [sum(len(self.dialogues[i].ids) for i in pack) for pack in packs]
+        )
         out: dict[str, Record] = {}
         for i, dialogue in enumerate(self.dialogues):  # a dialogue's samples add up
             sums = out.setdefault(dialogue.uid, {})
@@ -75,21 +81,32 @@ class Measurer:
         """Texts and sums of one generated reply for each of the first `count` dialogues with a turn to answer."""
         chosen = self._chosen(count)
         units = [chosen[i : i + GROUP] for i in range(0, len(chosen), GROUP)]
-        return self._spread(world, "replies", units, self._reply_group)
+        return self._spread(world, "replies", units, self._reply_group, list(map(len, units)))
 
     def selection_records(self, world: World, count: int) -> dict[str, Record]:
         """Ranks of the real reply among replies of other dialogues, for the first `count` dialogues."""
         pool = reply_pool(self.dialogues)
-        return self._spread(world, "selection", self._chosen(count), lambda unit: self._select(unit, pool))
+        units = self._chosen(count)
+        return self._spread(world, "selection", units, lambda unit, tick: self._select(unit, pool, tick), [1] * len(units))
 
     def _spread(
-        self, world: World, what: str, units: Sequence[Unit], do: Callable[[Unit], dict[str, Found]]
+        self, world: World, what: str, units: Sequence[Unit], do: Callable[[Unit, Tick], dict[str, Found]], sizes: Sequence[int]
     ) -> dict[str, Found]:
-        """Do this rank's share of the units; every rank gets all records, in the order of the units."""
+        """Do this rank's share of the units; every rank gets all records, in the order of the units.
+
+        sizes: what `do` ticks of each unit.
+        """
         mine: dict[int, dict[str, Found]] = {}
+        done, total = 0, sum(sizes[world.rank :: world.world_size])
+
+        def tick(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(what, done, total)
+
+        tick(0)
         for number in range(world.rank, len(units), world.world_size):
-            mine[number] = do(units[number])
-            self.progress(what, min(number + world.world_size, len(units)), len(units))
+            mine[number] = do(units[number], tick)
         merged = {number: found for part in world.gather(mine) for number, found in part.items()}
         return {uid: record for number in sorted(merged) for uid, record in merged[number].items()}
 
@@ -107,7 +124,7 @@ class Measurer:
     # -- tokens
 
     @torch.no_grad()
-    def _measure_pack(self, pack: Sequence[int]) -> dict[str, Record]:
+    def _measure_pack(self, pack: Sequence[int], tick: Tick) -> dict[str, Record]:
         held = [self.dialogues[i] for i in pack]
         device = self._device
         tokens = torch.from_numpy(np.concatenate([d.ids for d in held])).to(device)  # (T,)
@@ -126,17 +143,21 @@ class Measurer:
             order = torch.arange(logits.shape[1], device=device)
             ahead = (logits > picked) | ((logits == picked) & (order < targets))
             rank[start + 1 : stop + 1] = ahead.sum(-1).cpu().numpy()
+        tick(len(tokens))
         spans = zip(pack, held, edges[:-1], edges[1:], strict=True)
         return {str(i): token_record(d, nll[a:b], rank[a:b]) for i, d, a, b in spans}
 
     # -- generation
 
-    def _reply_group(self, group: Sequence[tuple[HeldOut, int]]) -> dict[str, dict[str, Any]]:
+    def _reply_group(self, group: Sequence[tuple[HeldOut, int]], tick: Tick) -> dict[str, dict[str, Any]]:
         prompts = [
             Prompt(self._prompt(d, turn), self.max_new_tokens, self.sampling, zlib.crc32(f"{self.seed} reply {d.uid}".encode()))
             for d, turn in group
         ]
-        made = dict(replies_to_many(self.model, self.tokenizer, prompts, batch=GROUP))
+        made: dict[int, Reply] = {}
+        for index, reply_made in replies_to_many(self.model, self.tokenizer, prompts, batch=GROUP):
+            made[index] = reply_made
+            tick(1)
         out: dict[str, dict[str, Any]] = {}
         for i, (d, turn) in enumerate(group):
             reply, reference = made[i].text.strip(), d.conversation.turns[turn].content.strip()
@@ -154,15 +175,16 @@ class Measurer:
 
     # -- selection
 
-    def _select(self, unit: tuple[HeldOut, int], pool: Sequence[tuple[str, str, list[int]]]) -> dict[str, Record]:
+    def _select(self, unit: tuple[HeldOut, int], pool: Sequence[tuple[str, str, list[int]]], tick: Tick) -> dict[str, Record]:
         dialogue, turn = unit
         context = self.model.config.context
         reserve = min(CANDIDATE_TOKENS, context // 2)
         prompt, _ = fit_messages(self.tokenizer, dialogue.messages(turn), context, reserve)
         room = min(reserve, context - len(prompt))
         real = key_of(dialogue.conversation.turns[turn].content)
-        others = draw_candidates(pool, dialogue.uid, real, CANDIDATES[-1] - 1, self.seed)
+        others = draw_candidates(pool, dialogue.uid, real, self.candidates - 1, self.seed)
         found = score_candidates(self.model, prompt, [ids[:room] for ids in (dialogue.reply_ids(turn), *others)])
+        tick(1)
         return {dialogue.uid: selection_record(found)}
 
 

@@ -14,9 +14,10 @@ from typing import Any, Literal
 class EvaluationOptions:
     """data: folders; none: the one the checkpoint was trained on. generate, select: number of dialogues for the slow parts.
 
-    None there: 256 on a GPU; 32 and 8 on a CPU. sequence_length: longest part of a dialogue that is read, in tokens; None:
-    the model's context, at most 2048. resamples: of the bootstrap. bleu_tokenize: one of sacrebleu's, or auto, by the script of
-    the replies (bleu_tokenizer.py).
+    candidates: replies of a choice. None there, and for max_dialogues: 256, 256, 100 and all on a GPU; on a CPU what two cores
+    do in about two minutes (budget.py), unless `everything` asks for as much as on a GPU. sequence_length: longest part of a
+    dialogue that is read, in tokens; None: the context, at most 2048. resamples: of the bootstrap. bleu_tokenize: one of
+    sacrebleu's, or auto, by the script of the replies (bleu_tokenizer.py).
     """
 
     data: tuple[str, ...] = ()
@@ -33,6 +34,8 @@ class EvaluationOptions:
     seed: int = 0
     resamples: int = 1000
     bleu_tokenize: str = "auto"
+    everything: bool = False
+    candidates: int | None = None
 
     def __post_init__(self) -> None:
         from chatmill.config import ConfigError  # not at the top: it imports pydantic, which --help does not need
@@ -56,6 +59,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--data", nargs="+", default=[], metavar="DIR", help="data-set folders (default: the one it was trained on)")
     add("--split", default="validation", choices=("validation", "train"))
     add("--max-dialogues", type=int, metavar="N", help="measure only the first N dialogues of each data set")
+    everything = "measure on a CPU what a GPU measures: all dialogues, 256 replies, 256 choices (default: two minutes of it)"
+    add("--all", dest="everything", action="store_true", help=everything)
     add(
         "--sequence-length",
         type=int,
@@ -66,14 +71,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--generate",
         type=int,
         metavar="N",
-        help="dialogues to generate a reply for (default 256 on a GPU, 32 on a CPU; 0: none)",
+        help="dialogues to generate a reply for (default 256 on a GPU, at most 32 on a CPU; 0: none)",
     )
     add(
         "--select",
         type=int,
         metavar="N",
-        help="dialogues to find the real reply for (default 256 on a GPU, 8 on a CPU; 0: none)",
+        help="dialogues to find the real reply for (default 256 on a GPU, at most 8 on a CPU; 0: none)",
     )
+    among = "replies to find the real one among (default 100; 10 on a CPU where 100 take too long)"
+    add("--candidates", type=int, choices=(10, 100), help=among)
     add("--max-new-tokens", type=int, default=128, help="longest generated reply, in tokens (default 128)")
     add("--temperature", type=float, default=0.0, help="temperature of generated replies (default 0: greedy)")
     add("--top-p", type=float)

@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .figures import CATALOGUE, Named
+from chatmill.formatting import counted
+
+from .figures import CATALOGUE, Named, part_of
 
 WIDTH = 112
 MARKS = {"better": "[green]better[/]", "worse": "[red]worse[/]", "different": "different", "": "[dim]–[/]"}
@@ -20,16 +22,18 @@ def show(summary: dict[str, Any]) -> None:
     """Print figures with intervals, then by role and by reply, then the comparison if there is one."""
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH)  # columns of three letters would be unreadable
-    table = _table(f"{summary['checkpoint']} on {summary['data']}, {summary['split']}", "", "value", "95 % interval")
+    table = _table(f"{summary['checkpoint']} on {summary['data']}, {summary['split']}", "", "value", "95 % interval", "n")
     for name, found in summary["metrics"].items():
         kind = CATALOGUE.get(name, Named(name))
-        table.add_row(kind.title, figure(found["value"], kind.share), between(found, kind.share))
+        table.add_row(kind.title, figure(found["value"], kind.share), between(found, kind.share), count_of(name, summary))
     console.print(table)
     for key, title in (("per_role", "By role"), ("per_reply", "By position of the reply in its dialogue")):
         if rows := summary.get(key):
             console.print(_by(title, rows))
     counts = ", ".join(f"{part}: {n} dialogues" for part, n in summary["dialogues"].items())
     console.print(f"[dim]{counts}; {summary['loss_tokens']:,} supervised tokens, {summary['bytes']:,} bytes[/]")
+    if reduced := summary.get("reduced"):
+        console.print(f"[bold]{reduced_words(reduced)}[/]")
     if summary["dialogues_cut"]:
         told = f"{summary['dialogues_cut']} dialogues were cut at {summary['settings']['sequence_length']:,} tokens"
         console.print(f"[dim]{told}: {summary['tokens_left_out']:,} tokens left out[/]")
@@ -38,6 +42,24 @@ def show(summary: dict[str, Any]) -> None:
     if "against" in summary:
         console.print(_comparison(summary["against"]))
     print(f"perplexity      {summary['perplexity']:,.4f}")
+
+
+def count_of(name: str, summary: dict[str, Any]) -> str:
+    """The number of dialogues that a figure comes from."""
+    count = summary["dialogues"].get(part_of(name))
+    return "" if count is None else f"{count:,}"
+
+
+def reduced_words(reduced: dict[str, Any]) -> str:
+    """What was measured less of on a CPU, and how to get all."""
+    told = []
+    if "dialogues" in reduced:
+        told.append(f"a random {reduced['dialogues']['measured']:,} of {reduced['dialogues']['of']:,} dialogues")
+    if "replies" in reduced:
+        told.append(f"{reduced['replies']} generated replies")
+    if "choices" in reduced:
+        told.append(f"{counted(reduced['choices'], 'choice')} among {reduced['candidates']}")
+    return f"For two minutes of a CPU: {', '.join(told)}. Everything: --all; or --max-dialogues, --generate, --select N."
 
 
 def figure(value: float | None, share: bool = False) -> str:

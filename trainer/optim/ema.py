@@ -20,6 +20,7 @@ from torch import Tensor
 
 from chatmill.config import ConfigError
 from chatmill.files import folder_beside
+from chatmill.progress import Report, silent
 
 from ...data.tokenizer.folder import FILES
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
@@ -68,26 +69,28 @@ def swapped(exchange: Callable[[], None]) -> Iterator[None]:
         exchange()
 
 
-def export_average(source: Checkpoint, out: str | Path) -> Path:
+def export_average(source: Checkpoint, out: str | Path, progress: Report = silent) -> Path:
     """Write a checkpoint with the averaged weights of `source`. Raises ConfigError if it holds none."""
     names = source.names(GROUP)
     if not names:
         raise ConfigError(f"{source.path} holds no averaged weights: it was trained without train.ema.")
     files = source.files()
     with CheckpointWriter(out, source.config, {**source.meta, "weights": "ema", "from": str(source.path)}) as writer:
-        for name, tensor in source.tensors(GROUP):
+        for number, (name, tensor) in enumerate(source.tensors(GROUP)):
+            progress("average", number, len(names))
             writer.add(name.removeprefix(PREFIX), tensor)
         for name in FILES:
             if name in files:
                 writer.add_file(name, files[name].read_bytes())
+    progress("average", len(names), len(names))
     return Path(out)
 
 
 @contextlib.contextmanager
-def averaged(source: Checkpoint, beside: Path) -> Iterator[Checkpoint]:
+def averaged(source: Checkpoint, beside: Path, progress: Report = silent) -> Iterator[Checkpoint]:
     """The averaged weights of a checkpoint as a checkpoint, in a temporary folder next to the given one."""
     with folder_beside(beside.absolute().with_name(f"{beside.name}.averaged")) as folder:
-        yield open_checkpoint(export_average(source, folder / "checkpoint"))
+        yield open_checkpoint(export_average(source, folder / "checkpoint", progress))
 
 
 def _locals(tensors: Sequence[Tensor]) -> list[Tensor]:

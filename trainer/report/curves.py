@@ -70,6 +70,8 @@ def _main_charts(runs: Sequence[RunRecord]) -> Iterable[Chart | None]:
             (accuracy, "token accuracy", "accuracy"),
         ):
             into.append(Series(f"{label}{name}", *_column(run.evals, key), of_validation, "points"))
+            if alone and run.averages:
+                into.append(Series(f"{name}, averaged weights", *_column(run.averages, key), 2, "points"))
     yield draw("Loss", loss, note="nats per token")
     yield draw("Validation perplexity", perplexity, note="lower is better")
     yield draw("Validation accuracy", accuracy, note="share of next tokens guessed right")

@@ -9,9 +9,7 @@ It can be built at any time, even from a run that is still going, crashed, or ne
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from chatmill.formatting import duration, number
 from ...data.report.charts import STYLE
 from .curves import curves, label_of
 from .evaluation import beside_another, evaluation_section, evaluations_side_by_side
+from .headline import ends, figures, last, lead, rate, seconds, status_of, total_tokens
 from .reading import RunRecord, flatten, read_run, real
 
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -54,17 +53,20 @@ def build_report(run_dir: Path, out: Path | None = None, compare: Sequence[Path]
     return target
 
 
-def render(runs: Sequence[RunRecord]) -> str:
-    """The report of runs[0], compared with the others, as HTML."""
+def render(runs: Sequence[RunRecord], status: Mapping[str, str] | None = None, live: bool = False) -> str:
+    """The report of runs[0], compared with the others, as HTML.
+
+    status: {"kind": good | bad | warn | flat, "text"} from who knows more than the folder. live: the page fetches itself again.
+    """
     run = runs[0]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         name=run.name,
         made=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
-        lead=_lead(run),
-        status=_status(run),
-        figures=_figures(run),
+        lead=lead(run),
+        status=status or status_of(run),
+        figures=figures(run),
         chart_style=Markup(STYLE),
         charts=[Markup(chart) for chart in curves(runs)],
         comparison=_comparison(runs) if len(runs) > 1 else None,
@@ -84,155 +86,23 @@ def render(runs: Sequence[RunRecord]) -> str:
         events=_events(run),
         command=run.command,
         notes=run.notes,
+        live=live,
     )
-
-
-def _ends(run: RunRecord, key: str) -> tuple[float, float] | None:
-    values = [v for v in (real(e.get(key)) for e in run.evals.values()) if math.isfinite(v)]
-    return (values[0], values[-1]) if values else None
-
-
-def _last(run: RunRecord, key: str) -> float:
-    return next((v for v in (real(r.get(key)) for r in reversed(run.train.values())) if math.isfinite(v)), math.nan)
-
-
-def _total_tokens(run: RunRecord) -> float:
-    """Training tokens so far."""
-    total = _last(run, "total_tokens")
-    if math.isfinite(total):
-        return total
-    values = [v for v in (real(r.get("tokens")) for r in run.train.values()) if math.isfinite(v)]
-    return sum(values) if values else math.nan
-
-
-def _seconds(run: RunRecord) -> float:
-    """Time between the first and the last line that carry one; pauses between resumed parts included."""
-    times = [v for v in (real(r.get("time")) for r in run.train.values()) if math.isfinite(v)]
-    if not times:
-        return math.nan
-    since_epoch = times[0] > 1e8
-    return times[-1] - times[0] if since_epoch else times[-1]
-
-
-def _rate(run: RunRecord) -> float:
-    rates = [v for v in (real(r.get("tokens_per_s")) for r in run.train.values()) if math.isfinite(v)]
-    return statistics.median(rates) if rates else math.nan
-
-
-def _change(before: float, after: float, lower_is_better: bool) -> tuple[str, str]:
-    """("35% lower", "good")."""
-    if after == before:
-        return "unchanged", "flat"
-    share = abs(after - before) / abs(before) if before else math.nan
-    text = f"{share:.0%} " if share >= 0.1 else f"{share:.1%} " if math.isfinite(share) else ""
-    return text + ("lower" if after < before else "higher"), "good" if (after < before) == lower_is_better else "bad"
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A headline figure. change: (text, good | bad | flat) beside it."""
-
-    label: str
-    value: str
-    note: str = ""
-    before: str = ""
-    change: tuple[str, str] | None = None
-    hero: bool = False
-
-
-def _figures(run: RunRecord) -> list[Figure]:
-    out = []
-    several = len(run.evals) > 1
-    if pair := _ends(run, "perplexity"):
-        before, after = (number(v, 4) for v in pair)
-        change = _change(*pair, lower_is_better=True) if several else None
-        out.append(Figure("Validation perplexity", after, before=before if several else "", change=change, hero=True))
-    if pair := _ends(run, "accuracy"):
-        before, after = (f"{v:.1%}" for v in pair)
-        change = (f"{100 * (pair[1] - pair[0]):+.1f} points", _change(*pair, lower_is_better=False)[1]) if several else None
-        out.append(Figure("Validation token accuracy", after, before=before if several else "", change=change, hero=True))
-    plain = (
-        Figure("Training loss", number(_last(run, "loss"), 4), "at the last step"),
-        Figure("Steps", f"{max(run.train):,}" if run.train else "–", f"of {_planned(run):,} planned" if _planned(run) else ""),
-        Figure("Training tokens", number(_total_tokens(run)), "padding not counted"),
-        Figure("Time", duration(_seconds(run)), "first to last logged step"),
-        Figure("Throughput", number(_rate(run)), "tokens per second, median"),
-    )
-    return out + [figure for figure in plain if figure.value != "–"]
-
-
-def _section(run: RunRecord, name: str) -> dict[str, Any]:
-    section = run.config.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _planned(run: RunRecord) -> int:
-    steps = real(_section(run, "train").get("steps"))
-    return int(steps) if math.isfinite(steps) else 0
-
-
-def _status(run: RunRecord) -> dict[str, str]:
-    done, planned = max(run.train, default=0), _planned(run)
-    if not run.train:
-        return {"kind": "flat", "text": "No step logged"}
-    if planned and done >= planned:
-        return {"kind": "good", "text": "Finished"}
-    return {"kind": "warn", "text": f"At step {done:,} of {planned:,}" if planned else f"At step {done:,}"}
-
-
-def _lead(run: RunRecord) -> str:
-    """One paragraph for a reader who stops after it."""
-    parts = []
-    model = _section(run, "model")
-    if model:
-        parts.append(_model_words(model))
-    if run.train:
-        told = f"{max(run.train):,} steps"
-        seconds = _seconds(run)
-        told += f" in {duration(seconds)}" if math.isfinite(seconds) and seconds > 0 else ""
-        data = _section(run, "data").get("path")
-        parts.append(f"trained for {told}" + (f" on {data}" if data else ""))
-    text = ", ".join(parts)
-    text = (text[:1].upper() + text[1:] + ".") if text else "This run left no configuration and no metrics."
-    pair = _ends(run, "perplexity")
-    if pair and len(run.evals) > 1:
-        change, _ = _change(*pair, lower_is_better=True)
-        told = (
-            "did not change"
-            if change == "unchanged"
-            else f"ended {change}: {number(pair[0], 4)} before, {number(pair[1], 4)} after"
-        )
-        text += f" Validation perplexity {told}."
-    return text
-
-
-def _model_words(model: dict[str, Any]) -> str:
-    from pydantic import ValidationError
-
-    from ..config import ModelConfig
-
-    try:
-        shape = ModelConfig(**{k: v for k, v in model.items() if k in ModelConfig.model_fields})
-        size = number(shape.parameter_counts()["total"]).replace(" ", " ")
-        words = f"a {shape.family.capitalize()}-type model of {size} parameters"
-    except (ValidationError, TypeError):
-        words = "a model"
-    return words + (f", started from {model['checkpoint']}" if model.get("checkpoint") else "")
 
 
 def _comparison(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     rows = []
     for slot, run in enumerate(runs):
-        perplexity, accuracy = _ends(run, "perplexity"), _ends(run, "accuracy")
+        perplexity, accuracy = ends(run, "perplexity"), ends(run, "accuracy")
         rows.append(
             {
                 "name": label_of(runs, run),
                 "slot": str(slot % 6),
                 "steps": f"{max(run.train, default=0):,}",
-                "tokens": number(_total_tokens(run)),
-                "time": duration(_seconds(run)),
-                "rate": number(_rate(run)),
-                "loss": number(_last(run, "loss"), 4),
+                "tokens": number(total_tokens(run)),
+                "time": duration(seconds(run)),
+                "rate": number(rate(run)),
+                "loss": number(last(run, "loss"), 4),
                 "perplexity": number(perplexity[1], 4) if perplexity else "–",
                 "accuracy": f"{accuracy[1]:.1%}" if accuracy else "–",
             }

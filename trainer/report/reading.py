@@ -7,6 +7,7 @@ Each problem becomes a line in `run.notes`, which the report shows: the report o
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ class RunRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     train: dict[int, dict[str, Any]] = field(default_factory=dict)
     evals: dict[int, dict[str, Any]] = field(default_factory=dict)
+    averages: dict[int, dict[str, Any]] = field(default_factory=dict)  # evals of the averaged weights
+    times: list[float] = field(default_factory=list)  # of every record, seconds since the epoch
     events: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -38,6 +41,17 @@ class RunRecord:
     data_manifest: dict[str, Any] = field(default_factory=dict)
     data_report: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def attempts(self) -> list[tuple[float, float]]:
+        """When each attempt began and when its last record was written, by the run's events; pauses lie between them."""
+        begins = sorted(real(e.get("time")) for e in self.events if e.get("event") in ("start", "resume"))
+        times = sorted(self.times)
+        if times and not (begins and begins[0] <= times[0]):
+            begins.insert(0, times[0])
+        spans = []
+        for began, following in itertools.zip_longest(begins, begins[1:], fillvalue=math.inf):
+            spans.append((began, max((t for t in times if began <= t < following), default=began)))
+        return spans
 
 
 def read_run(path: Path) -> RunRecord:
@@ -50,8 +64,10 @@ def read_run(path: Path) -> RunRecord:
     run.config = _mapping(run, path / "config.yaml")
     run.environment = _mapping(run, path / "environment.json")
     run.command = _text(path / "command").strip()
-    _take_metrics(run, _rows(run, path / "metrics.jsonl"))
+    rows = _rows(run, path / "metrics.jsonl")
+    _take_metrics(run, rows)
     run.events = _rows(run, path / "events.jsonl", optional=True)
+    run.times = [t for t in (real(row.get("time")) for row in (*rows, *run.events)) if t > 1e8]
     run.samples = _rows(run, path / "samples.jsonl", optional=True)
     for file in sorted(path.glob("evaluation*.json")):
         if found := _mapping(run, file):
@@ -109,13 +125,17 @@ def _take_metrics(run: RunRecord, rows: list[dict[str, Any]]) -> None:
         if isinstance(row.get("eval"), dict):
             run.evals[at] = row["eval"]
             continue
+        if isinstance(row.get("eval_ema"), dict):
+            run.averages[at] = row["eval_ema"]
+            continue
         if run.train and at <= next(reversed(run.train)):  # resumed from an earlier checkpoint: the old tail is void
             stale = [s for s in run.train if s >= at]
             redone += len(stale)
             for s in stale:
                 del run.train[s]
-            for s in [s for s in run.evals if s >= at]:
-                del run.evals[s]
+            for measured in (run.evals, run.averages):
+                for s in [s for s in measured if s >= at]:
+                    del measured[s]
         run.train[at] = row
     run.evals = dict(sorted(run.evals.items()))
     if redone:

@@ -22,6 +22,8 @@ from chatmill.trainer.checkpoint.checkpoint import CheckpointWriter, open_checkp
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.convert.hf import export_hf
 from chatmill.trainer.distributed.world import World
+from chatmill.trainer.evaluation import evaluate as full_evaluation
+from chatmill.trainer.evaluation.budget import EVERYTHING, Share, cpu_share
 from chatmill.trainer.evaluation.evaluate import evaluate_fully, load_evaluation
 from chatmill.trainer.evaluation.held_out import HeldOut, choose_turn, held_out, read_held_out, samples_of
 from chatmill.trainer.evaluation.measuring import Measurer, draw_candidates, key_of, reply_pool, selection_record
@@ -254,6 +256,41 @@ def test_the_command_measures_compares_and_feeds_the_report(
     assert "recall@1 of 10" in page and "95 %" in page and "against " + str(other) in page
     assert chatmill(["report", str(run), str(run), "--out", str(tmp_path / "two.html")]) == 0
     assert "Full evaluations side by side" in (tmp_path / "two.html").read_text()
+
+
+def test_a_cpu_measures_what_it_can_in_two_minutes_and_says_so(
+    checkpoint: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = read_held_out([tiny_data], ChatTokenizer.load(checkpoint), limit=256)
+    assert len({d.uid for d in everything}) > 8
+    monkeypatch.setattr(full_evaluation, "cpu_share", lambda parameters, longest: Share(1, 4, 4, 10))
+    words = ["--max-new-tokens", "4", "--resamples", "100", "--quiet"]
+    out = tmp_path / "e.json"
+    assert chatmill(["eval", str(checkpoint), *words, "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    summary = json.loads(out.read_text())
+    held = len({d.uid for d in everything})
+    assert summary["reduced"] == {"dialogues": {"measured": 8, "of": held}, "replies": 4, "choices": 4, "candidates": 10}
+    assert f"a random 8 of {held} dialogues, 4 generated replies, 4 choices among 10" in shown.out and "--all" in shown.out
+    assert "recall@1 of 100" not in shown.out and shown.err == ""
+    first = load_evaluation(out).records["tokens"].keys()
+    assert set(first) != {d.uid for d in everything[:8]}  # a sample, not what happens to come first
+    # another model, whose share would be another one, is measured on the same dialogues
+    monkeypatch.setattr(full_evaluation, "cpu_share", lambda parameters, longest: EVERYTHING)
+    other = make_checkpoint(tmp_path / "other", tiny_data, 2)
+    assert chatmill(["eval", str(out), "--against", str(other), *words]) == 0
+    against = load_evaluation(tmp_path / "e-against.json")
+    assert against.records["tokens"].keys() == first and len(against.replies) == 4
+    whole = EvaluationOptions(everything=True, generate=0, select=0, resamples=100)
+    found = evaluate_fully(checkpoint, whole, ALONE).summary
+    assert found["dialogues"]["tokens"] == held and "reduced" not in found
+
+
+def test_the_share_of_a_cpu_follows_from_the_size_of_the_model() -> None:
+    tiny, demo, large = (cpu_share(parameters) for parameters in (1_300_000, 134_515_008, 8_030_000_000))
+    assert tiny.tokens is not None and tiny.tokens > 500_000 and (tiny.replies, tiny.choices, tiny.candidates) == (32, 8, 100)
+    assert demo.tokens == 7434 and (demo.replies, demo.choices, demo.candidates) == (9, 8, 10)
+    assert large.tokens == 124 and (large.replies, large.choices, large.candidates) == (4, 4, 10)
 
 
 def test_bf16_measures_nearly_the_same(checkpoint: Path) -> None:

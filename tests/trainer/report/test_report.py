@@ -230,6 +230,47 @@ def test_steps_redone_after_a_resume_count_once(home: Path) -> None:
     assert list(read.evals) == [6]
 
 
+def test_pauses_between_attempts_are_no_time_of_the_run(home: Path) -> None:
+    run = make_run(home, steps=10)
+    write_lines(run / "events.jsonl", [
+        {"time": 1.79e9, "event": "start"},
+        {"time": 1.79e9 + 7200, "event": "resume", "step": 5},
+        {"time": 1.79e9 + 7230, "event": "finished", "step": 10},
+    ])  # fmt: skip
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "time" in row:
+            row["time"] = 1.79e9 + (10 * row["step"] if row["step"] <= 5 else 7200 + 5 * (row["step"] - 5))
+    write_lines(run / "metrics.jsonl", rows)
+    found = read_run(run)
+    assert found.attempts() == [(1.79e9, 1.79e9 + 50), (1.79e9 + 7200, 1.79e9 + 7230)]
+    page = text_of(build_report(run).read_text())
+    assert "1 min 20 s 2 attempts, 1 h 59 min between them left out" in page and "10 steps in 1 min 20 s" in page
+
+
+def test_a_headline_has_its_interval_and_n_and_replies_come_before_the_plots(home: Path) -> None:
+    run = make_run(home, steps=10)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "eval" in row][-1]["eval"]
+    last |= {"loss": 3.0, "perplexity": math.exp(3.0), "accuracy": 0.4, "dialogues": 16, "loss_se": 0.05, "accuracy_se": 0.01}
+    write_lines(run / "metrics.jsonl", rows)
+    page = build_report(run).read_text()
+    low, high = math.exp(3.0 - 1.96 * 0.05), math.exp(3.0 + 1.96 * 0.05)
+    assert f"95 % interval {low:.4g} to {high:.4g} · 16 dialogues, 51,234 supervised tokens" in text_of(page)
+    assert "95 % interval 38.0% to 42.0%" in text_of(page)
+    assert page.index('id="samples"') < page.index('id="curves"')
+    assert "fetch(" not in page  # only `chatmill watch` makes a page that asks for news
+
+
+def test_figures_of_averaged_weights_are_a_curve_not_a_step_that_was_redone(home: Path) -> None:
+    run = make_run(home, steps=10)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", [*rows, {"step": 10, "eval_ema": {"loss": 2.5, "perplexity": 12.0, "accuracy": 0.5}}])
+    found = read_run(run)
+    assert found.averages[10]["loss"] == 2.5 and "loss" in found.train[10] and not found.notes
+    assert "averaged weights" in build_report(run).read_text()
+
+
 def test_smoothing_has_no_start_bias_and_passes_over_gaps() -> None:
     assert smooth([3.0] * 5, 4) == pytest.approx([3.0] * 5)
     values = smooth([1.0, math.nan, 2.0], 1)
