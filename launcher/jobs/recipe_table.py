@@ -1,20 +1,26 @@
 """`chatmill recipes`: the shipped recipes, what they train, and what they need on a card of each class.
 
-    rows = recipe_rows()          # one per training recipe; needs torch for the memory of activations
+    rows = recipe_rows()          # one per training recipe
+    python -m chatmill.launcher.jobs.recipe_table      # writes recipe_needs.json anew, after a recipe or the plan has changed
 
 The figures are those of `chatmill plan` (trainer/plan/plan.py): the fewest GPUs on which the recipe fits as it is written, and
-the time that it takes on them.
+the time that it takes on them. Tracing the memory of all recipes takes 14 s and torch. So what they need is shipped in
+recipe_needs.json, by a hash of the recipe and the model's shape; what is not in it is traced.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from chatmill.config import ConfigError
+from chatmill.files import replace_text
 from chatmill.formatting import duration, number
 
 from ...data.recipe import RECIPES as DATA_RECIPES
@@ -25,6 +31,20 @@ from .resolve import model_shape
 CLASSES = ("4090", "h100", "h200")  # cards of 24, 80 and 141 GB
 WIDTH = 31
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
+# Of SmolLM2-135M(-Instruct), which several recipes start from, before it is imported.
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "layers": 30,
+    "heads": 9,
+    "kv_heads": 3,
+    "context": 8192,
+    "rope_theta": 100000.0,
+    "tied_embeddings": True,
+}
+NO_MATTER = {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"}
+TABLE = Path(__file__).with_name("recipe_needs.json")
 
 
 @dataclass(frozen=True)
@@ -70,13 +90,12 @@ def recipes_command(as_json: bool = False) -> int:
 
 
 def recipe_rows() -> Iterator[Row]:
-    """A row for each shipped training recipe. Raises ConfigError without torch."""
-    if importlib.util.find_spec("torch") is None:
-        raise ConfigError("torch is not installed here: it is needed to trace the memory of activations (no GPU is).")
+    """A row for each shipped training recipe. Raises ConfigError without torch where one is not in the table."""
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
     for file in sorted(RECIPES.glob("*.yaml")):
         recipe = load_recipe(file.stem)
         shape = _shape(recipe)
-        needs = () if shape is None else tuple(_needs(recipe, shape))
+        needs = () if shape is None else known_needs(table, recipe, shape) or tuple(traced_needs(recipe, shape))
         yield Row(file.stem, about(file), None if shape is None else shape.parameter_counts()["total"], needs)
 
 
@@ -87,15 +106,37 @@ def about(file: Path) -> str:
 
 
 def _shape(recipe: Recipe) -> ModelConfig | None:
+    """Of the checkpoint, if it is here; else the one that is usual for the recipe."""
     try:
         found = model_shape(recipe)
     except ConfigError:
         found = None
-    written = not recipe.model.model_fields_set <= {"checkpoint", "base_precision"}
-    return found or (recipe.model.shape() if written else None)
+    return found or usual_shape(recipe)
 
 
-def _needs(recipe: Recipe, shape: ModelConfig) -> Iterator[Need]:
+def usual_shape(recipe: Recipe) -> ModelConfig | None:
+    """The shape that the recipe writes, or that of the checkpoint which its comment says how to make; None where unknown."""
+    if not recipe.model.model_fields_set <= {"checkpoint", "base_precision"}:
+        return recipe.model.shape()
+    return ModelConfig(**SMOLLM2) if str(recipe.model.checkpoint).startswith("runs/smollm2") else None
+
+
+def key_of(recipe: Recipe, shape: ModelConfig) -> str:
+    """Of everything that the needs follow from, but for the code and its defaults."""
+    shape_facts = shape.model_dump(mode="json", exclude=NO_MATTER)
+    facts = json.dumps([recipe.model_dump(mode="json", exclude_defaults=True), shape_facts], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+
+def known_needs(table: Mapping[str, Any], recipe: Recipe, shape: ModelConfig) -> tuple[Need, ...]:
+    """What the table says; nothing where it does not know this recipe."""
+    return tuple(Need(**need) for need in table.get(key_of(recipe, shape), {}).get("needs", ()))
+
+
+def traced_needs(recipe: Recipe, shape: ModelConfig) -> Iterator[Need]:
+    """Traced on the meta device. Raises ConfigError without torch."""
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError("torch is not installed here: it is needed to trace the memory of activations (no GPU is).")
     from ...trainer.plan.plan import MFU, Estimator, count_work
 
     estimator = Estimator(recipe, shape)
@@ -117,3 +158,19 @@ def _cell(need: Need) -> str:
     if not need.gpus:
         return "does not fit"
     return f"{need.gpus} x {need.bytes_each / GIB:.1f} GiB, {duration(3600 * need.hours)}"
+
+
+def write_table() -> int:
+    """Trace every shipped recipe and write the table."""
+    table = {}
+    for file in sorted(RECIPES.glob("*.yaml")):
+        recipe = load_recipe(file.stem)
+        if shape := usual_shape(recipe):
+            needs = [asdict(need) for need in traced_needs(recipe, shape)]
+            table[key_of(recipe, shape)] = {"recipe": file.stem, "needs": needs}
+    replace_text(TABLE, json.dumps(table, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(write_table())

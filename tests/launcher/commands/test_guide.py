@@ -16,6 +16,7 @@ from chatmill.config import dump_yaml
 from chatmill.launcher.__main__ import build_parser, main
 from chatmill.launcher.commands.arguments import RECIPES
 from chatmill.launcher.commands.schema import schema_of
+from chatmill.launcher.jobs import recipe_table
 from chatmill.trainer.config import Recipe, load_recipe
 from chatmill.trainer.run.finished import finished_note
 
@@ -121,6 +122,35 @@ def test_the_schema_knows_every_field(capsys: pytest.CaptureFixture[str]) -> Non
     optimizer = found["$defs"]["OptimizerSection"]
     assert set(found["properties"]) == set(Recipe.model_fields) and optimizer["additionalProperties"] is False
     assert optimizer["properties"]["name"]["enum"] == ["adamw", "muon", "adamw8bit"]
+
+
+def test_the_table_of_recipes_is_that_of_the_plan_and_needs_no_torch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = json.loads(recipe_table.TABLE.read_text())
+    anew = "python -m chatmill.launcher.jobs.recipe_table writes it anew"
+    named = [load_recipe(file.stem) for file in sorted(RECIPES["trainer"].glob("*.yaml"))]
+    keys = {recipe_table.key_of(r, shape) for r in named if (shape := recipe_table.usual_shape(r))}
+    assert keys == set(table) and len(keys) == len(named), anew
+    recipe = load_recipe("tiny")
+    shape = recipe_table.usual_shape(recipe)
+    assert shape is not None
+    assert recipe_table.known_needs(table, recipe, shape) == tuple(recipe_table.traced_needs(recipe, shape)), anew
+    monkeypatch.setattr(recipe_table, "traced_needs", lambda recipe, shape: pytest.fail("traced"))
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"demo +135 M +1 x \d", out) and "?" not in out
+
+
+@pytest.mark.exhaustive
+def test_the_whole_table_of_recipes_is_that_of_the_plan() -> None:
+    table = json.loads(recipe_table.TABLE.read_text())
+    for file in sorted(RECIPES["trainer"].glob("*.yaml")):
+        recipe = load_recipe(file.stem)
+        shape = recipe_table.usual_shape(recipe)
+        assert shape is not None
+        assert recipe_table.known_needs(table, recipe, shape) == tuple(recipe_table.traced_needs(recipe, shape)), file.stem
 
 
 def test_bash_completes_commands_options_and_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
