@@ -32,7 +32,7 @@ CLASSES = ("4090", "h100", "h200")  # cards of 24, 80 and 141 GB
 WIDTH = 31
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 # Of SmolLM2-135M(-Instruct), which several recipes start from, before it is imported.
-SMOLLM2 = {
+SMOLLM2: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
