@@ -25,7 +25,7 @@ from chatmill.run_files import list_checkpoints
 
 from ..conversation import Conversation, to_record
 from ..importers.registry import is_recognised, read_file, recognise, source_files
-from ..importers.speakers import assistants, in_words
+from ..importers.speakers import FORUMS, WHOEVER_ANSWERS, assistants, in_words
 from ..ledger import Ledger, ranked, shorten
 from ..raw.files import RawFile
 from ..raw.finding import distinct, uploads
@@ -173,6 +173,8 @@ def _print_files(files: list[FileFacts], left_out: list[str], console: Console) 
             shown = [f"{in_words(facts.ledger.speakers)}; nothing says who of them is the assistant (assistant=NAME)"]
         if shown:
             console.print(f"  turns: {escape(', '.join(shown))}", highlight=False, soft_wrap=True)
+        if facts.format in FORUMS:
+            console.print(f"  the assistant is {WHOEVER_ANSWERS}; assistant=NAME takes one of them", highlight=False)
         reasons = [f"-{n:,} {reason}" for reason, n in ranked(facts.ledger.dropped).items()]
         reasons += [f"~{n:,} {reason}" for reason, n in ranked(facts.ledger.changed).items()]
         for reason in reasons[:REASONS_SHOWN]:

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping
 
 from chatmill.config import ConfigError
 
+# In these everybody may answer everybody: who wrote the post is the user. The names of all who answer are not kept.
+FORUMS = ("reddit", "stack_exchange")
+WHOEVER_ANSWERS = "whoever answers a post"
 Speakers = Mapping[str, Mapping[str, int]]  # name -> role -> turns
 NAMED = 8
 

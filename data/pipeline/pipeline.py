@@ -25,7 +25,7 @@ from chatmill.progress import Report, silent
 
 from ..conversation import load_line
 from ..importers.registry import spans
-from ..importers.speakers import assistants, check_one_assistant, together
+from ..importers.speakers import FORUMS, WHOEVER_ANSWERS, assistants, check_one_assistant, together
 from ..ledger import Ledger, shorten
 from ..raw.files import RawFile
 from ..recipe import DataRecipe
@@ -214,6 +214,8 @@ class Build:
             if not source.mix_speakers:
                 check_one_assistant(speakers, number, source.path)
                 self.assistants += [f"{name} (sources.{number}), who always replies" for name in assistants(speakers)]
+            if source.assistant is None and any(r["source"] == number and r["format"] in FORUMS for r in self.sources.read):
+                self.assistants.append(f"{WHOEVER_ANSWERS} (sources.{number})")
 
     def _prepare(self, chunks: list[str]) -> list[int]:
         dedup = self.recipe.dedup

@@ -21,7 +21,10 @@ SAMPLING = (
 
 def add_commands(commands: Any) -> None:
     """Add the commands that train a model or use one."""
-    add_recipe(add_command(commands, "train", _train, "train a model in this process (one device); the same command resumes"))
+    command = add_command(commands, "train", _train, "train a model in this process (one device); the same command resumes")
+    add_recipe(command)
+    command.add_argument("--dry-run", action="store_true", help="print what would run and what it needs, but start nothing")
+    command.add_argument("--full", action="store_true", help="of a dry run, also the resolved recipe")
 
     summary = "measure loss, accuracy, BLEU, recall and more of a checkpoint, with intervals, or compare two"
     command = add_command(commands, "eval", _eval, summary)
@@ -107,12 +110,15 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the reply before TEXT (repeatable)")
     command.add_argument("--seed", type=int, help="the same seed gives the same reply")
     command.add_argument("--system", help="system message")
+    schema = "replies are JSON that fits: a schema, a file with one, or `object` for any (needs the extra serve)"
+    command.add_argument("--json-schema", metavar="SCHEMA", help=schema)
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given: the checkpoint knows the others."""
     given = {name: getattr(options, name) for name in SAMPLING}
     lists = {"stop": options.stop, "logit_bias": options.logit_bias, "stop_token_ids": options.stop_token_id}
+    given |= {"json_schema": options.json_schema}
     return {name: value for name, value in given.items() if value is not None} | {n: tuple(v) for n, v in lists.items()}
 
 
@@ -122,6 +128,11 @@ def _bias(word: str) -> tuple[int, float]:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.dry_run or options.full:
+        from ..jobs.launch import launch
+
+        words = ["launch", options.recipe, *options.overrides, "--dry-run", *(["--full"] if options.full else [])]
+        return launch(options.parser.parse_args(words))
     from ...trainer.config import load_recipe
     from ...trainer.run.finished import finished_note
 

@@ -66,6 +66,9 @@ def model_shape(recipe: Recipe) -> ModelConfig | None:
     # a run that continues needs its own checkpoints only
     file = ([folder, *list_checkpoints(folder), *list_checkpoints(recipe.run_dir)])[-1] / "config.json"
     if not file.is_file():
+        manifest = folder / "manifest.json"
+        if manifest.is_file() and "splits" in read_json(manifest):
+            raise ConfigError(f"model.checkpoint: {folder} is a data set, not a checkpoint. Give a checkpoint or a run folder.")
         return None
     if not file.with_name("manifest.json").is_file():
         raise ConfigError(

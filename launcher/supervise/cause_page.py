@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chatmill.run_files import read_jsonl
+from chatmill.shell import own_command, typed
 
 from .first_cause import Cause
 from .run_state import Attempt, attempt_logs
@@ -60,17 +61,11 @@ def render(run_dir: Path, attempt: Attempt, cause: Cause | None) -> str:
     if metrics:
         lines += ["## The last steps (metrics.jsonl)", "", *_indented(map(_step, metrics[-STEPS:])), ""]
     rank = f" --rank {cause.local_rank} --attempt {attempt.number}" if cause is not None and cause.node == 0 else ""
-    lines += [
-        "## Next",
-        "",
-        f"    chatmill logs {run_dir}{rank}",
-        *(
-            [f"    chatmill data at {run_dir} {reached + 1}        # what the step that did not end was to learn from"]
-            if metrics
-            else []
-        ),
-        f"    chatmill resume {run_dir}",
-    ]
+    program, run = own_command(), typed(run_dir)
+    lines += ["## Next", "", f"    {program} logs {run}{rank}"]
+    if metrics:
+        lines += [f"    {program} data at {run} {reached + 1}        # what the step that did not end was to learn from"]
+    lines += [f"    {program} resume {run}"]
     return "\n".join(lines) + "\n"
 
 

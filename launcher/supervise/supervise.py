@@ -30,6 +30,7 @@ from types import FrameType
 
 from chatmill.processes import own_process
 from chatmill.run_files import PREEMPTED, append_jsonl, read_jsonl
+from chatmill.shell import in_this_shell
 
 from .cause_page import write_page
 from .first_cause import Cause, find_cause
@@ -306,7 +307,7 @@ def describe_step(step: int) -> str:
 
 def say(text: str) -> None:
     """One line with the time, at once."""
-    print(f"[{time.strftime('%F %T')} launcher] {text}", flush=True)
+    print(f"[{time.strftime('%F %T')} launcher] {in_this_shell(text)}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

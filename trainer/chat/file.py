@@ -20,7 +20,7 @@ from chatmill.progress import LongWork
 from ..generation.prompt import Prompt, bad_text, check_text, fit_messages
 from ..generation.replies import replies_to_many
 from .chat_model import load_chat_model
-from .terminal import Settings
+from .settings import Settings, grammar_of
 
 Messages = list[dict[str, str]]
 
@@ -55,7 +55,7 @@ def generate_file(
         left = [number for number in range(len(rows)) if number not in kept.done]
         if kept.done and left:
             show.say(f"{len(kept.done)} of {len(rows)} replies are done already")
-        context = chat.model.config.context
+        context, grammar = chat.model.config.context, grammar_of(chat, start)
         asked = [
             Prompt(
                 fit_messages(chat.tokenizer, rows[number][1], context, start.max_new_tokens)[0],
@@ -63,6 +63,7 @@ def generate_file(
                 start.sampling,
                 None if start.seed is None else start.seed + number,
                 start.stop,
+                grammar,
             )
             for number in left
         ]

@@ -15,8 +15,8 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,11 +26,11 @@ from rich.markup import escape
 from chatmill.config import ConfigError
 from chatmill.run_files import append_text
 
-from ..generation.defaults import sampling_of
+from ..generation.grammar import Grammar
 from ..generation.prompt import check_text
 from ..generation.replies import Reply, reply_to
-from ..generation.sampling import Sampling, check_seed
 from .chat_model import ChatModel, load_chat_model
+from .settings import Settings, grammar_of
 
 HELP = """\
 [bold]/system[/] TEXT       set the system message (without TEXT: show it; /system - removes it)
@@ -42,73 +42,7 @@ HELP = """\
 [bold]/quit[/]              leave (Ctrl-D too)
 A line that ends in \\ goes on; a line of three double quotes opens and closes a longer text. Ctrl-C stops a reply."""
 
-Answer = Callable[[list[dict[str, str]], "Settings", Callable[[str], None]], Reply]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What /params changes, and the strings that end a reply. seed None: every reply differs; top_k 0 is off, as None is.
-
-    `of` knows the settings that come with a model; those here stand where it has none.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.7
-    top_p: float | None = 0.95
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    min_tokens: int = 0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: expected at least 1.")
-        if self.min_tokens > self.max_new_tokens:
-            raise ConfigError(f"min_tokens={self.min_tokens}: more than max_new_tokens={self.max_new_tokens}.")
-        for text in self.stop:
-            check_text(text, "--stop")
-        try:
-            check_seed(self.seed)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        _ = self.sampling
-
-    @classmethod
-    def of(cls, chat: ChatModel, given: Mapping[str, Any]) -> Settings:
-        """The given settings, else the checkpoint's (generation_config.json), else the defaults. Raises ConfigError."""
-        return cls(**{**sampling_of(chat.tokenizer.generation), **given})
-
-    @property
-    def sampling(self) -> Sampling:
-        """The sampling knobs alone."""
-        try:
-            return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling)})
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-    def changed(self, words: list[str]) -> Settings:
-        """With NAME=VALUE words applied; VALUE none switches a knob off."""
-        values: dict[str, Any] = {}
-        kinds = {f.name: str(f.type) for f in fields(self) if str(f.type).startswith(("int", "float"))}
-        for word in words:
-            name, sign, text = word.partition("=")
-            if name not in kinds or not sign:
-                raise ConfigError(f"{word!r}: expected NAME=VALUE with NAME one of {', '.join(kinds)}.")
-            try:
-                if text.lower() in ("none", "off") and "None" in kinds[name]:
-                    values[name] = None
-                else:
-                    values[name] = int(text) if kinds[name].startswith("int") else float(text)
-            except ValueError:
-                raise ConfigError(f"{word!r}: {text!r} is not a number.") from None
-        return replace(self, **values)
+Answer = Callable[[list[dict[str, str]], Settings, Callable[[str], None]], Reply]
 
 
 class Chat:
@@ -224,7 +158,11 @@ def survive_bad_text() -> None:
 def answer_with(chat_model: ChatModel) -> Answer:
     """The answers of a model, for `Chat`."""
 
+    made: dict[str | None, Grammar | None] = {}
+
     def answer(messages: list[dict[str, str]], settings: Settings, on_text: Callable[[str], None]) -> Reply:
+        if settings.json_schema not in made:
+            made[settings.json_schema] = grammar_of(chat_model, settings)
         return reply_to(
             chat_model.model,
             chat_model.tokenizer,
@@ -233,6 +171,7 @@ def answer_with(chat_model: ChatModel) -> Answer:
             sampling=settings.sampling,
             stop_strings=settings.stop,
             seed=settings.seed,
+            grammar=made[settings.json_schema],
             on_text=on_text,
         )
 

@@ -65,7 +65,9 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
                 subject = unpacked(packed_subject)[0]
                 mails.append(ChatMessage(*unpacked(entry)))
             origin, meta = f"{file.label}:{mails[0].key}", {"subject": subject}
-            found = to_conversation(mails, source=source, origin=origin, ledger=ledger, assistant=options.assistant, meta=meta)
+            found = to_conversation(
+                mails, source=source, origin=origin, ledger=ledger, assistant=options.assistant, meta=meta, people=True
+            )
             if found is not None:
                 yield found
 

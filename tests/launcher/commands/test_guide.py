@@ -16,6 +16,7 @@ from chatmill.config import dump_yaml
 from chatmill.launcher.__main__ import build_parser, main
 from chatmill.launcher.commands.arguments import RECIPES
 from chatmill.launcher.commands.schema import schema_of
+from chatmill.launcher.jobs import launch as launching
 from chatmill.launcher.jobs import recipe_table
 from chatmill.trainer.config import Recipe, load_recipe
 from chatmill.trainer.run.finished import finished_note
@@ -151,6 +152,26 @@ def test_the_whole_table_of_recipes_is_that_of_the_plan() -> None:
         shape = recipe_table.usual_shape(recipe)
         assert shape is not None
         assert recipe_table.known_needs(table, recipe, shape) == tuple(recipe_table.traced_needs(recipe, shape)), file.stem
+
+
+def test_a_dry_run_of_a_training_fits_a_screen_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny", "train.steps=7", "--dry-run"]) == 0
+    short = capsys.readouterr().out.splitlines()
+    assert 10 < len(short) <= 40 and "nothing was started" in short[-1] and any("steps       7," in line for line in short)
+    assert list(tmp_path.iterdir()) == []
+    asked = list[Any]()
+    monkeypatch.setattr(launching, "launch", lambda options: asked.append((options.dry_run, options.full)) or 0)
+    assert main(["train", "tiny", "--full"]) == 0 and asked == [(True, True)]
+
+
+def test_a_data_set_in_place_of_a_checkpoint_is_named_by_plan_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "manifest.json").write_text('{"splits": {}}')
+    for command in (["plan"], ["launch", "--dry-run"]):
+        assert main([command[0], "tiny", f"model.checkpoint={tmp_path}", *command[1:]]) == 2
+        assert f"model.checkpoint: {tmp_path} is a data set, not a checkpoint" in capsys.readouterr().err
 
 
 def test_bash_completes_commands_options_and_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,6 +124,50 @@ def test_what_cannot_be_is_said_and_nothing_is_written(
     assert sorted(path.name for path in here.iterdir()) == ["alone.txt", "chat.txt"]
 
 
+def mailbox(*addresses: str) -> str:
+    """Ten threads of four mails; everybody begins some."""
+    mails = []
+    for k in range(10):
+        for i in range(4):
+            who = addresses[(k + i) % len(addresses)]
+            answers = f"In-Reply-To: <{k}.{i - 1}@x>\n" if i else ""
+            head = f"From {who} Mon May  {1 + k} 09:0{i}:00 2023\nFrom: {who}\nMessage-ID: <{k}.{i}@x>\n{answers}"
+            mails.append(f"{head}Date: {1 + k} May 2023 09:0{i}:00 +0000\nSubject: tea {k}\n\nMail {k} {i} about tea.\n\n")
+    return "".join(mails)
+
+
+def test_a_mailbox_asks_whom_the_model_is_to_become(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("all.mbox").write_text(mailbox("ann@x.org", "bob@y.org", "cy@z.org"))
+    assert main(["new", "all.mbox", "--from-scratch", "--seed", "1"]) == 2
+    said = capsys.readouterr()
+    assert "mbox, 10 dialogues" in said.out and "--assistant" in said.err and "ann@x.org 14" in said.err
+    assert main(["new", "all.mbox", "--assistant", "Bob@y.org", "--from-scratch", "--seed", "1"]) == 0
+    data = load_data_recipe("all-data.yaml")
+    assert data.sources[0].assistant == "bob@y.org"
+    text = Path("all-data.yaml").read_text()
+    Path("mixed.yaml").write_text("".join(line for line in text.splitlines(True) if "assistant:" not in line))
+    capsys.readouterr()
+    assert main(["data", "import", "mixed.yaml"]) == 2
+    assert "is a chat between people" in capsys.readouterr().err
+    assert main(["data", "import", "mixed.yaml", "sources.0.mix_speakers=true"]) == 0
+
+
+def test_in_a_forum_whoever_answers_is_the_assistant_and_that_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    posts = []
+    for k in range(12):
+        post = {"id": f"p{k}", "name": f"t3_p{k}", "author": f"asks{k}", "title": f"How is tea number {k} made?"}
+        posts.append(post | {"selftext": f"I have tried {k} times.", "subreddit": "tea", "created_utc": 1.6e9 + k, "score": 3})
+        answer = {"id": f"c{k}", "link_id": f"t3_p{k}", "parent_id": f"t3_p{k}", "author": f"knows{k % 5}", "score": 2}
+        posts.append(answer | {"body": f"With water, {k} minutes of it.", "created_utc": 1.6e9 + 100 + k})
+    Path("dump.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
+    assert main(["new", "dump.jsonl", "--from-scratch", "--seed", "1"]) == 0
+    assert "the assistant is whoever answers a post; assistant=NAME takes one of them" in capsys.readouterr().out
+    assert main(["data", "import", "dump-data.yaml"]) == 0
+    assert "assistant: whoever answers a post (sources.0)" in capsys.readouterr().out
+    assert main(["new", "dump.jsonl", "--assistant", "knows1", "--from-scratch", "--seed", "1", "--force"]) == 0
+    assert load_data_recipe("dump-data.yaml").sources[0].assistant == "knows1"
+
+
 @pytest.mark.parametrize("base", [None, "runs/base"])
 @pytest.mark.parametrize("tokens", [10, 3_000, 5_000_000])
 @pytest.mark.parametrize("has_gpu", [False, True])

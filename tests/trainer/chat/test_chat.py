@@ -279,6 +279,32 @@ def test_a_bad_line_of_prompts_is_named(tmp_path: Path, line: str) -> None:
         list(read_prompts(path))
 
 
+def test_replies_fit_the_json_schema_that_was_asked_for(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llguidance")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    words = ["generate", str(checkpoint), "Hi!", "--max-new-tokens", "60"]
+    assert chatmill([*words, "--json-schema", str(schema), "--seed", "1"]) == 0
+    assert json.loads(capsys.readouterr().out) in ("yes", "no")
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "r.jsonl"
+    prompts.write_text('{"prompt": "Hi"}\n{"prompt": "Ho"}\n')
+    files = ["generate", str(checkpoint), "--file", str(prompts), "--out", str(out), "--max-new-tokens", "60"]
+    assert chatmill([*files, "--json-schema", '{"enum": ["yes", "no"]}', "--quiet"]) == 0
+    assert [json.loads(json.loads(line)["reply"]) in ("yes", "no") for line in out.read_text().splitlines()] == [True, True]
+    assert capsys.readouterr().err == ""
+    for given, message in (
+        ("nowhere.json", "expected a schema, a file with one, or `object`"),
+        ("{", "not JSON"),
+        ('{"type": "nothing"}', "JSON schema"),
+    ):
+        assert chatmill([*words, "--json-schema", given]) == 2
+        assert message in capsys.readouterr().err
+    assert chatmill([*words, "--json-schema", "object", "--ignore-eos"]) == 2
+    assert "a reply in JSON ends where the JSON ends" in capsys.readouterr().err
+
+
 def test_a_foreign_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     config = ModelConfig(vocab_size=100, **SHAPE)
     model = Decoder(config)
