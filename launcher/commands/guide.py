@@ -5,7 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from chatmill.shell import in_this_shell
+
 from .arguments import add_command
+
+GROUPS = {
+    "to begin": ("new", "recipes", "help"),
+    "data": ("data",),
+    "a model": ("train", "eval", "chat", "generate", "serve"),
+    "models from and for elsewhere": ("import", "export", "merge", "checkpoint"),
+    "runs": ("watch", "report", "status", "logs", "cancel", "resume"),
+    "machines": ("launch", "plan", "sweep", "doctor", "bench"),
+    "editors and shells": ("schema", "completion"),
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -48,8 +60,23 @@ def _help(options: argparse.Namespace) -> int:
         except argparse.ArgumentError as error:
             parser.error(str(error))
         parser, given = below.choices[word], [*given, word]
-    parser.print_help()
+    print(in_this_shell(overview(parser)) if not options.words else parser.format_help(), end="")
     return 0
+
+
+def overview(parser: argparse.ArgumentParser) -> str:
+    """All commands by what they are for, a line each."""
+    below = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    about = {action.dest: str(action.help) for action in below._choices_actions}
+    grouped = {name for names in GROUPS.values() for name in names}
+    groups = {**GROUPS, "others": tuple(name for name in about if name not in grouped)}
+    lines = [f"{parser.description} `chatmill help COMMAND` says more.", ""]
+    for title, names in groups.items():
+        known = [name for name in names if name in about]
+        lines += [title, *(f"  {name:<11} {about[name]}" for name in known), ""] if known else []
+    return "\n".join(
+        [*lines, "The first steps: chatmill data build chitchat-scratch, chatmill train tiny, chatmill chat runs/tiny", ""]
+    )
 
 
 def _recipes(options: argparse.Namespace) -> int:

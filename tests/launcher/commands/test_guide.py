@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -152,6 +153,15 @@ def test_the_whole_table_of_recipes_is_that_of_the_plan() -> None:
         shape = recipe_table.usual_shape(recipe)
         assert shape is not None
         assert recipe_table.known_needs(table, recipe, shape) == tuple(recipe_table.traced_needs(recipe, shape)), file.stem
+
+
+def test_help_lists_every_command_once_by_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    commands = next(a.choices for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert sorted(listed) == sorted(commands) and "others" not in lines
+    assert len(lines) <= 52 and max(len(line) for line in lines if line.startswith("  ")) <= 128
 
 
 def test_a_dry_run_of_a_training_fits_a_screen_and_starts_nothing(
