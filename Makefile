@@ -39,7 +39,7 @@ first-hour: venv-dev
 load: venv-dev
 	PYTHONPATH=src $(BIN)/python -m tests.trainer.chat.mixed_load $(CHECKPOINT) $(ARGS)
 
-# Mutated inputs for every importer and for all other readers of files: FUZZ of each (the tests do 60 and 20). Then 1,500 damaged and
+# Mutated inputs for every importer and for all other readers of files: FUZZ of each (the tests do 2,000 and 20). Then 1,500 damaged and
 # forged checkpoints, and 100 times kill -9 of a save, an import, a build and a training that rolls back.
 FUZZ ?= 10000
 fuzz: venv-dev

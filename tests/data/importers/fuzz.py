@@ -2,14 +2,17 @@
 
     python -m tests.data.importers.fuzz 10000 [format …]        # mutated inputs per format
 
-A mutant is an export (importer_formats.py, cases/) in which values were replaced, taken out, doubled or wrapped, or bytes were
-changed. Where a mutant's records can still be counted, records in = dialogues kept + records dropped, or messages in = messages
-kept + messages counted.
+A mutant is a record, a message or a whole export (importer_formats.py, cases/) in which values were replaced, taken out,
+doubled or wrapped, or bytes were changed. AT_ONCE mutants of one export are read as one file, because to open a file costs more
+than to read one; a file that is refused as a whole counts as one. Where a mutant's records can still be counted, records in =
+dialogues kept + records dropped, or messages in = messages kept + messages counted.
 """
 
 from __future__ import annotations
 
+import bz2
 import copy
+import gzip
 import json
 import random
 import sys
@@ -115,6 +118,11 @@ RECORDS = (
 )
 
 
+AT_ONCE = 50  # mutants in a file
+# Formats of text whose exports can stand one behind the other in a file.
+TEXTS = ("whatsapp", "irc", "line", "kakaotalk", "qq", "transcript", "wechat", "signal", "csv")
+
+
 def records_of(text: str) -> list[Any]:
     """JSON values of a file of lines or of an array."""
     try:
@@ -128,36 +136,55 @@ def dumped(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True)
 
 
-def check(kind: str, path: Path, rng: random.Random, folder: Path) -> str | None:
-    """Import one mutant of an export; None, or what is wrong."""
+def mutate_messages(value: Any, rng: random.Random) -> tuple[Any, int]:
+    """(a mutant of a chat's export, how many mutated messages it has)."""
+    messages = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages or rng.random() < 0.2:
+        return mutate(value, rng), 1
+    many = [mutate([rng.choice(messages)], rng) for _ in range(AT_ONCE)]
+    found = [message for few in many for message in few]
+    return (found if messages is value else {**value, "messages": found}), AT_ONCE
+
+
+def check(kind: str, path: Path, rng: random.Random, folder: Path) -> tuple[str | None, int]:
+    """Import mutants of an export as one file: (None or what is wrong, how many they are)."""
     raw = path.read_bytes()
     target = folder / path.name
     lines = kind in (*RECORDS, "signal", "oasst", "oasst_ranks", "reddit", "documents")
-    structured = path.suffix in (".json", ".jsonl") and rng.random() < 0.8
+    structured = path.suffix in (".json", ".jsonl", ".ndjson") and rng.random() < 0.8
     records: list[Any] = []
+    mutants = 1
     if structured and lines:
-        records = [mutate(record, rng) if rng.random() < 0.7 else record for record in records_of(raw.decode("utf-8-sig"))]
+        whole = records_of(raw.decode("utf-8-sig"))
+        if rng.random() < 0.9:
+            whole = [rng.choice(whole) for _ in range(AT_ONCE)]
+        records = [mutate(record, rng) if rng.random() < 0.9 else record for record in whole]
+        mutants = len(records)
         target.write_text("\n".join(dumped(record) for record in records), encoding="utf-8")
         target = target.rename(target.with_suffix(".jsonl"))
     elif structured:
-        target.write_text(dumped(mutate(json.loads(raw), rng)), encoding="utf-8")
+        mutant, mutants = mutate_messages(json.loads(raw), rng)
+        target.write_text(dumped(mutant), encoding="utf-8")
     else:
-        target.write_bytes(mutate_bytes(raw, rng))
+        if kind in TEXTS and rng.random() < 0.9:
+            mutants = AT_ONCE
+        target.write_bytes(b"\n".join(mutate_bytes(raw, rng) for _ in range(mutants)))
     try:
         kept, ledger, refused = outcome(target, kind)
         messages = lost_messages(kind, target) if structured and not lines and not refused else None
     except Exception as error:  # whatever it is, it must not come out
         at = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno} {at.name})"
+        return f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno} {at.name})", 1
     finally:
         target.unlink(missing_ok=True)
+    mutants = 1 if refused else mutants
     if messages:
-        return messages
+        return messages, mutants
     counted = kept + ledger.dropped.total()
     lists = any(isinstance(record, list) for record in records)  # a list of records counts as all of them
     if kind in RECORDS and structured and not refused and (counted < len(records) if lists else counted != len(records)):
-        return f"{len(records)} records in, {kept} kept, {dict(ledger.dropped)} dropped"
-    return None
+        return f"{len(records)} records in, {kept} kept, {dict(ledger.dropped)} dropped", mutants
+    return None, mutants
 
 
 def lost_messages(kind: str, path: Path) -> str | None:
@@ -191,10 +218,14 @@ BY_CASE = {
 }  # fmt: skip
 
 
+OPENED = {".gz": gzip.decompress, ".bz2": bz2.decompress}
+
+
 def exports(kind: str, folder: Path) -> list[Path]:
     """Files to mutate, of one format."""
-    found = [render for known, render, _ in FORMATS.values() if known == kind]
-    limits = [limit for known, _, limit in FORMATS.values() if known == kind]
+    made_for = {"oasst_ranks": "oasst"}.get(kind, kind)
+    found = [render for known, render, _ in FORMATS.values() if known == made_for]
+    limits = [limit for known, _, limit in FORMATS.values() if known == made_for]
     paths: list[Path] = []
     for k, (render, limit) in enumerate(zip(found, limits, strict=True)):
         (folder / str(k)).mkdir()
@@ -202,22 +233,31 @@ def exports(kind: str, folder: Path) -> list[Path]:
         paths += [p for p in sorted(path.rglob("*")) if p.is_file() and p.name not in ("users.json", "channels.json")] or [path]
     if BY_CASE.get(kind):
         paths.append(CASES / BY_CASE[kind])
-    return [path for path in paths if path.suffix not in (".gz", ".bz2", ".zip", ".tar")]
+    plain = [path for path in paths if path.suffix not in (".zip", ".tar", *OPENED)]
+    for path in paths:
+        if path.suffix in OPENED:
+            name = path.with_suffix("" if path.with_suffix("").suffix else ".jsonl")
+            name.write_bytes(OPENED[path.suffix](path.read_bytes()))
+            plain.append(name)
+    return plain
 
 
-def fuzz(kind: str, count: int, seed: int = 0) -> Counter[str]:
-    """Failures of `count` mutants of a format, by what went wrong."""
+def fuzz(kind: str, count: int, seed: int = 0) -> tuple[Counter[str], int]:
+    """(failures by what went wrong, mutants, at least `count`) of a format."""
     rng, wrong = random.Random(f"{kind} {seed}"), Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "from").mkdir()
         (folder / "to").mkdir()
         paths = exports(kind, folder / "from")
-        for _ in range(count if paths else 0):
-            problem = check(kind, rng.choice(paths), rng, folder / "to")
+        made = 0
+        assert paths, f"{kind}: nothing to mutate"
+        while made < count:
+            problem, mutants = check(kind, rng.choice(paths), rng, folder / "to")
+            made += mutants
             if problem:
                 wrong[problem[:200]] += 1
-    return wrong
+    return wrong, made
 
 
 def main(arguments: list[str]) -> int:
@@ -226,9 +266,9 @@ def main(arguments: list[str]) -> int:
 
     total = 0
     for kind in arguments[1:] or IMPORTERS:
-        wrong = fuzz(kind, int(arguments[0]))
+        wrong, made = fuzz(kind, int(arguments[0]))
         total += wrong.total()
-        print(f"{kind}: {wrong.total()} of {arguments[0]} went wrong", flush=True)
+        print(f"{kind}: {wrong.total()} files of {made} mutants went wrong", flush=True)
         for problem, times in wrong.most_common(5):
             print(f"    {times} x {problem}", flush=True)
     return 1 if total else 0

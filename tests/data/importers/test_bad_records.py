@@ -60,9 +60,14 @@ def test_a_bad_record_is_dropped_counted_and_shown_with_its_line(kind: str, tmp_
     assert any(case.startswith("x.jsonl:2") for case in shown)
 
 
+# Mutants in CI of formats whose exports are not read many at once, because all of a file is refused, or costs more.
+ONE_BY_ONE = {"chitchat": 500, "corpora": 500, "mbox": 60, "stack_exchange": 300}
+
+
 @pytest.mark.parametrize("kind", sorted(set(IMPORTERS) - {"parquet"}))
 def test_mutated_exports_raise_nothing_but_the_named_error_and_lose_nothing(kind: str) -> None:
-    assert not fuzz(kind, 60)
+    wrong, mutants = fuzz(kind, ONE_BY_ONE.get(kind, 2000))
+    assert not wrong and mutants >= ONE_BY_ONE.get(kind, 2000)
 
 
 @pytest.mark.parametrize("kind", IMPORTERS)
