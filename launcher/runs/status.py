@@ -9,8 +9,10 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from ..supervise.run_state import (
     seconds_per_step,
 )
 
+DAMAGED = (TypeError, ValueError, KeyError, AttributeError, ArithmeticError)
 ACTIVE = ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "running")
 
 
@@ -62,19 +65,35 @@ class RunStatus:
 
 
 def status(names: Sequence[str], as_json: bool = False) -> int:
-    """Print the state of runs; returns 1 when one of those named has failed."""
+    """Print the state of runs; returns 2 where nothing can be said of one, 1 when one of those named has failed."""
     folders = [find_run(name) for name in names] if names else all_runs(Path("runs"))
     if not folders:
         print(in_this_shell("no runs below runs/; name their folders, or start one: chatmill launch RECIPE"))
         return 0
-    queue = query_slurm([last_job(folder) for folder in folders])
-    found = [describe(folder, queue) for folder in folders]
+    found, problems = describe_all(folders)
     if as_json:
         for one in found:
             print(json.dumps(asdict(one)))
     else:
         print(in_this_shell("\n\n".join(show(one) for one in found)))
-    return int(bool(names) and any(one.state == "failed" for one in found))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if problems else int(bool(names) and any(one.state == "failed" for one in found))
+
+
+def describe_all(folders: Sequence[Path]) -> tuple[list[RunStatus], list[str]]:
+    """(what is known of the runs, why nothing can be said of the others, whose records are damaged)."""
+    jobs, found, problems = list[str](), list[RunStatus](), list[str]()
+    for folder in folders:
+        with suppress(ConfigError, OSError, *DAMAGED):  # describe says it
+            jobs.append(last_job(folder))
+    queue = query_slurm(jobs)
+    for folder in folders:
+        try:
+            found.append(describe(folder, queue))
+        except (ConfigError, OSError) as error:
+            problems.append(str(error))
+    return found, problems
 
 
 def find_run(name: str) -> Path:
@@ -147,7 +166,7 @@ def describe(run_dir: Path, queue: dict[str, tuple[str, str]]) -> RunStatus:
         return _describe(run_dir, queue)
     except ConfigError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+    except DAMAGED as error:
         raise ConfigError(
             f"{run_dir}: its records are damaged, or not a run's ({type(error).__name__}: {error}). Look at metrics.jsonl, "
             "environment.json, config.yaml, launches/ and logs/ in it."
