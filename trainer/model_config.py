@@ -108,15 +108,18 @@ class ModelConfig(Section):
         }
         return parts | {"total": sum(parts.values())}
 
+    def matrix_parameters(self) -> int:
+        """Elements of the matrices that every token is multiplied with: those of the layers, and the head."""
+        counts = self.parameter_counts()
+        return counts["attention"] + counts["mlp"] + self.vocab_size * self.hidden_size
+
     def flops_per_token(self, length: float) -> float:
         """Training FLOPs per token, forward and backward, at a mean causal context of `length` tokens.
 
         6 x matrix parameters (with the head, without the embedding look-up) + 6 x layers x heads x head_dim x length:
         causal attention costs half of the full square. Recomputation is not counted.
         """
-        counts = self.parameter_counts()
-        matrices = counts["attention"] + counts["mlp"] + self.vocab_size * self.hidden_size
-        return 6.0 * matrices + 6.0 * self.layers * self.heads * self.d_head * length
+        return 6.0 * self.matrix_parameters() + 6.0 * self.layers * self.heads * self.d_head * length
 
 
 class KernelSection(Section):

@@ -116,8 +116,11 @@ def describe(prepared: Launch) -> str:
         counts = shape.parameter_counts()
         parts = "  ".join(f"{name} {count:,}" for name, count in counts.items() if name != "total" and count)
         lines.append(f"parameters  {counts['total']:,}  ({parts})")
+        frozen = recipe.adapter is not None or bool(recipe.train.freeze)
         flops = shape.flops_per_token(recipe.data.sequence_length) * step_tokens
-        lines.append(f"per step    {flops:.3g} FLOPs at most (every pack one dialogue)")
+        lines.append(
+            f"per step    {flops:.3g} FLOPs at most (every pack one dialogue{', all weights trained' if frozen else ''})"
+        )
     lines.append(f"tokens      {packs} packs x {recipe.data.sequence_length} = {step_tokens:,} per step at most")
     train = recipe.train
     if train.epochs is None and train.tokens is None:

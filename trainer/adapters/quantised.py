@@ -11,6 +11,8 @@ Needs the extra `adapters`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,11 +66,15 @@ def quantise(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
 
 def dequantise(codes: Tensor, scales: Tensor, precision: Precision, dtype: torch.dtype) -> Tensor:
     """Float["rows columns"] of dtype: what `quantise` has kept of a weight."""
+    rows, columns = codes.shape[0], codes.shape[1] * (1 if precision == "int8" else 2)
+    if _PLANNING:
+        return codes.new_empty((rows, columns), dtype=dtype)
     stats = scales.contiguous().view(torch.float32)
-    if precision == "int8":
-        return (codes.view(torch.int8) * (stats / 127.0)).to(dtype)  # bitsandbytes.functional.int8_vectorwise_dequant
+    if precision == "int8":  # bitsandbytes.functional.int8_vectorwise_dequant, without an fp32 copy of the whole
+        return torch.mul(
+            codes.view(torch.int8), stats / 127.0, out=torch.empty(rows, columns, dtype=dtype, device=codes.device)
+        )
     functional = library()
-    rows, columns = codes.shape[0], 2 * codes.shape[1]
     state = functional.QuantState(
         absmax=stats.reshape(-1),
         shape=torch.Size((rows, columns)),
@@ -96,3 +102,17 @@ def _levels(device: torch.device) -> Tensor:
     if device not in _LEVELS:
         _LEVELS[device] = library().get_4bit_type("nf4", device=device)
     return _LEVELS[device]
+
+
+_PLANNING = False
+
+
+@contextlib.contextmanager
+def only_shapes() -> Iterator[None]:
+    """Within this context `dequantise` gives tensors without values: a plan needs no bitsandbytes."""
+    global _PLANNING
+    _PLANNING = True
+    try:
+        yield
+    finally:
+        _PLANNING = False

@@ -34,6 +34,7 @@ from ..engine.engine import Engine
 from ..evaluation.loss import validation_sets
 from ..model.decoder import Decoder
 from ..optim.schedule import learning_rate
+from ..plan.parts import parts_of
 from ..run.finished import in_words
 from ..run.folder import RunFolder
 from ..run.guard import BadStep, Guard
@@ -208,7 +209,7 @@ def _steps(training: Training, validation: Validation, evaluated: int) -> int:
     guessing = math.log(run.config.vocab_size) if recipe.objective == "sft" else None
     guard = Guard(recipe.guard, folder, world, guessing)
     profiler = StepProfiler(recipe.logging.profile_steps, folder.path / "profile", world, training.state.step)
-    meter = StepMeter(run.config, world, profiler)
+    meter = StepMeter(run.config, world, profiler, parts_of(recipe, run.config))
     batches = iter(training.stream)
     best = False
     while (state := training.state).step < recipe.train.steps and not is_stale(state, recipe):

@@ -26,7 +26,9 @@ from torch.utils._pytree import tree_flatten
 from ...kernels.cross_entropy.tiles import chunk_rows, logits_bytes
 from ...kernels.cross_entropy.torch_tier import CHUNK_BYTES, PRODUCT_BYTES
 from ...kernels.dispatch import planning_for_gpu
-from ..config import KernelSection, ModelConfig
+from ..adapters.prepare import prepare
+from ..adapters.quantised import only_shapes
+from ..config import KernelSection, ModelConfig, Recipe
 from ..model.decoder import Decoder
 
 SHALLOW = 2  # layers of the models that are traced instead of deep ones
@@ -109,13 +111,20 @@ class LiveBytes(TorchDispatchMode):
 
 def estimate_step(config: ModelConfig, **options: Any) -> Trace:
     """trace_step of a model of any depth, from two shallow ones: all layers are alike, so every figure is linear in depth."""
-    if config.layers <= 2 * SHALLOW:
+    if config.layers <= 2 * SHALLOW or _names_layers(options.get("recipe")):
         return trace_step(config, **options)
     low, high = (trace_step(_with_layers(config, layers), **options) for layers in (SHALLOW, 2 * SHALLOW))
     more = (config.layers - 2 * SHALLOW) / SHALLOW
     workspace = high.workspace if low.workspace else 0
     last = round(high.last + more * (high.last - low.last))
     return Trace(round(high.total + more * (high.total - low.total)) - workspace, workspace, last)
+
+
+def _names_layers(recipe: Recipe | None) -> bool:
+    """Whether layers differ in what is trained: then a shallow model is not like the deep one."""
+    adapter = None if recipe is None else recipe.adapter
+    patterns = () if recipe is None else recipe.train.freeze
+    return any("layers." in pattern for pattern in (*patterns, *((*adapter.targets, *adapter.train) if adapter else ())))
 
 
 def _with_layers(config: ModelConfig, layers: int) -> ModelConfig:
@@ -131,22 +140,26 @@ def trace_step(
     device: Literal["cpu", "gpu"] = "gpu",
     checkpointing: bool | Literal["full", "selective"] = False,
     low_precision_weights: bool = False,
+    recipe: Recipe | None = None,
 ) -> Trace:
     """Run forward, loss and backward of one micro-batch without computing anything.
 
     tokens: T of a micro-batch; rows: of those, how many carry loss. device: whose kernels are meant.
     low_precision_weights: the engine hands the model bf16 weights (FSDP2, ZeRO) instead of casting fp32 ones by autocast.
+    recipe: its adapter and what it freezes.
     """
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     weights = compute if low_precision_weights else torch.float32
     chosen = ON_GPU if device == "gpu" else KernelSection()
     planning = planning_for_gpu() if device == "gpu" else contextlib.nullcontext()
     casting = precision == "bf16" and not low_precision_weights
-    with FakeTensorMode(allow_non_fake_inputs=True), planning:
+    with FakeTensorMode(allow_non_fake_inputs=True), planning, only_shapes():
         before = torch.get_default_dtype()
         torch.set_default_dtype(weights)  # a fake parameter cannot be cast later
         try:
             model = Decoder(config, chosen)
+            if recipe is not None:
+                prepare(model, recipe)
         finally:
             torch.set_default_dtype(before)
         model.set_recompute(checkpointing)
@@ -160,8 +173,9 @@ def trace_step(
         }
         for parameter in model.parameters():
             follower.known(parameter)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(lambda p: follower.leave_out(p.grad))
-        for parameter in model.layers[1].parameters() if config.layers > 1 else ():
+        for parameter in (p for p in model.layers[1].parameters() if p.requires_grad) if config.layers > 1 else ():
             parameter.register_post_accumulate_grad_hook(lambda p: follower.begin_last())
         for tensor in batch.values():
             follower.known(tensor)

@@ -5,7 +5,7 @@
 Memory of one GPU, in bytes, for N parameters on w GPUs (c: bytes of the compute dtype; AdamW; derived from what each engine
 keeps, measured in tests/trainer/plan/test_plan.py):
 
-    engine    weights   gradients          optimizer     buffers
+    engine    weights   gradients          optimizer     buffers            frozen weights (parts.py) come on top, sharded alike
     single    4 N       4 N                8 N           -
     ddp       4 N       4 N (8 N)          8 N           -                                      (): with accumulation
     fsdp2     4 N/w     4 N/w (+ 4 N)      8 N/w         top c, three layers of weights c, one unit's gradients c + 4
@@ -30,8 +30,10 @@ from typing import Any, Literal
 from chatmill.config import ConfigError
 from chatmill.formatting import duration
 
+from ..adapter_config import QUANTISED
 from ..config import ModelConfig, Recipe, TrainSection
 from .hardware import GIB, Gpu
+from .parts import ModelParts, parts_of
 
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 MFU = 0.40  # published trainers reach 0.33 to 0.58 on H100 and H200 with bf16
@@ -117,11 +119,8 @@ class Estimator:
     ) -> None:
         self.recipe, self.config, self.loss_share, self.device = recipe, config, loss_share, device
         self._traces: dict[tuple[bool, int], tuple[int, int, int]] = {}
-        counts = config.parameter_counts()
-        self.total = counts["total"]
-        self.layer = (counts["attention"] + counts["mlp"] + counts["norms"] - config.hidden_size) // config.layers
-        self.top = self.total - config.layers * self.layer
-        self.state_bytes = optimizer_bytes(recipe, config)
+        self.parts = parts_of(recipe, config)
+        self.state_bytes = optimizer_bytes(recipe, self.parts)
 
     def activations(self, low_precision_weights: bool, micro_batch: int) -> tuple[int, int, int]:
         """(activations, loss workspace, those of the first layer's backward pass) in bytes of a micro-batch.
@@ -153,6 +152,7 @@ class Estimator:
                     device=self.device,
                     checkpointing=kind,
                     low_precision_weights=low_precision_weights,
+                    recipe=self.recipe,
                 )
                 for kind in kinds
             ]
@@ -176,28 +176,30 @@ class Estimator:
     def _fill(
         self, engine: str, w: int, activations: int, workspace: int, *, at_update: bool, first_layer: bool = False
     ) -> MemoryUse:
-        n, c = self.total, 2 if self.recipe.train.precision == "bf16" else 4
+        parts, c = self.parts, 2 if self.recipe.train.precision == "bf16" else 4
+        n, frozen = parts.trained, parts.frozen_bytes
         many = self.recipe.train.accumulation > 1
         state = self.state_bytes
-        unit = max(self.top, self.layer)
-        weights, gradients, optimizer, buffers = 4 * n, 4 * n, state, 0
+        unit = max(parts.top.trained, parts.layer.trained)
+        weights, gradients, optimizer, buffers = 4 * n + frozen, 4 * n, state, 0
         if engine == "single":
             gradients = 4 * n if at_update or many else 0
         elif engine == "ddp":
             gradients = (8 if many else 4) * n
         elif engine == "fsdp2":
-            weights, optimizer = 4 * n // w, state // w
+            weights, optimizer = (4 * n + frozen) // w, state // w
             gradients = (4 * n // w if at_update or many else 0) + (4 * n if many else 0)
-            buffers = c * (self.top + 3 * self.layer) + (unit * (c + 4) if at_update else 0)
+            buffers = parts.top.gathered_bytes(c) + 3 * parts.layer.gathered_bytes(c) + (unit * (c + 4) if at_update else 0)
         else:
-            weights = c * n if engine != "zero3" else c * n // w
+            held = c * (n + parts.frozen_dense)
+            weights = held if engine != "zero3" else held // w
             optimizer = (state + 4 * n) // w
             gradients = 4 * n if engine == "zero1" and c == 2 else 4 * n // w
             buffers = 2 * n if engine == "zero1" and c == 2 else min(n, BUCKET) * c
             if engine == "zero3":
-                buffers += c * min(n, LIVE)
+                buffers += c * min(n + parts.frozen_dense, LIVE)
         if first_layer and not many and engine in ("single", "fsdp2"):  # its gradients, and an untied embedding's, come last
-            missing = self.layer + (0 if self.config.tied_embeddings else self.config.vocab_size * self.config.hidden_size)
+            missing = parts.layer.trained + (0 if self.config.tied_embeddings else parts.embedding)
             gradients -= 4 * missing // (w if engine == "fsdp2" else 1)
         if self.recipe.train.ema is not None:
             optimizer += 4 * n // (1 if engine in ("single", "ddp") else w)
@@ -225,15 +227,13 @@ class Estimator:
         return packs
 
 
-def optimizer_bytes(recipe: Recipe, config: ModelConfig) -> int:
-    """State of the optimizer for all parameters: two fp32 moments, one (Muon's matrices) or two of 8 bits with scales."""
-    counts = config.parameter_counts()
-    total, matrices = counts["total"], counts["attention"] + counts["mlp"]
+def optimizer_bytes(recipe: Recipe, parts: ModelParts) -> int:
+    """State of the optimizer for all that is trained: two fp32 moments, one (Muon's matrices) or two of 8 bits with scales."""
     if recipe.optimizer.name == "muon":
-        return 4 * matrices + 8 * (total - matrices)
+        return 4 * parts.trained_matrices + 8 * (parts.trained - parts.trained_matrices)
     if recipe.optimizer.name == "adamw8bit":
-        return round(2 * (1 + 4 / 256) * total)
-    return 8 * total
+        return round(2 * (1 + 4 / 256) * parts.trained)
+    return 8 * parts.trained
 
 
 def make_plan(
@@ -259,7 +259,8 @@ def make_plan(
     estimator = Estimator(recipe, config, loss_share)
     sizes = list(world_sizes) if world_sizes else sorted({gpus, *(1 << k for k in range(gpus.bit_length()) if 1 << k <= gpus)})
     fits = []
-    for engine in engines:
+    refused = ("zero1", "zero2", "zero3") if recipe.model.base_precision in QUANTISED else ()
+    for engine in (engine for engine in engines if engine not in refused):
         for size in [1] if engine == "single" else [s for s in sizes if s > 1 or gpus == 1]:
             memory = estimator.memory(engine, size)
             largest = estimator.largest_micro_batch(engine, size, gpu.memory_bytes)
@@ -307,11 +308,13 @@ def count_work(
     steps = steps or train.steps
     step_tokens = gpus * train.accumulation * train.micro_batch * recipe.data.sequence_length
     context = float(recipe.data.sequence_length) if context is None else context
-    flops = config.flops_per_token(context)
+    parts = parts_of(recipe, config)
+    flops = parts.flops_per_token(config, context)
     checkpointing = train.activation_checkpointing
     kind = "full" if checkpointing is True else str(checkpointing)
     share = recomputed_share(train, config)
-    reached = mfu / (1 - share + share / RECOMPUTE.get(kind, 1.0))
+    useful = 6.0 - 2.0 * parts.frozen_matrices / config.matrix_parameters()  # FLOPs per element of a matrix and token
+    reached = mfu / (1 - share + share * (1 + (1 / RECOMPUTE.get(kind, 1.0) - 1) * 6.0 / useful))
     seconds = step_tokens * flops / (gpus * gpu.bf16_flops * reached)
     hours = steps * seconds / 3600
     return RunCost(steps, step_tokens, steps * step_tokens, context, flops, reached, seconds, hours, hours * gpus)

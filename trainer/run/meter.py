@@ -21,6 +21,7 @@ from ...data.stream import PackedBatch
 from ..distributed.world import World
 from ..model_config import ModelConfig
 from ..plan.hardware import known_gpu
+from ..plan.parts import ModelParts
 from .profiling import StepProfiler
 
 
@@ -31,10 +32,15 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class StepMeter:
-    """Tokens per second since the last line, time spent waiting for data, memory. profiler: told of every step."""
+    """Tokens per second since the last line, time spent waiting for data, memory. profiler: told of every step.
 
-    def __init__(self, config: ModelConfig, world: World, profiler: StepProfiler | None = None) -> None:
-        self.config, self.world, self.profiler = config, world, profiler
+    parts: what is trained and what is frozen; None: all is trained.
+    """
+
+    def __init__(
+        self, config: ModelConfig, world: World, profiler: StepProfiler | None = None, parts: ModelParts | None = None
+    ) -> None:
+        self.config, self.world, self.profiler, self.parts = config, world, profiler, parts
         self._peak = peak_flops(world.device)
         self.restart()
 
@@ -81,8 +87,16 @@ class StepMeter:
             "time": round(time.time(), 3),
         }
         context = self._squares / max(1.0, self._positions)
-        flops = self.config.flops_per_token(context) * rate / self.world.world_size
-        head = 6.0 * self.config.vocab_size * self.config.hidden_size * (1.0 - line["loss_share"])
+        per_token = self.config.flops_per_token(context)
+        if self.parts is not None:
+            per_token = self.parts.flops_per_token(self.config, context)
+        flops = per_token * rate / self.world.world_size
+        head = (
+            (6.0 if self.parts is None or not self.parts.frozen_head else 4.0)
+            * self.config.vocab_size
+            * self.config.hidden_size
+            * (1.0 - line["loss_share"])
+        )
         required = flops - head * rate / self.world.world_size
         line |= {"tflops_per_device": flops / 1e12, "required_tflops_per_device": required / 1e12}
         if self._peak:

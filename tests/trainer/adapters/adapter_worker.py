@@ -33,7 +33,8 @@ def check(function: Callable[[World, str, Checkpoint], None]) -> Callable[[World
 
 def recipe(data: str, base: Checkpoint, strategy: str, **sections: Any) -> Recipe:
     model = base.config.model_dump(mode="json") | {"checkpoint": str(base.path)} | sections.pop("model", {})
-    return recipe_for(data, strategy, model=model, **({"adapter": ADAPTER} | sections))
+    sections = {"adapter": ADAPTER} | sections
+    return recipe_for(data, strategy, model=model, **{name: value for name, value in sections.items() if value is not None})
 
 
 def restored(world: World, base: Checkpoint, recipe: Recipe, saved: dict[str, torch.Tensor]) -> Engine:

@@ -17,6 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from chatmill.config import ConfigError
 from chatmill.data.stream import PackedBatch
 from chatmill.launcher.__main__ import main
+from chatmill.trainer.adapters.prepare import prepare
+from chatmill.trainer.checkpoint.sharding import local_of
 from chatmill.trainer.config import ModelConfig, Recipe, load_recipe
 from chatmill.trainer.distributed.world import World
 from chatmill.trainer.engine.choose import build_engine
@@ -28,7 +30,7 @@ from chatmill.trainer.plan.plan import Estimator, make_plan, show
 SHAPE = ModelConfig(
     vocab_size=2048, hidden_size=128, intermediate_size=384, layers=6, heads=4, kv_heads=2, context=1024, tied_embeddings=False
 )
-RECIPES = ("tiny", "demo-gpu", "360m", "1b", "8b")
+RECIPES = ("tiny", "demo-gpu", "360m", "1b", "8b", "8b-qlora")
 
 
 def recipe(engine: str = "single", **train: object) -> Recipe:
@@ -148,6 +150,36 @@ def test_a_whole_step_needs_what_the_plan_says(
             made.step(1e-3)
 
     assert predicted.tensors == pytest.approx(measured_peak(run), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("engine", "world", "precision"),
+    [("single", 1, "bf16"), ("fsdp2", 2, "nf4"), ("single", 1, "int8")],
+    indirect=["world"],
+)
+def test_a_step_of_an_adapter_needs_what_the_plan_says(engine: str, world: World, precision: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    shape = SHAPE.model_dump() | {"checkpoint": "base", "base_precision": precision}
+    given = Recipe.model_validate(recipe(engine, micro_batch=2).model_dump() | {"model": shape, "adapter": {"rank": 8}})
+    estimator = Estimator(given, SHAPE, device="cpu")
+    predicted = estimator.memory(engine, world.world_size)
+    assert predicted.weights < 0.6 * 4 * SHAPE.parameter_counts()["total"] / world.world_size
+
+    def run() -> None:
+        model = Decoder(SHAPE, given.kernels)
+        prepare(model, given)
+        made = build_engine(given, model, world)
+        for parameter in made.decoder.parameters():
+            local = local_of(parameter.detach())
+            local.zero_() if parameter.requires_grad or not local.is_floating_point() else local.fill_(0.01)
+        for _ in range(2):
+            made.forward_backward([batch(1024)])
+            for parameter in made.decoder.parameters():
+                if parameter.requires_grad:
+                    parameter.grad.fill_(1e-3)
+            made.step(1e-3)
+
+    assert predicted.tensors == pytest.approx(measured_peak(run), rel=0.08)
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"low_precision_weights": True}])

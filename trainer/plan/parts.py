@@ -1,0 +1,100 @@
+"""What of a model is trained, what is frozen, and in how many bytes: counted on the meta device, with the recipe's adapter.
+
+parts = parts_of(recipe, config)
+parts.trained, parts.frozen_bytes            # elements with gradients and moments; bytes of the rest, as it lies in memory
+parts.flops_per_token(config, context)       # frozen matrices get no weight gradients: 4 FLOPs per element instead of 6
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..adapters.prepare import prepare
+from ..config import Recipe
+from ..model.decoder import Decoder, Linear, TokenTable
+from ..model_config import ModelConfig
+from ..optim.optimizer import is_hidden_matrix
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What an engine gathers at once: trained elements, and frozen ones by whether they are cast for compute."""
+
+    trained: int = 0
+    frozen_dense: int = 0  # elements
+    frozen_codes: int = 0  # bytes of quantised weights, which stay as they are
+
+    def gathered_bytes(self, compute_bytes: int) -> int:
+        """Bytes of the whole unit in the compute dtype."""
+        return compute_bytes * (self.trained + self.frozen_dense) + self.frozen_codes
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """trained_matrices: those that Muon takes. layer, top: one layer, and all outside the layers. embedding: trained of it.
+
+    frozen_matrices: elements of frozen matrices that take part in products; adapter: elements of the adapter's own.
+    """
+
+    trained: int
+    trained_matrices: int
+    frozen_bytes: int
+    frozen_dense: int
+    layer: Unit
+    top: Unit
+    embedding: int
+    frozen_matrices: int = 0
+    adapter: int = 0
+    frozen_head: bool = False
+
+    def flops_per_token(self, config: ModelConfig, context: float) -> float:
+        """ModelConfig.flops_per_token less the weight gradients that are not made, and with the adapter's products."""
+        return config.flops_per_token(context) - 2.0 * self.frozen_matrices + 6.0 * self.adapter
+
+
+def parts_of(recipe: Recipe, config: ModelConfig) -> ModelParts:
+    """The parts of the model that this recipe trains. Raises ConfigError where its adapter does not fit the model."""
+    counts = config.parameter_counts()
+    if recipe.adapter is None and not recipe.train.freeze:
+        layer = (counts["attention"] + counts["mlp"] + counts["norms"] - config.hidden_size) // config.layers
+        top = counts["total"] - config.layers * layer
+        embedding = config.vocab_size * config.hidden_size
+        matrices = counts["attention"] + counts["mlp"]
+        return ModelParts(counts["total"], matrices, 0, 0, Unit(layer), Unit(top), embedding)
+    with torch.device("meta"):
+        model = Decoder(config)
+        prepare(model, recipe)
+    named = list(model.named_parameters())
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    frozen = [p for _, p in named if not p.requires_grad]
+    units = [_unit(layer) for layer in model.layers]
+    total = _unit(model)
+    in_layers = [sum(getattr(unit, field) for unit in units) for field in ("trained", "frozen_dense", "frozen_codes")]
+    top = Unit(total.trained - in_layers[0], total.frozen_dense - in_layers[1], total.frozen_codes - in_layers[2])
+    largest = max(units, key=lambda unit: unit.gathered_bytes(4))
+    head = model.embed if model.head is None else model.head
+    products = 0
+    for module in [*(m for m in model.modules() if isinstance(m, Linear)), head]:
+        if not module.weight.requires_grad and not (isinstance(module, TokenTable) and hasattr(module, "lora_a")):
+            products += module.in_features * module.out_features if isinstance(module, Linear) else module.weight.numel()
+    return ModelParts(
+        trained=sum(p.numel() for _, p in trained),
+        trained_matrices=sum(p.numel() for name, p in trained if is_hidden_matrix(name, p)),
+        frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
+        frozen_dense=total.frozen_dense,
+        layer=largest,
+        top=top,
+        embedding=model.embed.weight.numel() if model.embed.weight.requires_grad else 0,
+        frozen_matrices=products,
+        frozen_head=not head.weight.requires_grad and not hasattr(head, "lora_a"),
+        adapter=sum(p.numel() for name, p in trained if name.endswith((".lora_a", ".lora_b"))),
+    )
+
+
+def _unit(module: torch.nn.Module) -> Unit:
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    dense = sum(p.numel() for p in module.parameters() if not p.requires_grad and p.dtype.is_floating_point)
+    codes = sum(p.numel() for p in module.parameters() if not p.requires_grad and not p.dtype.is_floating_point)
+    return Unit(trained, dense, codes)
