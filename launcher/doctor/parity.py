@@ -7,6 +7,7 @@ the same small model on the same dialogues for a few steps and is compared with 
 packed, all activations kept, every operation by its slow reference. It is judged by, relative to the reference,
     loss       the largest difference of any step
     gradient   the largest difference of any parameter (L2 norms), of full tensors gathered before the first update
+Beside these axes, every engine at world sizes 1 and 2 trains a LoRA adapter, and those that can do so on a base of 4 bits.
 By default a covering set runs: every pair of values of any two axes occurs in some case, so every engine at every world size
 does too. --full runs the product. The processes of one (engine, world size) are forked once and run all its cases.
 On a machine with enough GPUs a group runs there (NCCL, compiled kernels), else on the CPU (gloo, interpreted kernels).
@@ -33,7 +34,7 @@ from typing import Any, cast
 from chatmill.config import ConfigError
 from chatmill.files import replace_text
 
-from .parity_case import GRADIENT_TOLERANCE, INTERPRETED_STEPS, LOSS_TOLERANCE, REFERENCE, STEPS, Case
+from .parity_case import GRADIENT_TOLERANCE, INTERPRETED_STEPS, LOSS_TOLERANCE, REFERENCE, REFERENCES, STEPS, Case
 
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 WORLD_SIZES = (1, 2, 4)
@@ -54,6 +55,20 @@ def all_cases(engines: Sequence[str], world_sizes: Sequence[int], kernels: Seque
     """The whole product; `single` at world size 1 only."""
     product = itertools.product(engines, world_sizes, ACCUMULATIONS, ("packed", "padded"), (False, True), kernels)
     return [Case(*cast(Any, values)) for values in product if values[0] != "single" or values[1] == 1]
+
+
+def adapter_cases(engines: Sequence[str], world_sizes: Sequence[int], kernels: Sequence[str]) -> list[Case]:
+    """An adapter on every engine, with accumulation and recomputation; on a base of 4 bits where bitsandbytes is installed."""
+    chosen = next((name for name in ("auto", "torch", "reference") if name in kernels), "reference")
+    found = []
+    for engine, size in itertools.product(engines, [size for size in world_sizes if size <= 2]):
+        if (engine == "single") != (size == 1):
+            continue
+        common: dict[str, Any] = {"accumulation": 2, "checkpointing": True, "kernels": chosen}
+        found.append(Case(engine, size, **common, weights="lora"))
+        if not engine.startswith("zero") and importlib.util.find_spec("bitsandbytes") is not None:
+            found.append(Case(engine, size, **common, weights="nf4"))
+    return found
 
 
 def covering_set(cases: Sequence[Case]) -> list[Case]:
@@ -107,7 +122,9 @@ def run_parity(cases: Iterable[Case], show: Callable[[CaseResult], None] = lambd
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["chatmill.launcher.doctor.parity_rank", "deepspeed"])
     with tempfile.TemporaryDirectory(prefix="chatmill-parity-") as folder:
-        runs = [(REFERENCE.engine, REFERENCE.world_size, [REFERENCE]), *((e, w, chosen) for (e, w), chosen in groups.items())]
+        kinds = list(dict.fromkeys(["full", *(case.weights for group in groups.values() for case in group)]))
+        references = [REFERENCES[cast(Any, kind)] for kind in kinds]
+        runs = [(REFERENCE.engine, REFERENCE.world_size, references), *((e, w, chosen) for (e, w), chosen in groups.items())]
         for number, (engine, world_size, chosen) in enumerate(runs):
             group = Path(folder) / f"{number:03d}"
             group.mkdir()
@@ -118,12 +135,12 @@ def run_parity(cases: Iterable[Case], show: Callable[[CaseResult], None] = lambd
             if number == 0:
                 if problem:
                     raise RuntimeError(f"the reference itself does not run:\n{problem}")
-                expected = json.loads((reference / "0.json").read_text(encoding="utf-8"))
+                expected = {k: json.loads((reference / f"{i}.json").read_text(encoding="utf-8")) for i, k in enumerate(kinds)}
                 continue
             for i, case in enumerate(chosen):
                 file = group / f"{i}.json"
                 if file.is_file():
-                    row = judge(case, json.loads(file.read_text(encoding="utf-8")), expected)
+                    row = judge(case, json.loads(file.read_text(encoding="utf-8")), expected[case.weights])
                 else:
                     row = CaseResult(case, None, None, problem or "no result")
                 rows.append(row)
@@ -177,7 +194,8 @@ def header() -> str:
     return (
         f"tolerance: losses {LOSS_TOLERANCE:g}, gradients {GRADIENT_TOLERANCE:g} (relative), {STEPS} steps in fp32 "
         f"({INTERPRETED_STEPS} interpreted)\n"
-        f"{'engine':<8}{'world':>6}{'accum':>6}  {'layout':<8}{'ckpt':<6}{'kernels':<11}{'loss':>9}{'gradient':>10}"
+        f"{'engine':<8}{'world':>6}{'accum':>6}  {'layout':<8}{'ckpt':<6}{'kernels':<11}{'weights':<8}"
+        f"{'loss':>9}{'gradient':>10}"
     )
 
 
@@ -185,7 +203,7 @@ def line(row: CaseResult) -> str:
     """One row of the printed table."""
     case = row.case
     text = f"{case.engine:<8}{case.world_size:>6}{case.accumulation:>6}  {case.layout:<8}"
-    text += f"{'on' if case.checkpointing else 'off':<6}{case.kernels:<11}"
+    text += f"{'on' if case.checkpointing else 'off':<6}{case.kernels:<11}{case.weights:<8}"
     if row.loss is not None and row.gradient is not None:
         text += f"{row.loss:>9.1e}{row.gradient:>10.1e}"
     return text + (f"  {row.problem.strip().splitlines()[-1]}" if row.problem else "  ok")
@@ -215,8 +233,9 @@ def chosen_cases(options: argparse.Namespace) -> tuple[list[Case], int]:
     product = all_cases(engines, world_sizes, kernels)
     if not product:
         raise ConfigError("no case left: `single` runs at world size 1 only")
-    cases = product if options.full else covering_set(product)
-    return sorted(cases, key=lambda case: (ENGINES.index(case.engine), case.world_size)), len(product)
+    adapters = adapter_cases(engines, world_sizes, kernels)
+    cases = [*(product if options.full else covering_set(product)), *adapters]
+    return sorted(cases, key=lambda case: (ENGINES.index(case.engine), case.world_size)), len(product) + len(adapters)
 
 
 def parity(options: argparse.Namespace) -> int:

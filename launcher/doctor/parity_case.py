@@ -10,6 +10,7 @@ from typing import Literal
 
 Layout = Literal["packed", "padded"]
 Kernels = Literal["reference", "torch", "triton", "auto"]
+Weights = Literal["full", "lora", "nf4"]
 
 PACKS, PACK_TOKENS, VOCABULARY, STEPS = 16, 24, 61, 3
 INTERPRETED_STEPS = 2  # Triton's interpreter takes seconds per step
@@ -18,7 +19,10 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # fp32: sums in another order; 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute the same steps. kernels: `torch` is what a CPU takes, `auto` what a GPU takes."""
+    """One way to compute the same steps. kernels: `torch` is what a CPU takes, `auto` what a GPU takes.
+
+    weights: all are trained, or a LoRA adapter on a frozen base in fp32 or in 4 bits; each kind has a reference of its own.
+    """
 
     engine: str
     world_size: int
@@ -26,6 +30,12 @@ class Case:
     layout: Layout = "packed"
     checkpointing: bool = False
     kernels: Kernels = "reference"
+    weights: Weights = "full"
 
 
 REFERENCE = Case("single", 1)
+REFERENCES: dict[Weights, Case] = {
+    "full": REFERENCE,
+    "lora": Case("single", 1, weights="lora"),
+    "nf4": Case("single", 1, weights="nf4"),
+}

@@ -26,6 +26,8 @@ from chatmill.files import replace_text
 
 from ...data.shards.memory import MemoryDataset
 from ...data.stream import IGNORE, ROW_MULTIPLE, PackedBatch, PackedStream
+from ...trainer.adapters.prepare import prepare, trained_parameters
+from ...trainer.adapters.sources import AdaptedSource, NewAdapter
 from ...trainer.config import KernelSection, ModelConfig, Recipe
 from ...trainer.distributed.world import World
 from ...trainer.engine.choose import build_engine
@@ -45,6 +47,7 @@ SHAPE = ModelConfig(
     context=PACK_TOKENS,
     initializer_range=0.15,
 )
+WIDER = SHAPE.model_copy(update={"hidden_size": 64, "intermediate_size": 64, "head_dim": 32})  # rows of whole nf4 blocks
 KERNELS = {
     "reference": KernelSection(attention="reference", cross_entropy="reference", elementwise="reference"),
     "torch": KernelSection(attention="torch", cross_entropy="torch", elementwise="reference"),
@@ -64,8 +67,8 @@ def run_cases(rank: int, world_size: int, engine: str, group: Path, reference: P
             continue
         found: dict[str, Any] = {"losses": losses}
         if group == reference:
-            save_file(gradients, reference / "gradients.safetensors")
-        expected = load_file(reference / "gradients.safetensors")
+            save_file(gradients, reference / f"gradients-{case.weights}.safetensors")
+        expected = load_file(reference / f"gradients-{case.weights}.safetensors")
         assert set(gradients) == set(expected), sorted(set(gradients) ^ set(expected))
         # torch's max keeps a NaN, Python's may drop it
         found["gradient"] = float(torch.stack([(gradients[n] - g).norm() / g.norm() for n, g in expected.items()]).max())
@@ -94,10 +97,15 @@ def join(rank: int, world_size: int, engine: str, meeting: Path) -> World:
 
 def train_case(case: Case, world: World) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of STEPS steps (nats per supervised token, over all ranks) and the first step's full gradients, on the CPU."""
+    shape, adapted = SHAPE, {}
+    if case.weights != "full":
+        shape = WIDER
+        base = {"checkpoint": "parity", "base_precision": "nf4" if case.weights == "nf4" else "fp32"}
+        adapted = {"model": shape.model_dump() | base, "adapter": {"rank": 4, "init": "pissa"}}  # B is not 0: A has a gradient
     recipe = Recipe.model_validate(
         {
             "data": {"sequence_length": PACK_TOKENS},
-            "model": SHAPE.model_dump(),
+            "model": shape.model_dump(),
             "optimizer": {"lr": LR},
             "train": {
                 "precision": "fp32",
@@ -106,13 +114,19 @@ def train_case(case: Case, world: World) -> tuple[list[float], dict[str, Tensor]
                 "activation_checkpointing": case.checkpointing,
             },
             "parallel": {"strategy": case.engine},
+            **adapted,
         }
     )
     torch.manual_seed(0)
-    model = Decoder(SHAPE, KERNELS[case.kernels])
+    model = Decoder(shape, KERNELS[case.kernels])
     model.set_recompute(case.checkpointing)
     model.init_weights(0)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    prepare(model, recipe)
     engine = build_engine(recipe, model, world)
+    if recipe.adapter is not None:
+        held = MemorySource(weights)
+        engine.load_model(AdaptedSource(held, NewAdapter(held, model, recipe.adapter, 0), recipe.adapter.scale))
     batches = stream(recipe, world)
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
@@ -133,6 +147,29 @@ def train_case(case: Case, world: World) -> tuple[list[float], dict[str, Tensor]
         if step + 1 < steps:
             engine.step(LR)
     return losses, gradients
+
+
+class MemorySource:
+    """Tensors in memory, as the source that an engine loads from."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self, group: str = "model") -> list[str]:
+        """Their names."""
+        return list(self._tensors) if group == "model" else []
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._tensors[name]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+        return self._tensors[name].flatten()[start:stop]
 
 
 def dialogues(count: int = 400) -> MemoryDataset:
@@ -195,10 +232,10 @@ def padded(batch: PackedBatch) -> PackedBatch:
 
 
 def full_gradients(engine: Engine) -> dict[str, Tensor]:
-    """Every parameter's whole gradient, fp32 on the CPU; collective."""
+    """Every trained parameter's whole gradient, fp32 on the CPU; collective."""
     found = {}
     is_zero = engine.recipe.parallel.strategy.startswith("zero")
-    for name, parameter in engine.decoder.named_parameters():
+    for name, parameter in trained_parameters(engine.decoder):
         if is_zero:
             from deepspeed.utils import safe_get_full_grad
 
