@@ -8,12 +8,15 @@ parts.flops_per_token(config, context)       # frozen matrices get no weight gra
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import nn
 
+from ..adapters.layers import AdaptedTable
 from ..adapters.prepare import prepare
 from ..config import Recipe
-from ..model.decoder import Decoder, Linear, TokenTable
+from ..model.decoder import Decoder, Linear
 from ..model_config import ModelConfig
 from ..optim.optimizer import is_hidden_matrix
 
@@ -59,10 +62,10 @@ def parts_of(recipe: Recipe, config: ModelConfig) -> ModelParts:
     counts = config.parameter_counts()
     if recipe.adapter is None and not recipe.train.freeze:
         layer = (counts["attention"] + counts["mlp"] + counts["norms"] - config.hidden_size) // config.layers
-        top = counts["total"] - config.layers * layer
+        outside = counts["total"] - config.layers * layer
         embedding = config.vocab_size * config.hidden_size
         matrices = counts["attention"] + counts["mlp"]
-        return ModelParts(counts["total"], matrices, 0, 0, Unit(layer), Unit(top), embedding)
+        return ModelParts(counts["total"], matrices, 0, 0, Unit(layer), Unit(outside), embedding)
     with torch.device("meta"):
         model = Decoder(config)
         prepare(model, recipe)
@@ -74,11 +77,11 @@ def parts_of(recipe: Recipe, config: ModelConfig) -> ModelParts:
     in_layers = [sum(getattr(unit, field) for unit in units) for field in ("trained", "frozen_dense", "frozen_codes")]
     top = Unit(total.trained - in_layers[0], total.frozen_dense - in_layers[1], total.frozen_codes - in_layers[2])
     largest = max(units, key=lambda unit: unit.gathered_bytes(4))
-    head = model.embed if model.head is None else model.head
-    products = 0
-    for module in [*(m for m in model.modules() if isinstance(m, Linear)), head]:
-        if not module.weight.requires_grad and not (isinstance(module, TokenTable) and hasattr(module, "lora_a")):
-            products += module.in_features * module.out_features if isinstance(module, Linear) else module.weight.numel()
+    head: nn.Module = model.embed if model.head is None else model.head
+    head_weight = cast(nn.Parameter, head.weight)
+    frozen_head = not head_weight.requires_grad and not isinstance(head, AdaptedTable)
+    linear = [module for module in model.modules() if isinstance(module, Linear) and not module.weight.requires_grad]
+    products = sum(module.in_features * module.out_features for module in linear) + frozen_head * head_weight.numel()
     return ModelParts(
         trained=sum(p.numel() for _, p in trained),
         trained_matrices=sum(p.numel() for name, p in trained if is_hidden_matrix(name, p)),
@@ -88,12 +91,12 @@ def parts_of(recipe: Recipe, config: ModelConfig) -> ModelParts:
         top=top,
         embedding=model.embed.weight.numel() if model.embed.weight.requires_grad else 0,
         frozen_matrices=products,
-        frozen_head=not head.weight.requires_grad and not hasattr(head, "lora_a"),
+        frozen_head=frozen_head,
         adapter=sum(p.numel() for name, p in trained if name.endswith((".lora_a", ".lora_b"))),
     )
 
 
-def _unit(module: torch.nn.Module) -> Unit:
+def _unit(module: nn.Module) -> Unit:
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     dense = sum(p.numel() for p in module.parameters() if not p.requires_grad and p.dtype.is_floating_point)
     codes = sum(p.numel() for p in module.parameters() if not p.requires_grad and not p.dtype.is_floating_point)
