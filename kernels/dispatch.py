@@ -23,7 +23,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
-from .interpreter import install, is_interpreting
+from .interpreter import is_interpreting
 
 TABLE = Path(__file__).resolve().parent / "tuning" / "dispatch.json"
 log = logging.getLogger("chatmill.kernels")
@@ -139,16 +139,16 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
 
     Triton launches on the current device and its stream, wherever the pointers are. With a model on cuda:1 and cuda:0 current
     that is an illegal access, or an unordered one over peer access. torch's own operators guard against it, custom ones do
-    not. Where kernels are interpreted, the interpreter is first taught bf16.
+    not.
     """
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-        if is_interpreting():
-            install()
         _keep_fusion()
         device = _first_device(args)
-        with torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext():
+        if device is None or device.type != "cuda":
+            return function(*args, **kwargs)
+        with torch.cuda.device(device):
             return function(*args, **kwargs)
 
     return guarded

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..tensors import with_adjacent_columns
+from ..launch import launch
+from ..tensors import cdiv, with_adjacent_columns
 from .rules import Rules
 from .tiles import padded
 from .triton_parts import NEVER, capped
@@ -112,11 +113,11 @@ def decode_attention_triton(
     C, kv_heads, DV = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
     block_n, num_stages = tile(D, DV, q.element_size())
     if splits is None:
-        splits = max(1, min(triton.cdiv(C, 2 * block_n), WANTED_PROGRAMS // (B * kv_heads), 128))
+        splits = max(1, min(cdiv(C, 2 * block_n), WANTED_PROGRAMS // (B * kv_heads), 128))
     part = q.new_empty(B, heads, splits, DV, dtype=torch.float32)
     top, total = (q.new_empty(B, heads, splits, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(B, heads, DV)
-    attention_decode_stretch_kernel[(B * kv_heads * splits,)](
+    launch(attention_decode_stretch_kernel, (B * kv_heads * splits,),
         q, k_cache, v_cache, part, top, total, lengths.to(device=q.device, dtype=torch.int32), splits, kv_heads,
         heads // kv_heads,
         rules.window, *rules.base2, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
@@ -124,7 +125,17 @@ def decode_attention_triton(
         HAS_WINDOW=rules.window > 0, HAS_CAP=rules.softcap > 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=num_stages,
     )  # fmt: skip
-    attention_decode_merge_kernel[(B * heads,)](
-        part, top, total, out, splits, DV=DV, BLOCK_DV=padded(DV), BLOCK_S=max(2, 1 << (splits - 1).bit_length()), num_warps=4
+    launch(
+        attention_decode_merge_kernel,
+        (B * heads,),
+        part,
+        top,
+        total,
+        out,
+        splits,
+        DV=DV,
+        BLOCK_DV=padded(DV),
+        BLOCK_S=max(2, 1 << (splits - 1).bit_length()),
+        num_warps=4,
     )
     return out

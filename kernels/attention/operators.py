@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from .rules import Rules
 from .tile_map import TileMap, make_tile_map
 from .tiles import HOPPER_FORWARD
 from .torch_tier import attention_backward_torch, attention_forward_torch
+
+
+@functools.cache
+def _triton_tier() -> ModuleType:
+    """Imported when it is first called: an import statement costs 2 us each time."""
+    from . import triton_tier
+
+    return triton_tier
 
 
 @torch.library.custom_op("chatmill::attention_forward", mutates_args=())
@@ -46,9 +55,7 @@ def attention_forward(
         from .hopper.forward import attention_forward_hopper
 
         return attention_forward_hopper(q, k, v, tile_map, rules)
-    from .triton_tier import attention_forward_triton
-
-    return attention_forward_triton(q, k, v, tile_map, rules)
+    return _triton_tier().attention_forward_triton(q, k, v, tile_map, rules)
 
 
 @attention_forward.register_fake
@@ -84,9 +91,7 @@ def attention_backward(
         from .hopper.backward import attention_backward_hopper
 
         return attention_backward_hopper(*saved, tile_map, rules)
-    from .triton_tier import attention_backward_triton
-
-    return attention_backward_triton(*saved, tile_map, rules)
+    return _triton_tier().attention_backward_triton(*saved, tile_map, rules)
 
 
 @attention_backward.register_fake

@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..tensors import with_adjacent_columns
+from ..launch import launch
+from ..tensors import cdiv, with_adjacent_columns
 from .rules import Rules
 from .tile_map import TileMap
 from .tiles import TileConfig, padded
@@ -286,7 +287,7 @@ def attention_forward_triton(q: Tensor, k: Tensor, v: Tensor, tile_map: TileMap,
     out, lse = q.new_empty(T, heads, v.shape[2]), q.new_empty(heads, T, dtype=torch.float32)
     constants = _constants(q, v, rules)
     tiles = tile_map.forward
-    attention_forward_kernel[(tiles.shape[0] * heads,)](
+    launch(attention_forward_kernel, (tiles.shape[0] * heads,),
         q, k, v, out, lse, tiles, tile_map.bounds, T, heads, heads // k.shape[1], *rules.base2,
         *strides_of(q, k, v, out), **constants, **_blocks(tile_map.config.forward),
     )  # fmt: skip
@@ -304,18 +305,18 @@ def attention_backward_triton(
     kv_heads = k.shape[1]
     delta = torch.empty_like(lse)
     constants = _constants(q, v, rules)
-    attention_delta_kernel[(triton.cdiv(T, 64) * heads,)](
+    launch(attention_delta_kernel, (cdiv(T, 64) * heads,),
         out, dout, lse if dlse is None else dlse.contiguous(), delta, T, heads, *strides_of(out, dout),
         DV=constants["DV"], BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=64, HAS_DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     tiles, bounds = tile_map.dkdv, tile_map.bounds
-    attention_dkdv_kernel[(tiles.shape[0] * kv_heads,)](
+    launch(attention_dkdv_kernel, (tiles.shape[0] * kv_heads,),
         q, k, v, dout, lse, delta, dk, dv, tiles, bounds, T, kv_heads, heads // kv_heads, rules.scale,
         *rules.base2, *strides_of(q, k, v, dout, dk, dv), **constants, **_blocks(tile_map.config.dkdv),
     )  # fmt: skip
     tiles = tile_map.dq
-    attention_dq_kernel[(tiles.shape[0] * heads,)](
+    launch(attention_dq_kernel, (tiles.shape[0] * heads,),
         q, k, v, dout, lse, delta, dq, tiles, bounds, T, heads, heads // kv_heads, rules.scale, *rules.base2,
         *strides_of(q, k, v, dout, dq), **constants, **_blocks(tile_map.config.dq),
     )  # fmt: skip

@@ -5,7 +5,7 @@
 A small model is bound by these times on a fast GPU. The shapes are small because none of it depends on them. dispatch counts
 Triton as usable on CPU tensors (planning_for_gpu), triton binds and specialises the arguments and compiles for sm_90, and the
 launcher does nothing. Times are CPU time of this process in microseconds, the best of several runs; nn.Linear on 8 x 8 tells
-how fast the machine is. "dispatcher" is the same call through torch's dispatcher, as it was before eager.py.
+how fast the machine is. "before" is the same call through torch's dispatcher and Triton's launch (no eager.py, no launch.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..attention.interface import attention
 from ..attention.tile_map import make_tile_map
 from ..dispatch import planning_for_gpu
 from ..eager import through_dispatcher
+from ..launch import launched_by_triton
 from ..layer.rms_norm import rms_norm
 from ..layer.rope import rope
 from ..layer.swiglu import swiglu
@@ -130,11 +131,14 @@ class Sink(torch.autograd.Function):
 
 
 def best_us(run: Callable[[], Any], times: int = 40, repeats: int = 20) -> dict[str, float]:
-    """Microseconds of one call, directly and through the dispatcher: the best of some repeats that take turns."""
-    best = {"direct": float("inf"), "dispatcher": float("inf")}
+    """Microseconds of one call, now and as it was before: the best of some repeats that take turns."""
+    best = {"direct": float("inf"), "before": float("inf")}
     for i in range(2 * repeats):
-        way = ("direct", "dispatcher")[i % 2]
-        with through_dispatcher() if way == "dispatcher" else contextlib.nullcontext():
+        way = ("direct", "before")[i % 2]
+        with contextlib.ExitStack() as stack:
+            if way == "before":
+                stack.enter_context(through_dispatcher())
+                stack.enter_context(launched_by_triton())
             run()
             began = time.process_time()
             for _ in range(times):
@@ -144,7 +148,7 @@ def best_us(run: Callable[[], Any], times: int = 40, repeats: int = 20) -> dict[
 
 
 def measure(profile: str | None = None) -> dict[str, dict[str, float]]:
-    """Microseconds of each function and of all that a layer calls, directly and through the dispatcher."""
+    """Microseconds of each function and of all that a layer calls, now and as it was before."""
     import triton
 
     linear, small = torch.nn.Linear(8, 8, bias=False), torch.randn(8, 8, requires_grad=True)
@@ -177,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     found = measure(options.profile)
     for name, ways in found.items():
-        ratio = f"ratio {ways['direct'] / ways['dispatcher']:.2f}"
+        ratio = f"ratio {ways['direct'] / ways['before']:.2f}"
         print(f"{name:<28}" + "".join(f"{way} {took:6.0f} us   " for way, took in ways.items()) + ratio)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

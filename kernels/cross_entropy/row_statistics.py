@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..tensors import wide_dtype
+from ..launch import launch
+from ..tensors import cdiv, next_power_of_2, wide_dtype
 from .rows import LossOptions, Statistics
 
 # columns of one program that reads logits
@@ -79,8 +80,10 @@ def statistics(
     """
     n_rows, vocabulary = logits.shape[0], vocabulary or logits.shape[1]
     block = statistics_block(vocabulary)
-    stats = into or new_statistics(logits, triton.cdiv(vocabulary, block), n_rows, options)
-    cross_entropy_statistics_kernel[stats.tile_max.shape](
+    stats = into or new_statistics(logits, cdiv(vocabulary, block), n_rows, options)
+    launch(
+        cross_entropy_statistics_kernel,
+        stats.tile_max.shape,
         logits,
         labels,
         *arguments(stats),
@@ -97,7 +100,7 @@ def statistics(
 
 def statistics_block(vocabulary: int) -> int:
     """Columns of one tile of the statistics."""
-    return int(min(BLOCK, triton.next_power_of_2(vocabulary)))
+    return int(min(BLOCK, next_power_of_2(vocabulary)))
 
 
 def new_statistics(like: Tensor, n_tiles: int, n_rows: int, options: LossOptions) -> Statistics:

@@ -28,7 +28,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import capability, on_its_device
-from ..tensors import wide_dtype
+from ..launch import launch
+from ..tensors import cdiv, next_power_of_2, wide_dtype
 from . import tiles as shapes
 from .row_statistics import BLOCK, arguments, new_statistics, soft_capped
 from .rows import LossOptions, RowResults, Statistics, VocabularyShard, finish_rows, sum_over
@@ -201,10 +202,12 @@ def project(x: Tensor, weight: Tensor, labels: Tensor, logits: Tensor | None, op
     n_rows, width = x.shape
     vocabulary = weight.shape[0]
     tile = shapes.tiles(x, weight)[0]
-    n_tiles = triton.cdiv(vocabulary, tile.columns)
+    n_tiles = cdiv(vocabulary, tile.columns)
     stats = new_statistics(x, n_tiles, n_rows, options)
     described = shapes.has_descriptors(x, weight)
-    cross_entropy_project_kernel[(triton.cdiv(n_rows, tile.rows) * n_tiles,)](
+    launch(
+        cross_entropy_project_kernel,
+        (cdiv(n_rows, tile.rows) * n_tiles,),
         TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]) if described else x,
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if described else weight,
         labels,
@@ -252,8 +255,10 @@ def to_gradient(
     p_scale = coefficients * (1 + 2 * z_loss * rows.lse) / rows.sum_exp
     hit_scale = coefficients * (1 - label_smoothing)
     floor = coefficients * (label_smoothing / vocabulary) if label_smoothing else hit_scale
-    block = min(BLOCK, triton.next_power_of_2(columns))
-    cross_entropy_gradient_kernel[(logits.shape[0], triton.cdiv(columns, block))](
+    block = min(BLOCK, next_power_of_2(columns))
+    launch(
+        cross_entropy_gradient_kernel,
+        (logits.shape[0], cdiv(columns, block)),
         logits,
         out,
         labels,

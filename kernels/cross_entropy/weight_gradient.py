@@ -21,7 +21,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import on_its_device
-from ..tensors import wide_dtype
+from ..launch import launch
+from ..tensors import cdiv, wide_dtype
 from . import tiles as shapes
 from .torch_products import accumulate_by_torch
 
@@ -165,8 +166,10 @@ def accumulate(
     described = shapes.has_descriptors(gradient, x)
     is_split = total.dtype is torch.bfloat16
     kept = total.view(torch.int16) if is_split else total
-    grid = (triton.cdiv(gradient.shape[1], tile.rows) * triton.cdiv(width, tile.columns),)
-    cross_entropy_accumulate_kernel[grid](
+    grid = (cdiv(gradient.shape[1], tile.rows) * cdiv(width, tile.columns),)
+    launch(
+        cross_entropy_accumulate_kernel,
+        grid,
         TensorDescriptor.from_tensor(gradient, [tile.depth, tile.rows]) if described else gradient,
         TensorDescriptor.from_tensor(x, [tile.depth, tile.columns]) if described else x,
         kept,

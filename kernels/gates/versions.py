@@ -1,10 +1,11 @@
 """The gates under another triton than the installed one.
 
-    python -m chatmill.kernels.gates.versions 3.6.0 3.7.1 3.9.0 [--cache FOLDER] [--arch 90] [--quick]
+    python -m chatmill.kernels.gates.versions 3.6.0 3.7.1 newest [--cache FOLDER] [--arch 90] [--quick]
 
 For each version: pip installs it without dependencies into a folder of its own (once), then every shipped configuration is
 launched dry (to tile IR) and every build cross-compiled with it, in processes that find that folder first. Torch
-stays the installed one. With --quick nothing is cross-compiled: seconds a kernel become a quarter of a second.
+stays the installed one. With --quick nothing is cross-compiled: seconds a kernel become a quarter of a second. "newest" is
+what pip would install now.
 What differs between versions, and how it is handled:
 
     3.8  Gluon's tma.async_copy_global_to_shared became async_load; from 3.9 on the old name raises (hopper/forward.py)
@@ -14,6 +15,7 @@ What differs between versions, and how it is handled:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -45,6 +47,14 @@ def installed(package: str, version: str, cache: Path, *options: str) -> Path:
     return folder
 
 
+def newest(package: str) -> str:
+    """The version that pip would install now. Raises CalledProcessError where pip fails."""
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--dry-run"]
+    command = [*pip, "--ignore-installed", "--report", "-", package]
+    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return str(report["install"][0]["metadata"]["version"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the gates under every version that is named; exit 1 if one fails."""
     parser = argparse.ArgumentParser(prog="python -m chatmill.kernels.gates.versions", description=__doc__.splitlines()[0])
@@ -57,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     architectures = [word for arch in args.arch for word in ("--arch", str(arch))]
     failed = []
     for version in args.versions:
+        if version == "newest":
+            version = newest("triton")
         folder = str(installed("triton", version, args.cache))
         runs = [["dry_launch", "--quick"]] + ([] if args.quick else [["cross_compile"]])
         for tool, *options in runs:

@@ -9,6 +9,8 @@ Source: Zhang & Sennrich, arXiv:1910.07467.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import overload
 
 import torch
@@ -83,12 +85,18 @@ class _TorchNorm(torch.autograd.Function):
         return d_h, d_weight, None
 
 
+@functools.cache
+def _tier() -> ModuleType:
+    """The Triton tier, imported when it is first called: an import statement costs 2 us each time."""
+    from . import rms_norm_triton
+
+    return rms_norm_triton
+
+
 @torch.library.custom_op("chatmill::rms_norm", mutates_args=())
 def _norm_op(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y (N, H), h (N, H) or empty, scale (N,))."""
-    from . import rms_norm_triton
-
-    return rms_norm_triton.forward(x, weight, residual, eps)
+    return _tier().forward(x, weight, residual, eps)
 
 
 @_norm_op.register_fake
@@ -101,9 +109,7 @@ def _(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[T
 def _norm_backward_op(
     h: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, dh: Tensor | None, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    from . import rms_norm_triton
-
-    return rms_norm_triton.backward(h, weight, scale, dy, dh, need_x, need_weight)
+    return _tier().backward(h, weight, scale, dy, dh, need_x, need_weight)
 
 
 @_norm_backward_op.register_fake

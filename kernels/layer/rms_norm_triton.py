@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..tensors import wide_dtype, with_adjacent_columns
+from ..launch import launch
+from ..tensors import cdiv, next_power_of_2, wide_dtype, with_adjacent_columns
 
 # elements of one tile: with 8192, backward at 4 warps spilled (kernels/gates/layer.py)
 TILE = 4096
@@ -122,7 +123,9 @@ def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> t
     scale = x.new_empty(n_rows, dtype=wide_dtype(x.dtype))
     rows, block, warps = _tile(width)
     if n_rows:
-        rms_norm_forward_kernel[(triton.cdiv(n_rows, rows),)](
+        launch(
+            rms_norm_forward_kernel,
+            (cdiv(n_rows, rows),),
             x,
             x if residual is None else residual,
             weight,
@@ -151,11 +154,13 @@ def backward(
     dh = None if dh is None else with_adjacent_columns(dh)
     n_rows, width = h.shape
     rows, block, warps = _tile(width)
-    n_blocks = triton.cdiv(n_rows, rows)
+    n_blocks = cdiv(n_rows, rows)
     programs = max(1, min(n_blocks, _programs(h)))
     d_x = torch.empty_like(h, memory_format=torch.contiguous_format) if need_x else h.new_empty(0)
     partial = scale.new_empty((programs, width)) if need_weight else scale
-    rms_norm_backward_kernel[(programs,)](
+    launch(
+        rms_norm_backward_kernel,
+        (programs,),
         h,
         weight,
         scale,
@@ -182,7 +187,7 @@ def backward(
 
 def _tile(width: int) -> tuple[int, int, int]:
     """(rows per tile, columns rounded up to a power of two, warps)."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return max(1, min(32, TILE // block)), block, 4 if block <= 2048 else 8 if block <= 8192 else 16
 
 

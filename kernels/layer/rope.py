@@ -12,6 +12,9 @@ Source: Su et al., arXiv:2104.09864; QK-norm: Dehghani et al., arXiv:2302.05442.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -97,12 +100,18 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1).to(x.dtype)
 
 
+@functools.cache
+def _tier() -> ModuleType:
+    """The Triton tier, imported when it is first called: an import statement costs 2 us each time."""
+    from . import rope_triton
+
+    return rope_triton
+
+
 @torch.library.custom_op("chatmill::rope", mutates_args=())
 def _rope_op(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(y (T, heads, D), scale (T, heads), empty without a norm)."""
-    from . import rope_triton
-
-    return rope_triton.turn(x, cos, sin, weight, eps)
+    return _tier().turn(x, cos, sin, weight, eps)
 
 
 @_rope_op.register_fake
@@ -113,9 +122,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) ->
 
 @torch.library.custom_op("chatmill::rope_backward", mutates_args=())
 def _rope_backward_op(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    from . import rope_triton
-
-    return rope_triton.turn(dy, cos, sin, None, 0.0, backward=True)[0]
+    return _tier().turn(dy, cos, sin, None, 0.0, backward=True)[0]
 
 
 @_rope_backward_op.register_fake
@@ -127,9 +134,7 @@ def _(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rope_norm_backward_op(
     x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    from . import rope_triton
-
-    return rope_triton.norm_backward(x, cos, sin, weight, scale, dy)
+    return _tier().norm_backward(x, cos, sin, weight, scale, dy)
 
 
 @_rope_norm_backward_op.register_fake

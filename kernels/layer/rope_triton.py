@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..tensors import wide_dtype, with_adjacent_columns
+from ..launch import launch
+from ..tensors import cdiv, next_power_of_2, wide_dtype, with_adjacent_columns
 
 # (positions x channels of a half) of one program: 16 x 64 at D=128, over 4 heads
 TILE = 1024
@@ -176,10 +177,12 @@ def turn(
     y = x.new_empty(x.shape)
     wide = wide_dtype(x.dtype)
     scale = x.new_empty(0 if weight is None else (n_positions, n_heads), dtype=wide)
-    block = triton.next_power_of_2(width // 2)
+    block = next_power_of_2(width // 2)
     rows, heads = max(1, TILE // block), _group(n_heads)
     if x.numel():
-        rope_kernel[(triton.cdiv(n_positions, rows), triton.cdiv(n_heads, heads))](
+        launch(
+            rope_kernel,
+            (cdiv(n_positions, rows), cdiv(n_heads, heads)),
             x,
             y,
             cos,
@@ -208,15 +211,17 @@ def norm_backward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Te
     """(d_x, d_weight) of norm-then-turn."""
     x, dy, (cos, sin) = with_adjacent_columns(x), with_adjacent_columns(dy), _tables(cos, sin)
     n_positions, n_heads, width = x.shape
-    block = triton.next_power_of_2(width // 2)
+    block = next_power_of_2(width // 2)
     rows = max(1, TILE // block)
     heads = _group(n_heads)
-    n_blocks = triton.cdiv(n_positions, rows) * triton.cdiv(n_heads, heads)
+    n_blocks = cdiv(n_positions, rows) * cdiv(n_heads, heads)
     # 3 programs per multiprocessor, what 130 registers admit; 3 in the interpreter, so that several blocks meet in one
     limit = 3 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
     programs = max(1, min(n_blocks, limit))
     d_x, partial = x.new_empty(x.shape), scale.new_empty((programs, width))
-    rope_norm_backward_kernel[(programs,)](
+    launch(
+        rope_norm_backward_kernel,
+        (programs,),
         x,
         dy,
         d_x,

@@ -9,6 +9,8 @@ Source: Shazeer, arXiv:2002.05202.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -61,11 +63,17 @@ class _TorchSwiglu(torch.autograd.Function):
         return slope.mul_(dy * up).to(gate.dtype), y.mul_(dy).to(up.dtype)
 
 
-@torch.library.custom_op("chatmill::swiglu", mutates_args=())
-def _swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
+@functools.cache
+def _tier() -> ModuleType:
+    """The Triton tier, imported when it is first called: an import statement costs 2 us each time."""
     from . import swiglu_triton
 
-    return swiglu_triton.forward(gate, up)
+    return swiglu_triton
+
+
+@torch.library.custom_op("chatmill::swiglu", mutates_args=())
+def _swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
+    return _tier().forward(gate, up)
 
 
 @_swiglu_op.register_fake
@@ -75,9 +83,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("chatmill::swiglu_backward", mutates_args=())
 def _swiglu_backward_op(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    from . import swiglu_triton
-
-    return swiglu_triton.backward(gate, up, dy)
+    return _tier().backward(gate, up, dy)
 
 
 @_swiglu_backward_op.register_fake

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_its_device
-from ..tensors import with_adjacent_columns
+from ..launch import launch
+from ..tensors import cdiv, next_power_of_2, with_adjacent_columns
 
 # elements of one program
 TILE = 2048
@@ -73,7 +74,9 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     y = gate.new_empty(gate.shape)
     rows, block = tile(gate.shape[1])
     if y.numel():
-        swiglu_forward_kernel[triton.cdiv(gate.shape[0], rows), triton.cdiv(gate.shape[1], block)](
+        launch(
+            swiglu_forward_kernel,
+            (cdiv(gate.shape[0], rows), cdiv(gate.shape[1], block)),
             gate,
             up,
             y,
@@ -94,7 +97,9 @@ def backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     rows, block = tile(gate.shape[1])
     if gate.numel():
-        swiglu_backward_kernel[triton.cdiv(gate.shape[0], rows), triton.cdiv(gate.shape[1], block)](
+        launch(
+            swiglu_backward_kernel,
+            (cdiv(gate.shape[0], rows), cdiv(gate.shape[1], block)),
             gate,
             up,
             dy,
@@ -113,5 +118,5 @@ def backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 def tile(width: int) -> tuple[int, int]:
     """(rows, columns) of one program."""
-    block = min(TILE, triton.next_power_of_2(width))
+    block = min(TILE, next_power_of_2(width))
     return TILE // block, block

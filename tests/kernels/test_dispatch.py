@@ -127,12 +127,10 @@ def test_every_function_that_launches_a_kernel_is_guarded() -> None:
         for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(function, ast.FunctionDef):
                 continue
-            launches = any(
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Subscript)
-                and ast.unparse(node.func.value).endswith("_kernel")
-                for node in ast.walk(function)
-            )
+            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+            launched = [node.args[0] for node in calls if ast.unparse(node.func) == "launch" and node.args]
+            launched += [node.func.value for node in calls if isinstance(node.func, ast.Subscript)]
+            launches = any(ast.unparse(kernel).endswith("_kernel") for kernel in launched)
             launching += launches
             if launches and "on_its_device" not in map(ast.unparse, function.decorator_list):
                 bare.append(f"{file.name}: {function.name}")

@@ -31,7 +31,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...dispatch import on_its_device
-from ...tensors import with_adjacent_columns
+from ...launch import launch
+from ...tensors import cdiv, with_adjacent_columns
 from ..rules import Rules
 from ..tile_map import TileMap
 from ..triton_parts import LOG2E_, cap_slope, capped, strides_of, tile_row
@@ -161,21 +162,25 @@ def attention_backward_hopper(
     dq, dk, dv = q.new_empty(T, heads, D), k.new_empty(T, kv_heads, D), v.new_empty(T, kv_heads, D)
     if not T:  # a descriptor of no rows is refused by the driver
         return dq, dk, dv
-    attention_hopper_backward_prepare_kernel[(triton.cdiv(T, ROWS) * heads,)](
+    launch(attention_hopper_backward_prepare_kernel, (cdiv(T, ROWS) * heads,),
         out, dout, lse, lse if dlse is None else dlse.contiguous(), lse2, delta, dq_sum, T, heads, padded_T,
         *strides_of(out, dout), D=D, BLOCK_M=ROWS, HAS_DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
     block_m, block_n = tile_map.config.dkdv[:2]
     num_warps, num_stages = launch_shape(D, block_n)
-    attention_backward_hopper_kernel[(tile_map.dkdv.shape[0] * kv_heads,)](
+    launch(
+        attention_backward_hopper_kernel,
+        (tile_map.dkdv.shape[0] * kv_heads,),
         _columns(q, block_m), _columns(k, block_n), _columns(v, block_n), _columns(dout, block_m), _columns(dq_sum, block_m),
         _per_row(lse2, T, block_m), _per_row(delta, T, block_m), dk, dv, tile_map.dkdv, tile_map.bounds, T, kv_heads,
         heads // kv_heads, q.stride(1), k.stride(1), v.stride(1), dout.stride(1),
         rules.scale, *rules.base2,
         D=D, BLOCK_M=block_m, BLOCK_N=block_n, HAS_CAP=rules.softcap > 0, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    finish = (triton.cdiv(dq.numel(), FINISH_BLOCK),)
-    attention_hopper_backward_finish_kernel[finish](dq_sum, dq, dq.numel(), rules.scale, BLOCK=FINISH_BLOCK, num_warps=4)
+    finish = (cdiv(dq.numel(), FINISH_BLOCK),)
+    launch(
+        attention_hopper_backward_finish_kernel, finish, dq_sum, dq, dq.numel(), rules.scale, BLOCK=FINISH_BLOCK, num_warps=4
+    )
     return dq, dk, dv
 
 

@@ -49,3 +49,14 @@ def test_a_version_is_installed_once_and_never_half(tmp_path: Path, monkeypatch:
     folder = versions.installed("triton", "3.9.0", tmp_path)
     assert folder == versions.installed("triton", "3.9.0", tmp_path) == tmp_path / "triton-3.9.0"
     assert len(calls) == 2 and calls[1][-1] == "triton==3.9.0" and "--no-deps" in calls[1]
+
+
+def test_the_newest_version_is_the_one_that_pip_would_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = '{"install": [{"metadata": {"name": "triton", "version": "3.10.1"}}]}'
+
+    def pip(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        assert command[-1] == "triton" and "--dry-run" in command, "asked for, not installed"
+        return subprocess.CompletedProcess(command, 0, report, "")
+
+    monkeypatch.setattr(versions.subprocess, "run", pip)
+    assert versions.newest("triton") == "3.10.1"
