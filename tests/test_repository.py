@@ -85,8 +85,8 @@ def test_dependencies_point_one_way(part: str) -> None:
 ROOMS = {
     "data": "conversation ledger recipe preference shards remote raw cleaning tokenizer importers samples report packing "
     "stream check pipeline bench",
-    "kernels": "tensors eager interpreter dispatch layer cross_entropy attention rms_norm rope swiglu linear_cross_entropy "
-    "gates bench",
+    "kernels": "tensors eager interpreter launch dispatch layer cross_entropy attention rms_norm rope swiglu "
+    "linear_cross_entropy gates bench",
     "trainer": "model_config adapter_config config distributed model generation checkpoint adapters optim engine "
     "evaluation plan run loop convert chat report bench train",
     "launcher": "programs supervise jobs runs sweep doctor own_chats commands demo __main__",
