@@ -88,7 +88,7 @@ def standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None
     Linearised ratio estimator: se^2 = k / (k - 1) * sum (s_i - r n_i)^2 / (sum n_i)^2, with r the ratio and k groups.
     Cochran, Sampling Techniques, 3rd edition, section 6.4.
     """
-    total, k = sum(counts), len(counts)
+    total, k = sum(counts), sum(n > 0 for n in counts)  # a rank without a pack left takes an empty one
     if k < 2 or total == 0:
         return None
     ratio = math.fsum(sums) / total

@@ -22,6 +22,7 @@ def test_the_standard_error_is_the_spread_of_repeated_validations() -> None:
     spread = statistics.stdev(sum(sums) / sum(counts) for sums, counts in found)
     errors = [error for sums, counts in found if (error := standard_error(sums, counts)) is not None]
     assert len(errors) == 800 and statistics.mean(errors) == pytest.approx(spread, rel=0.1)
+    assert standard_error([3.0, 5.0, 0.0], [4, 3, 0]) == standard_error([3.0, 5.0], [4, 3])
     assert standard_error([3.0], [4]) is None and standard_error([0.0, 0.0], [0, 0]) is None
 
 
