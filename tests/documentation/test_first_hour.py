@@ -55,5 +55,8 @@ def test_the_tutorial_goes_from_an_export_to_an_export(
     printed = [row.partition("chatmill ")[2] for row in said["new"].partition("Next:")[2].splitlines() if "chatmill " in row]
     assert printed == [f"data build {name}-data.yaml", f"train {name}-train.yaml", f"chat runs/{name}"]
     assert "whatsapp" in said["new"] and said["chat"].strip()
-    assert Path(f"runs/{name}/report.html").is_file() and Path(f"runs/{name}/evaluation.json").is_file()
+    assert Path(f"runs/{name}/evaluation.json").is_file()
+    report = Path(f"runs/{name}/report.html").read_text(encoding="utf-8")
+    if language == "en":  # whose recipe does not say the shape: it was the default's, 135 M
+        assert re.search(r"Llama-type model of \d+\Wk parameters, started from runs/smollm2", report)
     assert Path(f"out/{name}/config.json").is_file() and Path(f"out/{name}.gguf").read_bytes()[:4] == b"GGUF"

@@ -6,13 +6,16 @@ figures(run)    status_of(run)    lead(run)
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from chatmill.formatting import counted, duration, number
+from chatmill.run_files import list_checkpoints
 
 from .reading import RunRecord, real
 
@@ -151,7 +154,7 @@ def lead(run: RunRecord) -> str:
     parts = []
     model = section(run, "model")
     if model:
-        parts.append(model_words(model))
+        parts.append(model_words(model, run.path))
     if run.train:
         told = f"{max(run.train):,} steps"
         took = seconds(run)
@@ -172,16 +175,23 @@ def lead(run: RunRecord) -> str:
     return text
 
 
-def model_words(model: dict[str, Any]) -> str:
-    """ "a Llama-type model of 135 M parameters, started from runs/smollm2"."""
+def model_words(model: dict[str, Any], run_dir: Path) -> str:
+    """ "a Llama-type model of 135 M parameters, started from runs/smollm2".
+
+    The shape is that of the newest checkpoint: a recipe that starts from a checkpoint need not say it.
+    """
     from pydantic import ValidationError
 
     from ..config import ModelConfig
 
+    saved = list_checkpoints(run_dir)
+    said = model if not model.get("checkpoint") else {"vocab_size": None}  # not known
     try:
-        shape = ModelConfig(**{k: v for k, v in model.items() if k in ModelConfig.model_fields})
+        if saved:
+            said = json.loads((saved[-1] / "config.json").read_text(encoding="utf-8"))
+        shape = ModelConfig(**{k: v for k, v in said.items() if k in ModelConfig.model_fields})
         size = number(shape.parameter_counts()["total"]).replace(" ", " ")
         words = f"a {shape.family.capitalize()}-type model of {size} parameters"
-    except (ValidationError, TypeError):
+    except (ValidationError, TypeError, OSError, ValueError, AttributeError):
         words = "a model"
     return words + (f", started from {model['checkpoint']}" if model.get("checkpoint") else "")
