@@ -267,9 +267,9 @@ def print_next(first: Sequence[tuple[str, str]], with_chats: bool) -> None:
     lines = [*first, *(more if with_chats else ())]
     print("\n== Next")
     if activate := activation():
-        print(f"{activate:<58}so that the shell finds chatmill")
+        print(f"{activate:<58}  so that the shell finds chatmill")
     for command, meaning in lines:
-        print(f"{command.replace('chatmill', own_command(activated=True), 1):<58}{meaning}")
+        print(f"{command.replace('chatmill', own_command(activated=True), 1):<58}  {meaning}")
     if with_chats:
         print(f"\nThe report: {RUN / 'report.html'} (open it in a browser)")
 

@@ -185,7 +185,7 @@ def model_words(model: dict[str, Any], run_dir: Path) -> str:
     from ..config import ModelConfig
 
     saved = list_checkpoints(run_dir)
-    said = model if not model.get("checkpoint") else {"vocab_size": None}  # not known
+    said: dict[str, Any] = model if not model.get("checkpoint") else {"vocab_size": None}  # not known
     try:
         if saved:
             said = json.loads((saved[-1] / "config.json").read_text(encoding="utf-8"))
