@@ -109,7 +109,7 @@ def linear_cross_entropy(
     n_tokens = hidden.shape[0]
     if rows is None and not torch.compiler.is_compiling():
         rows = (targets != ignore_index).nonzero().squeeze(1)
-    elif rows is not None and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+    elif type(rows) is Tensor and rows.device.type == "cpu" and not torch.compiler.is_compiling():  # not a traced stand-in
         rows = rows[rows >= 0]  # padding is for shapes that a GPU need not ask for; here it costs up to 127 rows of logits
     # rows without loss are made 0, whatever is in them: 0 * inf is nan
     if rows is None:
