@@ -31,7 +31,7 @@ SPILLS = {
     ("dkdv", 80, 90): 176,
     ("dkdv", 128, 90): 176,
     ("dkdv", 256, 90): 256,
-    # by Blackwell's own ptxas, which triton takes from sm_100 on; where in the kernel is not counted there
+    # by Blackwell's own ptxas, which triton takes from sm_100 on; docs/log.md says how much of it lies in matrix loops
     ("dkdv", 256, 100): 96,
     ("forward", 64, 120): 192,
     ("forward", 128, 120): 288,
