@@ -33,9 +33,8 @@ class Validation:
         self.context, self.engine = context, engine
         self.recipe, self.world, self.display = context.recipe, context.world, context.display
         attention, precision = self.recipe.kernels.attention, self.recipe.train.precision
-        self._repeats = {
-            name: told for name, split in context.splits.items() if (told := repeats_in_words(split.manifest.get("repeats")))
-        }
+        found = {str(split.path): repeats_in_words(split.manifest.get("repeats")) for split in context.splits.values()}
+        self._repeats = {path: told for path, told in found.items() if told}
         self._told = False
         self._annotate = tile_map_maker(context.config, attention, precision, self.world.device)
 
@@ -53,8 +52,8 @@ class Validation:
             self.context.folder.metric(step=state.step, eval=result, **each, seconds=round(time.monotonic() - began, 3))
         repeated = " (repeats training texts)" if self._repeats else ""
         self.display.say(f"validation at step {state.step}{repeated}: {in_words(result)}")
-        for name, told in self._repeats.items() if not self._told else ():
-            self.display.say(f"  note: the validation of {name} {told}")
+        for path, told in self._repeats.items() if not self._told else ():
+            self.display.say(f"  note: the validation split of {path} {told}")
         self._told = True
         if self.recipe.evaluation.ema:
             self._measure_average(state.step)

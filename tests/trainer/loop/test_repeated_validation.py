@@ -27,7 +27,7 @@ def test_a_validation_says_so_once_and_marks_every_line(manifest: dict[str, Any]
     context: Any = SimpleNamespace(
         recipe=Recipe(), config=ModelConfig(), world=SimpleNamespace(is_main=True, device=torch.device("cpu")),
         display=SimpleNamespace(say=said.append), folder=SimpleNamespace(metric=lambda **line: lines.append(line)),
-        splits={"bot": SimpleNamespace(manifest=manifest)}, tokenizer=None,
+        splits={"bot": SimpleNamespace(manifest=manifest, path=Path("corpora/bot"))}, tokenizer=None,
     )  # fmt: skip
     engine: Any = SimpleNamespace(decoder=SimpleNamespace(eval=lambda: None), world=context.world, gathers=False)
     validation = Validation(context, engine)
@@ -35,8 +35,11 @@ def test_a_validation_says_so_once_and_marks_every_line(manifest: dict[str, Any]
         validation.run(TrainState(step=step))
     repeated = bool(manifest)
     assert [("(repeats training texts)" in line) for line in said if "validation at step" in line] == [repeated] * 2
-    assert sum("note: the validation of bot repeats training texts: 9 of 10 replies" in line for line in said) == repeated
-    assert [line.get("repeats_training") for line in lines] == [["bot"] if repeated else None] * 2
+    assert (
+        sum("note: the validation split of corpora/bot repeats training texts: 9 of 10 replies" in line for line in said)
+        == repeated
+    )
+    assert [line.get("repeats_training") for line in lines] == [["corpora/bot"] if repeated else None] * 2
 
 
 def test_an_evaluation_says_so(tmp_path: Path) -> None:
