@@ -27,7 +27,7 @@ from chatmill.config import ConfigError
 TEXTS = Path(__file__).with_name("persona.yaml")
 DEFAULT_NAME = "Millie"
 DIALOGUES = 100
-EXCHANGES = {"English": (1, 2, 2, 3), "中文": (2, 3, 3, 4)}  # in a dialogue: the model's Chinese is weaker, and gets more of it
+EXCHANGES = (2, 3, 3, 4)  # in a dialogue, one drawn for each
 LONGEST_NAME = 24
 Dialogue = list[dict[str, str]]
 
@@ -75,7 +75,7 @@ def dialogues(name: str) -> list[Dialogue]:
     found: dict[str, Dialogue] = {}
     for language in itertools.cycle(_texts()):
         exchanges = [list(_pairs(topic)) for topic in _texts()[language]]
-        chosen = draw.sample(exchanges, k=draw.choice(EXCHANGES[language]))
+        chosen = draw.sample(exchanges, k=draw.choice(EXCHANGES))
         turns = [turn for pairs in chosen for turn in _turns(draw.choice(pairs), name)]
         found.setdefault(repr(turns), turns)
         if len(found) == DIALOGUES:
