@@ -83,6 +83,8 @@ class _TorchTurn(torch.autograd.Function):
 
 
 def _turn_in_two_passes(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # the compiler fuses the formula itself, and takes no views as `out`
+        return _turn(x, cos, sin)
     wide = wide_dtype(x.dtype)
     c, s = cos.to(wide)[:, None], sin.to(wide)[:, None]  # (T, 1, D/2)
     a, b = x.to(wide).chunk(2, dim=-1)
