@@ -1,6 +1,6 @@
-"""Kernel builds that ship for Hopper, and for the generation with the least shared memory, compiled once for all tests here.
+"""Kernel builds that ship for Hopper, compiled once for all tests here; with --exhaustive those for sm_120, too.
 
-`make gates` compiles those of all generations, which takes two and a half times as long.
+sm_120 has the least shared memory. `make gates` compiles those of all generations, which takes five times as long.
 """
 
 import json
@@ -22,7 +22,10 @@ pytestmark = pytest.mark.slow
 Rows = list[dict[str, Any]]
 
 
-COMPILED = (90, 120)
+def generations(config: pytest.Config) -> tuple[int, ...]:
+    return (90, 120) if config.getoption("--exhaustive") else (90,)
+
+
 # every case that ships as [operation, architecture], then the reports of those that are compiled
 PROGRAM = """
 import importlib, json, sys
@@ -34,11 +37,17 @@ sys.exit(gates.main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def compiled() -> tuple[Counter[tuple[str, int]], Rows]:
+def compiled(pytestconfig: pytest.Config) -> tuple[Counter[tuple[str, int]], Rows]:
     """How many cases ship, and one row per build, of one process without the interpreter: importing torch takes seconds."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", PROGRAM, "--json", *(word for arch in COMPILED for word in ("--arch", str(arch)))]
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        "--json",
+        *(word for arch in generations(pytestconfig) for word in ("--arch", str(arch))),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
     cases, rows = (json.loads(line) for line in done.stdout.splitlines())
@@ -61,13 +70,13 @@ def test_every_compiled_build_passes_its_gates(builds: Rows) -> None:
 
 @pytest.mark.parametrize(("arch", "attention", "decode"), [(80, 21, 9), (89, 9, 4), (90, 42, 9), (100, 21, 9), (120, 9, 4)])
 def test_no_generation_is_left_out(
-    compiled: tuple[Counter[tuple[str, int]], Rows], arch: int, attention: int, decode: int
+    compiled: tuple[Counter[tuple[str, int]], Rows], pytestconfig: pytest.Config, arch: int, attention: int, decode: int
 ) -> None:
     cases, rows = compiled
     assert (cases["attention", arch], cases["decode", arch]) == (attention, decode)
     assert cases["cross_entropy", 80 if arch == 89 else arch if arch in (80, 90) else 100]
     assert sum(n for (operation, _), n in cases.items() if operation == "layer") >= 12
-    if arch in COMPILED:
+    if arch in generations(pytestconfig):
         assert Counter(row["operation"] for row in rows if row["arch"] == arch) == Counter(
             {operation: n for (operation, of_arch), n in cases.items() if of_arch == arch}
         )
@@ -115,9 +124,9 @@ def test_the_fused_backward_loads_and_adds_by_tma(builds: Rows) -> None:
         assert row["sass"]["WARPGROUP.ARRIVE"] == 5, "one wgmma group per product, none split or serialised"
 
 
-def test_decoding_spills_nothing_and_multiplies_on_tensor_cores_but_for_fp32(builds: Rows) -> None:
+def test_decoding_spills_nothing_and_multiplies_on_tensor_cores_but_for_fp32(builds: Rows, pytestconfig: pytest.Config) -> None:
     stretches = of(builds, "decode", match="stretch")
-    assert {row["arch"] for row in stretches} == set(COMPILED) and len(stretches) >= 9
+    assert {row["arch"] for row in stretches} == set(generations(pytestconfig)) and len(stretches) >= 9
     # 16 query rows are one mma tile, too few for a warp group's; fp32 is multiplied without tensor cores
     assert all((row["sass"].get("HMMA", 0) > 0) != row["name"].endswith("fp32") for row in stretches)
     assert all(row["spill_bytes"] == 0 for row in stretches)
