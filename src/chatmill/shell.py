@@ -19,7 +19,8 @@ from pathlib import Path
 # The commands of the program: what follows its name in a sentence is not always one.
 COMMANDS = (
     *("bench", "cancel", "chat", "checkpoint", "completion", "data", "doctor", "eval", "export", "generate", "help", "import"),
-    *("launch", "logs", "new", "plan", "recipes", "report", "resume", "schema", "serve", "status", "sweep", "train", "watch"),
+    *("launch", "logs", "merge", "new", "plan", "recipes", "report", "resume", "schema", "serve", "status", "sweep", "train"),
+    "watch",
 )
 _TYPED = re.compile(rf"(?<![\w./-])chatmill (?={'|'.join(COMMANDS)}\b)")
 
