@@ -126,7 +126,7 @@ def test_the_fused_backward_loads_and_adds_by_tma(builds: Rows) -> None:
 
 def test_decoding_spills_nothing_and_multiplies_on_tensor_cores_but_for_fp32(builds: Rows, pytestconfig: pytest.Config) -> None:
     stretches = of(builds, "decode", match="stretch")
-    assert {row["arch"] for row in stretches} == set(generations(pytestconfig)) and len(stretches) >= 9
+    assert {row["arch"] for row in stretches} == set(generations(pytestconfig)) and len(stretches) >= 7
     # 16 query rows are one mma tile, too few for a warp group's; fp32 is multiplied without tensor cores
     assert all((row["sass"].get("HMMA", 0) > 0) != row["name"].endswith("fp32") for row in stretches)
     assert all(row["spill_bytes"] == 0 for row in stretches)
