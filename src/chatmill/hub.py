@@ -12,6 +12,7 @@ HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE; MODELSCOPE_ENDPOINT, MODELSCOPE_
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib
 import logging
 import re
@@ -235,13 +236,14 @@ class _ModelScope:
             files = self.api.list_repo_files(name.repo, "model", revision=name.revision)
         except Exception as error:
             return self._cached(name, error)
-        sizes = {file.path: int(file.size or 0) for file in files if file.type != "tree"}
-        return Snapshot(name, self.site, name.revision or "master", sizes)
+        held = sorted((file.path, int(file.size or 0), file.sha256 or "") for file in files if file.type != "tree")
+        mark = hashlib.sha256(repr(held).encode()).hexdigest()  # a listing names no commit, and branches move
+        return Snapshot(name, self.site, f"{name.revision or 'master'}-{mark:.12}", {path: size for path, size, _ in held})
 
     def _cached(self, name: HubName, error: Exception) -> Snapshot:
         try:
             folder = self.api.download_repo(name.repo, "model", revision=name.revision, local_files_only=True)
-        except Exception:
+        except Exception:  # whatever the library raises where nothing is cached: the first error says why it was asked
             raise self._named(name, error, "read") from error
         return Snapshot(name, self.site, name.revision or "master", _sizes(Path(folder)))
 

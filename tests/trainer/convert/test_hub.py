@@ -212,6 +212,9 @@ def test_modelscope(hub: HubStandIn, folder: Path, tmp_path: Path) -> None:
     checkpoint = import_any("modelscope://acme/tiny", tmp_path / "out")
     assert same(checkpoint, import_hf(folder, tmp_path / "direct"))
     assert checkpoint.meta["source"]["hub"] == MODELSCOPE
+    assert already_imported("modelscope://acme/tiny", tmp_path / "out") is not None
+    hub.repositories["acme/tiny"]["config.json"] += b"\n"  # its branch has moved
+    assert already_imported("modelscope://acme/tiny", tmp_path / "out") is None
     with pytest.raises(ConfigError, match=r"modelscope://acme/none: cannot be read"):
         import_any("modelscope://acme/none", tmp_path / "none")
 
