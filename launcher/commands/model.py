@@ -210,7 +210,7 @@ def _export(options: argparse.Namespace) -> int:
 
     from ...trainer.adapters.merging import with_base
     from ...trainer.checkpoint.checkpoint import open_checkpoint
-    from ...trainer.convert.gguf_export import export_gguf
+    from ...trainer.convert.gguf.exporting import export_gguf
     from ...trainer.convert.hf import export_hf
     from ...trainer.convert.peft_folder import export_peft
     from ...trainer.convert.tokenizer_class import AS_IT_IS, is_replaced

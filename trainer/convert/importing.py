@@ -52,7 +52,7 @@ def import_any(source: str, out: Path, force: bool = False, base: str | None = N
 
         import_hf(path, out, origin=origin, progress=progress)
     else:
-        from .gguf_import import import_gguf
+        from .gguf.importing import import_gguf
 
         import_gguf(path, out, origin=origin, progress=progress)
     progress("verify", 0, 1)
@@ -111,14 +111,14 @@ def _local(source: str) -> Path:
         raise ConfigError(f"{source}: a {path.suffix or 'nameless'} file. {FORMS}")
     if path.exists():
         return path
-    from .gguf_import import find_gguf
+    from .gguf.importing import find_gguf
 
     return find_gguf(source)
 
 
 def already_imported(source: str, out: Path) -> Checkpoint | None:
     """The whole checkpoint at `out`, if it was imported from this source, whose files are not newer; else None."""
-    from .gguf_import import find_gguf
+    from .gguf.importing import find_gguf
 
     if not is_published(out):
         return None

@@ -6,7 +6,7 @@
     yarn:    a ramp over the channel index between f (many rotations in the original context) and f / factor (few of them);
              cos and sin are multiplied by 0.1 ln(factor) + 1 unless attention_factor says otherwise
 
-Channel i is rotated together with channel i + D/2 (the layout of Hugging Face; GGUF stores neighbours, see gguf_import).
+Channel i is rotated together with channel i + D/2 (the layout of Hugging Face; GGUF stores neighbours, see convert/gguf).
 Sources: RoFormer arXiv:2104.09864, YaRN arXiv:2309.00071, the configuration of Llama 3.1.
 """
 

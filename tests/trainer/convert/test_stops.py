@@ -24,8 +24,8 @@ from chatmill.trainer.chat.serve.protocol import ChatRequest
 from chatmill.trainer.chat.terminal import Settings
 from chatmill.trainer.checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from chatmill.trainer.config import ModelConfig, load_recipe
-from chatmill.trainer.convert.gguf_export import export_gguf
-from chatmill.trainer.convert.gguf_import import import_gguf
+from chatmill.trainer.convert.gguf.exporting import export_gguf
+from chatmill.trainer.convert.gguf.importing import import_gguf
 from chatmill.trainer.convert.hf import export_hf, import_hf
 from chatmill.trainer.generation.defaults import sampling_of
 from chatmill.trainer.generation.sampling import Sampling

@@ -25,7 +25,7 @@ from chatmill.launcher.__main__ import main
 from chatmill.trainer.checkpoint.checkpoint import CheckpointError, CheckpointWriter, open_checkpoint
 from chatmill.trainer.checkpoint.files import file_facts
 from chatmill.trainer.checkpoint.manifest import write_manifest
-from chatmill.trainer.convert.gguf_import import import_gguf
+from chatmill.trainer.convert.gguf.importing import import_gguf
 from chatmill.trainer.convert.hf import export_hf, import_hf
 from chatmill.trainer.convert.hf_config import read_hf_config
 from chatmill.trainer.convert.importing import import_any

@@ -26,8 +26,8 @@ from chatmill.launcher.jobs.resolve import model_shape
 from chatmill.run_files import list_checkpoints, read_jsonl
 from chatmill.trainer.checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from chatmill.trainer.config import Recipe, load_recipe
-from chatmill.trainer.convert.gguf_export import export_gguf
-from chatmill.trainer.convert.gguf_import import import_gguf
+from chatmill.trainer.convert.gguf.exporting import export_gguf
+from chatmill.trainer.convert.gguf.importing import import_gguf
 from chatmill.trainer.convert.hf import export_hf, import_hf
 from chatmill.trainer.loop.dpo import REFERENCE, load_reference
 from chatmill.trainer.loop.loop import train

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chatmill.config import ConfigError
-from chatmill.trainer.convert.gguf_header import check_header
+from chatmill.trainer.convert.gguf.header import check_header
 
 
 def text_of(word: bytes) -> bytes:

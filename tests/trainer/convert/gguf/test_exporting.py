@@ -18,11 +18,11 @@ from chatmill.data.tokenizer.tokenizer import ChatTokenizer
 from chatmill.launcher.__main__ import main
 from chatmill.trainer.checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from chatmill.trainer.config import ModelConfig, load_recipe
-from chatmill.trainer.convert.gguf_export import export_gguf
-from chatmill.trainer.convert.gguf_import import import_gguf, reorder_rotary_rows
+from chatmill.trainer.convert.gguf.exporting import export_gguf
+from chatmill.trainer.convert.gguf.importing import import_gguf, reorder_rotary_rows
+from chatmill.trainer.convert.gguf.splitting import rule_of
 from chatmill.trainer.convert.hf import export_hf
 from chatmill.trainer.convert.model_card import model_card
-from chatmill.trainer.convert.splitting import rule_of
 from chatmill.trainer.loop.loop import train
 from chatmill.trainer.model.decoder import Decoder
 

@@ -25,13 +25,13 @@ from chatmill.config import ConfigError, validate
 from chatmill.hub import FORMS
 from chatmill.progress import Report, silent
 
-from ...data.tokenizer.generation_settings import GENERATION, to_bytes, with_ids
-from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
-from ..checkpoint.files import not_finite
-from ..config import ModelConfig
-from .gguf_header import check_header
-from .hf import refuse_foreign_folder
-from .names import gguf_name, parameter_shapes
+from ....data.tokenizer.generation_settings import GENERATION, to_bytes, with_ids
+from ...checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from ...checkpoint.files import not_finite
+from ...config import ModelConfig
+from ..hf import refuse_foreign_folder
+from ..names import gguf_name, parameter_shapes
+from .header import check_header
 from .splitting import NORMAL, RULES, byte_level
 
 KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", list: "a list"}

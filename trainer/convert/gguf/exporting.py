@@ -2,7 +2,7 @@
 
     export_gguf("runs/NAME", "model.gguf", dtype="q8_0")
 
-The inverse of gguf_import.py. For the architecture llama, rows of q and k get the order of llama.cpp's rotary embedding;
+The inverse of importing.py. For the architecture llama, rows of q and k get the order of llama.cpp's rotary embedding;
 Qwen's stay. Tensors are written one at a time; the file appears whole or not at all. Norms and biases stay fp32.
 What this writer cannot express (soft-caps, stretched rotary angles, a tokenizer with another splitting rule) is refused.
 """
@@ -24,14 +24,14 @@ from chatmill.config import ConfigError
 from chatmill.files import folder_beside, sync
 from chatmill.progress import Report, silent
 
-from ..adapters.merging import open_model
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import not_finite
-from ..config import ModelConfig
-from ..generation.defaults import sampling_of
-from .endings import endings
-from .gguf_import import END_LIST, SAMPLING_KEYS, reorder_rotary_rows, rotary_heads
-from .names import gguf_name, parameter_shapes
+from ...adapters.merging import open_model
+from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.files import not_finite
+from ...config import ModelConfig
+from ...generation.defaults import sampling_of
+from ..endings import endings
+from ..names import gguf_name, parameter_shapes
+from .importing import END_LIST, SAMPLING_KEYS, reorder_rotary_rows, rotary_heads
 from .splitting import CONTROL, NORMAL, USER_DEFINED, rule_of
 
 # our name -> name of gguf.GGMLQuantizationType

@@ -24,7 +24,7 @@ from torch import Tensor
 from chatmill.config import ConfigError
 from chatmill.data.tokenizer.tokenizer import ChatTokenizer
 from chatmill.trainer.checkpoint.checkpoint import Checkpoint
-from chatmill.trainer.convert.gguf_import import find_gguf, import_gguf
+from chatmill.trainer.convert.gguf.importing import find_gguf, import_gguf
 from chatmill.trainer.convert.hf import export_hf
 from chatmill.trainer.model.decoder import Decoder, KVCache
 
