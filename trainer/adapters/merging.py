@@ -174,6 +174,17 @@ def merged(adapter: Checkpoint, base: Checkpoint, facts: AdapterFacts, as_stored
     )
 
 
+def precision_of(name: str, given: Precision) -> Precision:
+    """The precision that training gives a frozen matrix: tables have no 4 or 8 bits."""
+    return "bf16" if given in ("nf4", "int8") and not name.startswith("layers.") else given
+
+
+def frozen_tensor(base: Checkpoint, name: str, given: Precision) -> Tensor:
+    """A tensor of the base in fp32, as a run with this `model.base_precision` has it."""
+    values = base.tensor(name).float()
+    return rounded(values, precision_of(name, given)) if values.ndim == 2 else values
+
+
 @dataclass(frozen=True)
 class MergedCheckpoint(Checkpoint):
     """Weights of base and adapter together; files, meta and path are the adapter's. Only `model` tensors can be read."""
@@ -193,8 +204,7 @@ class MergedCheckpoint(Checkpoint):
         elif name in self.adapter.index:
             values = self.adapter.tensor(name).float()
         else:
-            values = self.base.tensor(name).float()
-            values = rounded(values, self._precision_of(name)) if values.ndim == 2 else values
+            values = frozen_tensor(self.base, name, self.facts.precision)
         return values.to(self.base.tensor(name).dtype) if self.as_stored else values
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -211,16 +221,11 @@ class MergedCheckpoint(Checkpoint):
         self.adapter.close()
         self.base.close()
 
-    def _precision_of(self, name: str) -> Precision:
-        """The precision that the training gave a frozen matrix: tables have no 4 or 8 bits."""
-        given = self.facts.precision
-        return "bf16" if given in ("nf4", "int8") and not name.startswith("layers.") else given
-
     @torch.no_grad()
     def _merged(self, module: str) -> Tensor:
         name, scale = f"{module}.weight", self.facts.settings.scale
         source = AdaptedSource(self.base, self.adapter, scale)
-        weight = rounded(source.tensor(name), self._precision_of(name))
+        weight = rounded(source.tensor(name), precision_of(name, self.facts.precision))
         a, b = (self.adapter.tensor(f"{module}.lora_{which}").float() for which in "ab")
         update = scale * (b @ a)
         weight = weight + (update.T if module == "embed" else update)

@@ -3,8 +3,8 @@
     steps = next_steps(model, [generation_a, generation_b, ...])      # one TokenStep or None (over) per generation
 
 Decoding is bound by reading the weights, and these are read once for all replies: 8 cost little more than one.
-Attention runs per reply over its own cache; prompts are read one reply at a time. Results equal those of separate
-replies up to the rounding of a wider matrix product.
+Attention runs per reply over its own cache, the layers by each reply's own variant of the model; prompts are read one reply
+at a time. Results equal those of separate replies up to the rounding of a wider matrix product.
 
 Shapes: B replies, V vocabulary.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..model.decoder import Decoder
 from ..model.kv_cache import KVCache
+from ..model.variants import using_rows
 from .generation import Generation, TokenStep
 
 
@@ -41,7 +42,8 @@ def joint_logits(model: Decoder, generations: Sequence[Generation]) -> dict[int,
     for cache in caches:
         cache.reserve(1)
     positions = torch.tensor([cache.length for cache in caches], device=tokens.device)
-    logits = model.classify(model.hidden_states(tokens, positions, memory=CacheRows(caches)))
+    with using_rows([generations[i].variant for i in ready], tokens.device):
+        logits = model.classify(model.hidden_states(tokens, positions, memory=CacheRows(caches)))
     for cache in caches:
         cache.length += 1
     return dict(zip(ready, logits, strict=True))

@@ -20,6 +20,7 @@ from chatmill.config import ConfigError
 
 from ..model.decoder import Decoder
 from ..model.kv_cache import KVCache
+from ..model.variants import using
 from .grammar import Grammar
 from .prompt import check_prompt
 from .rules import Rules
@@ -49,6 +50,7 @@ class Generation:
     "length": max_new_tokens or the context is full. grammar: of this reply alone.
     prompt_logprobs: alternatives per token of the prompt; prompt_steps then has one TokenStep for each token but the first,
     which follows nothing.
+    variant: of the model, where it has several (`chatmill.trainer.model.variants`).
     Closing it, or dropping it, ends the work: nothing runs between two `next` calls.
     """
 
@@ -64,11 +66,12 @@ class Generation:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
+        variant: int = 0,
     ) -> None:
         check_prompt(prompt_ids, model.config.context, model.config.vocab_size)
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
-        self.model = model
+        self.model, self.variant = model, variant
         self.sampling = sampling or Sampling()
         self.sampling.check_against(model.config.vocab_size, with_grammar=grammar is not None)
         self.stop_ids = self.sampling.stop_ids(stop_ids)
@@ -162,9 +165,12 @@ class Generation:
             if logits is not None:
                 return logits
 
-    @torch.no_grad()
     def read_some(self, most: int) -> Tensor | None:
         """Read at most `most` of the pending tokens; the logits Float["V"] after the last one, None while some are left."""
+        with torch.no_grad(), using(self.variant):
+            return self._read_some(most)
+
+    def _read_some(self, most: int) -> Tensor | None:
         following = self._prompt[self._cache.length + 1 :]  # empty once the prompt is read
         scoring = self._prompt_logprobs is not None and bool(following)
         chunk, rest = self._pending.tensor_split([min(most, SCORE_CHUNK) if scoring else most])

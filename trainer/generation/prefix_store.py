@@ -4,7 +4,8 @@
     store.lend(next_generation)         # copies the longest beginning that its prompt shares with a kept one
 
 Keys and values of a token depend only on the tokens before it, so a shared beginning need not be read again; the result
-differs only in rounding. Bounded by tokens; the least recently used conversation is dropped first.
+differs only in rounding. Another variant of the model has other keys and values for the same tokens: it is lent nothing.
+Bounded by tokens; the least recently used conversation is dropped first.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from .generation import Generation
 
 WORTHWHILE = 32  # tokens: fewer are read as fast as they are copied
+Key = tuple[int, tuple[int, ...]]  # variant, token ids
 
 
 class PrefixStore:
@@ -24,25 +26,25 @@ class PrefixStore:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # least recently used first
+        self._kept: dict[Key, tuple[Tensor, Tensor]] = {}  # least recently used first
 
     @property
     def tokens(self) -> int:
         """Tokens kept now."""
-        return sum(map(len, self._kept))
+        return sum(len(ids) for _, ids in self._kept)
 
     def keep(self, steps: Generation) -> None:
         """Copy what a reply has read, in place of a kept conversation that it continues. Out of memory, all are dropped."""
-        ids = tuple(steps.read_ids)
-        if not WORTHWHILE <= len(ids) <= self.capacity or any(kept[: len(ids)] == ids for kept in self._kept):
+        ids, same = tuple(steps.read_ids), self._of(steps.variant)
+        if not WORTHWHILE <= len(ids) <= self.capacity or any(kept[: len(ids)] == ids for kept in same):
             return
-        for old in [old for old in self._kept if ids[: len(old)] == old]:
-            del self._kept[old]
+        for old in [old for old in same if ids[: len(old)] == old]:
+            del self._kept[steps.variant, old]
         while self.tokens + len(ids) > self.capacity:
             del self._kept[next(iter(self._kept))]
         cache = steps.cache
         try:
-            self._kept[ids] = (cache.k[:, :, : len(ids)].clone(), cache.v[:, :, : len(ids)].clone())
+            self._kept[steps.variant, ids] = (cache.k[:, :, : len(ids)].clone(), cache.v[:, :, : len(ids)].clone())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -51,13 +53,17 @@ class PrefixStore:
     def lend(self, steps: Generation) -> int:
         """Fill the cache of a new reply; returns how many tokens of its prompt are filled in. The last one is always read."""
         prompt = steps.pending.tolist()[:-1]
-        best = max(self._kept, key=lambda ids: shared(ids, prompt), default=())
+        best = max(self._of(steps.variant), key=lambda ids: shared(ids, prompt), default=())
         count = shared(best, prompt)
         if count < WORTHWHILE:
             return 0
-        k, v = self._kept[best] = self._kept.pop(best)  # now the most recently used
+        key = steps.variant, best
+        k, v = self._kept[key] = self._kept.pop(key)  # now the most recently used
         steps.start_from(k[:, :, :count], v[:, :, :count])
         return count
+
+    def _of(self, variant: int) -> list[tuple[int, ...]]:
+        return [ids for kept, ids in self._kept if kept == variant]
 
     def clear(self) -> None:
         """Free the memory."""

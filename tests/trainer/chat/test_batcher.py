@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from chatmill.trainer.chat.chat_model import ChatModel
-from chatmill.trainer.chat.serve.batcher import Batcher, BusyError, Done, Event, Failed, Job, Piece
+from chatmill.trainer.chat.serve.batcher import Batcher
+from chatmill.trainer.chat.serve.jobs import BusyError, Done, Event, Failed, Job, Piece
 from chatmill.trainer.generation.generation import Generation
 from chatmill.trainer.generation.sampling import Sampling
 

@@ -79,7 +79,7 @@ def test_a_checkpoint_may_be_given_a_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_two_of_one_name_are_refused(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatmill.trainer.chat.chat_model.load_chat_model", lambda _: chat_model)
+    monkeypatch.setattr("chatmill.trainer.chat.chat_model.load_chat_models", lambda *_, **__: [[chat_model], [chat_model]])
     with pytest.raises(ConfigError, match=r"would be called 'tiny'\. Name them: chatmill serve one=FOLDER two=FOLDER"):
         serve("runs/tiny", "other/tiny", port=0)
 

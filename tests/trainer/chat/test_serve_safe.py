@@ -26,9 +26,10 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
 from chatmill.trainer.chat.serve import bodies, connections, listening
 from chatmill.trainer.chat.serve.app import Limits
-from chatmill.trainer.chat.serve.batcher import Batcher, Job
+from chatmill.trainer.chat.serve.batcher import Batcher
 from chatmill.trainer.chat.serve.bounded_log import PER_MINUTE, Bounded
 from chatmill.trainer.chat.serve.errors import RequestError
+from chatmill.trainer.chat.serve.jobs import Job
 from chatmill.trainer.chat.serve.protocol import ChatRequest, TextRequest, parse
 from chatmill.trainer.generation.prefix_store import WORTHWHILE, is_out_of_memory
 from chatmill.trainer.generation.sampling import Sampling

@@ -19,10 +19,11 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
 from chatmill.trainer.chat.serve import app, batcher, bodies
 from chatmill.trainer.chat.serve.app import Limits
-from chatmill.trainer.chat.serve.batcher import Batcher, Done, Event, Piece
+from chatmill.trainer.chat.serve.batcher import Batcher
 from chatmill.trainer.chat.serve.completion import Completion
 from chatmill.trainer.chat.serve.errors import RequestError
 from chatmill.trainer.chat.serve.gate import Gate
+from chatmill.trainer.chat.serve.jobs import Done, Event, Piece
 from chatmill.trainer.chat.serve.protocol import MAX_REPLIES, ChatRequest
 from chatmill.trainer.generation.generation import TokenStep
 

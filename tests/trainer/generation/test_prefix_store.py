@@ -11,7 +11,8 @@ import torch
 from chatmill.data.tokenizer.tokenizer import ChatTokenizer, train_bpe
 from chatmill.trainer.chat.chat_model import ChatModel
 from chatmill.trainer.chat.serve import batcher as serving
-from chatmill.trainer.chat.serve.batcher import Batcher, Done, Event, Job, Piece, shares_of_prompts
+from chatmill.trainer.chat.serve.batcher import Batcher, shares_of_prompts
+from chatmill.trainer.chat.serve.jobs import Done, Event, Job, Piece
 from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.generation.generation import Generation
 from chatmill.trainer.generation.prefix_store import PrefixStore, shared

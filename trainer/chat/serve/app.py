@@ -1,4 +1,4 @@
-"""The HTTP side: an OpenAI-compatible API and a chat page over one `Batcher` per model.
+"""The HTTP side: an OpenAI-compatible API and a chat page over one `Batcher` per model in memory.
 
     GET /   GET /health   GET /metrics   GET /v1/models   GET /v1/models/{id}
     POST /v1/chat/completions   POST /v1/completions
@@ -35,6 +35,7 @@ from chatmill.config import ConfigError
 from ....data.tokenizer.plain import PlainText
 from ...generation.grammar import Grammar, Grammars
 from ...generation.prompt import check_prompt, most_bytes
+from ..chat_model import ChatModel
 from .batcher import Batcher
 from .bodies import SMALL, Bodies, give_memory_back, parse_json
 from .completion import Completion, Limits
@@ -70,8 +71,8 @@ def create_app(service: Service, *, token: str | None = None, door: Door | None 
 class ServedModel:
     """One of the models with what its requests need."""
 
-    def __init__(self, batcher: Batcher) -> None:
-        self.batcher, self.chat = batcher, batcher.chat
+    def __init__(self, batcher: Batcher, chat: ChatModel) -> None:
+        self.batcher, self.chat = batcher, chat
         batcher.on_idle = give_memory_back
         self.name, self.config = self.chat.name, self.chat.model.config
         self.plain = PlainText(self.chat.tokenizer)
@@ -80,11 +81,12 @@ class ServedModel:
 
 
 class Service:
-    """The endpoints that need a model. batchers: one per model, with different names."""
+    """The endpoints that need a model. batchers: one per model in memory; all their chats have different names."""
 
     def __init__(self, batchers: Sequence[Batcher], limits: Limits) -> None:
-        self.served = {batcher.chat.name: ServedModel(batcher) for batcher in batchers}
-        assert len(self.served) == len(batchers) > 0
+        self._batchers = batchers
+        self.served = {chat.name: ServedModel(batcher, chat) for batcher in batchers for chat in batcher.chats}
+        assert len(self.served) == sum(len(batcher.chats) for batcher in batchers) > 0
         self.limits = limits
         self.started = int(time.time())
         self._small, self._large = (asyncio.Semaphore(count) for count in PREPARED_AT_ONCE)
@@ -93,11 +95,11 @@ class Service:
     async def close(self) -> None:
         """End every reply and refuse every request, with an error that says why."""
         self._bodies.close()
-        await asyncio.gather(*(in_thread(model.batcher.close) for model in self.served.values()))
+        await asyncio.gather(*(in_thread(batcher.close) for batcher in self._batchers))
 
     async def health(self) -> Response:
         """Whether the server answers, and how busy it is."""
-        active, waiting = map(sum, zip(*(model.batcher.load for model in self.served.values()), strict=True))
+        active, waiting = map(sum, zip(*(batcher.load for batcher in self._batchers), strict=True))
         first = next(iter(self.served))
         return JSONResponse({"status": "ok", "model": first, "active": active, "waiting": waiting})
 
@@ -107,8 +109,8 @@ class Service:
         values: dict[str, list[str]] = {}
         for name, model in self.served.items():
             label = f"{{model={json.dumps(name, ensure_ascii=False)}}}" if len(self.served) > 1 else ""
-            counters = {f"{k}_total": ("counter", v) for k, v in asdict(model.batcher.counts).items()}
-            gauges = {k: ("gauge", v) for k, v in zip(("active", "waiting"), model.batcher.load, strict=True)}
+            counters = {f"{k}_total": ("counter", v) for k, v in asdict(model.batcher.counts_of[name]).items()}
+            gauges = {k: ("gauge", v) for k, v in zip(("active", "waiting"), model.batcher.load_of(model.chat), strict=True)}
             for key, (kind, value) in (counters | gauges).items():
                 kinds[key] = kind
                 values.setdefault(key, []).append(f"chatmill_{key}{label} {value}")
@@ -190,8 +192,8 @@ class Service:
         if len(body) <= SMALL:
             return function(*arguments)
         with ExitStack() as stack:
-            for model in self.served.values():  # in the same order everywhere: none waits for another in a circle
-                stack.enter_context(model.batcher.gate.piece(len(body)))
+            for batcher in self._batchers:  # in the same order everywhere: none waits for another in a circle
+                stack.enter_context(batcher.gate.piece(len(body)))
             return function(*arguments)
 
 

@@ -1,6 +1,6 @@
 """One thread that answers many requests: at every step all active replies get their next token together.
 
-    batcher = Batcher(chat)
+    batcher = Batcher(chat)         # or several that are adapters of one model: Batcher(base, one, other)
     batcher.submit(job)             raises BusyError when the queue is full; events arrive through job.emit
     job.cancel()                    the reply is dropped before its next token, and its cache with it
 
@@ -8,6 +8,7 @@ At most `max_active` replies get tokens at once; they join and leave between ste
 the one that has the fewest, and of those to the one that has waited longest since it got one. Where
 none is free, the request with the most gives one up, if it has two more: its newest reply pauses and keeps its cache. So a
 request for 64 replies has the whole batch while it is alone, and delays nobody by a reply.
+Several adapters on one base in memory take turns as one: a batch may have replies of all of them.
 Each reply has its own cache and random generator: others affect it only through the rounding of a wider matrix product.
 
 Prompts are read in stretches between the steps, so that a long prompt does not hold up other replies. When a conversation
@@ -22,97 +23,21 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 from weakref import WeakKeyDictionary
 
 from chatmill.config import ConfigError
 
 from ...generation.batched import joint_logits
-from ...generation.generation import PREFILL_CHUNK, FinishReason, Generation, TokenStep
-from ...generation.grammar import Grammar
+from ...generation.generation import PREFILL_CHUNK, Generation, TokenStep
 from ...generation.prefix_store import PrefixStore, is_out_of_memory
-from ...generation.sampling import Sampling
 from ...generation.text_stream import TextStream
 from ..chat_model import ChatModel
 from .gate import Gate
+from .jobs import ENDING, BusyError, ClosedError, Counts, Done, Failed, Job, Piece
 
 STRETCH = 256  # tokens of prompts read per step while others get their replies
 JOIN_S = 3.0  # for the step in progress when the server ends
 IDLE_S = 0.5  # without a request, before what is idle is given back
-
-
-class BusyError(Exception):
-    """The queue is full."""
-
-
-class ClosedError(Exception):
-    """The server ends."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that became certain, with the tokens generated since the last piece."""
-
-    text: str
-    steps: tuple[TokenStep, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The end of a reply. completion_tokens: generated ones, the stop id not among them.
-
-    prompt_steps: the prompt's tokens after the first, where the job asked to score them; stop_step: the stop id, if one came.
-    """
-
-    finish_reason: FinishReason
-    completion_tokens: int
-    prompt_steps: tuple[TokenStep, ...] = ()
-    stop_step: TokenStep | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The reply could not be finished. refused: because of what was asked, for example a grammar that leads nowhere."""
-
-    kind: Literal["timeout", "error", "refused", "shutting_down"]
-    message: str
-
-
-Event = Piece | Done | Failed
-ENDING = Failed("shutting_down", "the server is shutting down.")
-
-
-@dataclass(slots=True, eq=False, weakref_slot=True)
-class Job:
-    """One reply to make. emit is called on the batcher's thread and must not block."""
-
-    prompt_ids: Sequence[int]
-    max_new_tokens: int
-    emit: Callable[[Event], None]
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_strings: Sequence[str] = ()
-    seed: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    grammar: Grammar | None = None  # of this job alone
-    continues_prompt: bool = False  # the reply's text goes on with the prompt's, instead of beginning anew
-    request: object = None  # jobs of one request share their turn; None: a request of its own
-    deadline: float = float("inf")  # time.monotonic()
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Stop working on it; nothing more is emitted after the token in progress."""
-        self._cancelled.set()
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Nobody waits for the reply any more."""
-        return self._cancelled.is_set()
-
-    @property
-    def turn(self) -> object:
-        """Whose turn it takes."""
-        return self if self.request is None else self.request
 
 
 @dataclass(slots=True, eq=False)
@@ -127,34 +52,22 @@ def _job(waiting: Job | _Active) -> Job:
     return waiting if isinstance(waiting, Job) else waiting.job
 
 
-@dataclass(slots=True)
-class Counts:
-    """Totals since the start, for /metrics."""
-
-    requests: int = 0
-    refused: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-
-
 class Batcher:
     """Owns the model while it runs. close() ends the thread and fails whatever is unfinished.
 
+    chats: with different names; several are variants of one model in memory, share the places and have counts of their own.
     keep_tokens: of finished replies, kept for the next turn (default: two full contexts). gate: where long pieces of other work
     take turns with the steps. on_idle: called on the thread, with submit() waiting, when there has been no work for IDLE_S.
     """
 
-    def __init__(self, chat: ChatModel, *, max_active: int = 8, max_waiting: int = 64, keep_tokens: int | None = None) -> None:
-        self.chat = chat
+    def __init__(self, *chats: ChatModel, max_active: int = 8, max_waiting: int = 64, keep_tokens: int | None = None) -> None:
+        self.chats, self.chat = chats, chats[0]
+        assert all(chat.model is self.chat.model for chat in chats)
         self.max_active, self.max_waiting = max_active, max_waiting
-        self.counts = Counts()
+        self.counts_of = {chat.name: Counts() for chat in chats}
         self.gate = Gate()
         self.on_idle: Callable[[], None] = lambda: None
-        self._kept = PrefixStore(2 * chat.model.config.context if keep_tokens is None else keep_tokens)
+        self._kept = PrefixStore(2 * self.chat.model.config.context if keep_tokens is None else keep_tokens)
         self._waiting: dict[int, deque[Job]] = {}  # of each request, by the id of its turn
         self._turns: WeakKeyDictionary[object, int] = WeakKeyDictionary()  # when a request came, or last got a place
         self._clock = itertools.count()
@@ -166,9 +79,26 @@ class Batcher:
         self._thread.start()
 
     @property
+    def counts(self) -> Counts:
+        """Of all chats together."""
+        return Counts.sum_of(self.counts_of.values())
+
+    @property
     def load(self) -> tuple[int, int]:
         """(active, waiting) replies; one that pauses waits."""
         return len(self._active), sum(map(len, list(self._waiting.values()))) + len(self._paused)
+
+    def load_of(self, chat: ChatModel) -> tuple[int, int]:
+        """`load` of one of the chats."""
+        waiting = [job for jobs in list(self._waiting.values()) for job in list(jobs)] + [a.job for a in list(self._paused)]
+        active = [active.job for active in list(self._active)]
+        return sum(self._chat_of(job) is chat for job in active), sum(self._chat_of(job) is chat for job in waiting)
+
+    def _chat_of(self, job: Job) -> ChatModel:
+        return job.chat or self.chat
+
+    def _counts(self, job: Job) -> Counts:
+        return self.counts_of[self._chat_of(job).name]
 
     def submit(self, job: Job) -> None:
         """Queue a job."""
@@ -179,9 +109,9 @@ class Batcher:
             if key not in self._waiting and len(self._waiting) >= self.max_waiting:
                 self._drop_cancelled()
             if key not in self._waiting and len(self._waiting) >= self.max_waiting:
-                self.counts.refused += 1
+                self._counts(job).refused += 1
                 raise BusyError(f"{self.max_waiting} requests are waiting already; try again later.")
-            self.counts.requests += 1
+            self._counts(job).requests += 1
             self._turns.setdefault(job.turn, next(self._clock))
             self._waiting.setdefault(key, deque()).append(job)
             self._news.notify()
@@ -282,27 +212,29 @@ class Batcher:
         job = chosen
         if self._is_over(job):
             return
+        chat, counts = self._chat_of(job), self._counts(job)
         try:
             steps = Generation(
-                self.chat.model,
+                chat.model,
                 job.prompt_ids,
                 max_new_tokens=job.max_new_tokens,
                 sampling=job.sampling,
-                stop_ids=self.chat.tokenizer.stop_ids,
+                stop_ids=chat.tokenizer.stop_ids,
                 seed=job.seed,
                 logprobs=job.logprobs,
                 prompt_logprobs=job.prompt_logprobs,
                 grammar=job.grammar,
+                variant=chat.variant,
             )
-            self.counts.reused_tokens += self._kept.lend(steps)
+            counts.reused_tokens += self._kept.lend(steps)
             text = TextStream(
-                self.chat.tokenizer,
+                chat.tokenizer,
                 job.stop_strings,
                 min_tokens=job.sampling.min_tokens,
                 before=job.prompt_ids if job.continues_prompt else (),
             )
             self._active.append(_Active(job, steps, text))
-            self.counts.prompt_tokens += len(job.prompt_ids)
+            counts.prompt_tokens += len(job.prompt_ids)
         except Exception as error:  # one bad request must not end the thread that serves all others
             self._fail(job, error)
 
@@ -336,7 +268,7 @@ class Batcher:
         """Pass a token on; False when the reply is over."""
         if step is None:
             return self._finish(active)
-        self.counts.generated_tokens += 1
+        self._counts(active.job).generated_tokens += 1
         active.held.append(step)
         text = active.text.push(step.id)
         if active.text.stopped:
@@ -352,7 +284,7 @@ class Batcher:
         if text or active.held:
             active.job.emit(Piece(text, tuple(active.held)))
         assert active.steps.finish_reason is not None
-        self.counts.finished += 1
+        self._counts(active.job).finished += 1
         steps = active.steps
         self._kept.keep(steps)
         active.job.emit(Done(active.steps.finish_reason, len(steps.ids), tuple(steps.prompt_steps), steps.stop_step))
@@ -360,16 +292,16 @@ class Batcher:
 
     def _is_over(self, job: Job) -> bool:
         if job.is_cancelled:
-            self.counts.cancelled += 1
+            self._counts(job).cancelled += 1
             return True
         if time.monotonic() > job.deadline:
-            self.counts.failed += 1
+            self._counts(job).failed += 1
             job.emit(Failed("timeout", "the reply took longer than the server allows."))
             return True
         return False
 
     def _fail(self, job: Job, error: Exception) -> None:
-        self.counts.failed += 1
+        self._counts(job).failed += 1
         if isinstance(error, ConfigError):
             job.emit(Failed("refused", str(error)))
             return

@@ -24,8 +24,9 @@ from ...generation.generation import TokenStep
 from ...generation.grammar import Grammar
 from ...generation.text_stream import TokenStarts
 from ..chat_model import ChatModel
-from .batcher import Batcher, BusyError, ClosedError, Done, Event, Failed, Job, Piece
+from .batcher import Batcher
 from .errors import RequestError
+from .jobs import BusyError, ClosedError, Done, Event, Failed, Job, Piece
 from .protocol import ChatRequest, TextRequest, chat_logprobs, text_logprobs, usage
 
 KEEP_ALIVE_S = 10.0
@@ -87,6 +88,7 @@ class Completion:
                 logprobs=asked.wanted_logprobs,
                 prompt_logprobs=asked.wanted_logprobs if self.has_echo else None,
                 grammar=None if grammar is None else grammar.copy(),
+                chat=chat,
                 continues_prompt=not self.is_chat,
                 request=self,
                 deadline=deadline,

@@ -1,8 +1,9 @@
 """Start the server: `chatmill serve CHECKPOINT... [--host --port --token --open]`.
 
-Several checkpoints are several models, whose replies the page shows side by side:
+Several checkpoints are several models, whose replies the page shows side by side. Adapters on one base share it in memory:
 
-    chatmill serve before=runs/smollm2 after=runs/demo      # `model` of a request is "before" or "after"
+    chatmill serve before=runs/smollm2 after=runs/demo                    # `model` of a request is "before" or "after"
+    chatmill serve base=runs/smollm2 a=runs/lora-a b=runs/lora-b          # one base in memory, one batch
 
 On loopback (the default) no token is needed. On any other address one is required: --token, or CHATMILL_TOKEN in the
 environment, which the process list does not show.
@@ -18,7 +19,6 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from chatmill.config import ConfigError
@@ -59,19 +59,16 @@ def serve(
         raise ConfigError(f"chatmill serve needs {error.name}, which is not installed: pip install 'chatmill[serve]'") from None
     sockets = open_sockets(host, port)
     try:
-        from ..chat_model import load_chat_model
+        from ..chat_model import load_chat_models
         from .batcher import Batcher
 
-        chats = []
-        for name, checkpoint in named:
-            print(f"loading {checkpoint} ...", file=sys.stderr, flush=True)
-            chat = load_chat_model(checkpoint)
-            chats.append(chat if name is None else replace(chat, name=name))
+        groups = load_chat_models(named, on_note=lambda note: print(note, file=sys.stderr, flush=True))
+        chats = [chat for group in groups for chat in group]
         if twice := sorted({chat.name for chat in chats if sum(chat.name == other.name for other in chats) > 1}):
             raise ConfigError(
                 f"serve: two of the checkpoints would be called {twice[0]!r}. Name them: chatmill serve one=FOLDER two=FOLDER."
             )
-        batchers = [Batcher(chat, max_active=max_active, max_waiting=max_waiting) for chat in chats]
+        batchers = [Batcher(*group, max_active=max_active, max_waiting=max_waiting) for group in groups]
         server = make_server(*batchers, token=token, limits=Limits(max_connections=max_connections, timeout_s=timeout_s))
     except BaseException:
         for opened in sockets:
