@@ -5,15 +5,30 @@ Imports neither torch nor numpy.
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from chatmill.config import Section
 
 # Positions are counted in fp32, which knows every whole number up to this one. The other limits are far above every model; they
 # keep a damaged file from asking for more memory than there is.
 MOST_CONTEXT = 1 << 24
+
+
+@cache
+def family_files() -> dict[str, Path]:
+    """The families of Hugging Face models that the decoder computes exactly, by name: one file each."""
+    found = {path.stem: path for path in (Path(__file__).parent / "convert" / "families").glob("*/*.py")}
+    return {name: found[name] for name in sorted(found)}
+
+
+def _known_family(name: str) -> str:
+    if name not in family_files():
+        raise ValueError(f"unknown family; choose one of {', '.join(family_files())}")
+    return name
 
 
 class RopeScaling(Section):
@@ -46,7 +61,7 @@ class ModelConfig(Section):
     sliding_window: tokens seen by a query, itself included; applied to the layers in `sliding_layers` (None: all).
     """
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "seed_oss"] = "llama"
+    family: Annotated[str, AfterValidator(_known_family)] = "llama"
     vocab_size: int = Field(default=49152, gt=0, le=1 << 24)
     hidden_size: int = Field(default=576, gt=0, le=1 << 20)
     intermediate_size: int = Field(default=1536, gt=0, le=1 << 22)

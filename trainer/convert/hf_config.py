@@ -3,7 +3,7 @@
     config = read_hf_config(json.loads(text), where)       # ConfigError for what the decoder cannot compute exactly
     raw = write_hf_config(config, dtype="bfloat16")
 
-Families: families.py (`llama` is also SmolLM2, Yi and everything else saved as LlamaForCausalLM).
+Families: family.py (`llama` is also SmolLM2, Yi and everything else saved as LlamaForCausalLM).
 Rotary settings have two spellings, `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5); both
 are read and both are written; where they differ, what transformers 5 takes is taken. An unknown setting that changes the
 numbers is refused, never ignored.
@@ -18,8 +18,8 @@ from typing import Any
 from chatmill.config import ConfigError, validate
 
 from ...data.tokenizer.generation_settings import as_setting, end_ids
-from ..model_config import ModelConfig, RopeScaling
-from .families import FAMILIES, Family
+from ..model_config import ModelConfig, RopeScaling, family_files
+from .family import Family, families, family_of, known_architectures
 
 LAYER_KINDS = {"full_attention": False, "sliding_attention": True}
 
@@ -30,11 +30,11 @@ def read_hf_config(raw: Mapping[str, Any], where: str, held: Collection[str] | N
     held: names of the folder's tensors; where config.json does not say whether the embeddings are tied, they do.
     """
     name = raw.get("model_type")
-    known = ", ".join(f.architecture for f in FAMILIES.values())
-    if not isinstance(name, str) or name not in FAMILIES:
+    known = known_architectures()
+    if not isinstance(name, str) or name not in family_files():
         found = "it names no model_type" if name is None else f"model_type {name!r} is not supported"
         raise ConfigError(f"{where}: {found}.\nSupported architectures: {known}.")
-    family = FAMILIES[name]
+    family = family_of(name)
     architectures = raw.get("architectures") or [family.architecture]
     if not isinstance(architectures, list) or family.architecture not in architectures:
         found = architectures[0] if isinstance(architectures, list) else architectures
@@ -91,7 +91,7 @@ def read_hf_config(raw: Mapping[str, Any], where: str, held: Collection[str] | N
 
 def write_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """config.json for transformers 4 and 5. dtype: `float32`, `bfloat16` or `float16`. ConfigError if no architecture fits."""
-    family = FAMILIES[config.family]
+    family = family_of(config.family)
     _refuse_unfitting(config, family)
     raw: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -258,7 +258,7 @@ def _refuse_unfitting(config: ModelConfig, family: Family) -> None:
     if config.attention_softcap or config.logit_softcap:
         problems.append("a soft-cap on attention or logits has no counterpart in any of them")
     if family.windows == "none" and any(windows):
-        able = [name for name, other in FAMILIES.items() if other.windows != "none"]
+        able = [name for name, other in families().items() if other.windows != "none"]
         problems.append(f"sliding_window needs family {', '.join(able[:-1])} or {able[-1]}")
     if family.windows == "all" and any(windows) and not all(windows):
         problems.append(f"{config.family} has its window on all layers or on none")

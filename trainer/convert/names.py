@@ -6,9 +6,11 @@ gguf_name("layers.0.attention.q.weight")    "blk.0.attn_q.weight"
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..model.shapes import parameter_shapes
 from ..model_config import ModelConfig
-from .families import FAMILIES
+from .family import family_of
 
 # ours: (Hugging Face's, GGUF's)
 NAMES = {
@@ -29,32 +31,33 @@ NAMES = {
 }
 
 
-def hf_name(name: str) -> str:
-    """Our parameter name in a Hugging Face folder."""
-    return _translated(name, 0, "model.layers.")
+def hf_name(name: str, family: str = "llama") -> str:
+    """Our parameter name in a Hugging Face folder of the family."""
+    return _translated(name, 0, "model.layers.", family_of(family).names)
 
 
 def gguf_name(name: str) -> str:
     """Our parameter name in a GGUF file."""
-    return _translated(name, 1, "blk.")
+    return _translated(name, 1, "blk.", {})
 
 
-def _translated(name: str, column: int, layers: str) -> str:
+def _translated(name: str, column: int, layers: str, others: Mapping[str, str]) -> str:
     module, _, kind = name.rpartition(".")
     if not module.startswith("layers."):
         return f"{NAMES[module][column]}.{kind}"
     _, layer, part = module.split(".", 2)
-    return f"{layers}{layer}.{NAMES[part][column]}.{kind}"
+    return f"{layers}{layer}.{others.get(part) or NAMES[part][column]}.{kind}"
 
 
 def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Each tensor of a Hugging Face folder -> our parameters whose rows it holds, in order (one, unless it is fused)."""
-    fused = {part: theirs for theirs, parts in FAMILIES[config.family].fused.items() for part in parts}
+    family = family_of(config.family)
+    fused = {part: theirs for theirs, parts in family.fused.items() for part in parts}
     found: dict[str, tuple[str, ...]] = {}
     for name in parameter_shapes(config):
         part = name.rpartition(".")[0].split(".", 2)[-1]  # layers.0.attention.q.weight: attention.q
-        theirs = hf_name(name)
+        theirs = hf_name(name, config.family)
         if part in fused:
-            theirs = theirs.replace(NAMES[part][0], fused[part])
+            theirs = theirs.replace(family.names.get(part, NAMES[part][0]), fused[part])
         found[theirs] = (*found.get(theirs, ()), name)
     return found

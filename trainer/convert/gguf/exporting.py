@@ -30,6 +30,7 @@ from ...checkpoint.files import not_finite
 from ...config import ModelConfig
 from ...generation.defaults import sampling_of
 from ..endings import endings
+from ..family import families, family_of
 from ..names import gguf_name, parameter_shapes
 from .importing import END_LIST, SAMPLING_KEYS, reorder_rotary_rows, rotary_heads
 from .splitting import CONTROL, NORMAL, USER_DEFINED, rule_of
@@ -37,7 +38,6 @@ from .splitting import CONTROL, NORMAL, USER_DEFINED, rule_of
 # our name -> name of gguf.GGMLQuantizationType
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 UNUSED = 5
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
 def export_gguf(
@@ -61,9 +61,10 @@ def export_gguf(
     if path.is_dir() or (path.exists() and not overwrite):
         raise ConfigError(f"{path} exists already. Choose another file name, or remove it.")
     config = checkpoint.config
-    if config.family not in ARCHITECTURES:
+    if family_of(config.family).gguf is None:
+        known = ", ".join(name for name, family in families().items() if family.gguf)
         raise ConfigError(
-            f"GGUF export: family {config.family} is not known to this writer (known: {', '.join(ARCHITECTURES)}).\n"
+            f"GGUF export: family {config.family} is not known to this writer (known: {known}).\n"
             "Use `chatmill export --to hf` and llama.cpp's convert_hf_to_gguf.py on that folder."
         )
     _check_expressible(config)
@@ -85,7 +86,7 @@ def export_gguf(
 def _write(gguf: Any, checkpoint: Checkpoint, path: Path, dtype: str, progress: Report) -> None:
     """Write and sync the file."""
     config = checkpoint.config
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family])
+    writer = gguf.GGUFWriter(path, family_of(config.family).gguf)
     try:
         _describe(writer, checkpoint, dtype)
         _tokenizer(writer, checkpoint)
@@ -104,7 +105,7 @@ def _write(gguf: Any, checkpoint: Checkpoint, path: Path, dtype: str, progress: 
             if problem := not_finite(tensor):
                 raise ConfigError(f"{checkpoint.path}: {name} {problem}. A model with such weights is not exported.")
             values = tensor.float().numpy()
-            if ARCHITECTURES[config.family] == "llama" and (heads := rotary_heads(name, config)):
+            if family_of(config.family).gguf == "llama" and (heads := rotary_heads(name, config)):
                 values = reorder_rotary_rows(values, heads, to_gguf=True)
             writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
         writer.close()
