@@ -33,6 +33,7 @@ from ..supervise.run_state import (
     attempt_logs,
     attempt_spans,
     attempts,
+    begun_by_hand,
     last_activity,
     newest_step,
     seconds_per_step,
@@ -213,7 +214,8 @@ def current_state(run_dir: Path) -> str:
 
 
 def _state(run_dir: Path, tried: list[Attempt], job: str, queue: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    events = [e["event"] for e in read_jsonl(run_dir / "events.jsonl") if e.get("event") in ("start", "resume", "finished")]
+    records = [e for e in read_jsonl(run_dir / "events.jsonl") if e.get("event") in ("start", "resume", "finished")]
+    events = [e["event"] for e in records]
     queued, detail = queue.get(job, ("", ""))
     if queued in ACTIVE:
         return queued, detail
@@ -223,8 +225,9 @@ def _state(run_dir: Path, tried: list[Attempt], job: str, queue: dict[str, tuple
         return "running", f"process {mark['pid']}, started by hand"
     if events and events[-1] == "finished":
         return "finished", ""
-    if not tried:
-        if queued:
+    by_hand = begun_by_hand(records, tried)
+    if not tried or (by_hand and by_hand[-1] > (tried[-1].ended or tried[-1].began)):
+        if queued and not tried:
             return ("failed", f"{queued} {detail}") if queued != "COMPLETED" else ("stopped", queued)
         if (run_dir / PREEMPTED).is_file():
             return "stopped", "by a signal, started by hand; the same command continues"

@@ -89,8 +89,7 @@ def attempt_spans(run_dir: Path, *, active: bool) -> list[tuple[float, float]]:
     events = list(read_jsonl(run_dir / "events.jsonl"))
     tried = attempts(run_dir)
     known: list[tuple[float, float | None]] = [(a.began, a.ended) for a in tried]
-    begins = (float(e["time"]) for e in events if e.get("event") in ("start", "resume"))
-    known += [(t, None) for t in begins if not any(a.began <= t <= (a.ended or math.inf) for a in tried)]
+    known += [(began, None) for began in begun_by_hand(events, tried)]
     known.sort(key=lambda span: span[0])
     written = [float(line["time"]) for line in (*events, *read_jsonl(run_dir / "metrics.jsonl")) if "time" in line]
     spans = []
@@ -100,6 +99,24 @@ def attempt_spans(run_dir: Path, *, active: bool) -> list[tuple[float, float]]:
         last = max((t for t in written if began <= t < following), default=began)
         spans.append((began, last if ended is None else ended))
     return spans
+
+
+def begun_by_hand(events: list[dict[str, Any]], tried: list[Attempt]) -> list[float]:
+    """When a run was started without a supervisor, oldest first: its start and resume events that belong to no attempt.
+
+    Version 0.1 named no attempt in an event. There the first event after an attempt began is taken as that attempt's own.
+    """
+    found, own = list[float](), set[int]()
+    for event in events:
+        if event.get("event") not in ("start", "resume") or event.get("attempt") in [a.number for a in tried]:
+            continue
+        at = float(event["time"])
+        newest = next((a for a in reversed(tried) if a.began <= at), None)
+        if newest is not None and newest.ended is None and "attempt" not in event and newest.number not in own:
+            own.add(newest.number)
+        elif newest is None or at > (newest.ended or -math.inf):
+            found.append(at)
+    return sorted(found)
 
 
 def failures_without_progress(run_dir: Path, job: str) -> int:

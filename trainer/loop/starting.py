@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -142,7 +143,9 @@ def announce(run: RunContext, state: TrainState, proof: dict[str, Any], resume: 
         }
         folder.create(recipe, proof | {"parameters": counts, "data": marks, **describe_environment()})
         folder.forget_after(state.step)
-        folder.event("resume" if resume else "start", step=state.step, **proof)
+        number = os.environ.get("CHATMILL_ATTEMPT", "")  # none: started by hand
+        attempt = int(number) if number.isdigit() else None
+        folder.event("resume" if resume else "start", step=state.step, attempt=attempt, **proof)
         for name, data in [*run.mixture.sources.items(), *run.splits.items()]:
             for held in quarantine_lines({f"{name}/{data.split}": data.held} if isinstance(data, TokenDataset) else {}):
                 folder.event("quarantine", step=state.step, block=held)
