@@ -36,9 +36,9 @@ class Bench:
     vocab: int
 
     def submit(self, name: str, *options: str, steps: int = SHORT, extra: dict[str, str] | None = None) -> tuple[str, Path]:
-        """sbatch slurm/train.sh on 2 nodes x 2 processes; returns job id and run folder."""
+        """sbatch slurm/train.sh on 2 nodes x 1 process (a process takes seconds to start); returns job id and run folder."""
         recipe = write_recipe(self.folder, name, self.folder / "data", self.vocab, steps=steps, every=EVERY)
-        words = ["--nodes=2", "--ntasks-per-node=2", f"--output={self.folder}/{name}-%j.out", *options]
+        words = ["--nodes=2", "--ntasks-per-node=1", f"--output={self.folder}/{name}-%j.out", *options]
         job = self.cluster.sbatch(*words, "slurm/train.sh", str(recipe), "train.accumulation=4", cwd=ROOT, extra=extra)
         return job, self.folder / "runs" / name
 
@@ -92,7 +92,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 @pytest.fixture(scope="module")
 def undisturbed(bench: Bench) -> dict[int, float]:
-    """Losses by step of a run of LONG steps on 2 nodes x 2 processes that ended by itself."""
+    """Losses by step of a run of LONG steps on 2 nodes x 1 process that ended by itself."""
     job, run = bench.submit("undisturbed", steps=LONG)
     state = bench.cluster.wait(job, 600)
     assert state == "COMPLETED", bench.output("undisturbed", job)
@@ -116,14 +116,20 @@ def assert_same_losses(run: Path, undisturbed: dict[int, float], steps: int = SH
     assert mine == {step: undisturbed[step] for step in range(1, steps + 1)}  # to the last bit
 
 
-def test_two_nodes_of_two_processes_are_one_run_of_world_size_four(bench: Bench, undisturbed: dict[int, float]) -> None:
+def test_a_run_that_nothing_disturbs_learns_in_one_attempt(bench: Bench, undisturbed: dict[int, float]) -> None:
     run = bench.folder / "runs" / "undisturbed"
-    environment = json.loads((run / "environment.json").read_text())
-    assert (environment["world_size"], environment["backend"], environment["strategy"]) == (4, "gloo", "ddp")
     assert sorted(undisturbed) == list(range(1, LONG + 1)) and newest_step(run) == LONG
     assert undisturbed[LONG] < 0.5 * undisturbed[1]
     (attempt,) = attempts(run)
     assert attempt.nodes == ("n1", "n2") and attempt.outcome == "finished"
+
+
+def test_two_nodes_of_two_processes_are_one_run_of_world_size_four(bench: Bench) -> None:
+    job, run = bench.submit("four", "--ntasks-per-node=2", steps=EVERY)
+    assert bench.cluster.wait(job, 600) == "COMPLETED", bench.output("four", job)
+    environment = json.loads((run / "environment.json").read_text())
+    assert (environment["world_size"], environment["backend"], environment["strategy"]) == (4, "gloo", "ddp")
+    assert sorted(losses(run)) == list(range(1, EVERY + 1)) and newest_step(run) == EVERY
     logs = sorted(path.relative_to(run / "logs") for path in (run / "logs").glob("attempt-001/node-*/*/attempt_0/*/stdout.log"))
     assert [path.parts[1] + "/" + path.parts[4] for path in logs] == ["node-0/0", "node-0/1", "node-1/0", "node-1/1"]
 
@@ -134,10 +140,10 @@ def test_a_rank_killed_with_kill_9_costs_no_more_than_the_steps_since_the_last_c
     job, run = bench.submit("killed")
     wait_until("half way to the second checkpoint", lambda: last_step(run) >= EVERY + EVERY // 2)
     at_step, since = last_step(run), time.time()
-    os.kill(ranks_of(run)[3], signal.SIGKILL)
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
     assert bench.cluster.wait(job) == "COMPLETED", bench.output("killed", job)
     assert [attempt.outcome for attempt in attempts(run)] == ["failed", "finished"]
-    assert "node 1, local rank 1: killed from outside" in (attempts(run)[0].cause or "")
+    assert "node 1, local rank 0: killed from outside" in (attempts(run)[0].cause or "")
     assert_same_losses(run, undisturbed)
     recoveries.append(recovered("kill -9 of a rank", run, at_step, since))
 
@@ -232,7 +238,7 @@ def test_a_run_that_never_gets_anywhere_is_given_up(bench: Bench) -> None:
     blocker = bench.folder / "runs" / "stuck" / "checkpoints"
     blocker.parent.mkdir(parents=True)
     blocker.write_text("a file where the folder of checkpoints should be")
-    job, run = bench.submit("stuck", "--nodes=1", "--ntasks-per-node=1")
+    job, run = bench.submit("stuck", "--nodes=1")
     assert bench.cluster.wait(job) == "FAILED"
     outcomes = [attempt.outcome for attempt in attempts(run)]
     assert outcomes == ["failed"] * 3, bench.output("stuck", job)
@@ -249,7 +255,7 @@ def test_a_node_that_fails_its_check_is_left_out_of_the_next_attempt(bench: Benc
     assert bench.cluster.field(job, "ExcNodeList") == "n1"
     assert [attempt.nodes for attempt in attempts(run)] == [("n1", "n2"), ("n2", "n3")]
     assert "fan is broken" in (run / "logs" / "attempt-001" / "bad-node-n1").read_text()
-    assert "preflight: 4 ranks" in bench.output("unfit", job)
+    assert "preflight: 2 ranks" in bench.output("unfit", job)
     assert_same_losses(run, undisturbed, EVERY)
 
 
@@ -258,7 +264,7 @@ def test_a_launched_job_is_watched_cancelled_and_resumed_by_its_run_folder(
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", bench.cluster.environment["SLURM_CONF"])
     recipe = write_recipe(bench.folder, "launched", bench.folder / "data", bench.vocab, steps=SHORT, every=EVERY)
-    words = ["launch", str(recipe), "--on", "slurm", "--nodes", "2", "--processes-per-node", "2", "train.accumulation=4"]
+    words = ["launch", str(recipe), "--on", "slurm", "--nodes", "2", "--processes-per-node", "1", "train.accumulation=4"]
     monkeypatch.chdir(bench.folder)
     assert main(words) == 0
     said = capsys.readouterr().out
