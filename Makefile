@@ -17,8 +17,9 @@ demo: export CHATMILL_DEMO_NAME = $(if $(filter command,$(origin NAME)),$(NAME))
 demo: venv
 	$(BIN)/python -m chatmill.launcher.demo $(ARGS)
 
-# Lint, types and all tests that this machine can run. ARGS is passed to pytest. WORKERS=0 runs them one after another.
-WORKERS ?= 2
+# Lint, types and all tests that this machine can run. ARGS is passed to pytest. WORKERS=0 runs them one after another; one more than
+# two cores, because the worker with the Slurm tests waits most of its time.
+WORKERS ?= 3
 test: check $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
