@@ -95,6 +95,16 @@ def a_quantised_base_is_sharded_and_follows_one_process(world: World, data: str,
 
 
 @check
+def compiled_layers_follow_one_process_that_compiles_nothing(world: World, data: str, base: Checkpoint) -> None:
+    zero = [("zero2", "fp32"), ("zero3", "fp32")] if importlib.util.find_spec("deepspeed") else []
+    for strategy, precision in [("ddp", "fp32"), ("fsdp2", "nf4"), *zero]:
+        sections: dict[str, Any] = {"model": {"base_precision": precision}}
+        wanted = train(engine_on(base, recipe(data, base, "single", **sections)), 2)
+        sections |= {"train": {"compile": True, "compile_backend": "aot_eager", "activation_checkpointing": True}}
+        close(train(engine_on(base, recipe(data, base, strategy, **sections), world), 2), wanted)
+
+
+@check
 def compute_in_bf16_goes_through_every_engine(world: World, data: str, base: Checkpoint) -> None:
     zero = ("zero2", "zero3") if importlib.util.find_spec("deepspeed") else ()
     wanted = train(engine_on(base, recipe(data, base, "single", train={"precision": "bf16"})))

@@ -82,3 +82,25 @@ def recipe_on(base: Checkpoint, tiny_data: Path) -> Callable[..., Recipe]:
         return recipe_for(str(tiny_data), strategy, model=model, **sections)
 
     return make
+
+
+ADAPTER = {"rank": 4, "alpha": 8, "dropout": 0.1, "init": "pissa"}
+
+
+@pytest.fixture
+def write_adapter_recipe(write_recipe: Any, base: Checkpoint) -> Any:
+    """write(name, **sections): a recipe of six steps with an adapter on `base`."""
+
+    def write(name: str, **sections: Any) -> Path:
+        path: Path = write_recipe(
+            name,
+            **({"adapter": ADAPTER, "train": {"steps": 6, "accumulation": 1}, "checkpoint": {"every_steps": 3}} | sections),
+        )
+        text = path.read_text()
+        start = text.index("model:\n")
+        end = text.index("\n", text.index("vocab_size", start)) + 1  # the shape is the base's own
+        precision = sections.get("model", {}).get("base_precision", "fp32")
+        path.write_text(f"{text[:start]}model:\n  checkpoint: {base.path}\n  base_precision: {precision}\n{text[end:]}")
+        return path
+
+    return write

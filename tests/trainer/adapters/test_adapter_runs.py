@@ -21,27 +21,6 @@ from chatmill.trainer.loop.loop import train
 from ..conftest import cut_back
 from .conftest import write_base
 
-ADAPTER = {"rank": 4, "alpha": 8, "dropout": 0.1, "init": "pissa"}
-
-
-@pytest.fixture
-def write_adapter_recipe(write_recipe: Any, base: Checkpoint) -> Any:
-    """write(name, **sections): a recipe of six steps with an adapter on `base`."""
-
-    def write(name: str, **sections: Any) -> Path:
-        path: Path = write_recipe(
-            name,
-            **({"adapter": ADAPTER, "train": {"steps": 6, "accumulation": 1}, "checkpoint": {"every_steps": 3}} | sections),
-        )
-        text = path.read_text()
-        start = text.index("model:\n")
-        end = text.index("\n", text.index("vocab_size", start)) + 1  # the shape is the base's own
-        precision = sections.get("model", {}).get("base_precision", "fp32")
-        path.write_text(f"{text[:start]}model:\n  checkpoint: {base.path}\n  base_precision: {precision}\n{text[end:]}")
-        return path
-
-    return write
-
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     found = open_checkpoint(path)
