@@ -64,7 +64,10 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "chatmill import ~/models/Qwen2.5-0.5B-Instruct runs/qwen   # a folder with config.json and safetensors",
     ),
     "merge": ("chatmill merge runs/demo-lora models/demo-merged",),
-    "export": ("chatmill export runs/demo out/demo-hf", "chatmill export runs/demo out/demo.gguf --to gguf --dtype q8_0"),
+    "export": (
+        "chatmill export runs/demo out/demo-hf",
+        "chatmill export runs/demo out/demo.gguf --to gguf --quantize q8_0 --prove",
+    ),
     "report": ("chatmill report runs/demo", "chatmill report runs/demo runs/second --out both.html"),
     "watch": ("chatmill watch runs/demo   # in a second terminal, while it trains",),
     "bench": ("chatmill bench kernels", "chatmill bench data --help"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatmill.progress import LongWork
 
 from ...trainer.evaluation.options import STDOUT, options_from
 from ...trainer.evaluation.options import add_arguments as add_evaluation_arguments
 from .arguments import CHECKPOINT_HELP, add_checkpoint, add_command, add_quiet, add_recipe
+
+if TYPE_CHECKING:
+    from ...trainer.convert.proof.prove import Proof
 
 SAMPLING = (
     *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
@@ -75,7 +78,13 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--to", choices=("hf", "gguf", "peft", "chatmill"), default="hf", help=kinds)
     command.add_argument("--ema", action="store_true", help="the averaged weights of a run with train.ema")
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "q8_0"), help="hf: as in the checkpoint; gguf: bf16")
+    bits = "gguf: weights of 8, 5 or 4 bits with a scale per 32 (embeddings keep 8)"
+    command.add_argument("--quantize", choices=("q8_0", "q5_0", "q4_0", "mxfp4"), help=bits)
     command.add_argument("--force", action="store_true", help="replace an earlier export")
+    proof = "run the export in transformers, peft or llama.cpp beside the checkpoint; code 1 where they differ"
+    command.add_argument("--prove", action="store_true", help=proof)
+    limit = "with --prove: largest allowed difference of a logit (default: by the type of the weights)"
+    command.add_argument("--tolerance", type=float, metavar="X", help=limit)
     push = "also upload it: ORG/NAME[@BRANCH] of the Hugging Face hub, or modelscope://ORG/NAME"
     command.add_argument("--push", metavar="ORG/NAME", help=push)
     command.add_argument("--private", action="store_true", help="with --push: a new repository is private")
@@ -213,12 +222,25 @@ def _export(options: argparse.Namespace) -> int:
     from ...trainer.convert.gguf.exporting import export_gguf
     from ...trainer.convert.hf import export_hf
     from ...trainer.convert.peft_folder import export_peft
+    from ...trainer.convert.proof.llama_cpp import find_node_modules
+    from ...trainer.convert.proof.prove import PHASES, prove
     from ...trainer.convert.tokenizer_class import AS_IT_IS, is_replaced
     from ...trainer.optim.ema import averaged, export_average
 
     out, ours = Path(options.out), options.to == "chatmill"
     target = _push_target(options)
+    if options.quantize and (options.to != "gguf" or options.dtype):
+        raise ConfigError("--quantize belongs to --to gguf, without --dtype.")
+    if ours and options.prove:
+        raise ConfigError("--prove runs what other programs load: give --to hf, --to peft or --to gguf.")
+    if options.tolerance is not None and not (options.prove and options.tolerance > 0):
+        raise ConfigError("--tolerance: expected a number above 0, with --prove.")
+    if options.prove and options.to == "gguf":
+        find_node_modules()  # before the work, not after it
+    dtype = options.quantize or options.dtype or ("bf16" if options.to == "gguf" else None)
+    proof: Proof | None = None
     phases = ["verify", *(["average"] if options.ema else []), *([] if ours else ["weights", "to disk"])]
+    phases += PHASES if options.prove else []
     with LongWork(phases, options.quiet) as show:
         show("verify", 0, 1)
         source = open_checkpoint(options.checkpoint)
@@ -230,19 +252,22 @@ def _export(options: argparse.Namespace) -> int:
             with averaged(source, out, show) if options.ema else contextlib.nullcontext(source) as chosen:
                 if options.to == "gguf":
                     out = out if out.suffix == ".gguf" else out.with_name(out.name + ".gguf")  # loaders go by the ending
-                    whole, dtype = with_base(chosen, as_stored=True), options.dtype or "bf16"
-                    export_gguf(whole, out, dtype=dtype, overwrite=options.force, progress=show)
+                    whole = with_base(chosen, as_stored=True)
+                    export_gguf(whole, out, dtype=dtype or "bf16", overwrite=options.force, progress=show)
                 elif options.to == "peft":
+                    whole = chosen
                     export_peft(chosen, out, overwrite=options.force)
                 else:
                     whole = with_base(chosen, as_stored=True)
-                    export_hf(whole, out, dtype=options.dtype, overwrite=options.force, progress=show)
+                    export_hf(whole, out, dtype=dtype, overwrite=options.force, progress=show)
+                if options.prove:
+                    proof = prove(whole, out, dtype=dtype or "fp32", tolerance=options.tolerance, progress=show)
     if ours:
         print(f"{out}: checkpoint of the averaged weights")
         return 0
     if options.to == "peft":
         print(f"{out}: adapter, loads with peft.PeftModel.from_pretrained(BASE, FOLDER)")
-        return 0
+        return _say(proof)
     loader = {"hf": "transformers.AutoModelForCausalLM.from_pretrained", "gguf": "llama.cpp and whatever is built on it"}
     print(f"{out}: {'GGUF file' if options.to == 'gguf' else 'Hugging Face folder'}, loads with {loader[options.to]}")
     if options.to == "hf" and is_replaced(source):
@@ -250,12 +275,22 @@ def _export(options: argparse.Namespace) -> int:
             "note: AutoTokenizer of transformers 5 takes Qwen2's own rules for this model and would give other ids.\n"
             f"Load this tokenizer with transformers.{AS_IT_IS}.from_pretrained; transformers 4 and llama.cpp read it as it is."
         )
+    if _say(proof):
+        return 1
     if target is not None:
         from chatmill.hub import push
 
         message = f"Upload {source.meta.get('run') or source.path.name} from Chatmill"
         print(f"uploaded: {push(out, target, private=options.private, message=message)}")
     return 0
+
+
+def _say(proof: Proof | None) -> int:
+    """Print what a proof found; the exit code."""
+    if proof is None:
+        return 0
+    print("\n".join(proof.lines()))
+    return 0 if proof.holds else 1
 
 
 def _merge(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from chatmill.trainer.config import Recipe
 from chatmill.trainer.convert.hf import export_hf
 from chatmill.trainer.convert.importing import import_any
 from chatmill.trainer.convert.peft_folder import CONFIG, WEIGHTS, export_peft
+from chatmill.trainer.convert.proof.prove import prove
 from chatmill.trainer.engine.engine import Engine
 from chatmill.trainer.model.decoder import Decoder
 
@@ -134,6 +135,9 @@ def test_an_exported_adapter_and_a_merged_one_have_the_logits_of_the_trained(
         assert float((ours_logits(engine.decoder, tokens) - trained).abs().max()) > 1e-2  # the adapter matters
     theirs = theirs_logits(hf_base, export_peft(saved, tmp_path / "peft"), tokens)
     assert float((theirs - trained).abs().max()) <= 1e-5 * float(trained.abs().max())
+    if kind == next(iter(KINDS)):
+        proof = prove(saved, tmp_path / "peft", questions=("What is this?",), tokens=4)
+        assert proof.holds and (proof.program, proof.equal_replies) == ("peft", 1), proof.lines()
 
 
 def test_a_folder_of_peft_goes_in_and_out_bit_for_bit(base: Checkpoint, hf_base: Path, tmp_path: Path) -> None:

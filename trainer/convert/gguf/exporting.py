@@ -36,7 +36,9 @@ from .importing import END_LIST, SAMPLING_KEYS, reorder_rotary_rows, rotary_head
 from .splitting import CONTROL, NORMAL, USER_DEFINED, rule_of
 
 # our name -> name of gguf.GGMLQuantizationType
-TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0", "mxfp4": "MXFP4"}
+COARSE = ("q5_0", "q4_0", "mxfp4")  # the embedding and the head, which suffer most, stay at q8_0
+FILE_TYPES = {"fp32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # of gguf.LlamaFileType; the others are MOSTLY_…
 UNUSED = 5
 
 
@@ -48,7 +50,10 @@ def export_gguf(
     overwrite: bool = False,
     progress: Report = silent,
 ) -> Path:
-    """Write the file `out`. dtype: fp32, fp16, bf16 or q8_0 (8 bits and a scale per 32 weights). Raises ConfigError."""
+    """Write the file `out`. Raises ConfigError.
+
+    dtype: fp32, fp16, bf16, or 8, 5 or 4 bits and a scale per 32 weights: q8_0, q5_0, q4_0, mxfp4.
+    """
     try:
         import gguf
     except ImportError:
@@ -90,9 +95,8 @@ def _write(gguf: Any, checkpoint: Checkpoint, path: Path, dtype: str, progress: 
     try:
         _describe(writer, checkpoint, dtype)
         _tokenizer(writer, checkpoint)
-        wanted = getattr(gguf.GGMLQuantizationType, TYPES[dtype])
         shapes = parameter_shapes(config)
-        kinds = {name: _kind(gguf, shape, wanted) for name, shape in shapes.items()}
+        kinds = {name: _kind(gguf, name, shape, dtype) for name, shape in shapes.items()}
         for name, shape in shapes.items():
             size = int(np.prod(gguf.quant_shape_to_byte_shape(tuple(shape), kinds[name])))
             writer.add_tensor_info(gguf_name(name), tuple(shape), np.dtype(np.float32), size, raw_dtype=kinds[name])
@@ -132,9 +136,7 @@ def _describe(writer: Any, checkpoint: Checkpoint, dtype: str) -> None:
 
     config = checkpoint.config
     writer.add_name(str(checkpoint.meta.get("run") or checkpoint.path.name))
-    writer.add_file_type(
-        getattr(gguf.LlamaFileType, {"fp32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}.get(dtype, f"MOSTLY_{TYPES[dtype]}"))
-    )
+    writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES.get(dtype, f"MOSTLY_{TYPES[dtype]}")))
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.layers)
@@ -203,10 +205,11 @@ def _ends(writer: Any, checkpoint: Checkpoint) -> None:
             add(getattr(gguf.Keys.General, key), value)
 
 
-def _kind(gguf: Any, shape: torch.Size, wanted: Any) -> Any:
+def _kind(gguf: Any, name: str, shape: torch.Size, dtype: str) -> Any:
     """Type of a tensor in the file: vectors stay fp32; rows whose length is no multiple of the format's block become fp16."""
     kinds = gguf.GGMLQuantizationType
     if len(shape) == 1:
         return kinds.F32
+    wanted = getattr(kinds, TYPES["q8_0" if dtype in COARSE and name.partition(".")[0] in ("embed", "head") else dtype])
     block = gguf.GGML_QUANT_SIZES[wanted][0]
     return wanted if shape[-1] % block == 0 else kinds.F16

@@ -23,6 +23,7 @@ from chatmill.trainer.convert.gguf.importing import import_gguf, reorder_rotary_
 from chatmill.trainer.convert.gguf.splitting import rule_of
 from chatmill.trainer.convert.hf import export_hf
 from chatmill.trainer.convert.model_card import model_card
+from chatmill.trainer.convert.names import parameter_shapes
 from chatmill.trainer.loop.loop import train
 from chatmill.trainer.model.decoder import Decoder
 
@@ -74,6 +75,21 @@ def test_transformers_reads_the_file_to_the_same_logits(family: str, tiny_data: 
         expected = model(tokens[None]).logits[0]
     assert float(expected.std()) > 0.3
     torch.testing.assert_close(logits(checkpoint, tokens), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("q8_0", 0.01), ("q5_0", 0.06), ("q4_0", 0.12), ("mxfp4", 0.16)])
+def test_weights_of_few_bits_come_back_with_the_error_of_their_type(
+    dtype: str, error: float, tiny_data: Path, tmp_path: Path
+) -> None:
+    checkpoint = make(tmp_path / "c", ChatTokenizer.load(tiny_data / "tokenizer"), tied_embeddings=False)
+    back = import_gguf(export_gguf(checkpoint, tmp_path / "m.gguf", dtype=dtype), tmp_path / "back")
+    held = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert (held["blk.0.ffn_up.weight"], held["token_embd.weight"], held["output.weight"]) == (dtype.upper(), "Q8_0", "Q8_0")
+    for name in parameter_shapes(checkpoint.config):
+        ours, theirs = checkpoint.tensor(name), back.tensor(name)
+        share = float((ours - theirs).norm() / ours.norm())
+        most = 0 if ours.ndim == 1 else 0.01 if name.startswith(("embed", "head")) else error
+        assert most / 4 <= share <= most, (name, share)
 
 
 def test_our_reader_gets_back_every_bit_and_every_token(tiny_data: Path, tmp_path: Path) -> None:
