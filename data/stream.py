@@ -5,6 +5,8 @@
     state = stream.state_dict()         # a few integers, the same on every rank
     PackedStream(...).load_state_dict(state)   # any world size x micro_batch x accumulation with an equal product
 
+With context=C, C ranks divide each batch, and rank and world_size count such groups.
+
 Step g is packs [g B, (g + 1) B) of the global order (schedule.py), B = world_size x micro_batch x accumulation. Rank r
 takes, as its micro-batch a, the packs from (a x world_size + r) x micro_batch on. Every rank plans every pack, so the token
 counts of a whole step are known on the host of each; a rank reads only the blocks its own packs need.
@@ -27,6 +29,7 @@ from torch.utils.data import IterableDataset
 
 from chatmill.config import ConfigError
 
+from .packing.division import ring_bounds, stripe_bounds
 from .packing.mixture import Mixture
 from .packing.options import StreamOptions
 from .packing.order import DialogueSource
@@ -39,6 +42,19 @@ ROW_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
+class Division:
+    """One rank's stripe of a batch: tokens rank, rank + ranks, rank + 2 ranks ... of its T (packing/division.py).
+
+    cu_seqlens Int32["S+1"]: of the whole batch, 0 .. T. ring: bounds of each step of ring attention, Int32 on the host.
+    """
+
+    rank: int
+    ranks: int
+    cu_seqlens: Tensor
+    ring: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """micro_batch packs of one rank, end to end: T = micro_batch x sequence_length tokens, S segments.
 
@@ -48,6 +64,8 @@ class PackedBatch:
     loss_tokens, n_tokens: of this batch, without padding. step_loss_tokens, step_tokens: of the whole step, all ranks and all
     accumulation. uids: dialogues in order. tile_maps: what `annotate` made of cu_seqlens. position: of the stream, after
     the batch.
+    division: this is one rank's stripe of the batch. T is then its own tokens, rows and cu_seqlens are places among them (a
+    segment may have none), loss_tokens and n_tokens count them; uids, pairs, max_seqlen and tile_maps are of the whole batch.
     pairs Int64["P 2"], of a data set of preference pairs: segments of the chosen and of the rejected dialogue, which are one in
     `uids`; step_pairs: of the whole step.
     """
@@ -67,6 +85,7 @@ class PackedBatch:
     position: Position | None = None
     pairs: Tensor | None = None
     step_pairs: int = 0
+    division: Division | None = None
 
     @property
     def examples(self) -> int:
@@ -92,6 +111,8 @@ class PackedBatch:
     def _map(self, change: Callable[[Tensor], Tensor], tile_maps: Any) -> PackedBatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.division is not None:
+            values["division"] = replace(self.division, cu_seqlens=change(self.division.cu_seqlens))
         return PackedBatch(**values | {"tile_maps": tile_maps})
 
 
@@ -233,6 +254,7 @@ class PackedStream(IterableDataset[PackedBatch]):
         masks: list[NDArray[np.bool_]] = []
         uids: list[str] = []
         pairs: list[tuple[int, int]] = []
+        padding: list[int] = []  # segments
         contexts: list[tuple[int, int]] = []  # segment, leading tokens of it that carry no loss
         for k in range(options.micro_batch):
             room = options.sequence_length
@@ -253,6 +275,7 @@ class PackedStream(IterableDataset[PackedBatch]):
                     uids.append(data.uids[local])
                     room -= length
             if room:
+                padding.append(len(ids))
                 ids.append(self._padding[0][:room])
                 masks.append(self._padding[1][:room])
         tokens = np.zeros(T + 1, np.int32)  # one more, so that every token has a next
@@ -276,14 +299,12 @@ class PackedStream(IterableDataset[PackedBatch]):
                 f"data.stream: the index promises {loss} supervised tokens in dialogues {uids[:3]}..., found {len(valid)}.\n"
                 "Shards and index do not belong together: run `chatmill data verify`, then build the data set again."
             )
-        rows = np.full(max(ROW_MULTIPLE, -(-loss // ROW_MULTIPLE) * ROW_MULTIPLE), -1, np.int32)
-        rows[:loss] = valid
         batch = PackedBatch(
             tokens=torch.from_numpy(tokens[:T]),
             targets=torch.from_numpy(targets),
             positions=torch.from_numpy(self._ramp - np.repeat(starts, lengths)),
             cu_seqlens=torch.from_numpy(cu_seqlens),
-            rows=torch.from_numpy(rows),
+            rows=padded_rows(valid),
             max_seqlen=int(lengths.max()),
             loss_tokens=loss,
             n_tokens=sum(pack.tokens for pack in packs),
@@ -295,7 +316,36 @@ class PackedStream(IterableDataset[PackedBatch]):
             step_pairs=sum(pack.count for pack in planned.packs) if self.preference else 0,
             position=planned.end if micro + 1 == options.accumulation else replace(planned.start, micro=micro + 1),
         )
+        if options.context > 1:
+            batch = divided(batch, options.context_rank, options.context, padding)
         return batch.pin_memory() if self._device is not None else batch
+
+
+def padded_rows(valid: NDArray[np.int32]) -> Tensor:
+    """PackedBatch.rows of these tokens."""
+    rows = np.full(max(ROW_MULTIPLE, -(-len(valid) // ROW_MULTIPLE) * ROW_MULTIPLE), -1, np.int32)
+    rows[: len(valid)] = valid
+    return torch.from_numpy(rows)
+
+
+def divided(batch: PackedBatch, rank: int, ranks: int, padding: Collection[int] = ()) -> PackedBatch:
+    """The stripe of one of several ranks that share a whole batch (on the host). padding: its segments without a dialogue."""
+    whole = batch.cu_seqlens.numpy()
+    bounds = stripe_bounds(whole, rank, ranks)
+    targets, positions = batch.targets[rank::ranks].contiguous(), batch.positions[rank::ranks].contiguous()
+    valid = np.flatnonzero(targets.numpy() != IGNORE).astype(np.int32)
+    steps = ring_bounds(positions.numpy(), ranks)
+    return replace(
+        batch,
+        tokens=batch.tokens[rank::ranks].contiguous(),
+        targets=targets,
+        positions=positions,
+        cu_seqlens=torch.from_numpy(bounds),
+        rows=padded_rows(valid),
+        loss_tokens=len(valid),
+        n_tokens=len(targets) - sum(int(bounds[segment + 1] - bounds[segment]) for segment in padding),
+        division=Division(rank, ranks, batch.cu_seqlens, tuple(torch.from_numpy(step) for step in steps)),
+    )
 
 
 def _holds_pairs(mixture: Mixture) -> bool:

@@ -20,10 +20,9 @@ from chatmill.config import Section, load_section
 from ..data.packing.config import SourcesSection
 from .adapter_config import QUANTISED, AdapterSection, Precision
 from .model_config import KernelSection, ModelConfig
+from .parallel_config import ParallelSection
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
-
-Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
 class ModelSection(ModelConfig):
@@ -139,7 +138,7 @@ class PreferenceSection(Section):
 
 
 class TrainSection(Section):
-    """The loop. One step = world size x accumulation x micro_batch packs of data.sequence_length tokens.
+    """The loop. One step = world size / parallel.context x accumulation x micro_batch packs of data.sequence_length tokens.
 
     epochs, tokens: a budget instead of steps: how often each data set is used, or how many tokens in all (padding not
     counted). The number of steps is worked out before the first one. Of several budgets the first one reached ends the run.
@@ -167,36 +166,6 @@ class TrainSection(Section):
     freeze: tuple[str, ...] = ()
     cpu_threads: int | None = Field(default=None, gt=0)
     hang_timeout_s: float = Field(default=900.0, ge=0)
-
-
-class ParallelSection(Section):
-    """The engine. `single` refuses to run as one of several processes; the others refuse to run alone.
-
-    replicas: fsdp2 only: copies of the model, each sharded over world size / replicas processes (HSDP, one copy per node).
-    reshard_after_forward: fsdp2 only: free the gathered weights between forward and backward (false: more memory, fewer
-    gathers; a number: keep them sharded over that many processes).
-    offload: where shards wait: `cpu` (fsdp2: parameters, gradients and optimizer; zero1, zero2: optimizer; zero3: both) or
-    `nvme` (zero3), in the folder nvme_path of every node.
-    """
-
-    strategy: Strategy = "single"
-    replicas: int = Field(default=1, gt=0)
-    reshard_after_forward: bool | int = True
-    offload: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
-
-    @model_validator(mode="after")
-    def _check_strategy(self) -> ParallelSection:
-        strategy, offload = self.strategy, self.offload
-        if strategy != "fsdp2" and (self.replicas != 1 or self.reshard_after_forward is not True):
-            raise ValueError(f"replicas and reshard_after_forward belong to strategy=fsdp2, not {strategy}")
-        if offload == "cpu" and strategy in ("single", "ddp"):
-            raise ValueError(f"strategy={strategy} has no offload: use fsdp2, zero1, zero2 or zero3")
-        if offload == "nvme" and strategy != "zero3":
-            raise ValueError(f"offload=nvme needs strategy=zero3, not {strategy}")
-        if (offload == "nvme") != (self.nvme_path is not None):
-            raise ValueError("offload=nvme and nvme_path (a folder on a local disk) belong together")
-        return self
 
 
 class CheckpointSection(Section):
@@ -307,6 +276,11 @@ class Recipe(Section):
             raise ValueError("objective=dpo needs data.overlong=drop: half a preference pair teaches nothing")
         if self.model.checkpoint is None and self.data.sequence_length > self.model.context:
             raise ValueError(f"data.sequence_length={self.data.sequence_length} exceeds model.context={self.model.context}")
+        if self.data.sequence_length % self.parallel.context:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} is not a multiple of parallel.context="
+                f"{self.parallel.context}: every process takes as many tokens of a pack as the others"
+            )
         return self
 
     @property

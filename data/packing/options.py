@@ -27,7 +27,8 @@ class StreamOptions:
     that pieces of a split dialogue repeat. epochs: passes over each data set (None: for ever). max_tokens: no step begins once
     that many tokens were used. max_dialogues: only the first that many of each data set. exclude: {first step: uids}, not used
     from that step on. global_batch: packs per step (None: world_size x micro_batch x accumulation).
-    Division. micro_batch: packs per batch; accumulation: batches per step and rank.
+    Division. micro_batch: packs per batch; accumulation: batches per step and rank. context: so many ranks divide each batch
+    (division.py), and this one takes the stripe context_rank; rank and world_size then count such groups.
     Work. annotate(cu_seqlens, T): builds PackedBatch.tile_maps, off the training thread. pin: batches in page-locked memory.
     prefetch: batches that a thread builds ahead.
     """
@@ -37,6 +38,8 @@ class StreamOptions:
     accumulation: int = 1
     rank: int = 0
     world_size: int = 1
+    context: int = 1
+    context_rank: int = 0
     global_batch: int | None = None
     seed: int = 0
     overlong: Overlong = "truncate"
@@ -56,6 +59,14 @@ class StreamOptions:
             (self.sequence_length >= 2, f"sequence_length={self.sequence_length}: expected at least 2"),
             (min(self.micro_batch, self.accumulation, self.world_size) >= 1, f"{sizes}: expected at least 1"),
             (0 <= self.rank < self.world_size, f"rank={self.rank}: expected 0..{self.world_size - 1} ({sizes})"),
+            (
+                0 <= self.context_rank < self.context,
+                f"context_rank={self.context_rank}: expected 0..{self.context - 1} (context={self.context})",
+            ),
+            (
+                self.micro_batch * self.sequence_length % max(1, self.context) == 0,
+                f"context={self.context} does not divide the {self.micro_batch} x {self.sequence_length} tokens of a batch",
+            ),
             (self.packs >= 1, f"global_batch={self.global_batch}: expected at least 1"),
             (self.overlong in ("truncate", "split", "drop"), f"overlong={self.overlong!r}: expected truncate, split or drop"),
             (0 <= self.overlap < self.sequence_length, f"overlap={self.overlap}: expected 0..{self.sequence_length - 1}"),

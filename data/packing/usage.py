@@ -148,7 +148,8 @@ def run_schedule(run: Path) -> tuple[Schedule, list[Position]]:
         packs = int(states[-1]["global_batch"])
     else:
         ranks = int(json.loads(_text(run / "environment.json")).get("world_size", 1))
-        packs = ranks * train["micro_batch"] * train["accumulation"]
+        context = config.get("parallel", {}).get("context", 1)
+        packs = ranks // context * train["micro_batch"] * train["accumulation"]
     sources = SourcesSection.model_validate({name: data[name] for name in SourcesSection.model_fields if name in data})
     options = StreamOptions(
         sequence_length=data["sequence_length"],

@@ -28,6 +28,7 @@ from chatmill.files import disk_problem, replace_text
 from chatmill.formatting import counted
 from chatmill.shell import in_this_shell, typed
 
+from ...trainer.parallel_config import grid_of
 from ..programs import visible_gpus
 from ..supervise.run_state import needed_lead_s
 from ..supervise.supervise import LOGS
@@ -77,6 +78,7 @@ def prepare(options: argparse.Namespace) -> Launch:
         fields |= {"nodes": 1, "processes_per_node": 1}
     draft = validate(JobSpec, fields, options.job or "chatmill launch")
     resolved = resolve(options.recipe, options.overrides, draft.world_size)
+    grid_of(resolved.recipe.parallel, draft.world_size)  # raises where so many processes do not make the grid
     run_dir = resolved.run_dir
     if "name" not in fields:
         fields["name"] = options.name or resolved.recipe.run.name
@@ -100,7 +102,8 @@ def describe(prepared: Launch) -> str:
     """What will run, in figures: recipe, parameters, processes, tokens."""
     recipe, spec = prepared.resolved.recipe, prepared.spec
     shape = model_shape(recipe)
-    packs = spec.world_size * recipe.train.accumulation * recipe.train.micro_batch
+    grid = grid_of(recipe.parallel, spec.world_size)
+    packs = grid.batches * recipe.train.accumulation * recipe.train.micro_batch
     step_tokens = packs * recipe.data.sequence_length
     lines = [f"note: {note}" for note in prepared.resolved.notes]
     if prepared.on == "slurm" and spec.cpus_per_task is None and "--exclusive" not in spec.options:
@@ -109,7 +112,8 @@ def describe(prepared: Launch) -> str:
         lines.append(f"note: 1 process uses 1 of the {shown} GPUs here; for all: --on torchrun --gpus-per-node {shown}")
     lines.append(f"run         {prepared.resolved.run_dir}")
     nodes = f"{counted(spec.nodes, 'node')} x {spec.processes}"
-    lines.append(f"processes   {spec.world_size} = {nodes}, {recipe.parallel.strategy}")
+    divided = f", {grid.context} of them divide each batch" if grid.context > 1 else ""
+    lines.append(f"processes   {spec.world_size} = {nodes}, {recipe.parallel.strategy}{divided}")
     if shape is None:
         lines.append(f"parameters  unknown: {recipe.model.checkpoint} cannot be read from here")
     else:

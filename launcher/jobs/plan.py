@@ -48,6 +48,11 @@ def plan_command(options: argparse.Namespace) -> int:
     from ...trainer.plan.plan import MFU, as_json, show
 
     recipe = resolved.recipe
+    if recipe.parallel.context > 1:
+        raise ConfigError(
+            f"parallel.context={recipe.parallel.context}: plans of batches that several processes divide are not made yet.\n"
+            "Plan the same recipe with parallel.context=1: one process then holds the activations of the whole batch."
+        )
     shape = model_shape(recipe)
     notes = list(resolved.notes)
     if shape is None:
@@ -76,6 +81,8 @@ def plan_lines(recipe: Recipe, world_size: int, gpu_type: str | None) -> str:
         return NO_TORCH
     from ...trainer.plan.plan import show
 
+    if recipe.parallel.context > 1:
+        return f"plan        not made: parallel.context={recipe.parallel.context} is not planned yet"
     shape = model_shape(recipe)
     if shape is None:
         return f"plan        not made: {recipe.model.checkpoint} cannot be read from here"

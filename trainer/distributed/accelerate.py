@@ -16,11 +16,11 @@ import yaml
 from chatmill.config import ConfigError
 
 from ..config import Recipe
+from ..parallel_config import grid_of
 
 SHARDED = {"ACCELERATE_USE_FSDP": ("FSDP", ("fsdp2",)), "ACCELERATE_USE_DEEPSPEED": ("DEEPSPEED", ("zero1", "zero2", "zero3"))}
 UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config (for replicas of shards set parallel.replicas)",
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": "a DeepSpeed config file (the recipe's fields make DeepSpeed's configuration)",
 }
 
@@ -80,6 +80,8 @@ def check_accelerate(recipe: Recipe, environment: Mapping[str, str], given: froz
                 f"accelerate was told to use {what}, which this trainer does not support: remove it from accelerate's config."
             )
     settings = settings_of(recipe)
+    if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        check_grid(recipe, environment)
     for variable, (plugin, strategies) in SHARDED.items():
         if environment.get(variable, "false").lower() != "true":
             continue
@@ -98,6 +100,28 @@ def check_accelerate(recipe: Recipe, environment: Mapping[str, str], given: froz
             wrong.append(f"  accelerate: {name}={told.lower()}; recipe: {field}")
     if wrong:
         raise ConfigError("accelerate and the recipe disagree; make them agree:\n" + "\n".join(wrong))
+
+
+def check_grid(recipe: Recipe, environment: Mapping[str, str]) -> None:
+    """Refuse a parallelism config of accelerate that lays the processes out in another grid. Raises ConfigError.
+
+    cp_size (a ring) and sp_size (exchanged heads) are both parallel.context here, whichever way the recipe takes.
+    """
+    grid = grid_of(recipe.parallel, int(environment.get("WORLD_SIZE", "1")))
+    names = ("dp_replicate_size", "dp_shard_size", "cp_size", "sp_size", "tp_size")
+    told = {name: int(environment.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) for name in names}
+    context = told["cp_size"] * told["sp_size"]
+    if recipe.parallel.strategy in ("ddp", "fsdp2"):
+        asked = (grid.replicas, grid.shards, grid.context, 1)
+        if (told["dp_replicate_size"], told["dp_shard_size"], context, told["tp_size"]) == asked:
+            return
+    words = " ".join(f"{name}={value}" for name, value in told.items())
+    here = f"replicas={grid.replicas} shards={grid.shards} context={grid.context}"
+    raise ConfigError(
+        f"accelerate's parallelism config and the recipe disagree: {words};\n"
+        f"recipe: parallel.strategy={recipe.parallel.strategy}, {here} (no tensor parallelism). Make them agree, or remove "
+        "the parallelism config: the recipe alone is enough."
+    )
 
 
 def option_of(command: Sequence[str], name: str) -> str | None:

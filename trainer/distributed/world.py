@@ -23,12 +23,13 @@ import torch.distributed as dist
 from chatmill.config import ConfigError
 
 from ..config import Recipe
+from ..parallel_config import grid_of
 from .accelerate import check_accelerate, given_settings, option_of, read_config
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run."""
+    """This process among all processes of the run. context: so many neighbouring ranks divide the same batches."""
 
     rank: int
     world_size: int
@@ -36,11 +37,32 @@ class World:
     local_world_size: int
     device: torch.device
     backend: str
+    context: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
+
+    @property
+    def batches(self) -> int:
+        """Batches that are trained at the same time: groups of `context` ranks."""
+        return self.world_size // self.context
+
+    @property
+    def batch_rank(self) -> int:
+        """Which of these batches this rank works on."""
+        return self.rank // self.context
+
+    @property
+    def context_rank(self) -> int:
+        """Its place among the ranks that divide this batch."""
+        return self.rank % self.context
+
+    def place(self) -> dict[str, int]:
+        """The keywords of a PackedStream that give this rank its part."""
+        place = {"rank": self.batch_rank, "world_size": self.batches}
+        return place | {"context": self.context, "context_rank": self.context_rank}
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over ranks in float64; host to host."""
@@ -130,6 +152,7 @@ def check_launch(recipe: Recipe, environment: Mapping[str, str], given: frozense
             f"srun started {environment['SLURM_STEP_NUM_TASKS']} copies that know nothing of each other (no RANK).\n"
             "Use slurm/train.sh, or `chatmill launch RECIPE --on slurm`: srun starts one torchrun per node."
         )
+    grid_of(recipe.parallel, world_size)
     check_accelerate(recipe, environment, given)
 
 
@@ -160,7 +183,7 @@ def start_world(recipe: Recipe, timeout_s: float = 1800.0) -> World:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device if use_cuda else None)
         _prove(recipe, rank, world_size)
-    return World(rank, world_size, local_rank, local_world_size, device, backend)
+    return World(rank, world_size, local_rank, local_world_size, device, backend, recipe.parallel.context)
 
 
 def asked_threads(environment: Mapping[str, str], launcher: Mapping[str, str] | None) -> int | None:

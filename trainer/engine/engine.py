@@ -113,6 +113,7 @@ def run_model(engine: Engine, batch: PackedBatch, objective: Callable[[PackedBat
             tile_maps=batch.tile_maps,
             max_seqlen=batch.max_seqlen,
             **({} if objective is None else {"objective": objective(batch)}),
+            **({} if batch.division is None else {"division": batch.division}),
         )
     return output
 

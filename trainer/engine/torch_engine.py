@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -38,6 +37,9 @@ from ..distributed.world import World
 from ..model.decoder import Decoder, LossOutput
 from ..optim.ema import GROUP, PREFIX, WeightAverage, swapped
 from ..optim.optimizer import build_optimizer, restore_state, saved_state, set_rate
+from ..parallel.context import ContextGroup, context_method
+from ..parallel.grid import context_group, device_mesh
+from ..parallel_config import grid_of
 from .ddp_buckets import settle_buckets
 from .engine import Objective, StepSums, check_average, proof, run_model, sum_micro_batches
 
@@ -47,6 +49,7 @@ class TorchEngine:
 
     def __init__(self, recipe: Recipe, model: Decoder, world: World) -> None:
         self.recipe, self.world, self.decoder = recipe, world, model
+        self.grid = grid_of(recipe.parallel, world.world_size)
         if recipe.parallel.strategy != "fsdp2":  # fully_shard moves and shards layer by layer: the whole model need not fit
             model.to(world.device)
         if recipe.train.compile:
@@ -62,9 +65,13 @@ class TorchEngine:
         self._norm: Tensor | None = None
 
     def _wrap(self, model: Decoder) -> nn.Module:
-        parallel, world = self.recipe.parallel, self.world
+        parallel, world, grid = self.recipe.parallel, self.world, self.grid
         if parallel.strategy == "single":
             return model
+        mesh = device_mesh(grid, world.device.type) if parallel.strategy == "fsdp2" or grid.context > 1 else None
+        if mesh is not None and grid.context > 1:
+            method = context_method(self.recipe, model.config)
+            model.context = ContextGroup(context_group(mesh, grid), world.context_rank, grid.context, method)
         if parallel.strategy == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             replicas = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -73,7 +80,7 @@ class TorchEngine:
                     settle_buckets(replicas, world.device)
             return replicas
         assert parallel.strategy == "fsdp2", parallel.strategy  # zero* has an engine of its own (zero.py)
-        mesh = shard_mesh(world, parallel.replicas)
+        assert mesh is not None
         bf16 = self.recipe.train.precision == "bf16"
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
         pin = world.device.type == "cuda"
@@ -97,15 +104,17 @@ class TorchEngine:
         home = "cpu" if recipe.parallel.offload == "cpu" else self.world.device.type
         if homes != {home} or len(layouts) > 1:
             raise ConfigError(f"parameters are on {sorted(homes)} in layouts {sorted(layouts)}; expected {home} and one layout")
-        copies = self.world.world_size if strategy == "ddp" else recipe.parallel.replicas
-        shards = self.world.world_size // copies if strategy == "fsdp2" else 1
+        grid, context = self.grid, self.decoder.context
+        shards = grid.shards * grid.context if strategy == "fsdp2" else 1
+        divided = {} if context is None else {"context": context.size, "context_method": context.method}
         state = "8-bit" if recipe.optimizer.name == "adamw8bit" else "fp32"
         return proof(
             self,
             [p for _, p in trained_parameters(self.decoder)],
             engine=type(self.model).__name__,
             sharded_parameters=f"{sharded} of {len(parameters)}",
-            sharding=f"parameters, gradients and optimizer: {shards} shard(s) x {copies} copies",
+            sharding=f"parameters, gradients and optimizer: {shards} shard(s) x {self.world.world_size // shards} copies",
+            **divided,
             optimizer=f"{type(self.optimizer).__name__} ({state} state)",
         )
 
@@ -229,13 +238,3 @@ class TorchEngine:
     def discard(self) -> None:
         self._norm = None
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def shard_mesh(world: World, replicas: int) -> DeviceMesh:
-    """One dimension of shards, or replicas x shards (HSDP); neighbouring ranks hold the shards of one copy."""
-    if world.world_size % replicas:
-        raise ConfigError(f"parallel.replicas={replicas} does not divide the {world.world_size} processes of this run")
-    if replicas == 1:
-        return init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("shard",))
-    shape = (replicas, world.world_size // replicas)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))

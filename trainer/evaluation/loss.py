@@ -38,8 +38,7 @@ def validation_batches(
         dataset,
         sequence_length=sequence_length,
         micro_batch=micro_batch,
-        rank=world.rank,
-        world_size=world.world_size,
+        **world.place(),
         shuffle=False,
         epochs=1,
         overlong="drop" if getattr(dataset, "preference", False) else "truncate",
@@ -131,12 +130,16 @@ def evaluate(
         output = forward(batch)
         losses.append(output.loss_sum.double())
         correct.append(output.correct)
-        counts.append(len(batch.uids) if preference else batch.loss_tokens)
+        counts.append(batch.loss_tokens if not preference else len(batch.uids) if world.context_rank == 0 else 0)
         dialogues.update(batch.uids)
     # fsum rounds once, whatever the order: the same figure, bit for bit, for any number of ranks
     found = (torch.stack(losses).tolist(), torch.stack(correct).tolist()) if losses else ([], [])
     parts = world.gather((*found, counts, sorted(dialogues)))
-    sums, hits, sizes = ([x for part in parts for x in part[k]] for k in range(3))
+    batches_of = [parts[first : first + world.context] for first in range(0, len(parts), world.context)]
+    sums, hits, sizes = (  # of whole batches: the ranks of a context have measured one together
+        [math.fsum(x) if k == 0 else sum(x) for ranks in batches_of for x in zip(*(part[k] for part in ranks), strict=True)]
+        for k in range(3)
+    )
     totals = (math.fsum(sums), sum(hits), sum(sizes))
     if totals[2] == 0:
         raise ConfigError("the validation split holds no supervised token; nothing can be measured")

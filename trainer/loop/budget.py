@@ -1,6 +1,6 @@
 """Epoch and token budgets as a number of steps, which the learning-rate schedule and every display need in advance.
 
-    recipe = in_steps(recipe, mixture, exclude, world_size, folder)
+    recipe = in_steps(recipe, mixture, exclude, batches, folder)
 
 The order of the whole run is planned without reading a token, in about a microsecond per dialogue and epoch. A continued run
 keeps the number it began with, from its config.yaml, so that its learning rates stay the same.
@@ -20,13 +20,13 @@ from ...data.packing.schedule import Schedule
 from ..config import Recipe
 
 
-def stream_options(recipe: Recipe, exclude: Mapping[int, Collection[str]], world_size: int) -> StreamOptions:
-    """The recipe's order of packs, and their division among the ranks."""
+def stream_options(recipe: Recipe, exclude: Mapping[int, Collection[str]], batches: int) -> StreamOptions:
+    """The recipe's order of packs, and their division. batches: how many are trained at the same time (World.batches)."""
     return StreamOptions(
         sequence_length=recipe.data.sequence_length,
         micro_batch=recipe.train.micro_batch,
         accumulation=recipe.train.accumulation,
-        world_size=world_size,
+        world_size=batches,
         seed=recipe.train.seed,
         overlong=recipe.data.overlong,
         overlap=recipe.data.overlap,
@@ -37,7 +37,7 @@ def stream_options(recipe: Recipe, exclude: Mapping[int, Collection[str]], world
     )
 
 
-def in_steps(recipe: Recipe, mixture: Mixture, exclude: Mapping[int, Collection[str]], world_size: int, folder: Path) -> Recipe:
+def in_steps(recipe: Recipe, mixture: Mixture, exclude: Mapping[int, Collection[str]], batches: int, folder: Path) -> Recipe:
     """The recipe with train.steps set from its budgets; unchanged where it has none.
 
     With epochs and a rate that falls by tokens, schedule.total_tokens is set too, unless the recipe gives it.
@@ -48,7 +48,7 @@ def in_steps(recipe: Recipe, mixture: Mixture, exclude: Mapping[int, Collection[
     found = _begun_with(folder, recipe)
     if found is None:
         most = train.steps if "steps" in train.model_fields_set else None
-        order = Schedule(mixture, stream_options(recipe, exclude, world_size))
+        order = Schedule(mixture, stream_options(recipe, exclude, batches))
         counts = [planned.tokens for planned in islice(order.steps(), most)]
         found = len(counts), sum(counts)
     steps, tokens = found

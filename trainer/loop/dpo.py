@@ -39,6 +39,7 @@ from ..config import PreferenceSection, Recipe
 from ..distributed.world import World
 from ..engine.engine import Engine, Objective, run_model
 from ..model.decoder import LossOutput
+from ..parallel.context import ContextGroup
 from ..run.state import TrainState
 from .context import RunContext
 
@@ -85,19 +86,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class PairObjective:
-    """Makes the objective of a batch (already on its device) from the reference."""
+    """Makes the objective of a batch (already on its device) from the reference. ranks: those that divide it, or None."""
 
     reference: Reference
     options: PreferenceSection
+    ranks: ContextGroup | None = None
 
     def __call__(self, batch: PackedBatch) -> Objective:
-        pairs, lengths = checked_pairs(batch), pair_lengths(batch)
         reference = self.reference.of(batch.uids).to(batch.tokens.device, torch.float32)
-
-        def objective(token_losses: Tensor) -> LossOutput:
-            return preference_loss(log_probabilities(token_losses, batch.cu_seqlens, pairs), reference, lengths, self.options)
-
-        return objective
+        return objective_of(batch, reference, self.options, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -105,12 +102,11 @@ class ScoreObjective:
     """Collects the log-probabilities in `scores`, Float["P 2"] per batch, instead of computing a loss."""
 
     scores: list[Tensor]
+    ranks: ContextGroup | None = None
 
     def __call__(self, batch: PackedBatch) -> Objective:
-        pairs = checked_pairs(batch)
-
         def objective(token_losses: Tensor) -> LossOutput:
-            self.scores.append(log_probabilities(token_losses.detach(), batch.cu_seqlens, pairs))
+            self.scores.append(pair_scores(token_losses.detach(), batch, self.ranks))
             nothing = token_losses.new_zeros(())
             return LossOutput(nothing, nothing.long(), nothing.long())
 
@@ -128,15 +124,29 @@ class AdapterObjective:
     options: PreferenceSection
 
     def __call__(self, batch: PackedBatch) -> Objective:
-        pairs, lengths, scores = checked_pairs(batch), pair_lengths(batch), []  # type: ignore[var-annotated]
+        scores: list[Tensor] = []
+        ranks = self.engine.decoder.context
         with torch.no_grad(), adapters_off(self.engine.decoder):
-            run_model(self.engine, batch, ScoreObjective(scores))
-        reference: Tensor = scores[0]
+            run_model(self.engine, batch, ScoreObjective(scores, ranks))
+        return objective_of(batch, scores[0], self.options, ranks)
 
-        def objective(token_losses: Tensor) -> LossOutput:
-            return preference_loss(log_probabilities(token_losses, batch.cu_seqlens, pairs), reference, lengths, self.options)
 
-        return objective
+def objective_of(batch: PackedBatch, reference: Tensor, options: PreferenceSection, ranks: ContextGroup | None) -> Objective:
+    """The preference loss of a batch on its device. Where several ranks divide it, each holds a part of every reply: they add
+    up the log-probabilities, and the first of them alone counts the loss, so that the sum over all ranks is right."""
+    lengths = pair_lengths(batch, ranks)
+
+    def objective(token_losses: Tensor) -> LossOutput:
+        output = preference_loss(pair_scores(token_losses, batch, ranks), reference, lengths, options)
+        return output if ranks is None or ranks.rank == 0 else LossOutput(*(0 * value for value in output))
+
+    return objective
+
+
+def pair_scores(token_losses: Tensor, batch: PackedBatch, ranks: ContextGroup | None) -> Tensor:
+    """log_probabilities of a batch's pairs, over all ranks that divide it."""
+    found = log_probabilities(token_losses, batch.cu_seqlens, checked_pairs(batch))
+    return found if ranks is None else ranks.sum(found)
 
 
 def checked_pairs(batch: PackedBatch) -> Tensor:
@@ -145,10 +155,9 @@ def checked_pairs(batch: PackedBatch) -> Tensor:
     return batch.pairs
 
 
-def pair_lengths(batch: PackedBatch) -> Tensor:
+def pair_lengths(batch: PackedBatch, ranks: ContextGroup | None = None) -> Tensor:
     """Supervised tokens of both halves, Int64["P 2"], on the batch's device."""
-    supervised = (batch.targets >= 0).to(torch.float32)
-    return torch.segment_reduce(supervised, "sum", offsets=batch.cu_seqlens.to(torch.int64))[checked_pairs(batch)].long()
+    return -pair_scores((batch.targets >= 0).to(torch.float32), batch, ranks).long()
 
 
 def check_objective(recipe: Recipe, stream: PackedStream) -> None:
@@ -172,8 +181,7 @@ def reference_pass(recipe: Recipe, source: Mixture | TokenDataset, world: World)
         source,
         sequence_length=recipe.data.sequence_length,
         micro_batch=recipe.train.micro_batch,
-        rank=world.rank,
-        world_size=world.world_size,
+        **world.place(),
         overlong="drop",
         shuffle=False,
         epochs=1,
@@ -192,7 +200,7 @@ def pair_objective(
     if recipe.adapter is not None:
         return AdapterObjective(engine, recipe.preference)
     if world.any(world.is_main and path.is_file()):
-        return PairObjective(load_reference(path), recipe.preference)
+        return PairObjective(load_reference(path), recipe.preference, engine.decoder.context)
     base = run.starting_checkpoint() if resume is None else same_start(run, state)
     assert base is not None  # the recipe was checked
     run.display.say("computing the log-probabilities of all pairs under the starting checkpoint, once")
@@ -202,7 +210,7 @@ def pair_objective(
         if resume is not None:
             assert base is not None  # the recipe was checked
             engine.load_model(with_new_rows(base, run.config, run.tokenizer))
-        engine.objective = ScoreObjective(scores)
+        engine.objective = ScoreObjective(scores, engine.decoder.context)
         engine.model.eval()
         passes = (reference_pass(recipe, source, world) for source in sources)
         reference = take_reference(engine.forward, scores, passes, world)
@@ -212,7 +220,7 @@ def pair_objective(
                 engine.load_average(resume)  # load_model has reset it
         if world.is_main:
             save_reference(reference, path)
-    return PairObjective(reference, recipe.preference)
+    return PairObjective(reference, recipe.preference, engine.decoder.context)
 
 
 def same_start(run: RunContext, state: TrainState) -> Checkpoint:
@@ -245,6 +253,9 @@ def take_reference(
         for batch in stream:
             forward(batch)
             uids += batch.uids
+    if world.context_rank:  # the ranks of a context have computed the same
+        uids.clear()
+        scores.clear()
     values = torch.cat([score.double().cpu() for score in scores]).numpy() if scores else np.zeros((0, 2))
     scores.clear()
     parts = world.gather((uids, values))

@@ -83,7 +83,7 @@ def train(recipe: Recipe) -> int:
     trackers = Trackers(recipe, recipe.run_dir, world.is_main)
     folder = RunFolder(recipe.run_dir, trackers.log)
     try:
-        asked, recipe = recipe, in_steps(recipe, mixture, exclude, world.world_size, folder.path)
+        asked, recipe = recipe, in_steps(recipe, mixture, exclude, world.batches, folder.path)
         folder.check_same(recipe)
         if world.any(world.is_main and folder.path.is_dir()):  # before its checkpoints are looked at
             claim(folder, world)
@@ -103,7 +103,7 @@ def train(recipe: Recipe) -> int:
 def _train(run: RunContext, checkpoints: RunCheckpoints) -> int:
     """Build or restore everything, then take the steps."""
     recipe, world = run.recipe, run.world
-    torch.manual_seed(recipe.train.seed)
+    torch.manual_seed(recipe.train.seed + world.context_rank)  # neighbouring tokens do not share their dropout
     resume = checkpoints.newest()
     start = resume or run.starting_checkpoint()
     if start is not None:

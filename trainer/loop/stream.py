@@ -19,8 +19,8 @@ def training_stream(run: RunContext, exclude: Mapping[int, frozenset[str]]) -> P
     recipe, world = run.recipe, run.world
     return PackedStream(
         run.mixture,
-        stream_options(recipe, exclude, world.world_size),
-        rank=world.rank,
+        stream_options(recipe, exclude, world.batches),
+        **world.place(),
         annotate=tile_map_maker(run.config, recipe.kernels.attention, recipe.train.precision, world.device),
         pin=world.device.type == "cuda",
     )

@@ -24,8 +24,9 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
+from ...data.stream import Division
 from ...kernels.attention import TileMap, attention
 from ...kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_with_metrics
 from ...kernels.dispatch import Impl
@@ -33,12 +34,12 @@ from ...kernels.layer.rms_norm import rms_norm
 from ...kernels.layer.rope import rope, rope_one
 from ...kernels.layer.swiglu import swiglu
 from ..model_config import KernelSection, ModelConfig
+from ..parallel.context import ContextGroup, SharedBatch
 from .kv_cache import KVCache
+from .recompute import Recompute, keep_attention
 from .rotary import inverse_frequencies, rotary_tables
 
 __all__ = ["Decoder", "KVCache", "LossOutput", "TokenMemory"]
-
-Recompute = Literal["none", "full", "selective"]
 
 
 class LossOutput(NamedTuple):
@@ -66,6 +67,7 @@ class Layout(NamedTuple):
     cu_seqlens: Tensor | None  # Int32["S+1"]; None where a memory replaces the pack
     max_seqlen: int | None
     tile_maps: Mapping[int | None, TileMap] | None  # by sliding window
+    shared: SharedBatch | None = None  # where several ranks divide the pack
 
 
 class Linear(nn.Linear):
@@ -128,7 +130,7 @@ class Attention(nn.Module):
             q, k = rope(q, k, layout.cos, layout.sin, impl=self.kernels.elementwise)
         if memory is None:
             maps = layout.tile_maps
-            out = attention(
+            out = (attention if layout.shared is None else layout.shared.attend)(
                 q,
                 k,
                 v,
@@ -161,27 +163,6 @@ class FeedForward(nn.Module):
         return out
 
 
-# What selective checkpointing keeps: the quadratic part of a layer, in every tier of the attention.
-ATTENTION_OPS = frozenset(
-    {
-        torch.ops.chatmill.attention_forward.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    }
-)
-
-
-def _keep_attention() -> Any:
-    return create_selective_checkpoint_contexts(_policy)
-
-
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = op in ATTENTION_OPS or getattr(op, "namespace", "") in ("flash_attn", "flash_attn_3")
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 class Block(nn.Module):
     """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
 
@@ -198,7 +179,7 @@ class Block(nn.Module):
         if self.recompute == "none" or memory is not None or not torch.is_grad_enabled():
             return self._forward(x, layout, memory)
         # inside the block's own forward: engines gather its weights around it, and torch.compile sees the recomputation
-        contexts: dict[str, Any] = {"context_fn": _keep_attention} if self.recompute == "selective" else {}
+        contexts: dict[str, Any] = {"context_fn": keep_attention} if self.recompute == "selective" else {}
         options = {"use_reentrant": False, "preserve_rng_state": self.draws, **contexts}
         out: Tensor = checkpoint(self._forward, x, layout, **options)
         return out
@@ -272,6 +253,7 @@ class Decoder(nn.Module):
         # not a buffer: engines cast buffers to bf16, where neighbouring frequencies become one, and leave them on "meta"
         self._frequencies, self._rotary_factor = inverse_frequencies(config)
         self._frequencies_on: dict[torch.device, Tensor] = {}
+        self.context: ContextGroup | None = None  # the ranks that divide batches with this one
 
     @property
     def recompute(self) -> str:
@@ -305,6 +287,7 @@ class Decoder(nn.Module):
         tile_maps: Mapping[int | None, TileMap] | None = None,
         max_seqlen: int | None = None,
         objective: Callable[[Tensor], LossOutput] | None = None,
+        division: Division | None = None,
     ) -> Tensor | LossOutput:
         """Logits Float32["T V"], or with targets the loss of the batch.
 
@@ -313,8 +296,14 @@ class Decoder(nn.Module):
         rows: Int["R"], the t with a target, padded with -1; the others skip the final norm and the vocabulary-wide product.
         tile_maps, max_seqlen: made on the host beside the batch, for the attention kernel.
         objective: makes the loss of the tokens' negative log-probabilities Float["T"] (0 without target), instead of their sum.
+        division: the tokens are this rank's stripe of a batch that the ranks of `context` divide; all of them call forward.
         """
         layout = self._layout(positions, cu_seqlens, max_seqlen, tile_maps)
+        if division is not None:
+            if self.context is None:
+                raise ValueError("forward: a divided batch needs the ranks that divide it: set Decoder.context.")
+            shared = SharedBatch(self.context, division, positions)
+            layout = layout._replace(cu_seqlens=division.cu_seqlens, shared=shared)
         x = self._stream(tokens, layout)
         table = self.embed if self.head is None else self.head
         options: dict[str, Any] = {"targets": targets, "rows": rows, "objective": objective, "norm": self.norm}

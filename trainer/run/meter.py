@@ -61,7 +61,8 @@ class StepMeter:
         self._loss_tokens += micro[0].step_loss_tokens
         self._capacity += self.world.world_size * sum(batch.tokens.numel() for batch in micro)
         for batch in micro:
-            lengths = batch.cu_seqlens.diff().double()
+            bounds = batch.cu_seqlens if batch.division is None else batch.division.cu_seqlens
+            lengths = bounds.diff().double()
             self._squares += float((lengths * lengths).sum())
             self._positions += float(lengths.sum())
         if self.profiler is not None:

@@ -1,0 +1,17 @@
+"""Context parallelism: what ranks that divide a pack compute together equals what one process computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.trainer.parallel.context_worker import CASES, attention_parity, engine_parity
+from tests.trainer.ranks import run_in_ranks
+
+
+def test_attention_of_divided_packs_equals_that_of_whole_ones(tmp_path: Path) -> None:
+    assert "largest difference" in run_in_ranks(attention_parity, 4, (str(tmp_path),), tmp_path)
+
+
+def test_steps_of_divided_batches_equal_those_of_one_process(tmp_path: Path) -> None:
+    printed = run_in_ranks(engine_parity, 4, (str(tmp_path),), tmp_path)
+    assert all(name in printed for name in CASES)

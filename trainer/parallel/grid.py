@@ -1,0 +1,36 @@
+"""The grid of a run as one DeviceMesh: replicas x (shards x context), neighbouring ranks in one context.
+
+grid = grid_of(recipe.parallel, world.world_size)
+mesh = device_mesh(grid, "cuda")      # what FSDP2 shards over: weights are also sharded over the ranks of a context
+context_group(mesh, grid)             # the ranks that divide this rank's batches
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..parallel_config import Grid
+
+WEIGHTS = "shard_context"
+
+
+def device_mesh(grid: Grid, device_type: str) -> DeviceMesh:
+    """One dimension of shards, or replicas x shards (HSDP). Collective: it makes the process groups."""
+    shards = grid.shards * grid.context
+    if grid.replicas == 1:
+        return init_device_mesh(device_type, (shards,), mesh_dim_names=(WEIGHTS,))
+    return init_device_mesh(device_type, (grid.replicas, shards), mesh_dim_names=("replicate", WEIGHTS))
+
+
+def context_group(mesh: DeviceMesh, grid: Grid) -> dist.ProcessGroup:
+    """The ranks that divide this rank's batches. Collective."""
+    parts = mesh._unflatten(WEIGHTS, (grid.shards, grid.context), ("shard", "context"))
+    return parts["context"].get_group()
+
+
+def arrived(x: Tensor) -> Tensor:
+    """The plain result of a functional collective, once it is there."""
+    return x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
