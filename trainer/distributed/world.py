@@ -59,7 +59,7 @@ class World:
         """Its place among the ranks that divide this batch."""
         return self.rank % self.context
 
-    def place(self) -> dict[str, int]:
+    def place(self) -> dict[str, Any]:
         """The keywords of a PackedStream that give this rank its part."""
         place = {"rank": self.batch_rank, "world_size": self.batches}
         return place | {"context": self.context, "context_rank": self.context_rank}

@@ -136,10 +136,10 @@ def evaluate(
     found = (torch.stack(losses).tolist(), torch.stack(correct).tolist()) if losses else ([], [])
     parts = world.gather((*found, counts, sorted(dialogues)))
     batches_of = [parts[first : first + world.context] for first in range(0, len(parts), world.context)]
-    sums, hits, sizes = (  # of whole batches: the ranks of a context have measured one together
-        [math.fsum(x) if k == 0 else sum(x) for ranks in batches_of for x in zip(*(part[k] for part in ranks), strict=True)]
-        for k in range(3)
-    )
+    # of whole batches: the ranks of a context have measured one together
+    whole = [[list(zip(*(part[k] for part in ranks), strict=True)) for ranks in batches_of] for k in range(3)]
+    sums = [math.fsum(x) for group in whole[0] for x in group]
+    hits, sizes = ([sum(x) for group in kind for x in group] for kind in whole[1:])
     totals = (math.fsum(sums), sum(hits), sum(sizes))
     if totals[2] == 0:
         raise ConfigError("the validation split holds no supervised token; nothing can be measured")

@@ -41,7 +41,7 @@ class ContextGroup:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over these ranks, on each of them; so are the gradients that go back. Collective."""
-        return _Sum.apply(x, self.group)  # type: ignore[no-any-return]
+        return _Sum.apply(x, self.group)
 
 
 class SharedBatch(NamedTuple):
@@ -55,7 +55,8 @@ class SharedBatch(NamedTuple):
         self, q: Tensor, k: Tensor, v: Tensor, *, impl: str, window: int | None, softcap: float | None, **options: Any
     ) -> Tensor:
         """As kernels.attention, with this rank's tokens: q (T/C, Hq, D). options: of the whole batch. Collective."""
-        group, rules = self.ranks.group, {"impl": impl, "window": window, "softcap": softcap}
+        group = self.ranks.group
+        rules: dict[str, Any] = {"impl": impl, "window": window, "softcap": softcap}
         if self.ranks.method == "ulysses":
             return ulysses_attention(q, k, v, group, self.ranks.size, **rules, **options)
         return ring_attention(q, k, v, self.positions, self.division.ring, group, **rules)[0]
@@ -70,7 +71,7 @@ class _Sum(torch.autograd.Function):
         return _added(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _added(gradient, ctx.group), None
 
 

@@ -83,7 +83,7 @@ class _Ring(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, positions, out, lse = ctx.saved_tensors
         bounds, group, rules, impl = ctx.options
         dout, dlse = gradients

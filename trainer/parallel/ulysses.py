@@ -47,9 +47,9 @@ class _Exchange(torch.autograd.Function):
         return arrived(collectives.all_to_all_single(x, None, None, group))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return arrived(collectives.all_to_all_single(gradient.contiguous(), None, None, ctx.group)), None
 
 
 def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _Exchange.apply(x, group)  # type: ignore[no-any-return]
+    return _Exchange.apply(x, group)
