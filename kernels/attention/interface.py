@@ -67,14 +67,14 @@ def attention(
     """
     rules = Rules(causal, window or 0, softcap or 0.0, q.shape[-1] ** -0.5 if scale is None else float(scale))
     _check(q, k, v, cu_seqlens, window, softcap, rules.scale)
-    # a condition, not its value: with a number of documents that varies, Dynamo has a symbol here, and decide wants constants
+    # a condition, not its value: with a number of documents that varies, Dynamo has a symbol here, and _decide wants constants
     packed = True if cu_seqlens is not None and cu_seqlens.numel() > 2 else False  # noqa: SIM210
     needs_lse = return_lse or sinks is not None
     dtype = str(q.dtype).removeprefix("torch.")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     dims = q.shape[2], v.shape[2]
-    impl = decide(impl, str(q.device), dtype, *dims, rules.softcap > 0, needs_lse, deterministic, packed)
+    impl = _decide(impl, str(q.device), dtype, *dims, rules.softcap > 0, needs_lse, deterministic, packed)
     if impl in LIBRARIES:  # none of them gives the log-sum-exp
         options = {"deterministic": deterministic, "complete": complete}
         return library_attention(impl, q, k, v, cu_seqlens, max_seqlen, rules, **options)
@@ -172,8 +172,14 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return "no float64" if dtype == torch.float64 else None
 
 
+def block_impl(impl: str, q: Tensor, v: Tensor, softcap: float) -> str:
+    """The tier that computes the blocks of a call: one of our own, since the others give no log-sum-exp."""
+    dtype = str(q.dtype).removeprefix("torch.")
+    return _decide(impl, str(q.device), dtype, q.shape[2], v.shape[2], softcap > 0, True, True, True)
+
+
 @constant_in_graphs
-def decide(
+def _decide(
     impl: str,
     device: str,
     dtype: str,

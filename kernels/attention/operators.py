@@ -1,5 +1,6 @@
 """The torch operators of packed attention: torch, triton and hopper tiers, forward and backward, and their autograd.
 
+block_forward and block_backward attend to a part of the keys, for attention that several calls make together.
 An operator takes plain numbers, so here Rules and TileMap are taken apart (by the caller, `*rules`) and put together again.
 """
 
@@ -116,6 +117,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 attention_forward.register_autograd(_differentiate, setup_context=_save)
 attend = direct(attention_forward, _save, _differentiate)
 _gradients = direct(attention_backward)
+_block = direct(attention_forward)  # without autograd
 
 
 def _bounds(cu_seqlens: Tensor) -> tuple[int, ...]:
@@ -161,3 +163,39 @@ def _hold(tiles: Tensor) -> None:
 
 
 _captured: dict[int, Tensor] = {}
+
+
+def block_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, rules: Rules, impl: str) -> tuple[Tensor, Tensor]:
+    """out (T, Hq, Dv) and lse (Hq, T) over these keys alone, a part of all (ring attention); autograd does not see it.
+
+    cu_seqlens: on the host it spares a wait for the GPU. impl: torch, triton or hopper (interface.block_impl).
+    """
+    out, lse = _block(q, k, v, cu_seqlens, None, (), *rules, impl)
+    return out, lse
+
+
+def block_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    cu_seqlens: Tensor,
+    rules: Rules,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v through these keys. out, lse: over ALL keys, merged, so that exp(score - lse) is the weight.
+
+    A row whose lse is +inf and whose dout is 0 gives none. Source: Liu et al., arXiv:2310.01889.
+    """
+    dq, dk, dv = _gradients(q, k, v, out, lse, dout, dlse, cu_seqlens, None, (), *rules, impl)
+    return dq, dk, dv
+
+
+def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to the keys of both; out (T, Hq, Dv) and lse (Hq, T) wide, lse finite. A row of more_lse -inf adds nothing."""
+    total = torch.logaddexp(lse, more_lse)
+    shares = (torch.exp(part - total).t()[..., None] for part in (lse, more_lse))
+    return out * next(shares) + more_out * next(shares), total

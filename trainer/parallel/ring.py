@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
-from ...kernels.attention.block import block_backward, block_forward, block_impl, merge
+from ...kernels.attention.interface import block_impl
+from ...kernels.attention.operators import block_backward, block_forward, merge
 from ...kernels.attention.rules import Rules
 from ...kernels.tensors import wide_dtype
 from .grid import arrived

@@ -239,7 +239,7 @@ def test_a_tile_map_of_the_cache_outlives_it_where_a_graph_was_captured(monkeypa
 
 def test_determinism_is_torch_s_setting_unless_the_call_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(interface, "decide", lambda *arguments: asked.append(arguments[-2]) or "torch")
+    monkeypatch.setattr(interface, "_decide", lambda *arguments: asked.append(arguments[-2]) or "torch")
     for setting, given in ((False, None), (True, None), (True, False), (False, True)):
         torch.use_deterministic_algorithms(setting)
         try:

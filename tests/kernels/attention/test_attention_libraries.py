@@ -71,7 +71,7 @@ def install(site: Path, module: str, text: str) -> None:
 
 
 def decided(impl: str = "auto", dtype: str = "bfloat16", dim: int = 64, *, softcap: bool = False, exact: bool = False) -> str:
-    return interface.decide(impl, "cuda:0", dtype, dim, dim, softcap, False, exact, True)
+    return interface._decide(impl, "cuda:0", dtype, dim, dim, softcap, False, exact, True)
 
 
 @pytest.mark.parametrize("fault", BROKEN)
