@@ -24,7 +24,8 @@ class Turn:
     """One message. loss: may carry loss, if its role is assistant. time: seconds since 1970, UTC.
 
     reasoning: the thought before a reply, which the content does not hold. calls: so many of the content's last lines are calls
-    of tools, one JSON object {"name", "arguments"} each; `tool_calls` gives them, `said` the words before them.
+    of tools, one JSON object {"name", "arguments"} each; `tool_calls` gives them, `said` the words before them. call_ids: their
+    ids, if they have any. answers: the id of the call whose result this is. thought_loss: may the thought carry loss?
     """
 
     role: Role
@@ -34,6 +35,9 @@ class Turn:
     loss: bool = True
     reasoning: str | None = None
     calls: int = 0
+    call_ids: tuple[str, ...] = ()
+    answers: str | None = None
+    thought_loss: bool = True
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:
@@ -102,6 +106,12 @@ def to_record(conversation: Conversation) -> dict[str, Any]:
             message["reasoning_content"] = turn.reasoning
         if turn.calls:
             message["calls"] = turn.calls
+        if turn.call_ids:
+            message["call_ids"] = list(turn.call_ids)
+        if turn.answers is not None:
+            message["tool_call_id"] = turn.answers
+        if not turn.thought_loss:
+            message["thought_loss"] = False
         messages.append(message)
     return {
         "uid": conversation.uid,
@@ -117,7 +127,7 @@ def from_record(record: Mapping[str, Any]) -> Conversation:
     turns = tuple(
         Turn(
             cast(Role, m["role"]), m["content"], m.get("name"), m.get("time"), m.get("loss", True), m.get("reasoning_content"),
-            m.get("calls", 0),
+            m.get("calls", 0), tuple(m.get("call_ids", ())), m.get("tool_call_id"), m.get("thought_loss", True),
         )
         for m in record["messages"]
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -155,11 +155,14 @@ class PairSection(Section):
 
     system: message of the system put before every dialogue that has none; give the same one when you talk to the model
     (`--system`). None: dialogues stay as they are, and a template that has a message of its own prints that.
+    thinking: what becomes of the thought before a reply (`reasoning_content`, thinking parts, `<think>` in a text): `learn` it
+    where the template prints it, `read` it without learning it, or `drop` it.
     min_replies: dialogues with fewer assistant turns are dropped. max_turns: longer dialogues keep their first turns.
     """
 
     mode: Literal["dialogues", "pairs", "preference"] = "dialogues"
     system: str | None = Field(default=None, min_length=1)
+    thinking: Literal["learn", "read", "drop"] = "learn"
     min_replies: int = Field(default=1, gt=0)
     max_turns: int | None = Field(default=None, gt=1)
     context_turns: int = Field(default=8, gt=0)
@@ -212,6 +215,8 @@ class TokenizerSection(Section):
     """path: tokenizer or checkpoint folder; or train: a new one. template: a shipped name or a .jinja file; the model that is
     trained on the data keeps it.
 
+    template_arguments: variables that the template reads, for example enable_thinking: false. They become its defaults, in the
+    data set, in training and wherever the model is served; `chat_template_kwargs` of a request are the same variables.
     add_special_tokens: new ones that the template needs and the tokenizer lacks, for example "<|im_start|>" and "<|im_end|>"
     for chatml on a base model. Training gives them rows.
     """
@@ -219,6 +224,7 @@ class TokenizerSection(Section):
     path: str | None = None
     train: TrainTokenizerSection | None = None
     template: str | None = None
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
     add_special_tokens: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")

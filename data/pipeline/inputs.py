@@ -20,13 +20,14 @@ from ..recipe import DataRecipe, SourceSection
 from ..remote.files import RemotePath
 from ..samples.decontaminate import benchmark_files
 from ..shards.manifest import FORMAT_VERSION
+from ..tokenizer.calls.arguments import with_arguments
 from ..tokenizer.new_tokens import with_special_tokens
 from ..tokenizer.template import TEMPLATES
 from ..tokenizer.tokenizer import SPECIAL_TOKENS, ChatTokenizer, train_bpe
 from .seen import SeenFiles
 
 # Raised whenever the same recipe would now give other bytes, so that old data sets are rebuilt.
-BUILD_VERSION = 6
+BUILD_VERSION = 7
 
 
 def raw_files(
@@ -114,6 +115,8 @@ def given_tokenizer(recipe: DataRecipe) -> ChatTokenizer | None:
         return None
     try:
         tokenizer = ChatTokenizer.load(recipe.tokenizer.path, template_source(recipe.tokenizer.template))
+        if arguments := recipe.tokenizer.template_arguments:
+            tokenizer = tokenizer.with_template(with_arguments(tokenizer.template.source, arguments))
     except ConfigError as error:
         raise ConfigError(
             f"{error}\nIt is named by tokenizer.path; `chatmill import` makes one from a downloaded model."
@@ -124,7 +127,9 @@ def given_tokenizer(recipe: DataRecipe) -> ChatTokenizer | None:
 
 def trained_template(recipe: DataRecipe) -> str:
     """The chat template of a tokenizer that the build trains."""
-    return template_source(recipe.tokenizer.template) or TEMPLATES["chatml"]
+    return with_arguments(
+        template_source(recipe.tokenizer.template) or TEMPLATES["chatml"], recipe.tokenizer.template_arguments
+    )
 
 
 def trained_tokens(recipe: DataRecipe) -> tuple[str, ...]:

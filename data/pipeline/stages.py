@@ -33,6 +33,7 @@ from ..samples.near_duplicates import dialogue_text, signatures
 from ..samples.pair import make_samples
 from ..samples.per_reply import per_reply
 from ..samples.split import author_hashes, key_hash, thread_key
+from ..tokenizer.calls.messages import has_structure, not_printed
 from ..tokenizer.tokenizer import ChatTokenizer
 from .work_folder import WorkFolder, load_arrays, save_arrays
 
@@ -141,7 +142,7 @@ class TokenizeChunk:
             for turn in conversation.turns:
                 if tokenizer.escape_special(turn.content) != turn.content:
                     ledger.change("special-token string escaped", f"{conversation.origin}: {turn.content}")
-            _note_unused(conversation, ledger)
+            _note_unused(conversation, tokenizer, ledger)
             texts[side].add(conversation)
             ledger.keep()
         save_arrays(
@@ -180,12 +181,17 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     return _tokenizer(str(folder), (folder / "tokenizer.json").stat().st_mtime_ns)
 
 
-def _note_unused(conversation: Conversation, ledger: Ledger) -> None:
-    """Count what the dialogue shards keep beside the texts that are learned."""
-    if thoughts := sum(turn.reasoning is not None for turn in conversation.turns):
-        ledger.change("thought beside a reply kept, not learned", conversation.origin, thoughts)
-    if conversation.meta.get("tools"):
-        ledger.change("declarations of tools kept, not in the prompt", conversation.origin)
+def _note_unused(conversation: Conversation, tokenizer: ChatTokenizer, ledger: Ledger) -> None:
+    """Count what the chat template does not print, or not as it is meant; the dialogue shards keep it."""
+    thoughts = sum(turn.reasoning is not None for turn in conversation.turns)
+    if not thoughts and not has_structure(conversation):
+        return
+    for what, often in not_printed(conversation, tokenizer.abilities):
+        ledger.change(what, conversation.origin, often)
+    if thoughts and (unsaid := tokenizer.unsaid_thoughts(conversation)):
+        ledger.change(
+            "thought beside a learned reply kept, not learned: the chat template does not print it", conversation.origin, unsaid
+        )
 
 
 @lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ A conversation is cut where cleaning dropped a turn, so that what stood around i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,6 +18,8 @@ from ..conversation import Conversation, Turn, part_uid
 from ..ledger import Ledger
 from ..preference import REJECTED, without_rejected
 from ..recipe import PairSection
+
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 def merge_same_role(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -28,11 +31,21 @@ def merge_same_role(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
             name = last.name if last.name == turn.name else None
             thought = "\n\n".join(text for text in (last.reasoning, turn.reasoning) if text) or None
             # Calls of tools are the last lines: those above words become words.
-            calls = turn.calls + (0 if turn.said else last.calls) if turn.calls else 0
-            merged[-1] = Turn(last.role, f"{last.content}\n{turn.content}", name, last.time, last.loss, thought, calls)
+            keeps = bool(turn.calls and not turn.said)
+            calls = turn.calls + (last.calls if keeps else 0) if turn.calls else 0
+            ids = (*_ids(last), *_ids(turn)) if keeps and last.calls else turn.call_ids
+            merged[-1] = Turn(
+                last.role, f"{last.content}\n{turn.content}", name, last.time, last.loss, thought, calls,
+                ids if any(ids) else (), None, last.thought_loss and turn.thought_loss,
+            )  # fmt: skip
         else:
             merged.append(turn)
     return tuple(merged)
+
+
+def _ids(turn: Turn) -> tuple[str, ...]:
+    """An id for every call of a turn; empty texts where it has none."""
+    return turn.call_ids or ("",) * turn.calls
 
 
 def trim(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -78,7 +91,24 @@ def make_samples(conversation: Conversation, config: PairSection, ledger: Ledger
         if config.system is not None and not sample.is_document and sample.turns[0].role != "system":
             ledger.change("pair.system put before the dialogue")
             sample = replace(sample, turns=(Turn("system", config.system), *sample.turns))
-        yield sample
+        yield sample if config.thinking == "learn" else _without_learned_thoughts(sample, config, ledger)
+
+
+def _without_learned_thoughts(sample: Conversation, config: PairSection, ledger: Ledger) -> Conversation:
+    """The sample with thoughts that are read but not learned, or without them."""
+    turns, found = list[Turn](), 0
+    for turn in sample.turns:
+        inside = _THOUGHT.match(turn.content) if turn.role == "assistant" and turn.reasoning is None else None
+        if inside is not None and turn.content[inside.end() :].strip():
+            turn = replace(turn, reasoning=inside[1].strip() or None, content=turn.content[inside.end() :])
+        if turn.reasoning is not None:
+            found += 1
+            turn = replace(turn, reasoning=None) if config.thinking == "drop" else replace(turn, thought_loss=False)
+        turns.append(turn)
+    if found:
+        done = "dropped" if config.thinking == "drop" else "read, not learned"
+        ledger.change(f"thought {done}, as pair.thinking asks", sample.origin, found)
+    return replace(sample, turns=tuple(turns)) if found else sample
 
 
 def _samples(conversation: Conversation, config: PairSection, ledger: Ledger) -> Iterator[Conversation]:

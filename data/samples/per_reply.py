@@ -31,8 +31,10 @@ def in_pieces(conversation: Conversation, tokenizer: ChatTokenizer) -> list[Conv
     """The conversation itself, or a sample per supervised reply where its template asks for it."""
     try:
         whole = tokenizer.one_piece(conversation)
-    except TemplateRefusedError:  # in no way: it is dropped, counted and shown when it is tokenised
-        whole = True
+    except (
+        TemplateRefusedError
+    ):  # a reply that it cannot print is dropped, counted and shown when it is tokenised, not the others
+        whole = False
     return [conversation] if whole else [up_to(conversation, i) for i in supervised_turns(conversation)]
 
 

@@ -21,13 +21,19 @@ do not change what the template prints. data/tokenizer/proof.py checks the resul
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
 from .budget import TemplateRefusedError
+from .calls.abilities import USER, Abilities, find_abilities, probe_call
+from .calls.messages import is_plain
+from .calls.saying import check_said, last_token, with_thought_inside
 from .template import ChatTemplate, Message
 
+More = Mapping[str, Any]  # further variables of the template, `tools` for example
 MARK = "\ue000999999999\ue001"  # digits survive filters such as `upper`
 _OPENED = re.compile(r"<(\w+)>(\s*)$")
 
@@ -84,7 +90,8 @@ class ReplyFinder:
 
     def __init__(self, template: ChatTemplate, special: Iterable[str], added: Iterable[str]) -> None:
         self.template = template
-        self._tokens = any_of(t for t in special if t.strip()), any_of(t for t in added if t.strip())
+        self._special = [t for t in special if t.strip()]
+        self._tokens = any_of(self._special), any_of(t for t in added if t.strip())
         self._skeleton = lru_cache(maxsize=4096)(self._make_skeleton)
         # Dialogues of many lengths begin alike: what one of them has as its last reply, longer ones have inside.
         self._marked_prompt = lru_cache(maxsize=512)(self._make_marked_prompt)
@@ -105,7 +112,30 @@ class ReplyFinder:
             except TemplateRefusedError:  # it ends no turn with a token, or needs one sample per reply; said when it is used
                 continue
             found += [replies.text[start:stop] for _, start, stop in replies.spans.values()]
+        if self.abilities.calls is not None:
+            reply = self._call_as_last([USER, probe_call(self.abilities.calls, self.abilities.needs_ids)])
+            found.append(reply.rest[: reply.end[1]])
         return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def abilities(self) -> Abilities:
+        """What the template prints beside words; calls only where something ends them."""
+        found = find_abilities(self.template)
+        try:
+            if found.calls is not None:
+                self._call_as_last([USER, probe_call(found.calls, found.needs_ids)])
+        except TemplateRefusedError:
+            found = replace(found, calls=None)
+        return found
+
+    @cached_property
+    def _call_ends(self) -> re.Pattern[str]:
+        """Tokens with which a call may end: special ones, and the one that ends a reply in words."""
+        ends = list[str]()
+        with suppress(TemplateRefusedError):
+            reply = self._marked_reply(("user", "assistant"))
+            ends.append(reply.rest[slice(*reply.end)])
+        return any_of([*self._special, *ends])
 
     def _end_in(self, rest: str) -> tuple[int, int] | None:
         """The first special token of what follows a turn, else the first added one."""
@@ -127,28 +157,65 @@ class ReplyFinder:
 
     # -- one reply, as the last
 
-    def _as_last(self, messages: Sequence[Message], prompt: str | None = None, as_given: bool = False) -> _Last:
+    def _as_last(
+        self, messages: Sequence[Message], prompt: str | None = None, as_given: bool = False, more: More | None = None
+    ) -> _Last:
         """The last message as the reply to those before it. Raises TemplateRefusedError if its text would be lost.
 
         prompt: the one before it, if it is known. as_given: the template certainly prints these contents as it prints markers.
         """
         *before, last = messages
+        prompt = self.template.render(before, add_generation_prompt=True, more=more) if prompt is None else prompt
+        opened = _OPENED.search(prompt)
+        if last.get("tool_calls"):
+            return self._call_as_last(messages, prompt, more)
+        if last.get("reasoning_content"):
+            last = self._with_its_thought(before, last, opened, more)
         content = last["content"]
-        prompt = self.template.render(before, add_generation_prompt=True) if prompt is None else prompt
-        head, mark, rest = self.template.render([*before, {**last, "content": MARK}]).partition(MARK)
+        head, mark, rest = self.template.render([*before, {**last, "content": MARK}], more=more).partition(MARK)
         if not mark or MARK in rest:
             often = "more than once" if mark else "nowhere"
             raise TemplateRefusedError(f"chat template: it prints the text of a reply {often}\nThis is message {len(before)}.")
         end = self._end_in(rest)
         if end is None:
             raise TemplateRefusedError("chat template: no end-of-turn token after a reply; it must end with a special token")
-        text, opened = head + content + rest if as_given else self.template.render(messages), _OPENED.search(prompt)
+        text = head + content + rest if as_given else self.template.render([*before, last], more=more)
         if text.startswith(prompt) and text.endswith(rest) and len(text) >= len(prompt) + len(rest):
             said = text[len(prompt) : len(text) - len(rest)]
             lead = head[len(prompt) :] if head.startswith(prompt) else ""
             if _holds(said, _without(opened, content), lead):
                 return _Last(prompt, said, rest, end)
         return _Last(prompt, self._continue(prompt, head, text.removesuffix(rest), content), rest, end)
+
+    def _with_its_thought(
+        self, before: Sequence[Message], last: Message, opened: re.Match[str] | None, more: More | None
+    ) -> Message:
+        """A reply as the template prints its thought: where it only opens one in the prompt, the thought is text."""
+        bare = {key: value for key, value in last.items() if key != "reasoning_content"}
+        if self.template.render([*before, last], more=more) != self.template.render([*before, bare], more=more):
+            return last
+        return bare if opened is None else with_thought_inside(bare, last["reasoning_content"], opened[1])
+
+    def _call_as_last(self, messages: Sequence[Message], prompt: str | None = None, more: More | None = None) -> _Last:
+        """A reply that calls tools. It ends with the last token that the template prints for it."""
+        if prompt is None:
+            prompt = self.template.render(messages[:-1], add_generation_prompt=True, more=more)
+        last, text = messages[-1], self.template.render(messages, more=more)
+        opened, lead = _OPENED.search(prompt), ""
+        at = len(prompt)
+        if not text.startswith(prompt) and opened is not None and text.startswith(prompt[: opened.start()]):
+            at = opened.start()  # the prompt opens a thought, which the template does not print in a reply
+            lead = f"{last.get('reasoning_content') or ''}\n</{opened[1]}>\n\n"
+        elif not text.startswith(prompt):
+            raise TemplateRefusedError("chat template: the prompt before a reply is not a prefix of the dialogue")
+        found = last_token(text[at:], self._call_ends)
+        if found is None:
+            raise TemplateRefusedError(
+                "chat template: no end-of-turn token after a call of a tool; it must end with a special one"
+            )
+        said, rest = lead + text[at : at + found[0]], text[at + found[0] :]
+        check_said(last, said)
+        return _Last(prompt, said, rest, (0, found[1] - found[0]))
 
     def _continue(self, prompt: str, head: str, printed: str, content: str) -> str:
         """What the model says after a prompt that opens its thought, or whose template prints replies without theirs.
@@ -174,18 +241,20 @@ class ReplyFinder:
 
     # -- a dialogue
 
-    def find(self, messages: Sequence[Message], supervised: Collection[int]) -> Replies:
-        """The text, and where the supervised replies lie in it.
+    def find(self, messages: Sequence[Message], supervised: Collection[int], more: More | None = None) -> Replies:
+        """The text, and where the supervised replies lie in it. more: further variables of the template.
 
         Raises OneSamplePerReplyError if they cannot be learned in one piece, TemplateRefusedError if not at all.
         """
-        return self._find_by_skeleton(messages, supervised) or self.find_by_definition(messages, supervised)
+        if not more and all(map(is_plain, messages)) and (found := self._find_by_skeleton(messages, supervised)):
+            return found
+        return self.find_by_definition(messages, supervised, more)
 
-    def find_by_definition(self, messages: Sequence[Message], supervised: Collection[int]) -> Replies:
+    def find_by_definition(self, messages: Sequence[Message], supervised: Collection[int], more: More | None = None) -> Replies:
         """As `find`, with three renderings per reply."""
         last = len(messages) - 1
-        found = {i: self._as_last(messages[: i + 1]) for i in sorted(supervised)}
-        text = found[last].text if last in found else self.template.render(messages)
+        found = {i: self._as_last(messages[: i + 1], more=more) for i in sorted(supervised)}
+        text = found[last].text if last in found else self.template.render(messages, more=more)
         spans: dict[int, tuple[int, int, int]] = {}
         for i, reply in found.items():
             start, stop = len(reply.prompt), len(reply.prompt) + len(reply.said) + reply.end[0]
@@ -196,23 +265,24 @@ class ReplyFinder:
                     f"chat template: a reply reads otherwise in the whole dialogue than as its last reply\nThis is message {i}."
                 )
             spans[i] = (start, stop, stop + len(token))
-        return Replies(text, self.cuts_by_definition(text, messages), spans)
+        return Replies(text, self.cuts_by_definition(text, messages, more), spans)
 
-    def cuts(self, text: str, messages: Sequence[Message]) -> list[int]:
+    def cuts(self, text: str, messages: Sequence[Message], more: More | None = None) -> list[int]:
         """Characters of a text of these messages, a prompt for example, where a reply begins behind its prompt."""
-        skeleton = self._skeleton(tuple(message["role"] for message in messages))
+        is_simple = not more and all(map(is_plain, messages))
+        skeleton = self._skeleton(tuple(message["role"] for message in messages)) if is_simple else None
         if skeleton is not None:
             starts, whole = _fill(skeleton, messages)
             if text.startswith(whole) and whole == self.template.render(messages):
                 return [at for at in starts.values() if at < len(text)]
-        return self.cuts_by_definition(text, messages)
+        return self.cuts_by_definition(text, messages, more)
 
-    def cuts_by_definition(self, text: str, messages: Sequence[Message]) -> list[int]:
+    def cuts_by_definition(self, text: str, messages: Sequence[Message], more: More | None = None) -> list[int]:
         """As `cuts`, with one rendering per reply."""
         found = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = self.template.render(messages[:i], add_generation_prompt=True)
+                prompt = self.template.render(messages[:i], add_generation_prompt=True, more=more)
                 if len(prompt) < len(text) and text.startswith(prompt):
                     found.append(len(prompt))
         return sorted(set(found))

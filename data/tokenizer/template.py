@@ -110,13 +110,15 @@ class ChatTemplate:
         inside = text.startswith(before) and text.endswith(between) and len(text) > len(before) + len(between)
         return text[len(before) : len(text) - len(between)] if inside else None
 
-    def content_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    def content_spans(
+        self, messages: Sequence[Message], more: Mapping[str, Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
         """(text, [start, end) of each message's content in it); an empty span if the template leaves the content out.
 
         A content that the template strips is found as printed.
         """
-        text, spans = self.render(messages), list[tuple[int, int]]()
-        literals = self.literals(tuple(message["role"] for message in messages))
+        text, spans = self.render(messages, more=more), list[tuple[int, int]]()
+        literals = self.literals(tuple(message["role"] for message in messages)) if not more else None
         if literals is not None:
             position = len(literals[0])
             for message, literal in zip(messages, literals[1:], strict=True):
@@ -127,7 +129,8 @@ class ChatTemplate:
         spans, last = [], 0
         for i, message in enumerate(messages):
             # at the marker: a search for the content itself would find "user" in the header of a user's turn
-            start = self.render([*messages[:i], {"role": message["role"], "content": "\ue0000\ue001"}]).find("\ue0000\ue001")
+            marked = {"role": message["role"], "content": "\ue0000\ue001"}
+            start = self.render([*messages[:i], marked], more=more).find("\ue0000\ue001")
             content = message["content"] if text.startswith(message["content"], start) else message["content"].strip()
             if start < last or not text.startswith(content, start):
                 start, content = last, ""

@@ -14,11 +14,11 @@ Special tokens typed by people are broken up (`escape_special`), in training and
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,16 @@ from chatmill.config import ConfigError
 from ..conversation import Conversation, TokenizedDialogue
 from ..preference import REJECTED, with_rejected, without_rejected
 from .budget import TemplateRefusedError
+from .calls.abilities import Abilities
+from .calls.messages import has_structure, is_plain, prompt_parts
+from .calls.saying import thought_end
 from .decoding import Decoding, token_content
 from .folder import config_in, template_in, tokenizer_folder
 from .generation_settings import GENERATION, end_ids, read_settings, to_bytes, with_ids
+from .guard import Guard, template_tokens
 from .pieces import Job, Pieces, T, encoding_of, run_together
 from .proof import Tools, find_fault
-from .replies import OneSamplePerReplyError, Replies, ReplyFinder, any_of
+from .replies import OneSamplePerReplyError, Replies, ReplyFinder
 from .template import TEMPLATES, ChatTemplate, Message, each_string
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -81,7 +85,8 @@ class ChatTokenizer:
         self.turn_ends = frozenset(ends)
         self.stops = tuple(dict.fromkeys((*ends, *end_ids(self.generation))))  # what closes a turn comes first
         self.stop_ids = frozenset(self.stops)
-        self._guard(added)
+        known = {*self.special.values(), *self.turn_ends, *(i for i in (self.bos_id, self.eos_id) if i is not None)}
+        self._guard = Guard(self._tokenizer, known | template_tokens(self._template, known, added), added)
         self.decoding = Decoding(self._tokenizer, self.config)
         # Does a piece encoded alone decode to itself? Not if the tokenizer prepends a space to every text.
         self._can_cut = self.decode(self.encode("a:\n") + self.encode("Hello")) == "a:\nHello"
@@ -126,6 +131,10 @@ class ChatTokenizer:
         """This tokenizer and template with the generation settings of a model."""
         return ChatTokenizer(self._json, self.template_source, self.config, generation)
 
+    def with_template(self, template: str) -> ChatTokenizer:
+        """This tokenizer with another chat template."""
+        return ChatTokenizer(self._json, template, self.config, self.generation)
+
     def save(self, folder: str | Path) -> None:
         """Write the files that load() and transformers read."""
         path = Path(folder)
@@ -162,46 +171,7 @@ class ChatTokenizer:
 
     def escape_special(self, text: str) -> str:
         """Insert a space after the first character of special-token strings, so that nobody can type an end of turn."""
-        if "\ue000" in text or "\ue001" in text:  # the template's own markers
-            text = text.replace("\ue000", "\ufffd").replace("\ue001", "\ufffd")
-        if any(map(text.__contains__, self._guarded_firsts)):
-            text = self._guarded_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text)
-        return self._break_up(text) if self._matches_after_normalizing else text
-
-    def _break_up(self, text: str) -> str:
-        """The same for strings that become a guarded token only when the tokenizer normalises them (`<|IM_END|>`)."""
-        for attempt in range(len(text) + 2):
-            piece = encoding_of(self._tokenizer, text)
-            found = [span for i, span in zip(piece.ids, piece.offsets, strict=True) if i in self._guarded_ids]
-            if not found:
-                break
-            for start, end in reversed(found):
-                # A normaliser may drop the space again, and one character may stand for the whole token.
-                keep = text[start] + " " if attempt == 0 and end - start > 1 else "\ufffd"
-                text = text[:start] + keep + text[start + 1 :]
-        return text
-
-    def _guard(self, added: Mapping[int, AddedToken]) -> None:
-        """Strings that users cannot type: special tokens, and those of the template that the tokenizer does not call special.
-
-        Of the template: what stands around a user's turn, and what opens and closes a reply. Others stay typable: `<think>`
-        is an added token, too, and part of many replies.
-        """
-        guarded = set(self.special.values()) | self.turn_ends | {i for i in (self.bos_id, self.eos_id) if i is not None}
-        plain = {t.content: i for i, t in added.items() if i not in guarded and t.content.strip()}
-        if self._template is not None and plain:
-            user = [{"role": "user", "content": "\ue0000\ue001"}]
-            with contextlib.suppress(TemplateRefusedError):  # it needs other messages; the error comes where it is used
-                before, after = self._template.render(user), self._template.render(user, add_generation_prompt=True)
-                opening = after[len(before) :] if after.startswith(before) else ""
-                first = any_of(t.content for t in added.values() if t.content.strip()).search(opening)
-                found = [*any_of(plain).finditer(before), *([first] if first else [])]
-                guarded |= {plain[match[0]] for match in found if match[0] in plain}
-        tokens = [added[i] for i in guarded if i in added]
-        self._guarded_ids = frozenset(i for i in guarded if i in added)
-        self._guarded_pattern = any_of(token.content for token in tokens)
-        self._guarded_firsts = frozenset(token.content[:1] for token in tokens)
-        self._matches_after_normalizing = self._tokenizer.normalizer is not None and any(t.normalized for t in tokens)
+        return self._guard.escape(text)
 
     # -- dialogues
 
@@ -216,13 +186,22 @@ class ChatTokenizer:
         """From now on templates that ask for the date get today's in prompts. Without it they get a fixed day, as in data."""
         self.template.clock = datetime.now
 
+    @property
+    def abilities(self) -> Abilities:
+        """What the chat template prints beside words."""
+        _ = self.template
+        return self.replies.abilities
+
     def prompt_ids(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
         """Ids to send for the next assistant turn, generation prompt included. variables: more of them for the template."""
-        clean = self._clean(messages)
+        clean, more = self._clean(messages), each_string(variables or {}, self.escape_special)
         self.template.take_time()
-        more = each_string(variables or {}, self.escape_special)
         text = self.template.render(clean, add_generation_prompt=True, more=more)
-        return self._run(self._encode_pieces(text, self.replies.cuts(text, clean))).ids()
+        return self._run(self._encode_pieces(text, self.replies.cuts(text, clean, more))).ids()
+
+    def prompt_parts(self, conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(messages, variables) of a conversation for prompt_ids."""
+        return prompt_parts(conversation, self.abilities if has_structure(conversation) else Abilities())
 
     def encode_dialogue(self, conversation: Conversation) -> TokenizedDialogue:
         """Ids and loss mask of a dialogue (in a document every token except the first has loss).
@@ -254,10 +233,11 @@ class ChatTokenizer:
 
     def _encode(self, conversation: Conversation) -> Job[tuple[TokenizedDialogue, Pieces, Replies, dict[int, tuple[int, int]]]]:
         """Dialogue, the pieces it was encoded in, its replies, and the tokens [start, end) of each supervised one."""
-        messages, supervised = self._messages(conversation), supervised_turns(conversation)
+        supervised = supervised_turns(conversation)
         if not supervised:
             raise ConfigError(f"dialogue {conversation.uid}: the loss mask is all 0")
-        found = self.replies.find(messages, supervised)
+        messages, more = self._messages(conversation)
+        found = self.replies.find(messages, supervised, more)
         pieces = yield from self._encode_pieces(found.text, found.cuts)
         ids = np.array(pieces.ids(), dtype=np.uint32)
         mask, spans = np.zeros(len(ids), dtype=bool), dict[int, tuple[int, int]]()
@@ -267,6 +247,9 @@ class ChatTokenizer:
                 raise TemplateRefusedError(
                     f"chat template: a reply ends with {found.text[end:stop]!r}, which the tokenizer does not make one token"
                 )
+            if not conversation.turns[i].thought_loss:
+                words = pieces.token_at(start + thought_end(found.text[start:end], messages[i].get("reasoning_content")))
+                first = first if words is None else words
             mask[first : last + 1] = True
             spans[i] = (first, last + 1)
         if mask.all():
@@ -284,10 +267,18 @@ class ChatTokenizer:
         if supervised == [len(conversation.turns) - 1]:
             return True
         try:
-            self.replies.find(self._messages(conversation), supervised)
+            messages, more = self._messages(conversation)
+            self.replies.find(messages, supervised, more)
         except OneSamplePerReplyError:
             return False
         return True
+
+    def unsaid_thoughts(self, conversation: Conversation) -> int:
+        """Number of learned replies whose thought the template does not print."""
+        messages, more = self._messages(conversation)
+        found = self.replies.find(messages, supervised_turns(conversation), more)
+        said = [(found.text[a:b], messages[i].get("reasoning_content")) for i, (a, b, _) in found.spans.items()]
+        return sum(bool(thought) and not thought_end(text, thought) for text, thought in said)
 
     def encode_turns(self, conversation: Conversation) -> tuple[TokenizedDialogue, NDArray[np.int32]]:
         """The dialogue and, Int32["L"], the turn that each token belongs to; -1: the template's own tokens.
@@ -302,7 +293,7 @@ class ChatTokenizer:
             return dialogue, turns
         dialogue, pieces, found, supervised = self._run(self._encode(conversation))
         turns = np.full(len(dialogue.ids), -1, dtype=np.int32)
-        text, spans = self.template.content_spans(self._messages(conversation))
+        text, spans = self.template.content_spans(*self._messages(conversation))
         same = next((k for k, (a, b) in enumerate(zip(text, found.text, strict=False)) if a != b), len(text))
         lefts, rights = pieces.offsets()
         stops = np.flatnonzero(np.isin(dialogue.ids, list(self.turn_ends)))
@@ -324,19 +315,29 @@ class ChatTokenizer:
         if conversation.is_document:
             right = not got.loss_mask[0] and bool(got.loss_mask[1:].all())
             return None if right else "a document must carry loss on every token but the first"
-        tools = Tools(self.template.render, self.encode, self.decode, self._prompt_by_definition, self._added)
-        return find_fault(got, self._messages(conversation), supervised_turns(conversation), tools)
+        messages, more = self._messages(conversation)
 
-    def _prompt_by_definition(self, messages: Sequence[Message]) -> list[int]:
-        """prompt_ids of messages that are escaped already, without the cached skeletons."""
-        text = self.template.render(messages, add_generation_prompt=True)
-        return self._run(self._encode_pieces(text, self.replies.cuts_by_definition(text, messages))).ids()
+        def prompt_ids(before: Sequence[Message]) -> list[int]:  # without the cached skeletons
+            text = self.template.render(before, add_generation_prompt=True, more=more)
+            return self._run(self._encode_pieces(text, self.replies.cuts_by_definition(text, before, more))).ids()
 
-    def _messages(self, conversation: Conversation) -> list[dict[str, str]]:
-        return self._clean([{"role": turn.role, "content": turn.content} for turn in conversation.turns])
+        render = partial(self.template.render, more=more)
+        tools = Tools(render, self.encode, self.decode, prompt_ids, self._added)
+        quiet = [i for i, turn in enumerate(conversation.turns) if not turn.thought_loss]
+        return find_fault(got, messages, supervised_turns(conversation), tools, quiet)
 
-    def _clean(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        return [{"role": m["role"], "content": self.escape_special(m["content"])} for m in messages]
+    def _messages(self, conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(messages, variables), escaped."""
+        messages, more = self.prompt_parts(conversation)
+        return self._clean(messages), each_string(more, self.escape_special) if more else {}
+
+    def _clean(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return [
+            {"role": m["role"], "content": self.escape_special(m["content"])}
+            if is_plain(m)
+            else {key: value if key == "role" else each_string(value, self.escape_special) for key, value in m.items()}
+            for m in messages
+        ]
 
     def _encode_pieces(self, text: str, cuts: Sequence[int]) -> Job[Pieces]:
         if not self._can_cut:

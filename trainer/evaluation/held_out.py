@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,9 +63,10 @@ class HeldOut:
         picked: list[int] = self.ids[self.loss_mask & (self.turns == turn)].tolist()
         return picked
 
-    def messages(self, before: int) -> list[dict[str, str]]:
-        """The turns before one, as messages of a prompt."""
-        return [{"role": turn.role, "content": turn.content} for turn in self.conversation.turns[:before]]
+    def prompt_parts(self, tokenizer: ChatTokenizer, before: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(messages of a prompt, variables of the template): the turns before one, and the tools."""
+        messages, more = tokenizer.prompt_parts(self.conversation)
+        return messages[:before], more
 
 
 def read_held_out(
@@ -154,7 +156,9 @@ def held_out(conversation: Conversation, tokenizer: ChatTokenizer, limit: int, s
         if whole > limit and turn == turns[-1]:
             size += _spoken_bytes(tokenizer, ids[kept].tolist(), conversation.turns[turn].content)
         else:
-            size += len(conversation.turns[turn].content.encode("utf-8", "replace"))
+            said = conversation.turns[turn]
+            thought = said.reasoning if said.reasoning and said.thought_loss else ""
+            size += len((thought + said.content).encode("utf-8", "replace"))
     return HeldOut(conversation.uid, source, conversation, ids, mask, turns, size, max(0, whole - limit))
 
 

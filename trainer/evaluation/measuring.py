@@ -171,7 +171,8 @@ class Measurer:
 
     def _prompt(self, dialogue: HeldOut, turn: int) -> list[int]:
         context = self.model.config.context
-        return fit_messages(self.tokenizer, dialogue.messages(turn), context, self.max_new_tokens)[0]
+        messages, more = dialogue.prompt_parts(self.tokenizer, turn)
+        return fit_messages(self.tokenizer, messages, context, self.max_new_tokens, more)[0]
 
     # -- selection
 
@@ -179,7 +180,8 @@ class Measurer:
         dialogue, turn = unit
         context = self.model.config.context
         reserve = min(CANDIDATE_TOKENS, context // 2)
-        prompt, _ = fit_messages(self.tokenizer, dialogue.messages(turn), context, reserve)
+        messages, more = dialogue.prompt_parts(self.tokenizer, turn)
+        prompt, _ = fit_messages(self.tokenizer, messages, context, reserve, more)
         room = min(reserve, context - len(prompt))
         real = key_of(dialogue.conversation.turns[turn].content)
         others = draw_candidates(pool, dialogue.uid, real, self.candidates - 1, self.seed)

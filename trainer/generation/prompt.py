@@ -92,14 +92,20 @@ def check_prompt(prompt_ids: Sequence[int], context: int, vocab_size: int) -> No
 
 
 def fit_messages(
-    tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, Any]], context: int, reserve: int
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    context: int,
+    reserve: int,
+    variables: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], int]:
     """Prompt ids of the newest part of a conversation that leaves `reserve` tokens for the reply.
+
+    variables: more of them for the chat template, `tools` for example.
 
     The oldest turns are dropped first, a question together with its answer; a leading system message and the last turn stay.
     Returns (ids, number of dropped turns). Raises ConfigError if the last turn alone does not fit.
     """
-    turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+    turns = [{**m, "role": str(m["role"]), "content": str(m["content"])} for m in messages]
     for turn in turns:
         check_text(turn["content"], f"the {turn['role']} message")
     system = turns[:1] if turns and turns[0]["role"] == "system" else []
@@ -107,7 +113,7 @@ def fit_messages(
     budget = context - min(reserve, context // 2)
     dropped = 0
     while True:
-        ids = tokenizer.prompt_ids(system + rest)
+        ids = tokenizer.prompt_ids(system + rest, variables)
         if len(ids) <= budget:
             return ids, dropped
         cut = next((i for i in range(1, len(rest)) if rest[i]["role"] == "user"), None)

@@ -135,17 +135,17 @@ def turn_of(message: Any, names: dict[str, str] | None = None) -> Turn:
     calls = message.get("tool_calls") or message.get("function_call") or []
     if isinstance(calls, str):
         calls = json.loads(calls)
-    lines = [call_line(call) for call in (calls if isinstance(calls, list) else [calls])]
-    name = message.get("name")
+    called = calls if isinstance(calls, list) else [calls]
+    lines = [call_line(call) for call in called]
+    ids = tuple(str(call.get("id") or "") for call in called)
+    name, answers = message.get("name"), message.get("tool_call_id") if role == "tool" else None
     if names is not None:
-        for call, line in zip(calls if isinstance(calls, list) else [], lines, strict=False):
-            if call.get("id"):
-                names[str(call["id"])] = json.loads(line)["name"]
-        if role == "tool":
-            name = name or names.get(str(message.get("tool_call_id")))
+        names |= {key: json.loads(line)["name"] for key, line in zip(ids, lines, strict=True) if key}
+        name = name or (names.get(str(answers)) if role == "tool" else None)
     return Turn(
         role, "\n".join([*([text] if text else []), *lines]), None if name is None else str(name),
         seconds_of(message.get("time")), carries_loss(message), thought if role == "assistant" else None, len(lines),
+        ids if any(ids) else (), None if answers is None else str(answers),
     )  # fmt: skip
 
 

@@ -17,8 +17,6 @@ from chatmill.config import ConfigError
 from chatmill.data.conversation import Conversation, Turn, dump_line, load_line
 from chatmill.data.importers.plain import columnar
 from chatmill.data.importers.registry import IMPORTERS, importer
-from chatmill.data.ledger import Ledger
-from chatmill.data.pipeline.stages import _note_unused
 from chatmill.data.samples.pair import merge_same_role
 
 from .fuzz import fuzz, mutate_bytes, outcome
@@ -145,7 +143,7 @@ def test_loss_flags_tools_and_thoughts_are_carried_through() -> None:
         assert found.turns[1].reasoning == "17*3=51" and found.turns[1].content == "等于 51，这是答案。" and not ledger.changed
 
 
-def test_what_is_kept_beside_the_words_is_counted_and_survives_joining() -> None:
+def test_what_is_kept_beside_the_words_survives_joining() -> None:
     line = '{"name": "f", "arguments": {}}'
     turns = (
         Turn("user", "q"), Turn("assistant", "Let me see.", reasoning="hm"), Turn("assistant", line, calls=1),
@@ -154,10 +152,5 @@ def test_what_is_kept_beside_the_words_is_counted_and_survives_joining() -> None
     _, first, _, last = merge_same_role(turns)
     assert first.said == "Let me see." and first.tool_calls == [{"name": "f", "arguments": {}}] and first.reasoning == "hm"
     assert last.content == f"{line}\nIt is 42." and last.calls == 0 and last.reasoning == "so"
-    conversation, ledger = Conversation("u", turns, "s", "o", {"tools": [{}]}), Ledger()
+    conversation = Conversation("u", turns, "s", "o", {"tools": [{}]})
     assert load_line(dump_line(conversation)) == conversation
-    _note_unused(conversation, ledger)
-    assert ledger.changed == {
-        "thought beside a reply kept, not learned": 2,
-        "declarations of tools kept, not in the prompt": 1,
-    }

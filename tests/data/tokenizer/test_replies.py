@@ -145,12 +145,14 @@ def test_the_cached_way_and_the_definition_agree(name: str) -> None:
         TEMPLATE_OF.get(name) or TEMPLATES[name].replace("<|im_end|>", "<|end|>").replace("<|eot_id|>", "<|end|>")
     )
     for sample in in_pieces(talk("q", "a\n", "x", " b", "", "c"), tokenizer):
-        messages, wanted = tokenizer._messages(sample), [len(sample.turns) - 1]
+        messages, wanted = tokenizer._messages(sample)[0], [len(sample.turns) - 1]
         finder = tokenizer.replies
         assert finder.find(messages, wanted) == finder.find_by_definition(messages, wanted)
 
 
-def one_token_more(self: ReplyFinder, messages: Sequence[Message], supervised: Collection[int]) -> Replies:
+def one_token_more(
+    self: ReplyFinder, messages: Sequence[Message], supervised: Collection[int], more: object = None
+) -> Replies:
     found = RIGHT(self, messages, supervised)
     text, spans = found.text, dict(found.spans)
     start, _, _ = spans[1]

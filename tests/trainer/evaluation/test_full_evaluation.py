@@ -140,7 +140,9 @@ def test_replies_made_in_groups_are_those_of_the_chat(measurer: Measurer) -> Non
         turn = choice[1]
         assert turn == found[dialogue.uid]["turn"] is not None
         assert dialogue.conversation.turns[turn].role == "assistant"
-        reply = reply_to(measurer.model, measurer.tokenizer, dialogue.messages(turn), max_new_tokens=24)
+        reply = reply_to(
+            measurer.model, measurer.tokenizer, dialogue.prompt_parts(measurer.tokenizer, turn)[0], max_new_tokens=24
+        )
         assert found[dialogue.uid]["reply"] == reply.text.strip()
         assert found[dialogue.uid]["sums"]["stopped"] == (reply.finish_reason == "stop")
         assert found[dialogue.uid]["reference"] == dialogue.conversation.turns[turn].content
