@@ -150,9 +150,7 @@ def test_the_cached_way_and_the_definition_agree(name: str) -> None:
         assert finder.find(messages, wanted) == finder.find_by_definition(messages, wanted)
 
 
-def one_token_more(
-    self: ReplyFinder, messages: Sequence[Message], supervised: Collection[int], more: object = None
-) -> Replies:
+def one_token_more(self: ReplyFinder, messages: Sequence[Message], supervised: Collection[int], more: object = None) -> Replies:
     found = RIGHT(self, messages, supervised)
     text, spans = found.text, dict(found.spans)
     start, _, _ = spans[1]
