@@ -87,8 +87,8 @@ ROOMS = {
     "stream check pipeline bench",
     "kernels": "tensors eager interpreter launch dispatch layer cross_entropy attention rms_norm rope swiglu "
     "linear_cross_entropy gates bench",
-    "trainer": "model_config adapter_config parallel_config config distributed parallel model generation checkpoint adapters "
-    "optim engine evaluation plan run loop convert chat report bench train",
+    "trainer": "model_config foreign_config adapter_config parallel_config config distributed parallel model backends "
+    "generation checkpoint adapters optim engine evaluation plan run loop convert chat report bench train",
     "launcher": "programs supervise jobs runs sweep doctor own_chats commands demo __main__",
 }
 

@@ -29,10 +29,12 @@ class ModelSection(ModelConfig):
     """`model.*` of a recipe: a checkpoint to start from, or the shape of a new model with random weights.
 
     checkpoint: a Chatmill checkpoint folder. Its own shape is used; a shape field written beside it must agree.
+    impl: who computes the layers: our decoder (own), transformers, or whichever the checkpoint was imported for (auto).
     base_precision: of the matrices that stay frozen (adapter, train.freeze): 4 bits (nf4) or 8 (int8) through bitsandbytes.
     """
 
     checkpoint: str | None = None
+    impl: Literal["auto", "own", "transformers"] = "auto"
     base_precision: Precision = "fp32"
 
     def shape(self) -> ModelConfig:
@@ -272,6 +274,11 @@ class Recipe(Section):
     def _check_lengths(self) -> Recipe:
         if self.objective == "dpo" and self.model.checkpoint is None:
             raise ValueError("objective=dpo starts from a trained model: set model.checkpoint")
+        if self.model.impl == "transformers" and self.model.checkpoint is None:
+            raise ValueError(
+                "model.impl=transformers trains a model that was imported: set model.checkpoint to the folder of "
+                "`chatmill import SOURCE FOLDER --impl transformers`"
+            )
         if self.objective == "dpo" and self.data.overlong != "drop":
             raise ValueError("objective=dpo needs data.overlong=drop: half a preference pair teaches nothing")
         if self.model.checkpoint is None and self.data.sequence_length > self.model.context:

@@ -101,6 +101,16 @@ class ModelConfig(Section):
             raise ValueError(f"head_dim={self.d_head} is odd; rotary positions need an even one")
         return self
 
+    @property
+    def name(self) -> str:
+        """The architecture, for people."""
+        return self.family
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the parameters with one row per token, the embedding first."""
+        return ("embed.weight",) if self.tied_embeddings else ("embed.weight", "head.weight")
+
     def window_of(self, layer: int) -> int | None:
         """Sliding window of a layer in tokens, or None for full causal attention."""
         if self.sliding_window is None or (self.sliding_layers is not None and layer not in self.sliding_layers):
@@ -122,6 +132,10 @@ class ModelConfig(Section):
             "head": 0 if self.tied_embeddings else self.vocab_size * h,
         }
         return parts | {"total": sum(parts.values())}
+
+    def active_parameters(self) -> int:
+        """Parameters that one token passes through: all of them, but of experts only those that it takes."""
+        return self.parameter_counts()["total"]
 
     def matrix_parameters(self) -> int:
         """Elements of the matrices that every token is multiplied with: those of the layers, and the head."""

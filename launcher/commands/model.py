@@ -68,6 +68,8 @@ def add_commands(commands: Any) -> None:
     command.add_argument("source", help=source)
     command.add_argument("out", help="checkpoint folder to make")
     command.add_argument("--base", help="for an adapter folder of PEFT: the checkpoint of the model that it changes")
+    impl = "who computes it: our decoder (own), transformers, or transformers where our decoder does not know it (auto)"
+    command.add_argument("--impl", choices=("auto", "own", "transformers"), default="auto", help=impl)
     command.add_argument("--force", action="store_true", help="replace an existing checkpoint")
     add_quiet(command)
 
@@ -206,9 +208,17 @@ def _import(options: argparse.Namespace) -> int:
     if known is not None:
         print(f"{out} was imported from {options.source} before, and is whole: nothing to do (--force imports it again)")
     with LongWork(PHASES, options.quiet) as show:
-        checkpoint = known or import_any(options.source, out, force=options.force, base=options.base, progress=show)
-    total = checkpoint.config.parameter_counts()["total"]
-    print(f"{checkpoint.path}: {checkpoint.config.family}, {total:,} parameters, vocabulary {checkpoint.config.vocab_size:,}")
+        checkpoint = known or import_any(
+            options.source, out, force=options.force, base=options.base, progress=show, impl=options.impl
+        )
+    config, source = checkpoint.config, checkpoint.meta.get("source") or {}
+    total, active = config.parameter_counts()["total"], config.active_parameters()
+    share = "" if active == total else f" ({active:,} active)"
+    print(f"{checkpoint.path}: {config.name}, {total:,} parameters{share}, vocabulary {config.vocab_size:,}")
+    if why := source.get("why"):
+        print(f"note: each document is a row of its own, padded to the longest of its batch: {why}")
+    if left := source.get("left_out"):
+        print(f"note: transformers leaves out {len(left)} tensors: {', '.join(left[:3])}; an export does not have them")
     if problem := chat_problem(checkpoint):
         print(f"note: {problem}")
     return 0

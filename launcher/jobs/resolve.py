@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatmill.config import ConfigError, read_json, validate
+from chatmill.config import ConfigError, read_json
 from chatmill.run_files import list_checkpoints
 
 from ...trainer.config import ModelConfig, Recipe, load_recipe
+from ...trainer.foreign_config import read_config
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def model_shape(recipe: Recipe) -> ModelConfig | None:
             f"model.checkpoint: {folder} is not a checkpoint: it has a config.json, but no manifest.json.\n"
             "If it is a Hugging Face folder, make a checkpoint of it with `chatmill import`."
         )
-    shape = validate(ModelConfig, read_json(file), str(file))
+    shape = read_config(read_json(file), str(file))
     return shape.model_copy(update={"vocab_size": _rows(file.parent, shape.vocab_size, Path(recipe.data.path))})
 
 

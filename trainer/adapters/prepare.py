@@ -20,16 +20,23 @@ from chatmill.config import ConfigError
 from ..adapter_config import QUANTISED, AdapterSection, Precision
 from ..config import Recipe
 from ..model.decoder import Block, Decoder, Linear, TokenTable
+from ..model.language_model import LanguageModel
 from .layers import KEPT, AdaptedLinear, AdaptedTable, FrozenLinear, in_precision
 
 ALL_LINEAR = "all-linear"
 THEIRS = {"embed_tokens": "embed", "lm_head": "head"}  # Hugging Face's names; q_proj and the like lose their ending
 
 
-def prepare(model: Decoder, recipe: Recipe) -> None:
+def prepare(model: LanguageModel, recipe: Recipe) -> None:
     """Make the model what adapter, train.freeze and model.base_precision ask for. Raises ConfigError."""
     precision = recipe.model.base_precision
+    if not isinstance(model, Decoder) and (recipe.adapter is not None or precision != "fp32"):
+        raise ConfigError(
+            f"adapter and model.base_precision work on our own decoder only; {recipe.model.checkpoint} is a model of "
+            "transformers.\nTrain all weights, or choose some with train.freeze."
+        )
     if recipe.adapter is not None:
+        assert isinstance(model, Decoder)
         adapt(model, recipe.adapter, precision)
     elif recipe.train.freeze:
         names = matching(recipe.train.freeze, [name for name, _ in model.named_parameters()], "train.freeze")
@@ -69,7 +76,7 @@ def adapt(model: Decoder, settings: AdapterSection, precision: Precision = "fp32
         cast(Block, block).draws = settings.dropout > 0
 
 
-def _lower(model: Decoder, precision: Precision) -> None:
+def _lower(model: LanguageModel, precision: Precision) -> None:
     """Give what is frozen, has two dimensions and is fp32 the precision of the base."""
     if precision == "fp32":
         return

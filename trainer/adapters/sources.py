@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..adapter_config import QUANTISED, AdapterSection
 from ..checkpoint.sharding import TensorSource, copy_from, local_of, local_range
+from ..model.language_model import LanguageModel
 from .layers import AdaptedLinear, AdaptedTable, FrozenLinear
 from .prepare import frozen_parameters
 from .quantised import quantise, rounded
@@ -135,8 +136,8 @@ def product_part(b: Tensor, a: Tensor, start: int, stop: int) -> Tensor:
     return (b[top:bottom].double() @ a.double()).flatten()[start - top * columns : stop - top * columns]
 
 
-def load_frozen(model: nn.Module, source: TensorSource) -> None:
-    """Fill the frozen parameters of a model (whole or sharded by rows); a rank reads and quantises its own rows only."""
+def load_frozen(model: LanguageModel, source: TensorSource) -> None:
+    """Fill the frozen parameters (whole or sharded by rows) and the constants; a rank reads and quantises its own rows only."""
     quantised: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, FrozenLinear) and module.precision in QUANTISED:
@@ -145,6 +146,8 @@ def load_frozen(model: nn.Module, source: TensorSource) -> None:
     for name, parameter in frozen_parameters(model):
         if name not in quantised:
             copy_from(source, name, parameter)
+    for name, tensor in model.constants():
+        copy_from(source, name, tensor)
 
 
 @torch.no_grad()

@@ -19,15 +19,16 @@ from ...data.tokenizer.generation_settings import end_ids
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..adapters.merging import MergedCheckpoint, facts_of, merged, open_base, with_base
 from ..adapters.shared import same_base, shared_model, why_alone
+from ..backends.choose import build_model
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ..model.decoder import Decoder
+from ..model.language_model import LanguageModel
 
 
 @dataclass(frozen=True, slots=True)
 class ChatModel:
     """name: the checkpoint's or its run's folder name, for people. variant: of the model, where adapters share it."""
 
-    model: Decoder
+    model: LanguageModel
     tokenizer: ChatTokenizer
     path: Path
     name: str
@@ -109,12 +110,12 @@ def _tokenizer_of(found: Checkpoint) -> ChatTokenizer:
 
 
 def _alone(found: Checkpoint, tokenizer: ChatTokenizer, device: str | None) -> ChatModel:
-    model = Decoder(found.config)
+    model = build_model(found.config)
     found.load_into(model)
     return ChatModel(_placed(model, device), tokenizer, found.path, name_of(found))
 
 
-def _placed(model: Decoder, device: str | None) -> Decoder:
+def _placed(model: LanguageModel, device: str | None) -> LanguageModel:
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device=place, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
     model.eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,11 +30,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from chatmill.config import ConfigError, read_json, validate
+from chatmill.config import ConfigError, read_json
 from chatmill.files import folder_beside, publish_folder, read_unchanged, remove_leftovers
 from chatmill.run_files import MANIFEST, list_checkpoints, step_of
 
-from ..model.shapes import parameter_shapes
+from ..backends.choose import tensor_shapes
+from ..foreign_config import read_config
+from ..model.language_model import LanguageModel
 from ..model_config import ModelConfig
 from .files import (
     FileStamp,
@@ -53,6 +56,7 @@ from .manifest import DTYPES, CheckpointError, read_manifest, write_manifest
 
 BEST = "best.json"
 WEIGHTS = ("float32", "bfloat16", "float16")
+_LAYER = re.compile(r"(?:.*?\.)?(?:layers|h|blocks)\.\d+(?=\.)")
 
 
 class CheckpointWriter:
@@ -195,10 +199,11 @@ class Checkpoint:
 
         Raises CheckpointError.
         """
-        layers = {name.split(".")[1] for name in self.names() if name.startswith("layers.")}
+        names = self.names()
+        layers = {found.group() for name in names if (found := _LAYER.match(name))}
         if len(layers) != self.config.layers:  # before a decoder of so many layers is described
             raise CheckpointError(f"{self.path}: config.json says {self.config.layers} layers, its tensors {len(layers)}.")
-        shapes = parameter_shapes(self.config)
+        shapes = tensor_shapes(self.config)
         self._check_names(set(shapes))
         for name, shape in shapes.items():
             if self.shape(name) != tuple(shape):
@@ -221,8 +226,9 @@ class Checkpoint:
             )
 
     def load_into(self, model: nn.Module) -> None:
-        """Copy every parameter into model (names must match exactly). Raises CheckpointError, also for NaN."""
-        targets = dict(model.named_parameters())
+        """Copy every tensor into model (names must match exactly). Raises CheckpointError, also for NaN."""
+        constants = model.constants() if isinstance(model, LanguageModel) else ()
+        targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(constants)}
         self._check_names(set(targets))
         with torch.no_grad():
             for name, tensor in self.tensors():
@@ -330,7 +336,7 @@ def _read_folder(path: Path, verify: bool) -> Checkpoint:
     if problems:
         raise CheckpointError("damaged checkpoint: " + "; ".join(problems))
     try:
-        config = validate(ModelConfig, read_json(path / "config.json"), str(path / "config.json"))
+        config = read_config(read_json(path / "config.json"), str(path / "config.json"))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None  # a run then has its older checkpoints
     stamps = {name: stamp_of(path / name) for name in manifest["files"]}

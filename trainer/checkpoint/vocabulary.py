@@ -23,7 +23,6 @@ from .checkpoint import Checkpoint
 from .rows import new_tokens, rows_needed
 from .sharding import TensorSource
 
-TABLES = ("embed.weight", "head.weight")
 _CHUNK = 4096  # rows read at once for the mean
 
 
@@ -41,17 +40,24 @@ def with_new_rows(checkpoint: Checkpoint, config: ModelConfig, tokenizer: ChatTo
     if not new and config.vocab_size == checkpoint.config.vocab_size:
         return checkpoint
     trained = {i for i in ChatTokenizer.load(checkpoint.path, use_template=False).ids() if i < checkpoint.config.vocab_size}
-    return WiderTables(checkpoint, config.vocab_size, trained, set(new.values()) - trained)
+    return WiderTables(checkpoint, config.vocab_size, trained, set(new.values()) - trained, config.tables)
 
 
 class WiderTables:
-    """A TensorSource whose tables have `rows` rows; everything else is read from the source.
+    """A TensorSource whose tables (by name) have `rows` rows; everything else is read from the source.
 
     Rows of `new` tokens, and those beyond the source's, are the mean of the rows of `trained` tokens.
     """
 
-    def __init__(self, source: TensorSource, rows: int, trained: Collection[int], new: Collection[int]) -> None:
-        self._source, self._rows = source, rows
+    def __init__(
+        self,
+        source: TensorSource,
+        rows: int,
+        trained: Collection[int],
+        new: Collection[int],
+        tables: Collection[str] = ("embed.weight", "head.weight"),
+    ) -> None:
+        self._source, self._tables, self._rows = source, tables, rows
         self._trained = torch.tensor(sorted(trained))
         self._new = sorted(new)
         self._means: dict[str, Tensor] = {}
@@ -63,18 +69,18 @@ class WiderTables:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; a table has more rows."""
         held = self._source.shape(name)
-        return (self._rows, *held[1:]) if name in TABLES else held
+        return (self._rows, *held[1:]) if name in self._tables else held
 
     def tensor(self, name: str) -> Tensor:
         """One tensor by name."""
-        if name not in TABLES:
+        if name not in self._tables:
             return self._source.tensor(name)
         shape = self.shape(name)
         return self.read(name, 0, prod(shape)).reshape(shape)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
-        if name not in TABLES:
+        if name not in self._tables:
             return self._source.read(name, start, stop)
         mean, held = self._mean(name), prod(self._source.shape(name))
         width = len(mean)

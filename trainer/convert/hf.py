@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,15 +26,18 @@ from chatmill.run_files import MANIFEST
 from ...data.tokenizer.generation_settings import GENERATION, as_setting, end_ids, read_settings, to_bytes, with_ids
 from ..adapters.merging import open_model
 from ..checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
-from ..checkpoint.files import write_small_file
+from ..checkpoint.files import not_finite, write_small_file
 from ..config import ModelConfig
+from ..foreign_config import ForeignConfig
 from .endings import Endings, endings
+from .family import families
 from .hf_config import read_hf_config, write_hf_config
 from .hf_weights import DTYPES, INDEX, check_names, check_shapes, read_tensors, tensor_files, write_weights
 from .model_card import model_card
 from .names import hf_tensors, parameter_shapes
 from .tokenizer_class import as_it_is
 
+Impl = Literal["auto", "own", "transformers"]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,12 +56,15 @@ def import_hf(
     source_dir: str | Path,
     out_dir: str | Path,
     *,
+    impl: Impl = "auto",
     shard_bytes: int = 2 << 30,
     origin: Mapping[str, str] | None = None,
     progress: Report = silent,
 ) -> Checkpoint:
     """Write the Chatmill checkpoint out_dir from a Hugging Face folder with safetensors weights.
 
+    impl: who computes the model: our decoder (own: known families only), transformers, or transformers where the family is
+    not known (auto).
     shard_bytes: size of the checkpoint's files, and about the memory needed. origin: what the checkpoint says of its source,
     instead of the folder's name. Raises ConfigError for what does not fit.
     """
@@ -66,30 +73,70 @@ def import_hf(
     refuse_links_out(source)
     raw = read_json(source / "config.json", "a Hugging Face model folder")
     where = tensor_files(source)
+    if impl == "transformers" or (impl == "auto" and is_foreign(raw)):
+        return import_foreign(source, raw, where, Path(out_dir), shard_bytes, origin, progress)
     config = read_hf_config(raw, str(source / "config.json"), where)
     wanted, rows = hf_tensors(config), parameter_shapes(config)
     check_names(wanted, where, config, source)
     check_shapes({theirs: _stacked([rows[name] for name in names]) for theirs, names in wanted.items()}, where)
     _check_vocabulary(source, config)
     settings = _generation_settings(source, raw)
-    meta = {
-        **(origin or {"imported_from": source.resolve().name}),
-        "architecture": raw.get("architectures"),
-        "dtype": raw.get("dtype") or raw.get("torch_dtype"),
-    }
-    with CheckpointWriter(out_dir, config, meta={"source": meta}, shard_bytes=shard_bytes) as writer:
+    with CheckpointWriter(out_dir, config, meta={"source": _origin(source, raw, origin)}, shard_bytes=shard_bytes) as writer:
         for number, (theirs, tensor) in enumerate(read_tensors(source, where, wanted)):
             progress("weights", number, len(wanted))
             names = wanted[theirs]
             for name, part in zip(names, tensor.split([rows[name][0] for name in names]), strict=True):
                 writer.add(name, part)
-        for file in TOKENIZER_FILES:
-            if (source / file).is_file():
-                writer.add_file(file, (source / file).read_bytes())
-        if settings:
-            writer.add_file(GENERATION, to_bytes(settings))
+        _add_companions(writer, source, settings)
     progress("weights", len(wanted), len(wanted))
     return open_checkpoint(out_dir, verify=False)
+
+
+def is_foreign(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json names a family that our decoder does not know, and transformers may."""
+    return isinstance(name := raw.get("model_type"), str) and name not in families() and find_spec("transformers") is not None
+
+
+def import_foreign(
+    source: Path,
+    raw: Mapping[str, Any],
+    where: Mapping[str, Path],
+    out: Path,
+    shard_bytes: int,
+    origin: Mapping[str, str] | None,
+    progress: Report,
+) -> Checkpoint:
+    """import_hf of a model that transformers computes: its loader holds all weights in memory. Raises ConfigError."""
+    from ..backends.weights import load_pretrained
+
+    progress("weights", 0, 1)
+    model, remark = load_pretrained(source, raw, where)
+    _check_vocabulary(source, model.config)
+    settings = _generation_settings(source, raw)
+    meta = {**_origin(source, raw, origin), **remark}
+    with CheckpointWriter(out, model.config, meta={"source": meta}, shard_bytes=shard_bytes) as writer:
+        for name, tensor in (*model.named_parameters(), *model.constants()):
+            if problem := not_finite(tensor):
+                raise ConfigError(f"{source}: {name} {problem}. The weights are damaged; fetch the files again.")
+            writer.add(name, tensor)
+        _add_companions(writer, source, settings)
+    progress("weights", 1, 1)
+    return open_checkpoint(out, verify=False)
+
+
+def _origin(source: Path, raw: Mapping[str, Any], origin: Mapping[str, str] | None) -> dict[str, Any]:
+    """What the checkpoint says of its source."""
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    return {**(origin or {"imported_from": source.resolve().name}), "architecture": raw.get("architectures"), "dtype": dtype}
+
+
+def _add_companions(writer: CheckpointWriter, source: Path, settings: Mapping[str, Any]) -> None:
+    """Tokenizer, chat template and generation settings of a folder."""
+    for file in TOKENIZER_FILES:
+        if (source / file).is_file():
+            writer.add_file(file, (source / file).read_bytes())
+    if settings:
+        writer.add_file(GENERATION, to_bytes(settings))
 
 
 def export_hf(
@@ -114,7 +161,9 @@ def export_hf(
         raise ConfigError(f"{out} exists already. Choose another folder" + (": it holds no export." if overwrite else "."))
     checkpoint.check_model()
     held, found = checkpoint.tensor(checkpoint.names()[0]).dtype, endings(checkpoint)
-    raw = write_hf_config(checkpoint.config, str(DTYPES[dtype] if dtype else held).removeprefix("torch."))
+    kind = str(DTYPES[dtype] if dtype else held).removeprefix("torch.")
+    config = checkpoint.config
+    raw = foreign_config(config, kind) if isinstance(config, ForeignConfig) else write_hf_config(config, kind)
     raw |= {"bos_token_id": found.bos, "eos_token_id": as_setting(found.stops), "pad_token_id": found.pad}
     with folder_beside(out) as temporary:
         index = write_weights(checkpoint, temporary, DTYPES[dtype] if dtype else None, shard_bytes, progress)
@@ -129,6 +178,11 @@ def export_hf(
         progress("to disk", 1, 1)
         publish_folder(temporary, out)
     return out
+
+
+def foreign_config(config: ForeignConfig, dtype: str) -> dict[str, Any]:
+    """config.json as it came, with the rows and the data type that the weights have now."""
+    return config.hf_config() | {name: dtype for name in ("dtype", "torch_dtype") if name in config.source or name == "dtype"}
 
 
 def refuse_links_out(source: Path) -> None:

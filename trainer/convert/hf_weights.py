@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from chatmill.progress import Report, silent
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import not_finite, save_tensors
+from ..foreign_config import ForeignConfig
 from ..model_config import ModelConfig
 from .names import hf_tensors
 
@@ -167,14 +169,10 @@ def write_weights(
         pending.clear()
         held = 0
 
-    wanted = hf_tensors(checkpoint.config)
-    for number, (name, parts) in enumerate(wanted.items()):
-        progress("weights", number, len(wanted))
-        tensors = [checkpoint.tensor(part) for part in parts]
-        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    for name, ours, tensor in _their_tensors(checkpoint, progress):
         if problem := not_finite(tensor):
-            raise ConfigError(f"{checkpoint.path}: {', '.join(parts)} {problem}. A model with such weights is not exported.")
-        tensor = tensor if dtype is None else tensor.to(dtype)
+            raise ConfigError(f"{checkpoint.path}: {ours} {problem}. A model with such weights is not exported.")
+        tensor = tensor.contiguous() if dtype is None else tensor.to(dtype).contiguous()
         if pending and held + tensor.nbytes > shard_bytes:
             flush()
         pending[name] = tensor
@@ -182,7 +180,6 @@ def write_weights(
         total += tensor.nbytes
     if pending:
         flush()
-    progress("weights", len(wanted), len(wanted))
     if len(shards) == 1:
         (folder / "part-0").rename(folder / SINGLE)
         return None
@@ -192,3 +189,22 @@ def write_weights(
         (folder / f"part-{i}").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _their_tensors(checkpoint: Checkpoint, progress: Report) -> Iterator[tuple[str, str, Tensor]]:
+    """(name in a Hugging Face folder, ours, tensor) of a checkpoint, in the order in which they are written."""
+    config = checkpoint.config
+    if isinstance(config, ForeignConfig):
+        from ..backends.weights import as_it_came
+
+        names = checkpoint.names()
+        read = {name: partial(checkpoint.tensor, name) for name in names}
+        for name, tensor in as_it_came(config, read, partial(progress, "weights")):
+            yield name, name, tensor
+        return
+    wanted = hf_tensors(config)
+    for number, (name, parts) in enumerate(wanted.items()):
+        progress("weights", number, len(wanted))
+        tensors = [checkpoint.tensor(part) for part in parts]
+        yield name, ", ".join(parts), tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    progress("weights", len(wanted), len(wanted))

@@ -16,16 +16,23 @@ from chatmill.run_files import MANIFEST, is_published
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
-from .hf import READ, refuse_foreign_folder
+from .hf import READ, Impl, refuse_foreign_folder
 from .hf_weights import INDEX, SINGLE
 
 PHASES = ("weights", "verify")  # what import_any reports
 
 
-def import_any(source: str, out: Path, force: bool = False, base: str | None = None, progress: Report = silent) -> Checkpoint:
+def import_any(
+    source: str,
+    out: Path,
+    force: bool = False,
+    base: str | None = None,
+    progress: Report = silent,
+    impl: Impl = "auto",
+) -> Checkpoint:
     """Import `source` into the checkpoint folder `out`. Raises ConfigError; an existing `out` needs force.
 
-    base: the checkpoint of the model that a PEFT adapter changes.
+    base: the checkpoint of the model that a PEFT adapter changes. impl: see import_hf; .gguf files are for our decoder.
     """
     from .peft_folder import import_peft, is_peft_folder
 
@@ -47,10 +54,12 @@ def import_any(source: str, out: Path, force: bool = False, base: str | None = N
         )
     if base is not None:
         return import_peft(path, base, out)
+    if impl == "transformers" and not path.is_dir():
+        raise ConfigError(f"{source}: --impl transformers takes a Hugging Face folder, not a .gguf file.")
     if path.is_dir():
         from .hf import import_hf
 
-        import_hf(path, out, origin=origin, progress=progress)
+        import_hf(path, out, impl=impl, origin=origin, progress=progress)
     else:
         from .gguf.importing import import_gguf
 

@@ -42,7 +42,7 @@ def model_card(checkpoint: Checkpoint) -> str:
         "---",
         f"# {name}",
         "",
-        f"A chat model of {total:,} parameters ({config.family}: {config.layers} layers, width {config.hidden_size}, "
+        f"A chat model of {total:,} parameters ({config.name}: {config.layers} layers, width {config.hidden_size}, "
         f"{config.heads} heads over {config.kv_heads} key/value heads, context {config.context:,} tokens, "
         f"vocabulary {config.vocab_size:,}), exported from a Chatmill checkpoint.",
         "",

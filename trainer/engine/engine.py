@@ -28,10 +28,10 @@ from ..checkpoint.files import Share
 from ..checkpoint.sharding import TensorSource
 from ..config import Recipe
 from ..distributed.world import World
-from ..model.decoder import Decoder, LossOutput
+from ..model.language_model import LanguageModel, LossOutput
 from ..optim.ema import GROUP, PREFIX, WeightAverage
 
-Objective = Callable[[Tensor], LossOutput]  # what Decoder.forward hands its token losses Float["T"] to
+Objective = Callable[[Tensor], LossOutput]  # what LanguageModel.forward hands its token losses Float["T"] to
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Engine(Protocol):
 
     recipe: Recipe
     world: World
-    decoder: Decoder
+    decoder: LanguageModel
     model: nn.Module
     objective: Callable[[PackedBatch], Objective] | None
     average: WeightAverage | None

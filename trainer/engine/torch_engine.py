@@ -34,7 +34,7 @@ from ..checkpoint.files import Share
 from ..checkpoint.sharding import TensorSource, copy_from, shares_of, states_by_parameter
 from ..config import Recipe
 from ..distributed.world import World
-from ..model.decoder import Decoder, LossOutput
+from ..model.language_model import LanguageModel, LossOutput
 from ..optim.ema import GROUP, PREFIX, WeightAverage, swapped
 from ..optim.optimizer import build_optimizer, restore_state, saved_state, set_rate
 from ..parallel.context import ContextGroup, context_method
@@ -47,7 +47,7 @@ from .engine import Objective, StepSums, check_average, proof, run_model, sum_mi
 class TorchEngine:
     """A model wrapped for its strategy, with its optimizer; see the protocol Engine (engine.py)."""
 
-    def __init__(self, recipe: Recipe, model: Decoder, world: World) -> None:
+    def __init__(self, recipe: Recipe, model: LanguageModel, world: World) -> None:
         self.recipe, self.world, self.decoder = recipe, world, model
         self.grid = grid_of(recipe.parallel, world.world_size)
         if recipe.parallel.strategy != "fsdp2":  # fully_shard moves and shards layer by layer: the whole model need not fit
@@ -64,7 +64,7 @@ class TorchEngine:
         self._gradients_seen = False
         self._norm: Tensor | None = None
 
-    def _wrap(self, model: Decoder) -> nn.Module:
+    def _wrap(self, model: LanguageModel) -> nn.Module:
         parallel, world, grid = self.recipe.parallel, self.world, self.grid
         if parallel.strategy == "single":
             return model
@@ -133,7 +133,7 @@ class TorchEngine:
     def _micro_batch(self, batch: PackedBatch, scale: float, last: bool) -> LossOutput:
         with self._gradient_sync(last):
             if self.world.device.type == "cpu":  # a GPU's kernels round that gradient to bf16, and are measured without it
-                (self.decoder.head or self.decoder.embed).loss_scale = scale
+                self.decoder.set_loss_scale(scale)
             output = self.forward(batch)
             (output.loss_sum * scale).backward()
         return output
@@ -207,6 +207,8 @@ class TorchEngine:
         named = trained_parameters(self.decoder)
         for name, parameter in kept_parameters(self.decoder):
             yield "model", name, parameter.detach()
+        for name, tensor in self.decoder.constants():
+            yield "model", name, tensor
         for name, parameter in named:
             for key, value in saved_state(self.optimizer, parameter).items():
                 yield "optimizer", f"{name}.{key}", value

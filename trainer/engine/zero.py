@@ -24,10 +24,10 @@ from chatmill.config import ConfigError
 from ...data.stream import PackedBatch
 from ..adapters.prepare import frozen_parameters, kept_parameters, trained_parameters
 from ..checkpoint.files import Share
-from ..checkpoint.sharding import TensorSource, shares_of, states_by_parameter
+from ..checkpoint.sharding import TensorSource, copy_from, shares_of, states_by_parameter
 from ..config import Recipe
 from ..distributed.world import World
-from ..model.decoder import Decoder, LossOutput
+from ..model.language_model import LanguageModel, LossOutput
 from ..optim.ema import GROUP, PREFIX, WeightAverage, swapped
 from ..optim.optimizer import build_optimizer, expected_keys, set_rate, wrong_state
 from ..optim.zero_muon import SlicedMatrix, ZeroMuon, slices_of
@@ -40,7 +40,7 @@ _NOTHING = torch.empty(0)
 class ZeroEngine:
     """A model in a DeepSpeedEngine; torch's AdamW (and Muon) step on the local shards. See the protocol Engine."""
 
-    def __init__(self, recipe: Recipe, model: Decoder, world: World) -> None:
+    def __init__(self, recipe: Recipe, model: LanguageModel, world: World) -> None:
         self.recipe, self.world, self.decoder = recipe, world, model
         self.objective: Callable[[PackedBatch], Objective] | None = None
         self.stage = int(recipe.parallel.strategy.removeprefix("zero"))
@@ -147,6 +147,8 @@ class ZeroEngine:
         for name, parameter in self._named:
             yield from self._share("model", name, parameter, None)
         yield from self._frozen_shares()
+        constants = [("model", name, tensor) for name, tensor in self.decoder.constants()]
+        yield from shares_of(constants, self.world.rank, self.world.world_size)
         if any(self.optimizer.state.get(flat) for flat in self._flat_partitions()):
             yield from self._state_shares()
         if self.average is not None:
@@ -215,6 +217,8 @@ class ZeroEngine:
             if source.shape(name) != tuple(_shape(parameter)):
                 raise ConfigError(f"checkpoint: {name} has shape {source.shape(name)}, expected {tuple(_shape(parameter))}")
             self._set_copy(parameter, source.tensor(name) if self.stage < 3 or self.world.is_main else None)
+        for name, tensor in self.decoder.constants():
+            copy_from(source, name, tensor)
         if self.average is not None:
             self.average.reset()
 

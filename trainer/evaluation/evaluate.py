@@ -31,10 +31,10 @@ from ...data.samples.repeats import in_words
 from ...data.shards.manifest import read_manifest
 from ...data.tokenizer.tokenizer import ChatTokenizer
 from ..adapters.merging import open_model
+from ..backends.choose import build_model
 from ..checkpoint.checkpoint import Checkpoint
 from ..distributed.world import World, end_world
 from ..generation.sampling import Sampling
-from ..model.decoder import Decoder
 from .bleu_tokenizer import mismatch, tokenizer_for
 from .budget import EVERYTHING, Share, cpu_share
 from .figures import CANDIDATES, PARTS, compare, summarise
@@ -130,7 +130,7 @@ def evaluate_fully(
         max_tokens=share.tokens if sampled else None, seed=options.seed,
     )  # fmt: skip
     repeated = {} if options.split == "train" else repeats_of(folders, say)
-    model = Decoder(checkpoint.config)
+    model = build_model(checkpoint.config)
     checkpoint.load_into(model)
     model.to(world.device).eval().requires_grad_(False)
     generate = share.replies if options.generate is None else options.generate

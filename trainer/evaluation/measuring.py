@@ -28,7 +28,7 @@ from ..generation.candidates import grouped, score_candidates
 from ..generation.prompt import Prompt, fit_messages
 from ..generation.replies import Reply, replies_to_many
 from ..generation.sampling import Sampling
-from ..model.decoder import Decoder
+from ..model.language_model import LanguageModel
 from .figures import CANDIDATES, ROLES, TURN_BUCKETS
 from .held_out import HeldOut, choose_turn
 from .text_scores import Bleu, reply_scores, words
@@ -54,7 +54,7 @@ def turn_bucket(reply: int) -> str:
 class Measurer:
     """A model, its held-out dialogues, and how replies are made. candidates: replies to choose among, the real one included."""
 
-    model: Decoder
+    model: LanguageModel
     tokenizer: ChatTokenizer
     dialogues: Sequence[HeldOut]
     seed: int = 0

@@ -16,20 +16,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..model.decoder import Decoder
-from ..model.kv_cache import KVCache
+from ..model.language_model import LanguageModel
 from ..model.variants import using_rows
 from .generation import Generation, TokenStep
 
 
-def next_steps(model: Decoder, generations: Sequence[Generation]) -> list[TokenStep | None]:
+def next_steps(model: LanguageModel, generations: Sequence[Generation]) -> list[TokenStep | None]:
     """Advance every generation by one token; None for those that are over."""
     rows = joint_logits(model, generations)
     return [g.accept(rows[i]) if i in rows else next(g, None) for i, g in enumerate(generations)]
 
 
 @torch.no_grad()
-def joint_logits(model: Decoder, generations: Sequence[Generation]) -> dict[int, Tensor]:
+def joint_logits(model: LanguageModel, generations: Sequence[Generation]) -> dict[int, Tensor]:
     """Logits Float["V"] by index, for the generations with exactly one token to read; empty when there are fewer than two.
 
     Their caches then hold that token; an exception leaves all caches as they were.
@@ -38,27 +37,6 @@ def joint_logits(model: Decoder, generations: Sequence[Generation]) -> dict[int,
     if len(ready) < 2:
         return {}
     tokens = torch.cat([generations[i].pending for i in ready])  # (B,)
-    caches = [generations[i].cache for i in ready]
-    for cache in caches:
-        cache.reserve(1)
-    positions = torch.tensor([cache.length for cache in caches], device=tokens.device)
     with using_rows([generations[i].variant for i in ready], tokens.device):
-        logits = model.classify(model.hidden_states(tokens, positions, memory=CacheRows(caches)))
-    for cache in caches:
-        cache.length += 1
+        logits = model.joint_logits(tokens, [generations[i].cache for i in ready])
     return dict(zip(ready, logits, strict=True))
-
-
-class CacheRows:
-    """The memory of a batch: row i attends over cache i, and only there."""
-
-    def __init__(self, caches: Sequence[KVCache]) -> None:
-        self._caches = caches
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
-        """Row by row; see `chatmill.trainer.model.decoder.TokenMemory`."""
-        out = torch.empty_like(q)
-        for i, cache in enumerate(self._caches):
-            row = slice(i, i + 1)
-            out[row] = cache.attend(layer, q[row], k[row], v[row], window=window, softcap=softcap)
-        return out

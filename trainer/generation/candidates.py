@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..model.decoder import Decoder
 from ..model.kv_cache import KVCache, cached_attention
+from ..model.language_model import Cache, LanguageModel
 from .generation import PREFILL_CHUNK
 
 PASS_TOKENS = 512  # of candidates: bounds the mask (C x (P + C)) and the logits (C x V)
@@ -48,18 +49,22 @@ class SharedPrefix:
 
 
 @torch.no_grad()
-def score_candidates(model: Decoder, prompt_ids: Sequence[int], candidates: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+def score_candidates(
+    model: LanguageModel, prompt_ids: Sequence[int], candidates: Sequence[Sequence[int]]
+) -> list[tuple[float, int]]:
     """(sum of ln p, number of tokens) of each candidate; context and candidate must fit into the model's context."""
     weight = next(model.parameters())
     device, kind = weight.device, weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    cache = KVCache(model.config, len(prompt_ids), dtype, device)
+    cache = model.new_cache(len(prompt_ids) + max(map(len, candidates)), dtype, device)
     last: Tensor | None = None
     for chunk in torch.tensor(list(prompt_ids), dtype=torch.long, device=device).split(PREFILL_CHUNK):
         last = model.cached_logits(chunk, cache)
     assert last is not None
     first = last.log_softmax(-1).double().cpu()
     found = [(float(first[ids[0]]), len(ids)) for ids in candidates]
+    if not isinstance(model, Decoder):
+        return [(score + _behind(model, cache, ids), n) for (score, n), ids in zip(found, candidates, strict=True)]
     for group in grouped([len(ids) - 1 for ids in candidates], PASS_TOKENS):
         tokens = torch.tensor([i for c in group for i in candidates[c][:-1]], dtype=torch.long, device=device)
         targets = torch.tensor([i for c in group for i in candidates[c][1:]], dtype=torch.long, device=device)
@@ -72,6 +77,16 @@ def score_candidates(model: Decoder, prompt_ids: Sequence[int], candidates: Sequ
             found[c] = (found[c][0] + float(chances[at : at + size].sum()), found[c][1])
             at += size
     return found
+
+
+def _behind(model: LanguageModel, cache: Cache, ids: Sequence[int]) -> float:
+    """ln p of a candidate's tokens but the first, after the context in the cache and the tokens before them."""
+    if len(ids) < 2:
+        return 0.0
+    length, tokens = cache.length, torch.tensor(list(ids), device=next(model.parameters()).device)
+    chances = model.cached_logits(tokens[:-1], cache, all_positions=True).double().log_softmax(-1)
+    cache.truncate(length)
+    return float(chances.gather(1, tokens[1:, None]).sum())
 
 
 def grouped(lengths: Sequence[int], tokens: int) -> list[list[int]]:

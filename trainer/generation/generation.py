@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from chatmill.config import ConfigError
 
-from ..model.decoder import Decoder
-from ..model.kv_cache import KVCache
+from ..model.language_model import LanguageModel
 from ..model.variants import using
 from .grammar import Grammar
 from .prompt import check_prompt
@@ -56,7 +55,7 @@ class Generation:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         prompt_ids: Sequence[int],
         *,
         max_new_tokens: int,
@@ -87,7 +86,7 @@ class Generation:
         self._device = weight.device
         kind = weight.device.type  # under autocast the keys come out in the autocast type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        self._cache = KVCache(model.config, len(prompt_ids) + self._room, dtype, weight.device)
+        self._cache = model.new_cache(len(prompt_ids) + self._room, dtype, weight.device)
         self._pending = torch.tensor(list(prompt_ids), dtype=torch.long, device=weight.device)
         self._rules = Rules(self.sampling, prompt_ids, self.stop_ids, model.config.vocab_size, weight.device, grammar)
         self._generator = make_generator(seed, weight.device)
@@ -116,7 +115,7 @@ class Generation:
         return self._pending
 
     @property
-    def cache(self) -> KVCache:
+    def cache(self) -> Any:
         """Keys and values of the tokens read so far."""
         return self._cache
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..model.kv_cache import KVCache
 from .generation import Generation
 
 WORTHWHILE = 32  # tokens: fewer are read as fast as they are copied
@@ -36,6 +37,8 @@ class PrefixStore:
     def keep(self, steps: Generation) -> None:
         """Copy what a reply has read, in place of a kept conversation that it continues. Out of memory, all are dropped."""
         ids, same = tuple(steps.read_ids), self._of(steps.variant)
+        if not isinstance(steps.cache, KVCache):  # of transformers: its states are read again
+            return
         if not WORTHWHILE <= len(ids) <= self.capacity or any(kept[: len(ids)] == ids for kept in same):
             return
         for old in [old for old in same if ids[: len(old)] == old]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
-from ..model.decoder import Decoder
+from ..model.language_model import LanguageModel
 from .batched import next_steps
 from .generation import FinishReason, Generation
 from .grammar import Grammar
@@ -40,7 +40,7 @@ class _Running:
 
 
 def replies_to_many(
-    model: Decoder,
+    model: LanguageModel,
     tokenizer: ChatTokenizer,
     prompts: Sequence[Prompt],
     *,
@@ -86,7 +86,7 @@ def replies_to_many(
 
 
 def reply_to(
-    model: Decoder,
+    model: LanguageModel,
     tokenizer: ChatTokenizer,
     messages: Sequence[Mapping[str, Any]],
     *,

@@ -24,6 +24,7 @@ from ...data.shards.dataset import TokenDataset
 from ...data.stream import PackedBatch, PackedStream
 from ..adapters.prepare import prepare
 from ..adapters.sources import AdaptedSource, NewAdapter
+from ..backends.choose import build_model
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.sharding import TensorSource
 from ..checkpoint.vocabulary import with_new_rows
@@ -32,7 +33,7 @@ from ..distributed.world import end_world, start_world
 from ..engine.choose import build_engine
 from ..engine.engine import Engine
 from ..evaluation.loss import validation_sets
-from ..model.decoder import Decoder
+from ..model.language_model import LanguageModel
 from ..optim.schedule import learning_rate
 from ..plan.parts import parts_of
 from ..run.finished import in_words
@@ -136,10 +137,10 @@ def _train(run: RunContext, checkpoints: RunCheckpoints) -> int:
         return _steps(training, validation, evaluated=state.step if resume is None else -1)
 
 
-def _model(run: RunContext, start: Checkpoint | None) -> Decoder:
+def _model(run: RunContext, start: Checkpoint | None) -> LanguageModel:
     """The bare model, with random weights unless a checkpoint will fill it."""
     train = run.recipe.train
-    model = Decoder(run.config, run.recipe.kernels)
+    model = build_model(run.config, run.recipe.kernels)
     model.set_recompute(train.activation_checkpointing, train.activation_checkpointing_layers)
     prepare(model, run.recipe)
     if start is None:

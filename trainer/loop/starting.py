@@ -22,6 +22,7 @@ from ..checkpoint.rows import new_tokens
 from ..checkpoint.vocabulary import rows_for
 from ..config import Recipe
 from ..distributed.world import World
+from ..foreign_config import ForeignConfig
 from ..model_config import ModelConfig
 from ..run.folder import RunFolder, describe_environment
 from ..run.state import TrainState
@@ -35,6 +36,7 @@ def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset)
     """
     config = recipe.model.shape()
     if base is not None:
+        check_impl(recipe, base)
         written = {name: getattr(config, name) for name in recipe.model.model_fields_set if name in ModelConfig.model_fields}
         wrong = [
             f"model.{k}={v!r} (checkpoint: {getattr(base.config, k)!r})"
@@ -55,6 +57,25 @@ def choose_shape(recipe: Recipe, base: Checkpoint | None, dataset: TokenDataset)
             f"data.sequence_length={recipe.data.sequence_length} exceeds the model's context of {config.context}."
         )
     return config
+
+
+def check_impl(recipe: Recipe, base: Checkpoint) -> None:
+    """Refuse a checkpoint that was imported for another implementation than the recipe needs. Raises ConfigError."""
+    impl, found = recipe.model.impl, "transformers" if isinstance(base.config, ForeignConfig) else "own"
+    if found == "transformers" and recipe.parallel.context > 1:
+        raise ConfigError(
+            f"parallel.context={recipe.parallel.context}: {base.path} is a model of transformers, and only our own decoder can "
+            "divide a batch among processes.\nUse parallel.context=1."
+        )
+    if impl not in ("auto", found):
+        why = {
+            "own": f"{base.path} is kept for transformers ({base.config.name}), and our decoder has other weight names",
+            "transformers": f"{base.path} is kept for our own decoder, and transformers has other weight names",
+        }[impl]
+        raise ConfigError(
+            f"model.impl={impl}: {why}.\nImport the model again with --impl {impl} (`own` takes known families only), "
+            "or set model.impl=auto."
+        )
 
 
 def check_adapter(

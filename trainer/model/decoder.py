@@ -18,7 +18,7 @@ Sources: Llama (arXiv:2302.13971, 2407.21783), Mistral 7B (2310.06825), Qwen2 (2
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
@@ -35,19 +35,12 @@ from ...kernels.layer.rope import rope, rope_one
 from ...kernels.layer.swiglu import swiglu
 from ..model_config import KernelSection, ModelConfig
 from ..parallel.context import ContextGroup, SharedBatch
-from .kv_cache import KVCache
+from .kv_cache import CacheRows, KVCache
+from .language_model import LanguageModel, LossOutput, recompute_in_words
 from .recompute import Recompute, keep_attention
 from .rotary import inverse_frequencies, rotary_tables
 
 __all__ = ["Decoder", "KVCache", "LossOutput", "TokenMemory"]
-
-
-class LossOutput(NamedTuple):
-    """What forward returns when it is given targets: sums over this batch's loss tokens, for any normaliser."""
-
-    loss_sum: Tensor  # Float32[""], differentiable
-    correct: Tensor  # Int64[""], targets that were the most likely token
-    count: Tensor  # type: ignore[assignment]  # Int64[""], targets that are not -100; hides tuple.count
 
 
 class TokenMemory(Protocol):
@@ -239,7 +232,7 @@ class TokenTable(nn.Module):
         return LossOutput(loss_sum.float(), metrics.correct, metrics.count)
 
 
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """A causal language model on packed dialogues. Built with undefined weights: call init_weights or load a checkpoint."""
 
     def __init__(self, config: ModelConfig, kernels: KernelSection | None = None) -> None:
@@ -257,24 +250,18 @@ class Decoder(nn.Module):
 
     @property
     def recompute(self) -> str:
-        """What the backward pass recomputes: none, full, selective, or e.g. `full (8 of 32 layers)`."""
-        kinds = [cast(Block, block).recompute for block in self.layers]
-        some = sum(kind != "none" for kind in kinds)
-        return kinds[0] if some in (0, len(kinds)) else f"{kinds[0]} ({some} of {len(kinds)} layers)"
+        """See LanguageModel."""
+        return recompute_in_words([cast(Block, block).recompute for block in self.layers])
 
     def set_recompute(self, value: bool | Literal["full", "selective"], layers: int | None = None) -> None:
-        """True or `full`: recompute each block from its input; `selective`: keep the attention's result as well; False: none.
-
-        layers: only the first N blocks; the others spend memory instead of a second pass.
-        """
+        """See LanguageModel."""
         recompute: Recompute = ("full" if value else "none") if isinstance(value, bool) else value
         for number, block in enumerate(self.layers):
             cast(Block, block).recompute = recompute if layers is None or number < layers else "none"
 
-    def compile_layers(self, backend: str = "inductor") -> None:
-        """torch.compile each block in place; parameter names stay, and all blocks share one compiled function per shape."""
-        for block in self.layers:
-            block.compile(backend=backend)
+    def set_loss_scale(self, scale: float | None) -> None:
+        """See LanguageModel."""
+        (self.head or self.embed).loss_scale = scale
 
     def forward(
         self,
@@ -289,15 +276,7 @@ class Decoder(nn.Module):
         objective: Callable[[Tensor], LossOutput] | None = None,
         division: Division | None = None,
     ) -> Tensor | LossOutput:
-        """Logits Float32["T V"], or with targets the loss of the batch.
-
-        tokens, positions: Int["T"]; positions restart at 0 in each document. cu_seqlens: Int32["S+1"].
-        targets: Int64["T"], targets[t] is the token after tokens[t], -100 where there is no loss.
-        rows: Int["R"], the t with a target, padded with -1; the others skip the final norm and the vocabulary-wide product.
-        tile_maps, max_seqlen: made on the host beside the batch, for the attention kernel.
-        objective: makes the loss of the tokens' negative log-probabilities Float["T"] (0 without target), instead of their sum.
-        division: the tokens are this rank's stripe of a batch that the ranks of `context` divide; all of them call forward.
-        """
+        """See LanguageModel."""
         layout = self._layout(positions, cu_seqlens, max_seqlen, tile_maps)
         if division is not None:
             if self.context is None:
@@ -312,10 +291,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def cached_logits(self, tokens: Tensor, cache: KVCache, *, all_positions: bool = False) -> Tensor:
-        """Logits after the given tokens, which continue those in the cache and enter it.
-
-        tokens: Int["Tq"]. Returns Float32["V"], the distribution after the last one, or ["Tq V"] with all_positions.
-        """
+        """See LanguageModel."""
         if tokens.ndim != 1 or tokens.numel() == 0:
             raise ValueError(f"cached_logits: expected at least one token in one dimension, got shape {tuple(tokens.shape)}.")
         cache.reserve(tokens.numel())
@@ -325,6 +301,21 @@ class Decoder(nn.Module):
         cache.length = end
         logits = self.classify(hidden if all_positions else hidden[-1:])
         return logits if all_positions else logits[0]
+
+    def new_cache(self, capacity: int, dtype: torch.dtype, device: torch.device | str) -> KVCache:
+        """See LanguageModel."""
+        return KVCache(self.config, capacity, dtype, device)
+
+    @torch.no_grad()
+    def joint_logits(self, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:
+        """See LanguageModel. An exception leaves all caches as they were."""
+        for cache in caches:
+            cache.reserve(1)
+        positions = torch.tensor([cache.length for cache in caches], device=tokens.device)
+        logits = self.classify(self.hidden_states(tokens, positions, memory=CacheRows(caches)))
+        for cache in caches:
+            cache.length += 1
+        return logits
 
     def hidden_states(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None, *, memory: TokenMemory | None = None

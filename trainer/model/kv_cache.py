@@ -9,6 +9,8 @@ Keys are stored after rotation, so a cached token keeps its absolute position.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -70,6 +72,21 @@ class KVCache:
             whole = (self.k[layer].transpose(0, 1)[None], self.v[layer].transpose(0, 1)[None])  # (1, capacity, Hk, D)
             return decode_attention(q, *whole, self._end, window=window, softcap=softcap, impl=self.decode)
         return cached_attention(q, keys.to(q.dtype), values.to(q.dtype), window=window, softcap=softcap)
+
+
+class CacheRows:
+    """The memory of a batch: row i attends over cache i, and only there."""
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        self._caches = caches
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
+        """Row by row; see `chatmill.trainer.model.decoder.TokenMemory`."""
+        out = torch.empty_like(q)
+        for i, cache in enumerate(self._caches):
+            row = slice(i, i + 1)
+            out[row] = cache.attend(layer, q[row], k[row], v[row], window=window, softcap=softcap)
+        return out
 
 
 def cached_attention(

@@ -22,23 +22,35 @@ from chatmill.config import ConfigError
 
 from ..checkpoint.sharding import TensorSource, read_like
 from ..config import GroupRule, OptimizerSection
+from ..model.language_model import LanguageModel
+from ..model_config import ModelConfig
+
+TABLES = ("embed.", "head.")  # how the names of our decoder's tables begin
 
 
-def has_decay(name: str, parameter: Tensor, config: OptimizerSection) -> bool:
+def tables_of(config: ModelConfig) -> tuple[str, ...]:
+    """How the names of a model's embedding and head begin."""
+    return tuple(name.removesuffix("weight") for name in config.tables)
+
+
+def has_decay(name: str, parameter: Tensor, config: OptimizerSection, tables: Sequence[str] = TABLES) -> bool:
     """Whether a parameter is decayed: matrices of the layers, an untied head, and what the recipe adds."""
     if parameter.ndim < 2:
         return config.decay_norms
-    return config.decay_embeddings or not name.startswith("embed.")
+    return config.decay_embeddings or not name.startswith(tables[0])
 
 
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+def is_hidden_matrix(name: str, parameter: Tensor, tables: Sequence[str] = TABLES) -> bool:
     """Whether Muon takes it: the matrices between embedding and head."""
-    return parameter.ndim == 2 and not name.startswith(("embed.", "head."))
+    return parameter.ndim == 2 and not name.startswith(tuple(tables))
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerSection) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerSection, tables: Sequence[str] = TABLES
+) -> list[dict[str, Any]]:
     """Parameters that share method, rate and decay: dicts with params, names, muon, lr_ratio and weight_decay.
 
+    tables: how the names of embedding and head begin, the embedding first.
     Raises ConfigError for a pattern of optimizer.groups that matches no parameter.
     """
     groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
@@ -47,8 +59,8 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
         pattern = next((p for p in config.groups if fnmatchcase(name, p)), None)
         used |= {pattern} if pattern is not None else set()
         rule = config.groups[pattern] if pattern is not None else GroupRule()
-        decay = config.weight_decay * rule.weight_decay if has_decay(name, parameter, config) else 0.0
-        muon = config.name == "muon" and is_hidden_matrix(name, parameter)
+        decay = config.weight_decay * rule.weight_decay if has_decay(name, parameter, config, tables) else 0.0
+        muon = config.name == "muon" and is_hidden_matrix(name, parameter, tables)
         empty = {"params": [], "names": [], "muon": muon, "lr_ratio": rule.lr, "weight_decay": decay}
         group = groups.setdefault((muon, rule.lr, decay), empty)
         group["params"].append(parameter)
@@ -75,7 +87,8 @@ def build_optimizer(
     copies: the processes that hold equal copies of the weights (DDP), among which Muon divides its work.
     flat: ZeRO will replace the parameters by flat partitions; Muon must then be told what they hold (zero_muon.py).
     """
-    groups = parameter_groups([(n, p) for n, p in model.named_parameters() if p.requires_grad], config)
+    tables = tables_of(model.config) if isinstance(model, LanguageModel) else TABLES
+    groups = parameter_groups([(n, p) for n, p in model.named_parameters() if p.requires_grad], config, tables)
     for group in groups:
         del group["names"]  # torch accepts names in its own form only
         group["lr"] = config.lr * group["lr_ratio"]

@@ -28,8 +28,8 @@ from ...kernels.cross_entropy.torch_tier import CHUNK_BYTES, PRODUCT_BYTES
 from ...kernels.dispatch import planning_for_gpu
 from ..adapters.prepare import prepare
 from ..adapters.quantised import only_shapes
+from ..backends.choose import build_model
 from ..config import KernelSection, ModelConfig, Recipe
-from ..model.decoder import Decoder
 
 SHALLOW = 2  # layers of the models that are traced instead of deep ones
 ON_GPU = KernelSection(attention="triton", cross_entropy="triton", elementwise="triton")
@@ -157,7 +157,7 @@ def trace_step(
         before = torch.get_default_dtype()
         torch.set_default_dtype(weights)  # a fake parameter cannot be cast later
         try:
-            model = Decoder(config, chosen)
+            model = build_model(config, chosen)
             if recipe is not None:
                 prepare(model, recipe)
         finally:

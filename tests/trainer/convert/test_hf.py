@@ -232,7 +232,7 @@ def test_tokenizer_and_template_travel_with_the_weights(tmp_path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "another architecture": ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported"),
+    "another architecture": ({"model_type": "made_up"}, "model_type 'made_up' is no causal language model of transformers"),
     "a classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "feed-forward biases": ({"mlp_bias": True}, "mlp_bias"),

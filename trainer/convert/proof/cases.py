@@ -11,9 +11,9 @@ from torch import Tensor
 from chatmill.config import ConfigError
 
 from ....data.tokenizer.tokenizer import ChatTokenizer
+from ...backends.choose import build_model
 from ...checkpoint.checkpoint import Checkpoint
-from ...model.decoder import Decoder
-from ...model.kv_cache import KVCache
+from ...model.language_model import LanguageModel
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -108,7 +108,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> ChatTokenizer:
 @torch.no_grad()
 def make_cases(checkpoint: Checkpoint, tokenizer: ChatTokenizer, questions: Sequence[str], tokens: int) -> list[Case]:
     """Our side, in fp32 on this machine's CPU: the numbers that an export has to reproduce."""
-    model = Decoder(checkpoint.config)
+    model = build_model(checkpoint.config)
     checkpoint.load_into(model)
     model.float().eval()
     found, ends = [], frozenset(tokenizer.stop_ids)
@@ -128,10 +128,10 @@ def make_cases(checkpoint: Checkpoint, tokenizer: ChatTokenizer, questions: Sequ
     return found
 
 
-def _greedy(model: Decoder, ids: list[int], tokens: int, ends: frozenset[int]) -> tuple[list[int], list[Tensor], bool]:
+def _greedy(model: LanguageModel, ids: list[int], tokens: int, ends: frozenset[int]) -> tuple[list[int], list[Tensor], bool]:
     reply: list[int] = []
     rows: list[Tensor] = []
-    cache = KVCache(model.config, len(ids) + max(tokens, 0), torch.float32, "cpu")
+    cache = model.new_cache(len(ids) + max(tokens, 0), torch.float32, "cpu")
     pending = ids
     for _ in range(tokens):
         rows.append(model.cached_logits(torch.tensor(pending), cache).clone())
