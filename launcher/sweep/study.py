@@ -39,9 +39,10 @@ def load_optuna() -> Any:
 def open_study(sweep: SweepConfig) -> Any:
     """Create or load the study; the points of a grid are queued once."""
     optuna = load_optuna()
-    journal: Any = importlib.import_module("optuna.storages.journal")
+    from .journal import Journal  # needs optuna
+
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(sweep.folder / JOURNAL)))
+    storage = optuna.storages.JournalStorage(Journal(sweep.folder / JOURNAL))
     with lock(sweep.folder):
         study = optuna.create_study(
             study_name=sweep.name,
@@ -93,15 +94,23 @@ def put_back(study: Any, number: int, sweep: SweepConfig) -> None:
     frozen = study.get_trials(deepcopy=False)[number]
     study._storage.set_trial_user_attr(frozen._trial_id, "put_back", True)
     study.tell(number, state=load_optuna().trial.TrialState.FAIL)
-    run = frozen.user_attrs.get("run", f"trial-{number:04d}")
-    study.enqueue_trial(frozen.params, user_attrs={"run": run})
+    study.enqueue_trial(frozen.params, user_attrs={"run": _run_of(frozen)})
+
+
+def _run_of(trial: Any) -> str:
+    return str(trial.user_attrs.get("run", f"trial-{trial.number:04d}"))
 
 
 def _put_back_orphans(study: Any, sweep: SweepConfig) -> None:
-    for trial in study.get_trials(deepcopy=True):
+    trials = study.get_trials(deepcopy=True)
+    newest = {_run_of(trial): trial.number for trial in trials}
+    for trial in trials:
         run = trial.user_attrs.get("run")
         if trial.state.name == "RUNNING" and (run is None or not is_alive(sweep.folder / "runs" / run)):
             put_back(study, trial.number, sweep)
+        elif "put_back" in trial.user_attrs and trial.state.name == "FAIL" and newest[_run_of(trial)] == trial.number:
+            # whoever put it back came no further: the disk was full, or it was killed
+            study.enqueue_trial(trial.params, user_attrs={"run": _run_of(trial)})
 
 
 def beat(run_dir: Path) -> None:

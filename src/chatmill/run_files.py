@@ -62,15 +62,21 @@ def append_jsonl(path: Path, values: Mapping[str, Any]) -> None:
     append_text(path, json.dumps(values) + "\n")
 
 
-def append_text(path: Path, text: str) -> None:
-    """Append text: all of it or, if the disk is full, nothing. Raises OSError."""
+def append_text(path: Path, text: str, synced: bool = False) -> None:
+    """Append whole lines: all of them or, if the disk is full, nothing. synced: they are on the disk on return. Raises OSError.
+
+    A last line without its end, left by a kill or a machine that went down, gets one: it would spoil the new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = memoryview(text.encode())
-    with path.open("ab", buffering=0) as handle:
+    with path.open("a+b", buffering=0) as handle:
         size = handle.seek(0, os.SEEK_END)
+        cut = size > 0 and os.pread(handle.fileno(), 1, size - 1) != b"\n"
+        data = memoryview(("\n" * cut + text).encode())
         try:
             while data:
                 data = data[handle.write(data) :]
+            if synced:
+                os.fsync(handle.fileno())
         except OSError:
             with contextlib.suppress(OSError):
                 handle.truncate(size)  # half a line would spoil the next one

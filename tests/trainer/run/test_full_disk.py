@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from chatmill.run_files import read_jsonl
+from chatmill.run_files import append_jsonl, read_jsonl
 from chatmill.trainer.checkpoint import saver as checkpoint_saver
 from chatmill.trainer.config import load_recipe
 from chatmill.trainer.loop.loop import train
@@ -74,3 +74,14 @@ def test_a_line_that_does_not_fit_leaves_no_half_of_itself(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True)
     assert done.stdout == "refused\n"
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_line_that_a_kill_cut_costs_itself_alone(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    append_jsonl(file, {"step": 1})
+    with file.open("a") as handle:
+        handle.write('{"step": 2, "lo')
+    append_jsonl(file, {"step": 3})
+    append_jsonl(file, {"step": 4})
+    damaged: list[str] = []
+    assert [line["step"] for line in read_jsonl(file, damaged)] == [1, 3, 4] and damaged == ['{"step": 2, "lo']
