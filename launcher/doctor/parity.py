@@ -7,7 +7,8 @@ the same small model on the same dialogues for a few steps and is compared with 
 packed, all activations kept, every operation by its slow reference. It is judged by, relative to the reference,
     loss       the largest difference of any step
     gradient   the largest difference of any parameter (L2 norms), of full tensors gathered before the first update
-Beside these axes, every engine at world sizes 1 and 2 trains a LoRA adapter, and those that can do so on a base of 4 bits.
+Beside these axes, every engine at world sizes 1 and 2 trains a LoRA adapter, and those that can do so on a base of 4 bits; ddp
+and fsdp2 divide each batch among 2 and 4 processes (parallel.context), by exchanged heads and around a ring.
 By default a covering set runs: every pair of values of any two axes occurs in some case, so every engine at every world size
 does too. --full runs the product. The processes of one (engine, world size) are forked once and run all its cases.
 On a machine with enough GPUs a group runs there (NCCL, compiled kernels), else on the CPU (gloo, interpreted kernels).
@@ -69,6 +70,25 @@ def adapter_cases(engines: Sequence[str], world_sizes: Sequence[int], kernels: S
         if not engine.startswith("zero") and importlib.util.find_spec("bitsandbytes") is not None:
             found.append(Case(engine, size, **common, weights="nf4"))
     return found
+
+
+def context_cases(engines: Sequence[str], world_sizes: Sequence[int], kernels: Sequence[str]) -> list[Case]:
+    """Processes that divide each batch: 2 and 4 of them, 2 beside 2 other batches, with recomputation and with an adapter."""
+    chosen = next((name for name in ("auto", "torch") if name in kernels), "")
+    if not chosen:  # the reference attention gives no log-sum-exp
+        return []
+    accumulated: dict[str, Any] = {"accumulation": 2, "kernels": chosen}
+    recomputed: dict[str, Any] = {"checkpointing": True, "kernels": chosen}
+    cases = [
+        Case("ddp", 2, **accumulated, context=2, method="ulysses"),
+        Case("ddp", 2, **recomputed, context=2, method="ring"),
+        Case("fsdp2", 2, **recomputed, context=2, method="ulysses", weights="lora"),
+        Case("fsdp2", 4, **accumulated, context=2, method="ulysses"),
+        Case("fsdp2", 4, **recomputed, context=4, method="ring"),
+    ]
+    if "triton" in kernels:
+        cases.append(Case("ddp", 2, kernels="triton", context=2, method="ring"))
+    return [case for case in cases if case.engine in engines and case.world_size in world_sizes]
 
 
 def covering_set(cases: Sequence[Case]) -> list[Case]:
@@ -194,7 +214,7 @@ def header() -> str:
     return (
         f"tolerance: losses {LOSS_TOLERANCE:g}, gradients {GRADIENT_TOLERANCE:g} (relative), {STEPS} steps in fp32 "
         f"({INTERPRETED_STEPS} interpreted)\n"
-        f"{'engine':<8}{'world':>6}{'accum':>6}  {'layout':<8}{'ckpt':<6}{'kernels':<11}{'weights':<8}"
+        f"{'engine':<8}{'world':>6}{'accum':>6}  {'layout':<8}{'ckpt':<6}{'kernels':<11}{'weights':<8}{'context':<11}"
         f"{'loss':>9}{'gradient':>10}"
     )
 
@@ -204,6 +224,7 @@ def line(row: CaseResult) -> str:
     case = row.case
     text = f"{case.engine:<8}{case.world_size:>6}{case.accumulation:>6}  {case.layout:<8}"
     text += f"{'on' if case.checkpointing else 'off':<6}{case.kernels:<11}{case.weights:<8}"
+    text += f"{f'{case.context} {case.method}' if case.context > 1 else '-':<11}"
     if row.loss is not None and row.gradient is not None:
         text += f"{row.loss:>9.1e}{row.gradient:>10.1e}"
     return text + (f"  {row.problem.strip().splitlines()[-1]}" if row.problem else "  ok")
@@ -234,8 +255,10 @@ def chosen_cases(options: argparse.Namespace) -> tuple[list[Case], int]:
     if not product:
         raise ConfigError("no case left: `single` runs at world size 1 only")
     adapters = adapter_cases(engines, world_sizes, kernels)
-    cases = [*(product if options.full else covering_set(product)), *adapters]
-    return sorted(cases, key=lambda case: (ENGINES.index(case.engine), case.world_size)), len(product) + len(adapters)
+    contexts = context_cases(engines, world_sizes, kernels)
+    cases = [*(product if options.full else covering_set(product)), *adapters, *contexts]
+    total = len(product) + len(adapters) + len(contexts)
+    return sorted(cases, key=lambda case: (ENGINES.index(case.engine), case.world_size)), total
 
 
 def parity(options: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # fp32: sums in another order; 
 class Case:
     """One way to compute the same steps. kernels: `torch` is what a CPU takes, `auto` what a GPU takes.
 
+    context: so many of the processes divide each batch; method: how they attend together (parallel.context_method).
     weights: all are trained, or a LoRA adapter on a frozen base in fp32 or in 4 bits; each kind has a reference of its own.
     """
 
@@ -31,6 +32,8 @@ class Case:
     checkpointing: bool = False
     kernels: Kernels = "reference"
     weights: Weights = "full"
+    context: int = 1
+    method: Literal["auto", "ulysses", "ring"] = "auto"
 
 
 REFERENCE = Case("single", 1)

@@ -62,7 +62,7 @@ def run_cases(rank: int, world_size: int, engine: str, group: Path, reference: P
     world = join(rank, world_size, engine, group / "rendezvous")
     cases = [Case(**words) for words in json.loads((group / "cases.json").read_text(encoding="utf-8"))]
     for number, case in enumerate(cases):
-        losses, gradients = train_case(case, world)
+        losses, gradients = train_case(case, dataclasses.replace(world, context=case.context))
         if not world.is_main:
             continue
         found: dict[str, Any] = {"losses": losses}
@@ -109,11 +109,11 @@ def train_case(case: Case, world: World) -> tuple[list[float], dict[str, Tensor]
             "optimizer": {"lr": LR},
             "train": {
                 "precision": "fp32",
-                "micro_batch": PACKS // (case.world_size * case.accumulation),
+                "micro_batch": PACKS // (world.batches * case.accumulation),
                 "accumulation": case.accumulation,
                 "activation_checkpointing": case.checkpointing,
             },
-            "parallel": {"strategy": case.engine},
+            "parallel": {"strategy": case.engine, "context": case.context, "context_method": case.method},
             **adapted,
         }
     )
@@ -192,8 +192,7 @@ def stream(recipe: Recipe, world: World) -> Iterator[PackedBatch]:
             sequence_length=PACK_TOKENS,
             micro_batch=recipe.train.micro_batch,
             accumulation=recipe.train.accumulation,
-            rank=world.rank,
-            world_size=world.world_size,
+            **world.place(),
             seed=1,
             prefetch=0,
         )

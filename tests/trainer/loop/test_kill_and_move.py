@@ -34,9 +34,25 @@ def curve(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
 
 
+# processes and overrides of each attempt; the last one is a single process
+SHARDED = (4, "parallel.strategy=fsdp2", "train.accumulation=1")
+MOVES = [
+    ((2, "parallel.strategy=ddp", "parallel.context=2", "train.accumulation=4"), SHARDED),
+    pytest.param(((2, "parallel.strategy=ddp", "train.accumulation=2"), SHARDED), marks=pytest.mark.exhaustive),
+    pytest.param(
+        (
+            (2, "parallel.strategy=fsdp2", "parallel.context=2", "train.accumulation=4"),
+            (2, "parallel.strategy=fsdp2", "train.accumulation=2"),
+        ),
+        marks=pytest.mark.exhaustive,
+    ),
+]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("attempts", MOVES, ids=["divided batches", "whole batches", "divided, then sharded"])
 def test_a_killed_run_goes_on_with_another_engine_and_world_size_as_if_nothing_had_happened(
-    write_recipe, tmp_path: Path
+    write_recipe, tmp_path: Path, attempts: tuple[tuple[Any, ...], ...]
 ) -> None:
     options: dict[str, Any] = {
         "train": {"steps": STEPS},
@@ -47,7 +63,6 @@ def test_a_killed_run_goes_on_with_another_engine_and_world_size_as_if_nothing_h
     first, second = sorted(random.Random(7).sample(range(EVERY + 2, STEPS), 2))
     assert second - first > EVERY, "the second attempt must get further than the first"
     recipe, run = write_recipe("moved", **options), tmp_path / "runs" / "moved"
-    attempts = ((2, "parallel.strategy=ddp", "train.accumulation=2"), (4, "parallel.strategy=fsdp2", "train.accumulation=1"))
     for step, (processes, *overrides) in zip((first, second), attempts, strict=True):
         with pytest.raises(AssertionError, match=r"rank \d ended with"):
             train_in_ranks(recipe, processes, *overrides, fault=f"kill:{processes - 1}:{step}")
@@ -63,7 +78,9 @@ def test_a_killed_run_goes_on_with_another_engine_and_world_size_as_if_nothing_h
         assert [line[name] for line in found] == pytest.approx([line[name] for line in wanted], rel=2e-5), name
     resumed = [e for e in read_jsonl(run / "events.jsonl") if e["event"] == "resume"]
     began = [(step - 1) // EVERY * EVERY for step in (first, second)]
-    assert [(e["strategy"], e["world_size"], e["step"]) for e in resumed] == [("fsdp2", 4, began[0]), ("single", 1, began[1])]
+    assert [(e["strategy"], e["world_size"], e["step"]) for e in resumed] == [
+        ("fsdp2", attempts[1][0], began[0]), ("single", 1, began[1])
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [TorchEngine, ZeroEngine])

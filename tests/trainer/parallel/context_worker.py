@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import resource
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +14,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from chatmill.data.shards.memory import MemoryDataset
 from chatmill.data.stream import Division, PackedBatch, PackedStream, divided
 from chatmill.kernels.attention import attention_reference
 from chatmill.launcher.doctor.parity_rank import full_gradients
-from chatmill.trainer.config import Recipe
+from chatmill.trainer.config import PreferenceSection, Recipe
 from chatmill.trainer.distributed.world import World
 from chatmill.trainer.engine.choose import build_engine
 from chatmill.trainer.engine.engine import Engine
+from chatmill.trainer.evaluation.loss import evaluate, validation_batches
+from chatmill.trainer.loop.dpo import PairObjective, ScoreObjective, reference_pass, take_reference
 from chatmill.trainer.model.decoder import Decoder
 from chatmill.trainer.parallel.context import ContextGroup, SharedBatch
 from chatmill.trainer.parallel.grid import context_group, device_mesh
@@ -126,10 +134,12 @@ def engine_for(recipe: Recipe, world: World) -> Engine:
     return engine
 
 
-def steps(engine: Engine, recipe: Recipe, world: World, count: int = 2) -> tuple[list[float], dict[str, Tensor]]:
+def steps(
+    engine: Engine, recipe: Recipe, world: World, count: int = 2, data: MemoryDataset | None = None
+) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of so many steps (the last one without a backward pass) and the first step's whole gradients."""
     options = {"sequence_length": LENGTH, "micro_batch": recipe.train.micro_batch, "seed": 1, "prefetch": 0}
-    batches = iter(PackedStream(dialogues(), **options, **world.place()))
+    batches = iter(PackedStream(data or dialogues(), overlong="drop", **options, **world.place()))
     losses, gradients = [], {}
     for step in range(count):
         micro = [next(batches)]
@@ -140,7 +150,7 @@ def steps(engine: Engine, recipe: Recipe, world: World, count: int = 2) -> tuple
         else:
             with torch.no_grad():
                 loss = engine.forward(micro[0]).loss_sum
-        losses.append(world.sum([float(loss)])[0] / micro[0].step_loss_tokens)
+        losses.append(world.sum([float(loss)])[0] / micro[0].step_examples)
     return losses, gradients
 
 
@@ -163,29 +173,154 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"heads": 3, "kv_heads": 1},
         "train": {"activation_checkpointing": True},
     },
-    "fsdp2, context 4, ring, recomputation": {
+    "fsdp2, context 4, ring, recomputation, Muon, averaged weights": {
         "parallel": {"strategy": "fsdp2", "context": 4, "context_method": "ring"},
-        "train": {"activation_checkpointing": "selective"},
+        "train": {"activation_checkpointing": "selective", "ema": 0.5},
+        "optimizer": {"name": "muon"},
     },
 }
 
 
+def pairs(count: int = 24) -> MemoryDataset:
+    """Preference pairs: twice the same context, each with a reply of one to twelve tokens."""
+    rng = np.random.default_rng(4)
+    made: list[tuple[str, Any, Any]] = []
+    for i in range(count):
+        context, chosen, rejected = rng.integers([1, 1, 1], [12, 12, 12]).tolist()
+        mask = np.repeat([False, True, False, True], [context, chosen, context, rejected])
+        ids = rng.integers(1, 97, len(mask))
+        ids[context + chosen : 2 * context + chosen] = ids[:context]
+        made.append((f"p{i}", ids, mask))
+    dataset = MemoryDataset(made, vocab_size=97)
+    dataset.preference = True  # type: ignore[attr-defined]
+    return dataset
+
+
+def measured(engine: Engine, world: World) -> dict[str, float]:
+    """What a validation finds, with the trained and with the averaged weights."""
+    found = {}
+    for name in ("trained", "averaged") if engine.average is not None else ("trained",):
+        with engine.averaged_weights() if name == "averaged" else contextlib.nullcontext():
+            batches = validation_batches(dialogues(40), sequence_length=LENGTH, micro_batch=2, world=world)  # type: ignore[arg-type]
+            figures = evaluate(engine.forward, batches, world)
+            assert figures is not None
+            found |= {f"{name} {key}": value for key, value in figures.items()}
+    return found
+
+
+def preferred(recipe: Recipe, world: World) -> tuple[list[float], dict[str, Tensor]]:
+    """Two steps of DPO, against log-probabilities that the starting model gave."""
+    engine = engine_for(recipe, world)
+    scores: list[Tensor] = []
+    engine.objective = ScoreObjective(scores, engine.decoder.context)
+    passes = [reference_pass(recipe, pairs(), world)]  # type: ignore[arg-type]
+    reference = take_reference(engine.forward, scores, passes, world)
+    assert len(reference.rows) == len(reference.values) == 24  # each pair once
+    engine.objective = PairObjective(reference, PreferenceSection(length_normalised=True), engine.decoder.context)
+    return steps(engine, recipe, world, data=pairs(), count=3)
+
+
 def engine_parity(folder: str) -> None:
-    """Losses within 2e-5 and gradients within 1e-4 of one process, for every case."""
+    """Losses within 2e-5 and gradients within 1e-4 of one process, for every case; validations and DPO too."""
     dist.init_process_group("gloo")
     for name, sections in CASES.items():
-        parallel = sections["parallel"]
-        world = world_of(4, parallel["context"])
-        recipe = recipe_for(parallel["strategy"], 4 // world.batches, **sections)
+        world = world_of(4, sections["parallel"]["context"])
+        recipe = recipe_for(sections["parallel"]["strategy"], 4 // world.batches, **sections)
         engine = engine_for(recipe, world)
-        losses, gradients = steps(engine, recipe, world)
+        found = *steps(engine, recipe, world), measured(engine, world)
         if world.is_main:
-            rest = {key: value for key, value in sections.items() if key != "parallel"}
-            single = recipe_for("single", 4, **rest)
-            expected_losses, expected = steps(engine_for(single, alone()), single, alone())
-            off = max(abs(a - b) / b for a, b in zip(losses, expected_losses, strict=True))
-            gap = max(float((gradients[key] - g).norm() / g.norm()) for key, g in expected.items())
-            print(f"{name}: loss {off:.1e}, gradient {gap:.1e}")
-            assert off < 2e-5, (name, off)
-            assert gap < 1e-4, (name, gap)
+            single = recipe_for("single", 4, **{key: value for key, value in sections.items() if key != "parallel"})
+            truth = engine_for(single, alone())
+            compare(name, found, (*steps(truth, single, alone()), measured(truth, alone())))
         dist.barrier()
+    for method in ("ulysses", "ring"):
+        world = world_of(4, 2)
+        found = preferred(recipe_for("fsdp2", 2, parallel={"context": 2, "context_method": method}), world)
+        if world.is_main:
+            compare(f"DPO, {method}", (*found, {}), (*preferred(recipe_for("single", 4), alone()), {}))
+        dist.barrier()
+    communication(folder)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that this rank starts, and their bytes: of the larger side, whole tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.rpartition("::")[2].strip("_")
+        if func.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "wrap_tensor_autograd"):
+            self.calls[name] += 1
+            self.bytes[name] += max(x.nbytes for x in tree_leaves(args) if isinstance(x, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def communication(folder: str) -> None:
+    """Collectives of a step: those of weights do not depend on the context, those of attention are as in docs/engines.md."""
+    head, layers, tokens = 8 * 4, 2, 4 * LENGTH  # bytes of one head of a token; tokens of all ranks in a step
+    weights: dict[str, dict[str, int]] = {}
+    for context, method in ((1, "auto"), (2, "ulysses"), (4, "ulysses"), (2, "ring"), (4, "ring")):
+        world = world_of(4, context)
+        recipe = recipe_for("fsdp2", 4 // world.batches, parallel={"context": context, "context_method": method})
+        engine = engine_for(recipe, world)
+        options = {"sequence_length": LENGTH, "micro_batch": recipe.train.micro_batch, "seed": 1, "prefetch": 0}
+        micro = [next(iter(PackedStream(dialogues(), **options, **world.place())))]
+        engine.forward_backward(micro)  # the first step is another one: FSDP2 learns the order of the layers
+        with Collectives() as found:
+            engine.forward_backward(micro)
+        calls, sizes = dict(found.calls), dict(found.bytes)
+        exchanges, moved = calls.pop("all_to_all_single", 0), sizes.pop("all_to_all_single", 0)
+        own = tokens // 4  # tokens of a rank, with any context
+        if context == 1:
+            wanted = (0, 0)
+        elif method == "ulysses":
+            key_heads = math.lcm(2, context)
+            wanted = (4 * layers, 2 * layers * own * head * (4 + 2 * key_heads + 4))
+        else:
+            messages = layers * ((context - 1) + (context - 1) + context)  # forward; backward: keys, and their gradients
+            wanted = (messages, messages * own * head * 4)
+        assert (exchanges, moved) == wanted, (context, method, exchanges, moved, wanted)
+        weights.setdefault("calls", calls)
+        weights.setdefault("bytes", sizes)
+        assert weights == {"calls": calls, "bytes": sizes}, (context, method, calls, sizes)
+        if world.is_main:
+            print(f"context {context} {method}: {calls} {sizes}, attention {exchanges} calls {moved} bytes")
+    dist.barrier()
+
+
+def compare(name: str, found: tuple[Any, Any, Any], wanted: tuple[Any, Any, Any]) -> None:
+    """Losses, gradients and figures of a validation."""
+    losses, gradients, figures = found
+    off = max(abs(a - b) / b for a, b in zip(losses, wanted[0], strict=True))
+    gap = max(float((gradients[key] - g).norm() / g.norm()) for key, g in wanted[1].items())
+    print(f"{name}: loss {off:.1e}, gradient {gap:.1e}")
+    assert off < 2e-5, (name, off)
+    assert gap < 1e-4, (name, gap)
+    assert set(figures) == set(wanted[2])
+    for key, value in wanted[2].items():
+        assert math.isclose(figures[key], value, rel_tol=2e-5), (name, key, figures[key], value)
+
+
+def long_dialogue(folder: str) -> None:
+    """One step on one dialogue of 131,072 tokens, full attention, of which each of two ranks holds a half."""
+    dist.init_process_group("gloo")
+    T, world = 131_072, world_of(2, 2)
+    ids = np.arange(T) % 7 + 1
+    data = MemoryDataset([("long", ids, np.arange(T) > 0)], vocab_size=16)
+    shape = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2, "kv_heads": 1}
+    sections = {"data": {"sequence_length": T}, "model": shape | {"head_dim": 8, "context": T}}
+    recipe = recipe_for("ddp", 1, **sections, parallel={"context": 2})
+    engine = engine_for(recipe, world)
+    batch = next(iter(PackedStream(data, sequence_length=T, prefetch=0, **world.place())))
+    assert (batch.tokens.numel(), batch.max_seqlen, batch.step_loss_tokens) == (T // 2, T, T - 1)
+    before = world.sum([float(engine.forward_backward([batch]).loss_sum)])[0] / batch.step_examples
+    engine.step(1e-2)
+    with torch.no_grad():
+        after = world.sum([float(engine.forward(batch).loss_sum)])[0] / batch.step_examples
+    assert abs(before - math.log(16)) < 0.2  # guessing among the vocabulary
+    assert after < before - 0.01
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"131,072 tokens: loss {before:.4f}, then {after:.4f}; {memory} MiB in this process")

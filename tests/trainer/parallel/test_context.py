@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.trainer.parallel.context_worker import CASES, attention_parity, engine_parity
+import pytest
+from tests.trainer.parallel.context_worker import CASES, attention_parity, engine_parity, long_dialogue
 from tests.trainer.ranks import run_in_ranks
 
 
@@ -14,4 +15,9 @@ def test_attention_of_divided_packs_equals_that_of_whole_ones(tmp_path: Path) ->
 
 def test_steps_of_divided_batches_equal_those_of_one_process(tmp_path: Path) -> None:
     printed = run_in_ranks(engine_parity, 4, (str(tmp_path),), tmp_path)
-    assert all(name in printed for name in CASES)
+    assert all(f"{name}: loss" in printed for name in (*CASES, "DPO, ulysses", "DPO, ring"))
+
+
+@pytest.mark.exhaustive  # pairs of 131,072 tokens take a minute
+def test_a_dialogue_of_131072_tokens_is_trained_by_two_processes(tmp_path: Path) -> None:
+    assert "131,072 tokens: loss" in run_in_ranks(long_dialogue, 2, (str(tmp_path),), tmp_path, timeout_s=1800)
