@@ -30,12 +30,14 @@ def add_commands(commands: Any) -> None:
 
     _add_launch(commands)
 
-    summary = "memory by part for every engine, the largest micro-batch, time and GPU-hours"
+    summary = "memory by part for every engine, the largest micro-batch, predicted time of every layout, GPU-hours"
     command = add_command(commands, "plan", _plan, summary)
     add_recipe(command, "train.micro_batch=4")
     command.add_argument("--gpu", help="h200, h100 (default), a100, l40s, 4090 ... (trainer/plan/hardware.py)")
     command.add_argument("--gpus", type=int, help="total number of GPUs (default 1)")
-    command.add_argument("--mfu", type=float, help="assumed share of the GPU's peak (default 0.4)")
+    command.add_argument("--gpus-per-node", type=int, metavar="N", help="joined by NVLink or PCIe (default 8)")
+    command.add_argument("--node-gbits", type=float, metavar="G", help="Gbit/s of each GPU between nodes (default 400)")
+    command.add_argument("--mfu", type=float, help="assume this share of the GPU's peak instead of predicting the time")
     command.add_argument("--json", action="store_true", help="everything as JSON")
 
     command = add_command(commands, "status", _status, "state, attempts, step, time left, goodput and where the logs are")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,8 @@ def plan_command(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
         print(NO_TORCH)
         return 2
-    from ...trainer.plan.plan import MFU, as_json, show
+    from ...trainer.plan.plan import as_json, show
+    from ...trainer.plan.step_time import Network
 
     recipe = resolved.recipe
     if recipe.parallel.context > 1:
@@ -69,10 +70,22 @@ def plan_command(options: argparse.Namespace) -> int:
         notes.append(f"{', '.join(recipe.data.paths.values())} cannot be read from here: every token is taken to carry loss")
     if recipe.train.precision == "fp32":
         notes.append("the time is for bf16: train.precision=fp32 is several times slower on a GPU")
-    mfu = MFU if options.mfu is None else options.mfu
-    plan = _plan(recipe, shape, find_gpu(options.gpu or DEFAULT_GPU), gpus, facts, mfu=mfu, notes=notes)
+    network = Network()
+    if options.gpus_per_node is not None:
+        network = replace(network, gpus_per_node=int(at_least("--gpus-per-node", options.gpus_per_node, 1)))
+    if options.node_gbits is not None:
+        network = replace(network, bytes_per_gpu=at_least("--node-gbits", options.node_gbits, 0.001) * 1e9 / 8)
+    gpu = find_gpu(options.gpu or DEFAULT_GPU)
+    plan = _plan(recipe, shape, gpu, gpus, facts, mfu=options.mfu, network=network, notes=notes)
     print(as_json(plan) if options.json else show(plan))
     return int(plan.engine is None)
+
+
+def at_least(option: str, value: float, least: float) -> float:
+    """The value, or ConfigError."""
+    if not least <= value < math.inf:
+        raise ConfigError(f"{option} {value}: expected at least {least}")
+    return value
 
 
 def plan_lines(recipe: Recipe, world_size: int, gpu_type: str | None) -> str:

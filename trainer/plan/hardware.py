@@ -18,33 +18,46 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory_bytes: what CUDA reports as the device's total, a little less than the name says. bf16_flops: FLOP/s, dense."""
+    """memory_bytes: what CUDA reports as the device's total, a little less than the name says. bf16_flops: FLOP/s, dense.
+
+    memory_bandwidth: bytes per second. link_bandwidth: bytes per second and direction to the other GPUs of its node, by NVLink
+    (H100 PCIe and NVL, H200 NVL: between the cards of one bridge) or, where there is none, by PCIe.
+    """
 
     name: str
     memory_bytes: int
     bf16_flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
     source: str
 
 
 GPUS: tuple[Gpu, ...] = (
-    Gpu("gh200", 95 * GIB, 989.4e12, "NVIDIA GH200 Grace Hopper Superchip data sheet (96 GB HBM3)"),
-    Gpu("h200-nvl", 139 * GIB, 835.5e12, "NVIDIA H200 data sheet (NVL, 141 GB)"),
-    Gpu("h200", 139 * GIB, 989.4e12, "NVIDIA H200 data sheet (SXM, 141 GB)"),
-    Gpu("h100-pcie", 79 * GIB, 756e12, "NVIDIA H100 data sheet (PCIe, 80 GB)"),
-    Gpu("h100-nvl", 93 * GIB, 835e12, "NVIDIA H100 data sheet (NVL, 94 GB)"),
-    Gpu("h100", 79 * GIB, 989.4e12, "NVIDIA H100 data sheet (SXM, 80 GB)"),
-    Gpu("gb200", 184 * GIB, 2500e12, "NVIDIA GB200 NVL72 data sheet (13.4 TB and 360 PFLOP/s with sparsity of 72 GPUs)"),
-    Gpu("b200", 178 * GIB, 2250e12, "NVIDIA DGX B200 data sheet (1,440 GB and 18 PFLOP/s of 8 GPUs)"),
-    Gpu("a100-40", 39 * GIB, 312e12, "NVIDIA A100 data sheet (40 GB)"),
-    Gpu("a100", 79 * GIB, 312e12, "NVIDIA A100 data sheet (80 GB)"),
-    Gpu("l40s", 44 * GIB, 362e12, "NVIDIA L40S data sheet (48 GB)"),
-    Gpu("l40", 44 * GIB, 181e12, "NVIDIA L40 data sheet (48 GB)"),
-    Gpu("l4", 22 * GIB, 121e12, "NVIDIA L4 data sheet (24 GB)"),
-    Gpu("a10", 22 * GIB, 125e12, "NVIDIA A10 data sheet (24 GB)"),
-    Gpu("5090", 31 * GIB, 209.5e12, "NVIDIA RTX Blackwell architecture paper (GeForce RTX 5090, 32 GB)"),
-    Gpu("4090", 23 * GIB, 165.2e12, "NVIDIA Ada architecture paper (GeForce RTX 4090, 24 GB)"),
-    Gpu("3090", 23 * GIB, 71e12, "NVIDIA Ampere GA102 architecture paper (GeForce RTX 3090, 24 GB)"),
-    Gpu("mi300x", 191 * GIB, 1307.4e12, "AMD Instinct MI300X data sheet (192 GB)"),
+    Gpu("gh200", 95 * GIB, 989.4e12, 4e12, 450e9, "NVIDIA GH200 Grace Hopper Superchip data sheet (96 GB HBM3)"),
+    Gpu("h200-nvl", 139 * GIB, 835.5e12, 4.8e12, 450e9, "NVIDIA H200 data sheet (NVL, 141 GB)"),
+    Gpu("h200", 139 * GIB, 989.4e12, 4.8e12, 450e9, "NVIDIA H200 data sheet (SXM, 141 GB)"),
+    Gpu("h100-pcie", 79 * GIB, 756e12, 2e12, 300e9, "NVIDIA H100 data sheet (PCIe, 80 GB)"),
+    Gpu("h100-nvl", 93 * GIB, 835e12, 3.9e12, 300e9, "NVIDIA H100 data sheet (NVL, 94 GB)"),
+    Gpu("h100", 79 * GIB, 989.4e12, 3.35e12, 450e9, "NVIDIA H100 data sheet (SXM, 80 GB)"),
+    Gpu(
+        "gb200",
+        184 * GIB,
+        2500e12,
+        8e12,
+        900e9,
+        "NVIDIA GB200 NVL72 data sheet (13.4 TB and 360 PFLOP/s with sparsity of 72 GPUs)",
+    ),
+    Gpu("b200", 178 * GIB, 2250e12, 8e12, 900e9, "NVIDIA DGX B200 data sheet (1,440 GB and 18 PFLOP/s of 8 GPUs)"),
+    Gpu("a100-40", 39 * GIB, 312e12, 1.555e12, 300e9, "NVIDIA A100 data sheet (40 GB)"),
+    Gpu("a100", 79 * GIB, 312e12, 2.039e12, 300e9, "NVIDIA A100 data sheet (80 GB)"),
+    Gpu("l40s", 44 * GIB, 362e12, 0.864e12, 32e9, "NVIDIA L40S data sheet (48 GB)"),
+    Gpu("l40", 44 * GIB, 181e12, 0.864e12, 32e9, "NVIDIA L40 data sheet (48 GB)"),
+    Gpu("l4", 22 * GIB, 121e12, 0.3e12, 32e9, "NVIDIA L4 data sheet (24 GB)"),
+    Gpu("a10", 22 * GIB, 125e12, 0.6e12, 32e9, "NVIDIA A10 data sheet (24 GB)"),
+    Gpu("5090", 31 * GIB, 209.5e12, 1.792e12, 64e9, "NVIDIA RTX Blackwell architecture paper (GeForce RTX 5090, 32 GB)"),
+    Gpu("4090", 23 * GIB, 165.2e12, 1.008e12, 32e9, "NVIDIA Ada architecture paper (GeForce RTX 4090, 24 GB)"),
+    Gpu("3090", 23 * GIB, 71e12, 0.936e12, 32e9, "NVIDIA Ampere GA102 architecture paper (GeForce RTX 3090, 24 GB)"),
+    Gpu("mi300x", 191 * GIB, 1307.4e12, 5.3e12, 448e9, "AMD Instinct MI300X data sheet (192 GB)"),
 )
 # what drivers call the variants
 DRIVER_NAMES = {

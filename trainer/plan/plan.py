@@ -17,7 +17,8 @@ Activations and the loss's workspace come from the real model, run on fake tenso
 step all activations are there (at the loss), or all gradients (at the update), or one layer's activations and all gradients but
 its own (at the end of the backward pass, where layers are recomputed): the largest sum counts. `margin`, 5 % of
 everything but weights and optimizer, is for fragmentation; `context` is for the driver, cuBLAS and NCCL.
-Time: tokens x FLOPs per token / (GPUs x peak x MFU), no recomputation counted in the FLOPs; see docs/metrics.md.
+Time: step_time.py predicts the step of each layout. With --mfu it is tokens x FLOPs per token / (GPUs x peak x MFU), no
+recomputation counted in the FLOPs; see docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from chatmill.config import ConfigError
 from chatmill.formatting import duration
 
 from ..adapter_config import QUANTISED
-from ..config import ModelConfig, Recipe, TrainSection
+from ..config import ModelConfig, Recipe
 from .hardware import GIB, Gpu
+from .layouts import RankedLayout, named, rank_layouts, recommend, recomputed_share, table
 from .parts import ModelParts, parts_of
+from .step_time import Layout, Network
 
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 MFU = 0.40  # published trainers reach 0.33 to 0.58 on H100 and H200 with bf16
@@ -82,7 +85,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class RunCost:
-    """The whole run on `gpus` GPUs. tokens: at most (whole packs). context: mean of length^2 / length over documents."""
+    """The whole run on `gpus` GPUs. tokens: at most (whole packs). context: mean of length^2 / length over documents.
+
+    assumed: the MFU was given (`--mfu`) or is the usual one; otherwise the time is that of the fastest layout.
+    """
 
     steps: int
     step_tokens: int
@@ -93,11 +99,12 @@ class RunCost:
     step_seconds: float
     hours: float
     gpu_hours: float
+    assumed: bool = True
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `chatmill plan` prints."""
+    """Everything that `chatmill plan` prints. layouts: of all GPUs, the best first."""
 
     gpu: Gpu
     gpus: int
@@ -105,8 +112,10 @@ class Plan:
     micro_batch: int
     loss_share: float
     fits: tuple[Fit, ...]
+    layouts: tuple[RankedLayout, ...]
     work: RunCost
     engine: str | None
+    layout: Layout | None
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -242,19 +251,21 @@ def make_plan(
     gpu: Gpu,
     gpus: int,
     *,
-    mfu: float = MFU,
+    mfu: float | None = None,
     engines: Sequence[str] = ENGINES,
     world_sizes: Sequence[int] | None = None,
     loss_share: float = 1.0,
     context: float | None = None,
     steps: int | None = None,
+    network: Network | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
-    """Memory of each engine at each world size (default: the powers of two up to `gpus`), work, and a recommendation.
+    """Memory of each engine at each world size (default: the powers of two up to `gpus`), the time of each layout, the best.
 
     loss_share: supervised tokens / tokens. context: mean document length weighted by length (default: whole packs).
+    mfu: assume it for the time, whatever the layout.
     """
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu}: expected a share between 0 and 1, such as 0.4")
     estimator = Estimator(recipe, config, loss_share)
     sizes = list(world_sizes) if world_sizes else sorted({gpus, *(1 << k for k in range(gpus.bit_length()) if 1 << k <= gpus)})
@@ -265,45 +276,28 @@ def make_plan(
             memory = estimator.memory(engine, size)
             largest = estimator.largest_micro_batch(engine, size, gpu.memory_bytes)
             fits.append(Fit(engine, size, memory, memory.total <= gpu.memory_bytes, largest))
-    chosen, reasons = recommend(fits, gpu, gpus, recipe)
-    work = count_work(recipe, config, gpu, gpus, mfu=mfu, context=context, steps=steps)
-    counts = config.parameter_counts()
-    return Plan(gpu, gpus, counts, recipe.train.micro_batch, loss_share, tuple(fits), work, chosen, reasons, tuple(notes))
-
-
-def recommend(fits: Sequence[Fit], gpu: Gpu, gpus: int, recipe: Recipe) -> tuple[str | None, tuple[str, ...]]:
-    """The first engine that fits, in order of their communication, and the reason."""
-    order = ("single",) if gpus == 1 else ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-    here = {fit.engine: fit for fit in fits if fit.world_size == gpus}
-    reasons: list[str] = []
-    for engine in order:
-        if engine not in here:
-            continue
-        fit = here[engine]
-        need = f"{fit.memory.total / GIB:.1f} of {gpu.memory_bytes / GIB:.0f} GiB"
-        if fit.fits:
-            why = {
-                "single": "there is nothing to divide",
-                "ddp": "every GPU holds the whole model and only gradients travel, once per step",
-                "fsdp2": "weights, gradients and optimizer are sharded; weights travel in every pass",
-            }.get(engine, "the optimizer's state is sharded")
-            return engine, (*reasons, f"{engine} fits: {need}; {why}")
-        reasons.append(f"{engine} does not fit: {need} at micro_batch={recipe.train.micro_batch}, largest {fit.largest}")
-    hints = [] if recipe.train.activation_checkpointing else ["train.activation_checkpointing=true"]
-    hints += [f"train.micro_batch={best}"] if (best := max((f.largest for f in here.values()), default=0)) else ["more GPUs"]
-    return None, (*reasons, f"try {' or '.join(hints)}")
-
-
-def recomputed_share(train: TrainSection, config: ModelConfig) -> float:
-    """Share of the layers that are recomputed in the backward pass."""
-    layers = train.activation_checkpointing_layers or config.layers
-    return min(layers, config.layers) / config.layers if train.activation_checkpointing else 0.0
+    context = float(recipe.data.sequence_length) if context is None else context
+    allowed = [engine for engine in engines if engine not in refused]
+    ranked = rank_layouts(estimator, gpu, gpus, allowed, context=context, network=network)
+    chosen, reasons = recommend(ranked, gpu, recipe)
+    step = next((r.step.seconds for r in ranked if r.step), None)
+    work = count_work(recipe, config, gpu, gpus, mfu=mfu, seconds=step, context=context, steps=steps)
+    found = tuple(fits), ranked, work, chosen.engine if chosen else None, chosen
+    return Plan(gpu, gpus, config.parameter_counts(), recipe.train.micro_batch, loss_share, *found, reasons, tuple(notes))
 
 
 def count_work(
-    recipe: Recipe, config: ModelConfig, gpu: Gpu, gpus: int, *, mfu: float, context: float | None, steps: int | None = None
+    recipe: Recipe,
+    config: ModelConfig,
+    gpu: Gpu,
+    gpus: int,
+    *,
+    context: float | None,
+    mfu: float | None = None,
+    seconds: float | None = None,
+    steps: int | None = None,
 ) -> RunCost:
-    """Tokens, FLOPs and time of the whole run."""
+    """Tokens, FLOPs and time of the whole run. seconds: of a predicted step; without it or with mfu, that decides."""
     train = recipe.train
     steps = steps or train.steps
     step_tokens = gpus * train.accumulation * train.micro_batch * recipe.data.sequence_length
@@ -314,10 +308,13 @@ def count_work(
     kind = "full" if checkpointing is True else str(checkpointing)
     share = recomputed_share(train, config)
     useful = 6.0 - 2.0 * parts.frozen_matrices / config.matrix_parameters()  # FLOPs per element of a matrix and token
-    reached = mfu / (1 - share + share * (1 + (1 / RECOMPUTE.get(kind, 1.0) - 1) * 6.0 / useful))
-    seconds = step_tokens * flops / (gpus * gpu.bf16_flops * reached)
+    needed, assumed = step_tokens * flops / (gpus * gpu.bf16_flops), mfu is not None or seconds is None
+    if assumed or seconds is None:
+        reached = (mfu or MFU) / (1 - share + share * (1 + (1 / RECOMPUTE.get(kind, 1.0) - 1) * 6.0 / useful))
+        seconds = needed / reached
     hours = steps * seconds / 3600
-    return RunCost(steps, step_tokens, steps * step_tokens, context, flops, reached, seconds, hours, hours * gpus)
+    every = context, flops, needed / seconds, seconds, hours, hours * gpus, assumed
+    return RunCost(steps, step_tokens, steps * step_tokens, *every)
 
 
 def as_json(plan: Plan) -> str:
@@ -325,6 +322,10 @@ def as_json(plan: Plan) -> str:
     data: dict[str, Any] = asdict(plan)
     for fit, found in zip(data["fits"], plan.fits, strict=True):
         fit["memory"]["total"] = found.memory.total
+    for layout, ranked in zip(data["layouts"], plan.layouts, strict=True):
+        layout["memory"]["total"] = ranked.memory.total
+        if ranked.step is not None:
+            layout["step"] |= {"seconds": ranked.step.seconds, "tokens_per_s_per_gpu": ranked.step.tokens_per_s_per_gpu}
     return json.dumps(data, indent=1)
 
 
@@ -348,15 +349,21 @@ def show(plan: Plan) -> str:
         total = f"{m.total / GIB:>9.1f}"
         lines.append(f"{fit.engine:<8}{fit.world_size:>5}{cells}{total}  {largest}{'' if fit.fits else '   does not fit'}")
     work = plan.work
+    if plan.layouts:
+        lines += ["", *table(plan.layouts, work.flops_per_token, plan.gpu)]
+    said = "assumed" if work.assumed else "predicted"
+    how = (
+        "recomputation taken off; --mfu sets it" if work.assumed else "of the best layout, not measured; --mfu assumes another"
+    )
     lines += [
         "",
         f"steps       {work.steps:,} x {work.step_tokens:,} tokens at most = {work.tokens:,}",
         f"time        {duration(3600 * work.hours)} on {plan.gpus} GPU(s), {work.gpu_hours:.2f} GPU-hours, "
         f"{work.step_seconds:.3g} s per step",
-        f"            assumed: MFU {100 * work.mfu:.1f} % (recomputation taken off; --mfu sets it), "
+        f"            {said}: MFU {100 * work.mfu:.1f} % ({how}), "
         f"{work.flops_per_token:.3g} FLOPs per token at a context of {work.context:,.0f}",
         "",
-        f"engine      {plan.engine or 'none fits'}",
+        f"layout      {' '.join(named(plan.layout)) if plan.layout else 'none fits'}",
         *(f"            {reason}" for reason in plan.reasons),
     ]
     return "\n".join(lines)

@@ -194,7 +194,7 @@ def test_bash_completes_commands_options_and_recipes(tmp_path: Path, capsys: pyt
     """ + "\n".join(f"complete_ chatmill {words}" for words in typed)
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert [line.split() for line in done.stdout.splitlines()] == [
-        ["train"], ["verify"], ["--gpu", "--gpus"], ["tiny"], ["chitchat-scratch"],
+        ["train"], ["verify"], ["--gpu", "--gpus", "--gpus-per-node"], ["tiny"], ["chitchat-scratch"],
     ]  # fmt: skip
 
 

@@ -225,7 +225,7 @@ def test_the_recommended_engine_changes_with_the_size_of_the_model() -> None:
     assert make_plan(small, small.model.shape(), gpu, 8, engines=["ddp", "fsdp2"], world_sizes=[8]).engine == "ddp"
     plan = make_plan(large, large.model.shape(), gpu, 16, engines=["ddp", "fsdp2"], world_sizes=[16])
     assert plan.engine == "fsdp2"
-    assert "ddp does not fit" in plan.reasons[0] and "does not fit" in show(plan)
+    assert any("ddp does not fit" in reason for reason in plan.reasons) and "does not fit" in show(plan)
     alone = make_plan(large, large.model.shape(), find_gpu("4090"), 1, engines=["single"])
     assert alone.engine is None
     assert alone.reasons[-1].startswith("try ")

@@ -1,0 +1,144 @@
+"""The layouts that a number of GPUs allows, the fastest that fits, and why.
+
+ranked = rank_layouts(estimator, gpu, 16, context=8192.0)
+chosen, reasons = recommend(ranked, gpu, recipe)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chatmill.formatting import number
+
+from ..config import ModelConfig, Recipe, TrainSection
+from .hardware import GIB, Gpu
+from .step_time import RECOMPUTED, Layout, Load, Network, Recompute, StepTime, predict_step
+
+if TYPE_CHECKING:
+    from .plan import Estimator, MemoryUse
+
+WHY = {
+    "single": "there is nothing to divide",
+    "ddp": "every GPU holds the whole model and only gradients travel, once per step",
+    "fsdp2": "weights, gradients and optimizer are sharded; weights travel in every pass",
+}
+TIE = 0.03  # of the time: less is within the prediction's error, and the layout that communicates less comes first
+
+
+@dataclass(frozen=True)
+class RankedLayout:
+    """One layout. memory: of one GPU at the recipe's micro-batch. largest: packs of its largest. step: None with offload."""
+
+    layout: Layout
+    memory: MemoryUse
+    fits: bool
+    largest: int
+    step: StepTime | None
+
+
+def candidates(gpus: int, engines: Sequence[str], network: Network) -> list[Layout]:
+    """Layouts of all GPUs, in order of their communication."""
+    if gpus == 1:
+        return [Layout("single")] if "single" in engines else []
+    found = [Layout("ddp", replicas=gpus)] if "ddp" in engines else []
+    if "fsdp2" in engines:
+        node = network.gpus_per_node
+        if gpus > node and gpus % node == 0:
+            found.append(Layout("fsdp2", replicas=gpus // node, shards=node))
+        found.append(Layout("fsdp2", shards=gpus))
+    return found + [Layout(engine, shards=gpus) for engine in ("zero1", "zero2", "zero3") if engine in engines]
+
+
+def rank_layouts(
+    estimator: Estimator, gpu: Gpu, gpus: int, engines: Sequence[str], *, context: float, network: Network | None = None
+) -> tuple[RankedLayout, ...]:
+    """Those that fit first, the fastest first. context: mean attended length of a token."""
+    network = network or Network()
+    recipe, config = estimator.recipe, estimator.config
+    load = load_of(recipe, config, context, estimator.loss_share)
+    found = []
+    for layout in candidates(gpus, engines, network):
+        shared = gpus if layout.engine == "ddp" else layout.shards
+        memory = estimator.memory(layout.engine, shared)
+        largest = estimator.largest_micro_batch(layout.engine, shared, gpu.memory_bytes)
+        step = None
+        if recipe.parallel.offload == "none":
+            step = predict_step(config, estimator.parts, gpu, layout, load, network)
+        found.append(RankedLayout(layout, memory, memory.total <= gpu.memory_bytes, largest, step))
+    order = {id(ranked): k for k, ranked in enumerate(found)}
+    best = min((r.step.seconds for r in found if r.step and r.fits), default=0.0)
+
+    def rank(ranked: RankedLayout) -> tuple[bool, float, int]:
+        seconds = ranked.step.seconds if ranked.step else 0.0
+        return not ranked.fits, best if seconds <= best * (1 + TIE) else seconds, order[id(ranked)]
+
+    return tuple(sorted(found, key=rank))
+
+
+def load_of(recipe: Recipe, config: ModelConfig, context: float, loss_share: float) -> Load:
+    """What a micro-batch of the recipe computes."""
+    train = recipe.train
+    kind = "full" if train.activation_checkpointing is True else str(train.activation_checkpointing or "none")
+    again, share = RECOMPUTED[kind], recomputed_share(train, config)
+    scaled = Recompute(share * again.products, share * again.attention, share * again.traffic)
+    tokens = train.micro_batch * recipe.data.sequence_length
+    return Load(tokens, context, train.accumulation, loss_share, scaled)
+
+
+def recommend(ranked: Sequence[RankedLayout], gpu: Gpu, recipe: Recipe) -> tuple[Layout | None, tuple[str, ...]]:
+    """The first that fits, and the reasons."""
+    reasons = [
+        f"{r.layout} does not fit: {_need(r, gpu)} at micro_batch={recipe.train.micro_batch}, largest {r.largest}"
+        for r in ranked
+        if not r.fits
+    ]
+    fitting = [r for r in ranked if r.fits]
+    if not fitting:
+        hints = [] if recipe.train.activation_checkpointing else ["train.activation_checkpointing=true"]
+        largest = max((r.largest for r in ranked), default=0)
+        hints += [f"train.micro_batch={largest}"] if largest else ["more GPUs"]
+        return None, (*reasons, f"try {' or '.join(hints)}")
+    first = fitting[0]
+    why = WHY.get(first.layout.engine, "the optimizer's state is sharded")
+    reasons.append(f"{first.layout} fits: {_need(first, gpu)}; {why}")
+    if first.step and len(fitting) > 1 and (other := fitting[1]).step:
+        reasons.append(
+            f"predicted {first.step.seconds:.3g} s per step against {other.step.seconds:.3g} of {other.layout}; "
+            f"{100 * first.step.exposed / first.step.seconds:.1f} % of it waits for communication"
+        )
+    return first.layout, tuple(reasons)
+
+
+def _need(ranked: RankedLayout, gpu: Gpu) -> str:
+    return f"{ranked.memory.total / GIB:.1f} of {gpu.memory_bytes / GIB:.0f} GiB"
+
+
+def table(ranked: Sequence[RankedLayout], flops_per_token: float, gpu: Gpu) -> list[str]:
+    """Lines for people: the predicted step of each layout and what it consists of."""
+    parts = ("products", "attention", "traffic", "loss", "optimizer", "exposed")
+    lines = [f"{'layout, fastest first':<34}{'s/step':>8}{'tok/s/GPU':>11}{'MFU':>7}{'GiB':>8}  " + "  ".join(parts) + "  (%)"]
+    for r in ranked:
+        if r.step is None:
+            lines.append(f"{r.layout!s:<34}  not predicted with offload{'' if r.fits else '   does not fit'}")
+            continue
+        speed, total = r.step.tokens_per_s_per_gpu, r.step.seconds
+        shares = "  ".join(f"{100 * getattr(r.step, part) / total:>{len(part)}.1f}" for part in parts)
+        lines.append(
+            f"{r.layout!s:<34}{total:>8.3g}{number(round(speed)):>11}{100 * speed * flops_per_token / gpu.bf16_flops:>6.1f}%"
+            f"{r.memory.total / GIB:>8.1f}  {shares}{'' if r.fits else '   does not fit'}"
+        )
+    return lines
+
+
+def recomputed_share(train: TrainSection, config: ModelConfig) -> float:
+    """Share of the layers that are recomputed in the backward pass."""
+    layers = train.activation_checkpointing_layers or config.layers
+    return min(layers, config.layers) / config.layers if train.activation_checkpointing else 0.0
+
+
+def named(layout: Layout) -> list[str]:
+    """The overrides that ask for a layout."""
+    words = [f"parallel.strategy={layout.engine}"]
+    return words + ([f"parallel.replicas={layout.replicas}"] if layout.engine == "fsdp2" and layout.replicas > 1 else [])
