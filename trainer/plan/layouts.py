@@ -7,7 +7,7 @@ chosen, reasons = recommend(ranked, gpu, recipe)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chatmill.formatting import number
@@ -39,7 +39,7 @@ class RankedLayout:
 
 
 def candidates(gpus: int, engines: Sequence[str], network: Network) -> list[Layout]:
-    """Layouts of all GPUs, in order of their communication."""
+    """Layouts of all GPUs, in order of their communication. A context stays within a node."""
     if gpus == 1:
         return [Layout("single")] if "single" in engines else []
     found = [Layout("ddp", replicas=gpus)] if "ddp" in engines else []
@@ -48,7 +48,11 @@ def candidates(gpus: int, engines: Sequence[str], network: Network) -> list[Layo
         if gpus > node and gpus % node == 0:
             found.append(Layout("fsdp2", replicas=gpus // node, shards=node))
         found.append(Layout("fsdp2", shards=gpus))
-    return found + [Layout(engine, shards=gpus) for engine in ("zero1", "zero2", "zero3") if engine in engines]
+    found += [Layout(engine, shards=gpus) for engine in ("zero1", "zero2", "zero3") if engine in engines]
+    if "fsdp2" in engines:
+        contexts = [c for c in (2, 4, 8) if gpus % c == 0 and network.gpus_per_node % c == 0]
+        found += [Layout("fsdp2", shards=gpus // c, context=c) for c in contexts]
+    return found
 
 
 def rank_layouts(
@@ -60,12 +64,15 @@ def rank_layouts(
     load = load_of(recipe, config, context, estimator.loss_share)
     found = []
     for layout in candidates(gpus, engines, network):
-        shared = gpus if layout.engine == "ddp" else layout.shards
-        memory = estimator.memory(layout.engine, shared)
-        largest = estimator.largest_micro_batch(layout.engine, shared, gpu.memory_bytes)
+        c = layout.context
+        shared = gpus if layout.engine == "ddp" else layout.shards * c
+        memory = estimator.memory(layout.engine, shared, context=c)
+        largest = estimator.largest_micro_batch(layout.engine, shared, gpu.memory_bytes, context=c)
         step = None
-        if recipe.parallel.offload == "none":
-            step = predict_step(config, estimator.parts, gpu, layout, load, network)
+        if recipe.parallel.offload == "none":  # as many tokens per step as without a context
+            step = predict_step(
+                config, estimator.parts, gpu, layout, replace(load, accumulation=c * load.accumulation), network
+            )
         found.append(RankedLayout(layout, memory, memory.total <= gpu.memory_bytes, largest, step))
     order = {id(ranked): k for k, ranked in enumerate(found)}
     best = min((r.step.seconds for r in found if r.step and r.fits), default=0.0)
@@ -138,7 +145,11 @@ def recomputed_share(train: TrainSection, config: ModelConfig) -> float:
     return min(layers, config.layers) / config.layers if train.activation_checkpointing else 0.0
 
 
-def named(layout: Layout) -> list[str]:
-    """The overrides that ask for a layout."""
+def named(layout: Layout, accumulation: int = 1) -> list[str]:
+    """The overrides that ask for a layout with as many tokens per step."""
     words = [f"parallel.strategy={layout.engine}"]
-    return words + ([f"parallel.replicas={layout.replicas}"] if layout.engine == "fsdp2" and layout.replicas > 1 else [])
+    if layout.engine == "fsdp2" and layout.replicas > 1:
+        words.append(f"parallel.replicas={layout.replicas}")
+    if layout.context > 1:
+        words += [f"parallel.context={layout.context}", f"train.accumulation={layout.context * accumulation}"]
+    return words

@@ -110,6 +110,7 @@ class Plan:
     gpus: int
     parameters: dict[str, int]
     micro_batch: int
+    accumulation: int
     loss_share: float
     fits: tuple[Fit, ...]
     layouts: tuple[RankedLayout, ...]
@@ -170,11 +171,12 @@ class Estimator:
             self._traces[key] = (activations, max(t.workspace for t in traces), first.last)
         return self._traces[key]
 
-    def memory(self, engine: str, world_size: int, micro_batch: int | None = None) -> MemoryUse:
-        """The largest of the three moments."""
+    def memory(self, engine: str, world_size: int, micro_batch: int | None = None, context: int = 1) -> MemoryUse:
+        """The largest of the three moments. context: processes that divide the tokens, and so the activations."""
         micro_batch = micro_batch or self.recipe.train.micro_batch
         bf16 = self.recipe.train.precision == "bf16"
         activations, workspace, last = self.activations(bf16 and engine not in ("single", "ddp"), micro_batch)
+        activations, last = activations // context, last // context
         moments = [
             self._fill(engine, world_size, activations, workspace, at_update=False),
             self._fill(engine, world_size, last, 0, at_update=True, first_layer=True),
@@ -218,15 +220,15 @@ class Estimator:
         context = CONTEXT[w > 1]
         return MemoryUse(weights, gradients, optimizer, activations, workspace, buffers, round(MARGIN * moving), context)
 
-    def largest_micro_batch(self, engine: str, world_size: int, limit: int) -> int:
+    def largest_micro_batch(self, engine: str, world_size: int, limit: int, context: int = 1) -> int:
         """Packs of the largest micro-batch within `limit` bytes; 0 if not even one fits."""
 
         def fits(packs: int) -> bool:
-            return self.memory(engine, world_size, packs).total <= limit
+            return self.memory(engine, world_size, packs, context).total <= limit
 
         if not fits(1):
             return 0
-        one, two = (self.memory(engine, world_size, packs) for packs in (1, 2))
+        one, two = (self.memory(engine, world_size, packs, context) for packs in (1, 2))
         slope = max(1, two.total - one.total)
         packs = max(1, min(1 << 14, 1 + (limit - one.total) // slope))
         while packs < 1 << 14 and fits(packs + 1):  # linear except for the cap on logits
@@ -283,7 +285,8 @@ def make_plan(
     step = next((r.step.seconds for r in ranked if r.step), None)
     work = count_work(recipe, config, gpu, gpus, mfu=mfu, seconds=step, context=context, steps=steps)
     found = tuple(fits), ranked, work, chosen.engine if chosen else None, chosen
-    return Plan(gpu, gpus, config.parameter_counts(), recipe.train.micro_batch, loss_share, *found, reasons, tuple(notes))
+    batch = recipe.train.micro_batch, recipe.train.accumulation, loss_share
+    return Plan(gpu, gpus, config.parameter_counts(), *batch, *found, reasons, tuple(notes))
 
 
 def count_work(
@@ -349,6 +352,7 @@ def show(plan: Plan) -> str:
         total = f"{m.total / GIB:>9.1f}"
         lines.append(f"{fit.engine:<8}{fit.world_size:>5}{cells}{total}  {largest}{'' if fit.fits else '   does not fit'}")
     work = plan.work
+    words = named(plan.layout, plan.accumulation) if plan.layout else ["none fits"]
     if plan.layouts:
         lines += ["", *table(plan.layouts, work.flops_per_token, plan.gpu)]
     said = "assumed" if work.assumed else "predicted"
@@ -363,7 +367,7 @@ def show(plan: Plan) -> str:
         f"            {said}: MFU {100 * work.mfu:.1f} % ({how}), "
         f"{work.flops_per_token:.3g} FLOPs per token at a context of {work.context:,.0f}",
         "",
-        f"layout      {' '.join(named(plan.layout)) if plan.layout else 'none fits'}",
+        f"layout      {' '.join(words)}",
         *(f"            {reason}" for reason in plan.reasons),
     ]
     return "\n".join(lines)

@@ -73,13 +73,16 @@ def test_the_layouts_of_two_nodes_are_ranked_and_the_best_is_named() -> None:
         "fsdp2 replicas 2 x shards 8",
         "fsdp2 shards 16",
         "zero1 shards 16",
+        "fsdp2 shards 8 x context 2",
+        "fsdp2 shards 4 x context 4",
+        "fsdp2 shards 2 x context 8",
     ]
     assert candidates(1, ("ddp", "single"), Network()) == [Layout("single")]
-    assert len(candidates(12, ("fsdp2",), Network())) == 1  # no whole nodes
+    assert [str(layout) for layout in candidates(9, ("fsdp2",), Network())] == ["fsdp2 shards 9"]  # no whole nodes
     large = load_recipe("8b")
     plan = make_plan(large, large.model.shape(), H100, 16, engines=["ddp", "fsdp2"], world_sizes=[16])
     assert plan.layout is not None and named(plan.layout) == ["parallel.strategy=fsdp2", "parallel.replicas=2"]
-    assert [ranked.fits for ranked in plan.layouts] == [True, True, False]
+    assert [ranked.fits for ranked in plan.layouts] == [True] * 5 + [False]
     assert not plan.work.assumed and plan.layouts[0].step is not None
     assert plan.work.step_seconds == plan.layouts[0].step.seconds
     assert "parallel.replicas=2" in show(plan) and "not measured" in show(plan)
@@ -87,6 +90,17 @@ def test_the_layouts_of_two_nodes_are_ranked_and_the_best_is_named() -> None:
     ranked = make_plan(offloaded, offloaded.model.shape(), H100, 16, engines=["fsdp2"], world_sizes=[16])
     assert ranked.work.assumed and all(r.step is None for r in ranked.layouts) and "not predicted with offload" in show(ranked)
     assert recommend((), H100, large)[0] is None
+
+
+def test_a_pack_too_long_for_one_gpu_is_divided() -> None:
+    words = ["data.sequence_length=131072", "train.accumulation=2"]
+    long = load_recipe("8b", words)
+    plan = make_plan(long, long.model.shape(), H100, 16, engines=["fsdp2"], world_sizes=[16])
+    fitting = [ranked.layout for ranked in plan.layouts if ranked.fits]
+    assert fitting and all(layout.context > 1 for layout in fitting)
+    assert plan.layout is not None and f"train.accumulation={2 * plan.layout.context}" in show(plan)
+    tokens = {ranked.step.tokens for ranked in plan.layouts if ranked.step}
+    assert tokens == {16 * 2 * 131072}
 
 
 def test_every_gpu_has_bandwidths() -> None:
