@@ -284,9 +284,21 @@ def make_plan(
     chosen, reasons = recommend(ranked, gpu, recipe)
     step = next((r.step.seconds for r in ranked if r.step), None)
     work = count_work(recipe, config, gpu, gpus, mfu=mfu, seconds=step, context=context, steps=steps)
-    found = tuple(fits), ranked, work, chosen.engine if chosen else None, chosen
-    batch = recipe.train.micro_batch, recipe.train.accumulation, loss_share
-    return Plan(gpu, gpus, config.parameter_counts(), *batch, *found, reasons, tuple(notes))
+    return Plan(
+        gpu=gpu,
+        gpus=gpus,
+        parameters=config.parameter_counts(),
+        micro_batch=recipe.train.micro_batch,
+        accumulation=recipe.train.accumulation,
+        loss_share=loss_share,
+        fits=tuple(fits),
+        layouts=ranked,
+        work=work,
+        engine=chosen.engine if chosen else None,
+        layout=chosen,
+        reasons=reasons,
+        notes=tuple(notes),
+    )
 
 
 def count_work(
