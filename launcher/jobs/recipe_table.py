@@ -137,7 +137,8 @@ def traced_needs(recipe: Recipe, shape: ModelConfig) -> Iterator[Need]:
     """Traced on the meta device. Raises ConfigError without torch."""
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("torch is not installed here: it is needed to trace the memory of activations (no GPU is).")
-    from ...trainer.plan.plan import MFU, Estimator, count_work
+    from ...trainer.plan.memory import Estimator
+    from ...trainer.plan.plan import MFU, count_work
 
     estimator = Estimator(recipe, shape)
     strategy = recipe.parallel.strategy

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from chatmill.formatting import number
 
-from ..config import ModelConfig, Recipe, TrainSection
+from ..config import ModelConfig, Recipe
 from .hardware import GIB, Gpu
+from .memory import Estimator, MemoryUse, recomputed_share
 from .step_time import RECOMPUTED, Layout, Load, Network, Recompute, StepTime, predict_step
-
-if TYPE_CHECKING:
-    from .plan import Estimator, MemoryUse
 
 WHY = {
     "single": "there is nothing to divide",
@@ -137,12 +134,6 @@ def table(ranked: Sequence[RankedLayout], flops_per_token: float, gpu: Gpu) -> l
             f"{r.memory.total / GIB:>8.1f}  {shares}{'' if r.fits else '   does not fit'}"
         )
     return lines
-
-
-def recomputed_share(train: TrainSection, config: ModelConfig) -> float:
-    """Share of the layers that are recomputed in the backward pass."""
-    layers = train.activation_checkpointing_layers or config.layers
-    return min(layers, config.layers) / config.layers if train.activation_checkpointing else 0.0
 
 
 def named(layout: Layout, accumulation: int = 1) -> list[str]:

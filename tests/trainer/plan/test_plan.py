@@ -24,8 +24,9 @@ from chatmill.trainer.distributed.world import World
 from chatmill.trainer.engine.choose import build_engine
 from chatmill.trainer.model.decoder import Decoder
 from chatmill.trainer.plan.hardware import GIB, find_gpu, known_gpu
+from chatmill.trainer.plan.memory import Estimator
 from chatmill.trainer.plan.memory_trace import estimate_step, trace_step
-from chatmill.trainer.plan.plan import Estimator, make_plan, show
+from chatmill.trainer.plan.plan import make_plan, show
 
 SHAPE = ModelConfig(
     vocab_size=2048, hidden_size=128, intermediate_size=384, layers=6, heads=4, kv_heads=2, context=1024, tied_embeddings=False
