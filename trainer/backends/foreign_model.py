@@ -12,6 +12,7 @@ Shapes: T tokens, H hidden, V vocabulary, S documents, L tokens of the longest o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -64,9 +65,8 @@ class ForeignModel(LanguageModel):
         self.__dict__ |= {"causal": found.causal, "body": found.body, "classifier": head, "layers": found.layers}
         self._held = held_back(found)
         self._place: torch.device | None = None
-        self._kinds: list[Recompute] = ["none"] * len(found.layers)
-        for number, layer in enumerate(found.layers):
-            layer.forward = self._recomputing(number, layer.forward)
+        for layer in found.layers:
+            layer.__class__ = recomputing(type(layer))  # type: ignore[arg-type]  # functools asks for __hash__
         self.body.get_input_embeddings().register_forward_hook(_in_compute_dtype)
         self._config = found.causal.config
         self.keep_apart(config.documents)
@@ -135,24 +135,13 @@ class ForeignModel(LanguageModel):
     @property
     def recompute(self) -> str:
         """See LanguageModel."""
-        return recompute_in_words(self._kinds)
+        return recompute_in_words([cast(str, layer.recompute) for layer in self.layers])
 
     def set_recompute(self, value: bool | Literal["full", "selective"], layers: int | None = None) -> None:
         """See LanguageModel."""
         kind: Recompute = ("full" if value else "none") if isinstance(value, bool) else value
-        self._kinds = [kind if layers is None or number < layers else "none" for number in range(len(self.layers))]
-
-    def _recomputing(self, number: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        """A layer's forward, inside a checkpoint where it is recomputed."""
-
-        def forward(*args: Any, **options: Any) -> Any:
-            kind = self._kinds[number]
-            if kind == "none" or not torch.is_grad_enabled() or options.get("past_key_values") is not None:
-                return run(*args, **options)
-            contexts: dict[str, Any] = {"context_fn": keep_attention} if kind == "selective" else {}
-            return checkpoint(run, *args, use_reentrant=False, **contexts, **options)
-
-        return forward
+        for number, layer in enumerate(self.layers):
+            layer.recompute = kind if layers is None or number < layers else "none"  # type: ignore[assignment]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -214,6 +203,22 @@ class ForeignModel(LanguageModel):
         for cache in caches:
             cache.reserve(1)
         return torch.stack([self.cached_logits(tokens[i : i + 1], cache) for i, cache in enumerate(caches)])
+
+
+@functools.cache
+def recomputing(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of layers whose forward runs inside a checkpoint where its attribute `recompute` says so.
+
+    A class, not a function per layer: all layers then share one compiled function.
+    """
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        if self.recompute == "none" or not torch.is_grad_enabled() or options.get("past_key_values") is not None:
+            return kind.forward(self, *args, **options)
+        contexts: dict[str, Any] = {"context_fn": keep_attention} if self.recompute == "selective" else {}
+        return checkpoint(kind.forward, self, *args, use_reentrant=False, **contexts, **options)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "recompute": "none"})
 
 
 def held_back(model: Foreign) -> list[tuple[str, nn.Module, str, bool]]:

@@ -75,6 +75,8 @@ def packed_attention(
     expected = window_of(getattr(module, "config", None), getattr(module, "layer_idx", None))
     if sliding_window != expected:
         raise ConfigError(f"{kind} names a window of {sliding_window} tokens where its configuration says {expected}")
+    if query.dtype != value.dtype:  # autocast: norms and rotation have left them in fp32
+        query, key = query.to(value.dtype), key.to(value.dtype)
     out = attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tests.trainer.backends import foreign_worker
 from tests.trainer.backends.architectures import make_folder
 from tests.trainer.backends.test_architectures import our_loss
+from tests.trainer.ranks import run_in_ranks
 
 from chatmill.config import ConfigError
 from chatmill.run_files import read_jsonl
@@ -33,7 +36,7 @@ def folders(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """Hugging Face folders of tiny models with the data set's tokenizer, by architecture."""
     root = tmp_path_factory.mktemp("foreign")
     made = {}
-    for name in ("qwen3", "qwen3_moe"):
+    for name in ("qwen3", "qwen3_moe", "deepseek_v3"):
         made[name] = root / name
         make_folder(name, made[name], vocab_size=384, max_position_embeddings=256)
         for file in (tiny_data / "tokenizer").iterdir():
@@ -137,3 +140,17 @@ def test_what_is_no_text_model_of_transformers_is_refused(folders, tmp_path: Pat
     refused("architectures is .*; expected Qwen3MoeForCausalLM", architectures=["Qwen3MoeForTokenClassification"])
     refused("missing tensors: model.layers.2", num_hidden_layers=3)
     refused("unexpected tensors: model.layers.1", num_hidden_layers=1)
+
+
+@pytest.mark.slow
+def test_engines_of_two_processes_equal_one(folders, tiny_data: Path, tmp_path: Path) -> None:
+    """A dense model, and experts whose router has a bias that is not trained (deepseek_v3)."""
+    checkpoints = []
+    for name in ("qwen3", "deepseek_v3"):
+        import_hf(folders[name], tmp_path / name, impl="transformers")
+        checkpoints.append(str(tmp_path / name))
+    engines: list[tuple[str, dict]] = [("ddp", {}), ("fsdp2", {"activation_checkpointing": "full"})]
+    if importlib.util.find_spec("deepspeed") is not None:
+        engines += [("zero3", {"activation_checkpointing": "selective"})]
+    text = run_in_ranks(foreign_worker.run, 2, (str(tiny_data), tuple(checkpoints), tuple(engines)), tmp_path)
+    assert text.count("passed") == 2 * len(engines) * len(checkpoints), text
