@@ -22,8 +22,8 @@ class ParallelSection(Section):
 
     replicas: fsdp2 only: copies of the model, each sharded over the processes that are left (HSDP, one copy per node).
     shards: fsdp2 only: groups of processes that one copy is sharded over (null: world size / (replicas x context)).
-    context: ddp and fsdp2: so many neighbouring processes divide every batch, token by token, and attend together. Weights are
-    also sharded over them.
+    context: so many neighbouring processes divide every batch, token by token, and attend together. Weights are sharded over
+    them as over others.
     context_method: `ulysses` (each process attends with some of the heads), `ring` (keys and values go around), or `auto`:
     ulysses where context divides the heads.
     reshard_after_forward: fsdp2 only: free the gathered weights between forward and backward (false: more memory, fewer
@@ -46,9 +46,8 @@ class ParallelSection(Section):
         strategy, offload = self.strategy, self.offload
         if strategy != "fsdp2" and (self.replicas != 1 or self.shards is not None or self.reshard_after_forward is not True):
             raise ValueError(f"replicas, shards and reshard_after_forward belong to strategy=fsdp2, not {strategy}")
-        if self.context > 1 and strategy not in ("ddp", "fsdp2"):
-            why = "is one process" if strategy == "single" else "is not supported with it"
-            raise ValueError(f"context={self.context} needs strategy=fsdp2 or ddp: {strategy} {why}")
+        if self.context > 1 and strategy == "single":
+            raise ValueError(f"context={self.context} needs as many processes: single is one; set strategy=fsdp2 or ddp")
         if offload == "cpu" and strategy in ("single", "ddp"):
             raise ValueError(f"strategy={strategy} has no offload: use fsdp2, zero1, zero2 or zero3")
         if offload == "nvme" and strategy != "zero3":

@@ -83,6 +83,10 @@ def context_cases(engines: Sequence[str], world_sizes: Sequence[int], kernels: S
         Case("ddp", 2, **accumulated, context=2, method="ulysses"),
         Case("ddp", 2, **recomputed, context=2, method="ring"),
         Case("fsdp2", 2, **recomputed, context=2, method="ulysses", weights="lora"),
+        Case("zero1", 2, **recomputed, context=2, method="ring"),
+        Case("zero2", 2, **accumulated, context=2, method="ulysses"),
+        Case("zero3", 2, **recomputed, context=2, method="ulysses", weights="lora"),
+        Case("zero3", 4, **accumulated, context=2, method="ring"),
         Case("fsdp2", 4, **accumulated, context=2, method="ulysses"),
         Case("fsdp2", 4, **recomputed, context=4, method="ring"),
     ]

@@ -141,8 +141,10 @@ def proof(engine: Engine, masters: Iterable[Tensor], /, **facts: Any) -> dict[st
         raise ConfigError(
             f"master weights must be float32, found {sorted(map(str, dtypes))}: the engine lowered their precision"
         )
+    context = engine.decoder.context
     return {
         "strategy": recipe.parallel.strategy,
+        **({} if context is None else {"context": context.size, "context_method": context.method}),
         "world_size": engine.world.world_size,
         "backend": engine.world.backend,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -184,5 +186,6 @@ def check_average(source: TensorSource, names: Iterable[str]) -> None:
 def _mark_varying(batch: PackedBatch) -> None:
     """Tell torch.compile that the number of documents and of attention tiles differs between batches: fewer compilations."""
     maps = batch.tile_maps.values() if isinstance(batch.tile_maps, Mapping) else ()
-    for tensor in (batch.cu_seqlens, *(tile_map.data for tile_map in maps)):
+    whole = () if batch.division is None else (batch.division.cu_seqlens,)
+    for tensor in (batch.cu_seqlens, *whole, *(tile_map.data for tile_map in maps)):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -37,8 +37,8 @@ from ..distributed.world import World
 from ..model.language_model import LanguageModel, LossOutput
 from ..optim.ema import GROUP, PREFIX, WeightAverage, swapped
 from ..optim.optimizer import build_optimizer, restore_state, saved_state, set_rate
-from ..parallel.context import ContextGroup, context_method
-from ..parallel.grid import context_group, device_mesh
+from ..parallel.context import join_context
+from ..parallel.grid import device_mesh
 from ..parallel_config import grid_of
 from .ddp_buckets import settle_buckets
 from .engine import Objective, StepSums, check_average, proof, run_model, sum_micro_batches
@@ -69,9 +69,8 @@ class TorchEngine:
         if parallel.strategy == "single":
             return model
         mesh = device_mesh(grid, world.device.type) if parallel.strategy == "fsdp2" or grid.context > 1 else None
-        if mesh is not None and grid.context > 1:
-            method = context_method(self.recipe, model.config)
-            model.context = ContextGroup(context_group(mesh, grid), world.context_rank, grid.context, method)
+        if mesh is not None:
+            model.context = join_context(self.recipe, model.config, mesh)
         if parallel.strategy == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             replicas = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -104,9 +103,8 @@ class TorchEngine:
         home = "cpu" if recipe.parallel.offload == "cpu" else self.world.device.type
         if homes != {home} or len(layouts) > 1:
             raise ConfigError(f"parameters are on {sorted(homes)} in layouts {sorted(layouts)}; expected {home} and one layout")
-        grid, context = self.grid, self.decoder.context
+        grid = self.grid
         shards = grid.shards * grid.context if strategy == "fsdp2" else 1
-        divided = {} if context is None else {"context": context.size, "context_method": context.method}
         state = "8-bit" if recipe.optimizer.name == "adamw8bit" else "fp32"
         return proof(
             self,
@@ -114,7 +112,6 @@ class TorchEngine:
             engine=type(self.model).__name__,
             sharded_parameters=f"{sharded} of {len(parameters)}",
             sharding=f"parameters, gradients and optimizer: {shards} shard(s) x {self.world.world_size // shards} copies",
-            **divided,
             optimizer=f"{type(self.optimizer).__name__} ({state} state)",
         )
 

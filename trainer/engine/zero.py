@@ -31,6 +31,9 @@ from ..model.language_model import LanguageModel, LossOutput
 from ..optim.ema import GROUP, PREFIX, WeightAverage, swapped
 from ..optim.optimizer import build_optimizer, expected_keys, set_rate, wrong_state
 from ..optim.zero_muon import SlicedMatrix, ZeroMuon, slices_of
+from ..parallel.context import join_context
+from ..parallel.grid import device_mesh
+from ..parallel_config import grid_of
 from .deepspeed_setup import check_nvme, import_deepspeed, swapping_as_computed, zero_config
 from .engine import Objective, StepSums, check_average, proof, run_model, sum_micro_batches
 
@@ -46,6 +49,10 @@ class ZeroEngine:
         self.stage = int(recipe.parallel.strategy.removeprefix("zero"))
         self.gathers = self.stage == 3
         self._library = import_deepspeed()
+        if recipe.parallel.context > 1:
+            model.context = join_context(
+                recipe, model.config, device_mesh(grid_of(recipe.parallel, world.world_size), world.device.type)
+            )
         if recipe.parallel.offload == "nvme":
             check_nvme(Path(recipe.parallel.nvme_path or ""))
         model.to(world.device)

@@ -1,7 +1,7 @@
 """Ranks that divide their batches: how they attend together, and add up what each of them has.
 
-    decoder.context = ContextGroup(group, rank, size, context_method(recipe, config))
-    decoder.context.sum(x)          a differentiable sum over these ranks
+    decoder.context = join_context(recipe, config, mesh)     None where every rank has batches of its own
+    decoder.context.sum(x)                                   a differentiable sum over these ranks
 
 Two ways to attend over tokens that lie on C ranks (docs/context-parallelism.md): `ulysses` exchanges heads (ulysses.py), `ring`
 passes keys and values around (ring.py). Everything else of a layer works on each token alone.
@@ -16,13 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
 
 from chatmill.config import ConfigError
 
 from ...data.stream import Division
 from ..config import Recipe
 from ..model_config import ModelConfig
-from .grid import arrived
+from ..parallel_config import grid_of
+from .grid import arrived, context_group
 from .ring import ring_attention
 from .ulysses import ulysses_attention
 
@@ -77,6 +79,15 @@ class _Sum(torch.autograd.Function):
 
 def _added(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return arrived(collectives.all_reduce(x, "sum", group))
+
+
+def join_context(recipe: Recipe, config: ModelConfig, mesh: DeviceMesh) -> ContextGroup | None:
+    """The ranks that divide this rank's batches; None where it has its own. Collective. Raises ConfigError."""
+    grid = grid_of(recipe.parallel, mesh.size())
+    if grid.context == 1:
+        return None
+    group = context_group(mesh, grid)
+    return ContextGroup(group, dist.get_rank(group), grid.context, context_method(recipe, config))
 
 
 def context_method(recipe: Recipe, config: ModelConfig) -> Method:

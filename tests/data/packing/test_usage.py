@@ -71,6 +71,17 @@ def test_at_names_the_dialogues_tokens_and_raw_lines_of_a_step(run: tuple[Path, 
     assert all(use.origin == f"raw/chats.jsonl:{int(use.uid[1:]) + 1}" and use.source == "chats" for use in uses)
 
 
+def test_processes_that_divide_a_batch_count_once_before_the_first_checkpoint(
+    run: tuple[Path, list[PackedBatch]], tmp_path: Path
+) -> None:
+    path, _ = run
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config |= {"parallel": {"context": 2}, "train": {"seed": 5, "micro_batch": 3, "accumulation": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "environment.json").write_text(json.dumps({"world_size": 4}))  # 2 batches of 3 packs
+    assert at(tmp_path, 1) == at(path, 1)
+
+
 def test_where_names_every_step_and_every_piece_of_a_dialogue(run: tuple[Path, list[PackedBatch]]) -> None:
     path, batches = run
     longest = max(set(batches[0].uids), key=lambda uid: sum(uid == other for batch in batches for other in batch.uids))

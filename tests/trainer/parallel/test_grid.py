@@ -27,7 +27,7 @@ def parallel(**fields: Any) -> ParallelSection:
         ({"context": 2}, 8, Grid(1, 4, 2)),
         ({"context": 2, "shards": 2, "replicas": 2}, 8, Grid(2, 2, 2)),
         ({"strategy": "ddp", "context": 2}, 8, Grid(4, 1, 2)),
-        ({"strategy": "zero2"}, 4, Grid(1, 4, 1)),
+        ({"strategy": "zero2", "context": 2}, 4, Grid(1, 2, 2)),
         ({"strategy": "single"}, 1, Grid(1, 1, 1)),
     ],
 )
@@ -53,8 +53,7 @@ def test_processes_that_do_not_make_the_grid_are_refused(fields: dict[str, Any],
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"parallel": {"strategy": "single", "context": 2}}, "context=2 needs strategy=fsdp2 or ddp: single is one process"),
-        ({"parallel": {"strategy": "zero2", "context": 2}}, "zero2 is not supported with it"),
+        ({"parallel": {"strategy": "single", "context": 2}}, "context=2 needs as many processes: single is one"),
         ({"parallel": {"strategy": "ddp", "shards": 2}}, "shards and reshard_after_forward belong to strategy=fsdp2"),
         ({"parallel": {"strategy": "ddp", "context": 3}}, "sequence_length=1024 is not a multiple of parallel.context=3"),
         ({"parallel": {"strategy": "fsdp2", "tensor": 2}}, "tensor"),
