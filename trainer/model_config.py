@@ -34,11 +34,13 @@ def _known_family(name: str) -> str:
 class RopeScaling(Section):
     """Stretching of the rotary angles for contexts longer than those of pre-training.
 
-    kind: `linear`, `llama3` (Llama 3.1, three frequency bands) or `yarn` (arXiv:2309.00071).
+    kind: `linear`, `llama3` (Llama 3.1, three frequency bands), `yarn` (arXiv:2309.00071) or `longrope` (arXiv:2402.13753).
     factor: new length / original length.
+    longrope: short_factor and long_factor, one number per rotating pair, divide the frequencies of texts within the original
+    context and of longer ones. The decoder computes the former only: `context` may not exceed original_context.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float = Field(gt=0)
     original_context: int = Field(gt=0, le=MOST_CONTEXT)
     low_freq_factor: float = Field(default=1.0, gt=0)
@@ -46,11 +48,15 @@ class RopeScaling(Section):
     beta_fast: float = Field(default=32.0, gt=0)
     beta_slow: float = Field(default=1.0, gt=0)
     attention_factor: float | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
     @model_validator(mode="after")
     def _check_bands(self) -> RopeScaling:
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}")
+        if (self.kind == "longrope") != (self.short_factor is not None and self.long_factor is not None):
+            raise ValueError("short_factor and long_factor belong to kind longrope, which needs both")
         return self
 
 
@@ -59,6 +65,12 @@ class ModelConfig(Section):
 
     family names the Hugging Face architecture that `export --to hf` writes. eos_token_id: one token, or several.
     sliding_window: tokens seen by a query, itself included; applied to the layers in `sliding_layers` (None: all).
+    window_rope_theta: rotary base of the layers with a window, which then have no rope_scaling.
+    norms: before attention and feed-forward, after them (what they add to the residual stream is normed), or around them.
+    norm_offset: norms multiply by norm_offset + weight. qk_norm_over: one norm per head, or one over the whole projection.
+    attention_scale: of the scores, None for head_dim ** -0.5. embedding_scale and residual_scale (of what each branch adds)
+    multiply; logit_divisor divides, before the soft-cap. rotary_dim: channels of each head that rotate (None: all).
+    rope_interleaved: pairs of channels are neighbours, instead of one of each half. nope_layers: layers without positions.
     """
 
     family: Annotated[str, AfterValidator(_known_family)] = "llama"
@@ -77,6 +89,18 @@ class ModelConfig(Section):
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "projection"] = "head"
+    norms: Literal["before", "after", "around"] = "before"
+    norm_offset: Literal[0, 1] = 0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    rotary_dim: int | None = Field(default=None, gt=0, le=1 << 14)
+    rope_interleaved: bool = False
+    window_rope_theta: float | None = Field(default=None, gt=1)
+    nope_layers: tuple[int, ...] | None = None
+    embedding_scale: float = Field(default=1.0, gt=0)
+    attention_scale: float | None = Field(default=None, gt=0)
+    residual_scale: float = Field(default=1.0, gt=0)
+    logit_divisor: float = Field(default=1.0, gt=0)
     sliding_window: int | None = Field(default=None, gt=0)
     sliding_layers: tuple[int, ...] | None = None
     attention_softcap: float | None = Field(default=None, gt=0)
@@ -99,6 +123,18 @@ class ModelConfig(Section):
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of heads={self.heads}; set head_dim")
         if self.d_head % 2:
             raise ValueError(f"head_dim={self.d_head} is odd; rotary positions need an even one")
+        rotary = self.rotary_dim or self.d_head
+        if rotary % 2 or rotary > self.d_head:
+            raise ValueError(f"rotary_dim={rotary} must be even and at most head_dim={self.d_head}")
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "longrope":
+            if (counts := {len(scaling.short_factor or ()), len(scaling.long_factor or ())}) != {rotary // 2}:
+                raise ValueError(f"rope_scaling has {max(counts)} factors; the heads have {rotary // 2} rotating pairs")
+            if self.context > scaling.original_context:
+                raise ValueError(
+                    f"context={self.context} exceeds rope_scaling.original_context={scaling.original_context}: beyond it, "
+                    "longrope's angles depend on the length of the whole text, which a cache that grows cannot follow"
+                )
         return self
 
     @property
@@ -123,7 +159,8 @@ class ModelConfig(Section):
         q, kv = self.heads * d, self.kv_heads * d
         attention = h * (q + 2 * kv) + q * h
         attention += (q + 2 * kv) * self.qkv_bias + h * self.output_bias
-        norms = 2 * h + 2 * d * self.qk_norm
+        norms = (4 if self.norms == "around" else 2) * h
+        norms += (q + kv if self.qk_norm_over == "projection" else 2 * d) * self.qk_norm
         parts = {
             "embedding": self.vocab_size * h,
             "attention": self.layers * attention,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapter_config import QUANTISED, AdapterSection, Precision
-from ..model.decoder import Linear, LossOutput, RMSNorm, TokenTable
+from ..model.decoder import LossOutput, TokenTable
+from ..model.parts import Linear, RMSNorm
 from .quantised import byte_columns, dequantise
 
 KEPT = ("lora_a", "lora_b", "magnitude", "initial_a", "initial_b")  # what a checkpoint holds of an adapted module
@@ -108,7 +109,8 @@ class AdaptedTable(TokenTable):
     def __init__(self, replaced: TokenTable, precision: Precision, settings: AdapterSection, is_head: bool) -> None:
         nn.Module.__init__(self)
         self.weight = in_precision(replaced.weight, precision)
-        self.softcap, self.impl, self.scale, self.is_on = replaced.softcap, replaced.impl, settings.scale, True
+        self.softcap, self.logit_divisor, self.impl = replaced.softcap, replaced.logit_divisor, replaced.impl
+        self.scale, self.is_on = settings.scale, True
         self.dropout, self.is_head = 0.0, is_head
         rows, hidden = replaced.weight.shape
         self.in_features, self.out_features = (hidden, rows) if is_head else (rows, hidden)

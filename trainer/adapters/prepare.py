@@ -19,8 +19,9 @@ from chatmill.config import ConfigError
 
 from ..adapter_config import QUANTISED, AdapterSection, Precision
 from ..config import Recipe
-from ..model.decoder import Block, Decoder, Linear, TokenTable
+from ..model.decoder import Block, Decoder, TokenTable
 from ..model.language_model import LanguageModel
+from ..model.parts import Linear
 from .layers import KEPT, AdaptedLinear, AdaptedTable, FrozenLinear, in_precision
 
 ALL_LINEAR = "all-linear"

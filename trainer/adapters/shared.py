@@ -26,7 +26,8 @@ from ..adapter_config import Precision
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import not_finite
 from ..checkpoint.manifest import CheckpointError
-from ..model.decoder import Decoder, Linear, TokenTable
+from ..model.decoder import Decoder, TokenTable
+from ..model.parts import Linear
 from ..model.variants import chosen
 from .merging import MergedCheckpoint, frozen_tensor, weights_mark
 

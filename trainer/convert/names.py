@@ -18,7 +18,9 @@ NAMES = {
     "norm": ("model.norm", "output_norm"),
     "head": ("lm_head", "output"),
     "attention_norm": ("input_layernorm", "attn_norm"),
+    "attention_post_norm": ("", "post_attention_norm"),  # the families that have it name it
     "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "mlp_post_norm": ("", "post_ffw_norm"),
     "attention.q": ("self_attn.q_proj", "attn_q"),
     "attention.k": ("self_attn.k_proj", "attn_k"),
     "attention.v": ("self_attn.v_proj", "attn_v"),

@@ -37,7 +37,9 @@ class SharedPrefix:
         self._seen = torch.cat((torch.ones(len(at), cache.length, dtype=torch.bool, device=device), own), 1)  # (C, P+C)
         self._key_positions = torch.cat((torch.arange(cache.length, device=device), self.positions))
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None, scale: float | None
+    ) -> Tensor:
         """See `chatmill.trainer.model.decoder.TokenMemory`."""
         P = self.cache.length
         keys = torch.cat((self.cache.k[layer, :, :P].to(k.dtype), k.transpose(0, 1)), 1)  # (Hk, P+C, D)
@@ -45,7 +47,7 @@ class SharedPrefix:
         seen = self._seen
         if window is not None:
             seen = seen & (self.positions[:, None] - self._key_positions[None, :] < window)
-        return cached_attention(q, keys, values, softcap=softcap, seen=seen)
+        return cached_attention(q, keys, values, softcap=softcap, scale=scale, seen=seen)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     h = x + o(attention(rope(q(n1(x)), k(n1(x))), v(n1(x))))        n1, n2: RMSNorm
     y = h + down(silu(gate(n2(h))) * up(n2(h)))
 
+What families of models do otherwise (norms behind the branches, scales, soft-caps …) are fields of ModelConfig.
 All tensors are packed: T tokens of S documents, document s is tokens[cu_seqlens[s]:cu_seqlens[s+1]] and sees nothing else.
 Shapes: T tokens, H hidden, Hq/Hk query/key heads, D channels per head, F feed-forward, V vocabulary, S documents.
 
@@ -12,7 +13,8 @@ computed in fp32 inside their operations.
 
 The loss is part of forward, and every parameter is used inside the forward of the module that owns it: engines that shard
 parameters (FSDP2, ZeRO-3) gather them in hooks around exactly those calls.
-Sources: Llama (arXiv:2302.13971, 2407.21783), Mistral 7B (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388).
+Sources: Llama (arXiv:2302.13971, 2407.21783), Mistral 7B (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388), Gemma 2 and 3
+(2408.00118, 2503.19786), OLMo 2 (2501.00656).
 """
 
 from __future__ import annotations
@@ -30,15 +32,14 @@ from ...data.stream import Division
 from ...kernels.attention import TileMap, attention
 from ...kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_with_metrics
 from ...kernels.dispatch import Impl
-from ...kernels.layer.rms_norm import rms_norm
-from ...kernels.layer.rope import rope, rope_one
-from ...kernels.layer.swiglu import swiglu
+from ...kernels.layer.rope import rope_one
 from ..model_config import KernelSection, ModelConfig
 from ..parallel.context import ContextGroup, SharedBatch
 from .kv_cache import CacheRows, KVCache
 from .language_model import LanguageModel, LossOutput, recompute_in_words
+from .parts import FeedForward, HeadNorm, Linear, RMSNorm
 from .recompute import Recompute, keep_attention
-from .rotary import inverse_frequencies, rotary_tables
+from .rotary import Rotary, pairs_apart
 
 __all__ = ["Decoder", "KVCache", "LossOutput", "TokenMemory"]
 
@@ -49,49 +50,20 @@ class TokenMemory(Protocol):
     attend: q ["T Hq D"], k, v ["T Hk D"] of one layer, rotated already; returns ["T Hq D"].
     """
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor: ...
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None, scale: float | None
+    ) -> Tensor: ...
 
 
 class Layout(NamedTuple):
     """Where documents lie in the pack; the same for every layer."""
 
-    cos: Tensor  # Float32["T D/2"]
-    sin: Tensor  # Float32["T D/2"]
+    turn: tuple[Tensor, Tensor]  # cos and sin, Float32["T D/2"] each
+    window_turn: tuple[Tensor, Tensor]  # those of layers with a sliding window; mostly the same
     cu_seqlens: Tensor | None  # Int32["S+1"]; None where a memory replaces the pack
     max_seqlen: int | None
     tile_maps: Mapping[int | None, TileMap] | None  # by sliding window
     shared: SharedBatch | None = None  # where several ranks divide the pack
-
-
-class Linear(nn.Linear):
-    """A linear layer left uninitialised: Decoder.init_weights or a checkpoint fills it."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis."""
-
-    def __init__(self, size: int, eps: float, impl: Impl) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-        self.impl = impl
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x; with a residual the norm of their sum, and the sum, in one pass over memory."""
-        if residual is None:
-            return rms_norm(x, self.weight, self.eps, impl=self.impl)
-        return rms_norm(x, self.weight, self.eps, residual, impl=self.impl)
-
-
-class HeadNorm(RMSNorm):
-    """RMSNorm of every head's channels followed by the rotation, in one pass over memory."""
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
-        """x Float["T heads D"], cos and sin Float["T D/2"]."""
-        return rope_one(x, cos, sin, norm=self.weight, norm_eps=self.eps, impl=self.impl)
 
 
 class Attention(nn.Module):
@@ -104,23 +76,29 @@ class Attention(nn.Module):
         self.d_head = D
         self.window = config.window_of(layer)
         self.softcap = config.attention_softcap
+        self.scale = config.attention_scale
+        self.turns = layer not in (config.nope_layers or ())
+        self.rotary, self.interleaved = config.rotary_dim or D, config.rope_interleaved
         self.kernels = kernels
         self.q = Linear(H, config.heads * D, bias=config.qkv_bias)
         self.k = Linear(H, config.kv_heads * D, bias=config.qkv_bias)
         self.v = Linear(H, config.kv_heads * D, bias=config.qkv_bias)
         self.o = Linear(config.heads * D, H, bias=config.output_bias)
-        self.q_norm = HeadNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
-        self.k_norm = HeadNorm(D, config.norm_eps, kernels.elementwise) if config.qk_norm else None
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            whole = config.qk_norm_over == "projection"
+            self.q_norm, self.k_norm = (
+                RMSNorm(heads * D, config, kernels.elementwise) if whole else HeadNorm(D, config, kernels.elementwise)
+                for heads in (config.heads, config.kv_heads)
+            )
 
     def forward(self, x: Tensor, layout: Layout, memory: TokenMemory | None = None) -> Tensor:
         T, D = x.shape[0], self.d_head
-        q = self.q(x).view(T, -1, D)  # (T, Hq, D)
-        k = self.k(x).view(T, -1, D)  # (T, Hk, D)
+        turn = (layout.turn if self.window is None else layout.window_turn) if self.turns else None
+        q = self._placed(self.q(x), self.q_norm, turn)  # (T, Hq, D)
+        k = self._placed(self.k(x), self.k_norm, turn)  # (T, Hk, D)
         v = self.v(x).view(T, -1, D)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, layout.cos, layout.sin), self.k_norm(k, layout.cos, layout.sin)
-        else:
-            q, k = rope(q, k, layout.cos, layout.sin, impl=self.kernels.elementwise)
         if memory is None:
             maps = layout.tile_maps
             out = (attention if layout.shared is None else layout.shared.attend)(
@@ -130,41 +108,49 @@ class Attention(nn.Module):
                 cu_seqlens=layout.cu_seqlens,
                 window=self.window,
                 softcap=self.softcap,
+                scale=self.scale,
                 impl=self.kernels.attention,
                 tile_map=None if maps is None else maps.get(self.window),
                 max_seqlen=layout.max_seqlen,
                 complete=True,  # a batch's cu_seqlens end at T
             )
         else:
-            out = memory.attend(self.layer, q, k, v, window=self.window, softcap=self.softcap)
+            out = memory.attend(self.layer, q, k, v, window=self.window, softcap=self.softcap, scale=self.scale)
         projected: Tensor = self.o(out.reshape(T, -1))
         return projected
 
-
-class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: ModelConfig, impl: Impl) -> None:
-        super().__init__()
-        self.gate = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.impl = impl
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(swiglu(self.gate(x), self.up(x), impl=self.impl))
-        return out
+    def _placed(self, x: Tensor, norm: RMSNorm | None, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries or keys ["T heads*D"] normed and turned, ["T heads D"]; in an order of channels that is the same for both."""
+        plain = self.rotary == self.d_head and not self.interleaved
+        if norm is not None and not isinstance(norm, HeadNorm):
+            x = norm(x)
+        x = x.view(len(x), -1, self.d_head)
+        if isinstance(norm, HeadNorm):
+            x = norm(x, turn if plain else None)
+            if plain:
+                return x
+        if turn is None:
+            return x
+        x = x if plain else pairs_apart(x, self.rotary, self.interleaved)
+        return rope_one(x, *turn, impl=self.kernels.elementwise)
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+    """One layer: attention and feed-forward, each behind a norm, before a norm, or both, and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, kernels: KernelSection) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels.elementwise)
+
+        def norm(where: str) -> RMSNorm | None:
+            return RMSNorm(config.hidden_size, config, kernels.elementwise) if config.norms in (where, "around") else None
+
+        self.attention_norm = norm("before")
         self.attention = Attention(config, layer, kernels)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels.elementwise)
+        self.attention_post_norm = norm("after")
+        self.mlp_norm = norm("before")
         self.mlp = FeedForward(config, kernels.elementwise)
+        self.mlp_post_norm = norm("after")
+        self.residual_scale = config.residual_scale
         self.recompute: Recompute = "none"
         self.draws = False  # whether it draws random numbers (dropout), which a second pass must draw again
 
@@ -178,10 +164,17 @@ class Block(nn.Module):
         return out
 
     def _forward(self, x: Tensor, layout: Layout, memory: TokenMemory | None = None) -> Tensor:
-        mixed = self.attention(self.attention_norm(x), layout, memory)
-        normed, x = self.mlp_norm(mixed, residual=x)
-        out: Tensor = x + self.mlp(normed)
-        return out
+        mixed = self.attention(x if self.attention_norm is None else self.attention_norm(x), layout, memory)
+        mixed = self._scaled(mixed, self.attention_post_norm)
+        if self.mlp_norm is None:
+            x = normed = x + mixed
+        else:
+            normed, x = self.mlp_norm(mixed, residual=x)
+        return x + self._scaled(self.mlp(normed), self.mlp_post_norm)
+
+    def _scaled(self, branch: Tensor, norm: RMSNorm | None) -> Tensor:
+        branch = branch if norm is None else norm(branch)
+        return branch if self.residual_scale == 1.0 else branch * self.residual_scale
 
 
 class TokenTable(nn.Module):
@@ -194,6 +187,7 @@ class TokenTable(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.softcap = config.logit_softcap
+        self.logit_divisor = config.logit_divisor
         self.impl = impl
 
     def forward(
@@ -218,6 +212,12 @@ class TokenTable(nn.Module):
         self, weight: Tensor, x: Tensor, targets: Tensor | None, objective: Any, **options: Any
     ) -> Tensor | LossOutput:
         """Logits, or a loss, of hidden states with the given classifier ["V H"]; options: rows and norm of `forward`."""
+        if self.logit_divisor != 1.0:  # of the states, for every tier of the loss
+            divisor, norm = self.logit_divisor, options.get("norm")
+            if targets is None or norm is None:
+                x = x / divisor
+            else:
+                options["norm"] = lambda rows: norm(rows) / divisor
         if targets is None:
             logits = F.linear(x, weight.to(x.dtype)).float()
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -241,11 +241,10 @@ class Decoder(LanguageModel):
         self.config = config
         self.embed = TokenTable(config, kernels.cross_entropy)
         self.layers = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels.elementwise)
+        self.norm = RMSNorm(config.hidden_size, config, kernels.elementwise)
         self.head = None if config.tied_embeddings else TokenTable(config, kernels.cross_entropy)
-        # not a buffer: engines cast buffers to bf16, where neighbouring frequencies become one, and leave them on "meta"
-        self._frequencies, self._rotary_factor = inverse_frequencies(config)
-        self._frequencies_on: dict[torch.device, Tensor] = {}
+        self._rotary = Rotary(config)
+        self._window_rotary = None if config.window_rope_theta is None else Rotary(config, windowed=True)
         self.context: ContextGroup | None = None  # the ranks that divide batches with this one
 
     @property
@@ -284,7 +283,7 @@ class Decoder(LanguageModel):
             shared = SharedBatch(self.context, division, positions)
             layout = layout._replace(cu_seqlens=division.cu_seqlens, shared=shared)
         x = self._stream(tokens, layout)
-        table = self.embed if self.head is None else self.head
+        table = self.head or self.embed
         options: dict[str, Any] = {"targets": targets, "rows": rows, "objective": objective, "norm": self.norm}
         out: Tensor | LossOutput = table(self.norm(x)) if targets is None else table(x, **options)
         return out
@@ -331,12 +330,12 @@ class Decoder(LanguageModel):
 
     def classify(self, hidden: Tensor) -> Tensor:
         """Logits Float32["n V"] of hidden states ["n H"]."""
-        logits: Tensor = (self.embed if self.head is None else self.head)(hidden)
+        logits: Tensor = (self.head or self.embed)(hidden)
         return logits
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Random weights: normal with initializer_range (o and down smaller by sqrt(2 layers)); norms 1, biases 0.
+        """Random weights: normal with initializer_range (o and down smaller by sqrt(2 layers)); norms multiply by 1, biases 0.
 
         Each tensor is drawn on the CPU from its own generator, seeded by (seed, parameter name): the weights depend neither on
         the device, nor on other tensors, nor on the order of construction.
@@ -344,7 +343,7 @@ class Decoder(LanguageModel):
         shrink = (2 * self.config.layers) ** -0.5
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                parameter.fill_(1.0 - self.config.norm_offset)
             elif name.endswith(".bias"):
                 parameter.zero_()
             else:
@@ -361,11 +360,9 @@ class Decoder(LanguageModel):
         max_seqlen: int | None,
         tile_maps: Mapping[int | None, TileMap] | None,
     ) -> Layout:
-        frequencies = self._frequencies_on.get(positions.device)
-        if frequencies is None:
-            frequencies = self._frequencies_on[positions.device] = self._frequencies.to(positions.device)
-        cos, sin = rotary_tables(positions, frequencies, self._rotary_factor)
-        return Layout(cos, sin, cu_seqlens, max_seqlen, tile_maps)
+        turn = self._rotary(positions)
+        window_turn = turn if self._window_rotary is None else self._window_rotary(positions)
+        return Layout(turn, window_turn, cu_seqlens, max_seqlen, tile_maps)
 
     def _stream(self, tokens: Tensor, layout: Layout, memory: TokenMemory | None = None) -> Tensor:
         """The residual stream ["T H"] behind the last layer, before the final norm."""
@@ -375,6 +372,8 @@ class Decoder(LanguageModel):
             x = x.to(torch.get_autocast_dtype(kind))
         elif x.dtype != self.norm.weight.dtype:  # a frozen table in bf16, with fp32 compute
             x = x.to(self.norm.weight.dtype)
+        if self.config.embedding_scale != 1.0:  # rounded to the compute dtype, as in Gemma
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device="cpu")
         for block in self.layers:
             x = block(x, layout, memory)
         return x

@@ -62,7 +62,9 @@ class KVCache:
         self.v[layer, :, self.length : end] = v.transpose(0, 1)
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None, scale: float | None
+    ) -> Tensor:
         """Store k and v, then causal attention of q over everything held; see `chatmill.trainer.model.decoder.TokenMemory`."""
         keys, values = self.write(layer, k, v)
         if self.decode and len(q) == 1 and keys.dtype == q.dtype:
@@ -70,8 +72,9 @@ class KVCache:
                 self._end_is = keys.shape[1]
                 self._end.fill_(self._end_is)
             whole = (self.k[layer].transpose(0, 1)[None], self.v[layer].transpose(0, 1)[None])  # (1, capacity, Hk, D)
-            return decode_attention(q, *whole, self._end, window=window, softcap=softcap, impl=self.decode)
-        return cached_attention(q, keys.to(q.dtype), values.to(q.dtype), window=window, softcap=softcap)
+            options = {"window": window, "softcap": softcap, "scale": scale}
+            return decode_attention(q, *whole, self._end, impl=self.decode, **options)  # type: ignore[arg-type]
+        return cached_attention(q, keys.to(q.dtype), values.to(q.dtype), window=window, softcap=softcap, scale=scale)
 
 
 class CacheRows:
@@ -80,12 +83,14 @@ class CacheRows:
     def __init__(self, caches: Sequence[KVCache]) -> None:
         self._caches = caches
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None, scale: float | None
+    ) -> Tensor:
         """Row by row; see `chatmill.trainer.model.decoder.TokenMemory`."""
         out = torch.empty_like(q)
         for i, cache in enumerate(self._caches):
             row = slice(i, i + 1)
-            out[row] = cache.attend(layer, q[row], k[row], v[row], window=window, softcap=softcap)
+            out[row] = cache.attend(layer, q[row], k[row], v[row], window=window, softcap=softcap, scale=scale)
         return out
 
 
@@ -96,11 +101,13 @@ def cached_attention(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    scale: float | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of the newest tokens over everything cached.
 
     q ["Tq Hq D"] belongs to the last Tq of the keys; k, v ["Hk Tk D"]. Returns ["Tq Hq D"].
+    scale: of the scores, default D ** -0.5.
     seen: Bool ["Tq Tk"], which keys a query may look at, instead of the causal rule and the window.
     """
     Tq, Hq, D = q.shape
@@ -113,9 +120,10 @@ def cached_attention(
         seen = _causal_mask(Tq, Tk, window, q.device)
     mask = None if seen is None else seen.repeat(Hq // Hk, 1)  # (G*Tq, Tk)
     if softcap is None:
-        out = F.scaled_dot_product_attention(grouped.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask)[0]
+        parts = grouped.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        out = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)[0]
     else:
-        scores = (grouped @ k.transpose(1, 2)).float() * D**-0.5
+        scores = (grouped @ k.transpose(1, 2)).float() * (D**-0.5 if scale is None else scale)
         scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))

@@ -54,11 +54,20 @@ class SharedBatch(NamedTuple):
     positions: Tensor
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, impl: str, window: int | None, softcap: float | None, **options: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        impl: str,
+        window: int | None,
+        softcap: float | None,
+        scale: float | None,
+        **options: Any,
     ) -> Tensor:
         """As kernels.attention, with this rank's tokens: q (T/C, Hq, D). options: of the whole batch. Collective."""
         group = self.ranks.group
-        rules: dict[str, Any] = {"impl": impl, "window": window, "softcap": softcap}
+        rules: dict[str, Any] = {"impl": impl, "window": window, "softcap": softcap, "scale": scale}
         if self.ranks.method == "ulysses":
             return ulysses_attention(q, k, v, group, self.ranks.size, **rules, **options)
         return ring_attention(q, k, v, self.positions, self.division.ring, group, **rules)[0]

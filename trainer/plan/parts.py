@@ -16,7 +16,8 @@ from torch import nn
 from ..adapters.layers import AdaptedTable
 from ..adapters.prepare import prepare
 from ..config import Recipe
-from ..model.decoder import Decoder, Linear
+from ..model.decoder import Decoder
+from ..model.parts import Linear
 from ..model_config import ModelConfig
 from ..optim.optimizer import is_hidden_matrix
 

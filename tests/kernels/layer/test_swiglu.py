@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from chatmill.kernels.layer.geglu import geglu, geglu_reference
 from chatmill.kernels.layer.swiglu import _swiglu_op, swiglu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,3 +72,20 @@ def test_backward_may_run_twice_and_operator_passes_torchs_own_checks() -> None:
 def test_misuse_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="one shape and dtype"):
         swiglu(torch.zeros(3, 8), torch.zeros(3, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_geglu_and_its_gradients_follow_the_formula(dtype: torch.dtype) -> None:
+    parts = [torch.randn(7, 123, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+    results = []
+    for function in (geglu, geglu_reference):
+        gate, up = (part.clone().requires_grad_() for part in parts[:2])
+        out = function(gate, up)
+        out.backward(parts[2])
+        results.append((out.detach(), gate.grad, up.grad))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for got, expected in zip(*results, strict=True):
+        assert got is not None and expected is not None
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        geglu(parts[0], parts[1][:, :5])

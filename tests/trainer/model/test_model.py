@@ -252,7 +252,7 @@ def test_a_model_converted_to_bf16_keeps_its_rotary_angles() -> None:
     angles = []
     for m in (model, wide):
         layout = m._layout(torch.tensor([4001]), torch.tensor([0, 1]), 1, None)
-        angles.append(torch.atan2(layout.sin, layout.cos))
+        angles.append(torch.atan2(layout.turn[1], layout.turn[0]))
     assert torch.equal(angles[0], angles[1])
     assert wide(part, torch.tensor([4001]), torch.tensor([0, 1], dtype=torch.int32)).dtype == torch.float32
 

@@ -86,7 +86,7 @@ def attention_parity(folder: str) -> None:
             assert isinstance(part.division, Division)
             own = [x.detach()[rank::size].clone().requires_grad_() for x in whole]
             shared = SharedBatch(ContextGroup(group, rank, size, method), part.division, part.positions)
-            options = {"window": None, "softcap": None} | rules
+            options = {"window": None, "softcap": None, "scale": None} | rules
             found = shared.attend(
                 *own, impl="torch", cu_seqlens=part.division.cu_seqlens, max_seqlen=part.max_seqlen, **options
             )

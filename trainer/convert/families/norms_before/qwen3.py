@@ -9,7 +9,7 @@ FAMILY = Family(
     {**QWEN, "head_dim": 128},
     qkv_bias="attention_bias",
     output_bias="attention_bias",
-    qk_norm=True,
+    fixed={"qk_norm": True},
     windows="layers",
     gguf="qwen3",
 )
