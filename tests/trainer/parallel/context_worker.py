@@ -46,7 +46,7 @@ SHAPE = {
 }
 # four packs: documents of one token up to a whole pack, some shorter than the ranks are many
 LENGTHS = [1, 1, 1, 2, 3, 1, 5, 7, 4, 1, 11, 2, 13, 6, 1, 9, 17, 11, 61, 1, 34, 96, *[1] * 30, 4, 62]
-RULES: list[dict[str, Any]] = [{}, {"window": 3}, {"window": 17}, {"softcap": 2.0}, {"window": 40, "softcap": 2.0}]
+RULES: list[dict[str, Any]] = [{}, {"window": 17}, {"softcap": 2.0}, {"window": 40, "softcap": 2.0, "scale": 0.7}]
 
 
 def world_of(size: int, context: int = 1) -> World:
