@@ -67,7 +67,7 @@ class ChatTokenizer:
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self.ids(), default=-1)  # ids may have gaps
         added = self._tokenizer.get_added_tokens_decoder()
-        self._added = frozenset(token.content for token in added.values() if token.content.strip())
+        self.added = {token.content: i for i, token in added.items() if token.content.strip()}
         self.special = {token.content: i for i, token in added.items() if token.special}
         self.bos_id, self.eos_id = self.named_id("bos_token"), self.named_id("eos_token")
         pad = self.named_id("pad_token")
@@ -78,7 +78,7 @@ class ChatTokenizer:
         if template is not None:
             names = ("bos_token", "eos_token", "pad_token", "unk_token")
             self._template = ChatTemplate(template, {name: token_content(self.config.get(name)) for name in names})
-            self.replies = ReplyFinder(self._template, self.special, self._added)
+            self.replies = ReplyFinder(self._template, self.special, self.added)
             numbers = {token.content: i for i, token in added.items()}
             ends += [numbers[token] for token in self.replies.turn_ends]
         ends += [] if self.eos_id is None else [self.eos_id]
@@ -322,7 +322,7 @@ class ChatTokenizer:
             return self._run(self._encode_pieces(text, self.replies.cuts_by_definition(text, before, more))).ids()
 
         render = partial(self.template.render, more=more)
-        tools = Tools(render, self.encode, self.decode, prompt_ids, self._added)
+        tools = Tools(render, self.encode, self.decode, prompt_ids, self.added)
         quiet = [i for i, turn in enumerate(conversation.turns) if not turn.thought_loss]
         return find_fault(got, messages, supervised_turns(conversation), tools, quiet)
 

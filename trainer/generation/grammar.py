@@ -88,6 +88,18 @@ class Grammars:
             )
         return Grammar(matcher)
 
+    def lark(self, text: str) -> Grammar:
+        """A grammar in llguidance's form of Lark, with `%json` schemas inside. Raises ConfigError."""
+        library = _library()
+        if self._tokenizer is None:
+            self._tokenizer = self._make_tokenizer(library)
+        matcher = library.LLMatcher(self._tokenizer, library.LLMatcher.grammar_from_lark(text), log_level=0)
+        if matcher.is_error():
+            raise ConfigError(f"the JSON schema cannot be enforced: {_reason(matcher.get_error())}")
+        if warnings := matcher.get_grammar_warnings():
+            raise ConfigError(f"the JSON schema cannot be enforced as it is: {_reason(warnings[0])}")
+        return Grammar(matcher)
+
     def _make_tokenizer(self, library: Any) -> Any:
         stops = sorted(self._source.stop_ids)
         if not stops:

@@ -20,7 +20,7 @@ from .sampling import Sampling
 class Prompt:
     """What to continue, and how. stops: strings that end the reply and are not part of it.
 
-    grammar: what the reply must follow; several prompts may have the same one.
+    grammar: what the reply must follow; several prompts may have the same one. keep_special: special tokens stay in the text.
     """
 
     ids: Sequence[int]
@@ -29,6 +29,7 @@ class Prompt:
     seed: int | None = None
     stops: Sequence[str] = ()
     grammar: Grammar | None = None
+    keep_special: bool = False
 
 
 def bad_text(value: Any, where: str = "") -> str | None:

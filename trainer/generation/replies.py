@@ -65,7 +65,8 @@ def replies_to_many(
                 seed=prompt.seed,
                 grammar=None if prompt.grammar is None else prompt.grammar.copy(),
             )
-            running.append(_Running(index, steps, TextStream(tokenizer, prompt.stops, min_tokens=prompt.sampling.min_tokens)))
+            least, skip = prompt.sampling.min_tokens, not prompt.keep_special
+            running.append(_Running(index, steps, TextStream(tokenizer, prompt.stops, min_tokens=least, skip_special=skip)))
         if not running:
             return
         unfinished = []
@@ -96,9 +97,14 @@ def reply_to(
     seed: int | None = None,
     grammar: Grammar | None = None,
     on_text: Callable[[str], None] = lambda piece: None,
+    variables: Mapping[str, Any] | None = None,
+    keep_special: bool = False,
 ) -> Reply:
-    """Answer a conversation (mappings with role and content); on_text gets each piece of text when it is certain."""
-    ids, _ = fit_messages(tokenizer, messages, model.config.context, max_new_tokens)
-    prompt = Prompt(ids, max_new_tokens, sampling or Sampling(), seed, stop_strings, grammar)
+    """Answer a conversation (mappings with role and content); on_text gets each piece of text when it is certain.
+
+    variables: of the chat template, `tools` for example. keep_special: special tokens stay in the text.
+    """
+    ids, _ = fit_messages(tokenizer, messages, model.config.context, max_new_tokens, variables)
+    prompt = Prompt(ids, max_new_tokens, sampling or Sampling(), seed, stop_strings, grammar, keep_special)
     ((_, reply),) = replies_to_many(model, tokenizer, [prompt], on_text=on_text)
     return reply

@@ -112,7 +112,22 @@ def top_p_narrows(c: Client, kind: str) -> bool:
     return c.text(kind, temperature=1.5, seed=1, top_p=1e-9) == c.text(kind) != c.text(kind, temperature=1.5, seed=1)
 
 
+def refused_here(**given: Any) -> Effect:
+    """What depends on the model's template: this one has no form for tools (test_serve_tools.py has one that does)."""
+
+    def effect(c: Client, kind: str) -> bool:
+        with pytest.raises(openai.BadRequestError, match="no form for tools") as told:
+            c.answer(kind, **given)
+        return told.value.param == "tools" and told.value.code == "unsupported_parameter"
+
+    return effect
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
 HONOURED: dict[str, Effect] = {
+    "tools": refused_here(tools=[TOOL]),
+    "tool_choice": refused_here(tools=[TOOL], tool_choice="required"),
+    "parallel_tool_calls": refused_here(tools=[TOOL], parallel_tool_calls=False),
     "messages": lambda c, kind: c.text(kind, messages=[{"role": "user", "content": "how are you?"}]) != c.text(kind),
     "prompt": lambda c, kind: c.text(kind, prompt="I am") != c.text(kind),
     "model": other_model_is_refused,
@@ -147,14 +162,11 @@ ASKS_FOR_MORE: dict[str, Any] = {
     "moderation": {"model": "omni-moderation-latest"},
     "reasoning_effort": "high",
     "suffix": "end",
-    "tool_choice": "required",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
     "verbosity": "low",
     "web_search_options": {},  # with its defaults
 }
 CHANGES_NOTHING: dict[str, Any] = {
     "metadata": {"a": "b"},
-    "parallel_tool_calls": False,
     "prediction": {"type": "content", "content": "hello"},
     "prompt_cache_key": "k",
     "prompt_cache_options": {"mode": "implicit"},
@@ -210,12 +222,14 @@ def test_the_client_parses_replies_into_its_classes(served: Served) -> None:
         ("chat_completion_content_part_text_param", "ChatCompletionContentPartTextParam", {"type", "text"}),
         ("chat_completion_stream_options_param", "ChatCompletionStreamOptionsParam", {"include_usage"}),
         ("chat_completion_user_message_param", "ChatCompletionUserMessageParam", {"role", "content"}),
-        ("chat_completion_assistant_message_param", "ChatCompletionAssistantMessageParam", {"role", "content"}),
+        ("chat_completion_assistant_message_param", "ChatCompletionAssistantMessageParam", {"role", "content", "tool_calls"}),
+        ("chat_completion_tool_message_param", "ChatCompletionToolMessageParam", {"role", "content", "tool_call_id"}),
+        ("chat_completion_function_tool_param", "ChatCompletionFunctionToolParam", {"type", "function"}),
     ],
 )
 def test_what_lies_inside_the_fields_of_the_client_is_known(module: str, name: str, honoured: set[str]) -> None:
     harmless = {"prompt_cache_breakpoint", "include_obfuscation"}
-    refused = {"name", "audio", "function_call", "refusal", "tool_calls"}
+    refused = {"name", "audio", "function_call", "refusal"}
     kind = getattr(__import__(f"openai.types.chat.{module}", fromlist=[name]), name)
     assert set(typing.get_type_hints(kind)) <= honoured | harmless | refused
 

@@ -36,6 +36,8 @@ from ....data.tokenizer.plain import PlainText
 from ...generation.grammar import Grammar, Grammars
 from ...generation.prompt import check_prompt, most_bytes
 from ..chat_model import ChatModel
+from ..tools.forced import forced_call
+from ..tools.reply_parts import Speech
 from .batcher import Batcher
 from .bodies import SMALL, Bodies, give_memory_back, parse_json
 from .completion import Completion, Limits
@@ -78,6 +80,7 @@ class ServedModel:
         self.plain = PlainText(self.chat.tokenizer)
         self.most_bytes = most_bytes(self.chat.tokenizer, self.config.context)
         self.grammars = Grammars(self.chat.tokenizer, self.config.vocab_size)
+        self.speech = Speech.of(self.chat.tokenizer, self.chat.call_form)
 
 
 class Service:
@@ -155,7 +158,7 @@ class Service:
                 model, asked, prompts, grammar = await in_thread(self._prepare, kind, body)
         except ClientDisconnect:
             return Response(status_code=499)
-        completion = Completion(asked, prompts, model.chat, self.limits, deadline, grammar)
+        completion = Completion(asked, prompts, model.chat, self.limits, deadline, grammar, model.speech)
         completion.submit(model.batcher)
         if asked.stream:
             headers = {"Cache-Control": "no-store"}
@@ -178,13 +181,15 @@ class Service:
             text = f"{where}: {size:,} bytes. The model's context is {config.context} tokens, which no text of more than "
             text += f"{model.most_bytes:,} bytes fits. Shorten it."
             raise RequestError(400, text, param=where, code="context_length_exceeded")
-        prompts = asked.prompts(model.chat.tokenizer, model.plain)
+        prompts = asked.prompts(model.chat.tokenizer, model.plain, model.speech)
         for ids in prompts:
             try:
                 check_prompt(ids, config.context, config.vocab_size)
             except ConfigError as error:
                 code = "context_length_exceeded" if len(ids) >= config.context else None
                 raise RequestError(400, str(error), param=where, code=code) from None
+        if isinstance(asked, ChatRequest) and asked.must_call:
+            grammar = call_grammar(asked, model, prompts[0])
         return model, asked, prompts, grammar
 
     def _in_turn(self, body: bytearray, function: Callable[..., T], *arguments: Any) -> T:
@@ -201,13 +206,23 @@ def grammar_of(asked: ChatRequest | TextRequest, model: ServedModel) -> Grammar 
     """The grammar of the replies. Raises RequestError for one that cannot be, and for what this model cannot do."""
     schema = asked.wanted_schema
     try:
-        asked.sampling({}).check_against(model.config.vocab_size, with_grammar=schema is not None)
+        forced = schema is not None or (isinstance(asked, ChatRequest) and asked.must_call)
+        asked.sampling({}).check_against(model.config.vocab_size, with_grammar=forced)
     except ValueError as error:
         raise RequestError(400, str(error), param=named_first(str(error))) from None
     try:
         return None if schema is None else model.grammars.json(schema)
     except ConfigError as error:
         raise RequestError(400, f"response_format: {error}", param="response_format") from None
+
+
+def call_grammar(asked: ChatRequest, model: ServedModel, prompt: list[int]) -> Grammar:
+    """The grammar of a reply that must be a call. Raises RequestError."""
+    tokenizer = model.chat.tokenizer
+    try:
+        return forced_call(model.grammars, tokenizer, model.speech, asked.offered, tokenizer.decode(prompt[-24:]))
+    except ConfigError as error:
+        raise RequestError(400, f"tool_choice: {error}", param="tool_choice") from None
 
 
 async def in_thread(function: Callable[..., T], *arguments: Any) -> T:

@@ -231,6 +231,7 @@ class Batcher:
                 chat.tokenizer,
                 job.stop_strings,
                 min_tokens=job.sampling.min_tokens,
+                skip_special=not job.keeps_special,
                 before=job.prompt_ids if job.continues_prompt else (),
             )
             self._active.append(_Active(job, steps, text))

@@ -13,7 +13,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from ...generation.generation import TokenStep
 from ...generation.grammar import Grammar
 from ...generation.text_stream import TokenStarts
 from ..chat_model import ChatModel
+from ..tools.chat_reply import ChatReply
+from ..tools.reply_parts import Speech
 from .batcher import Batcher
 from .errors import RequestError
 from .jobs import BusyError, ClosedError, Done, Event, Failed, Job, Piece
@@ -61,6 +63,7 @@ class Completion:
         limits: Limits,
         deadline: float,
         grammar: Grammar | None = None,
+        speech: Speech | None = None,
     ) -> None:
         self.asked, self.chat = asked, chat
         self.is_chat = isinstance(asked, ChatRequest)
@@ -76,6 +79,8 @@ class Completion:
         self._created = int(time.time())
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()  # of all replies, each with its index
+        has_tools = isinstance(asked, ChatRequest) and bool(asked.offered)
+        takes_apart = self.is_chat and speech is not None and (has_tools or speech.marks is not None)
         sampling = asked.sampling(sampling_of(chat.tokenizer.generation))
         self.jobs = [
             Job(
@@ -89,6 +94,7 @@ class Completion:
                 prompt_logprobs=asked.wanted_logprobs if self.has_echo else None,
                 grammar=None if grammar is None else grammar.copy(),
                 chat=chat,
+                keeps_special=takes_apart,
                 continues_prompt=not self.is_chat,
                 request=self,
                 deadline=deadline,
@@ -96,6 +102,11 @@ class Completion:
             for index, (ids, k) in enumerate(itertools.product(prompts, range(asked.n or 1)))
         ]
         self._starts: dict[int, TokenStarts] = {}
+        self._replies = [
+            ChatReply(speech.parts(chat.tokenizer.decode(ids[-24:]), has_tools), asked.parallel_tool_calls is not False)
+            for ids in (job.prompt_ids for job in self.jobs)
+            if takes_apart and speech is not None and isinstance(asked, ChatRequest)
+        ]
 
     def _emit(self, index: int, event: Event) -> None:
         if not self._loop.is_closed():
@@ -132,10 +143,15 @@ class Completion:
                     yield ": waiting\n\n"
                     continue
                 if isinstance(event, Piece):
-                    logprobs = self._logprobs(index, event.steps)
-                    yield sse(self._chunk(index, {"content": event.text} if self.is_chat else event.text, logprobs))
+                    for content, logprobs in self._pieces(index, event):
+                        yield sse(self._chunk(index, content, logprobs))
                 elif isinstance(event, Done):
-                    yield sse(self._chunk(index, {} if self.is_chat else "", finish_reason=event.finish_reason))
+                    reason = event.finish_reason
+                    if self._replies:
+                        for delta in self._replies[index].finish():
+                            yield sse(self._chunk(index, delta))
+                        reason = self._replies[index].reason(reason)
+                    yield sse(self._chunk(index, {} if self.is_chat else "", finish_reason=reason))
                     unfinished, generated = unfinished - 1, generated + event.completion_tokens
                 else:
                     yield sse(failure(event).body())
@@ -195,6 +211,15 @@ class Completion:
                 ends[index] = event
         return [(texts[index], steps[index], ends[index]) for index in range(count)]
 
+    def _pieces(self, index: int, piece: Piece) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+        """(more of a reply, its log-probabilities) in the chunks of a stream."""
+        logprobs = self._logprobs(index, piece.steps)
+        if not self._replies:
+            yield {"content": piece.text} if self.is_chat else piece.text, logprobs
+            return
+        deltas = self._replies[index].push(piece.text) or ([{}] if logprobs is not None else [])
+        yield from ((delta, logprobs if number == 0 else None) for number, delta in enumerate(deltas))
+
     def _logprobs(self, index: int, steps: Sequence[TokenStep]) -> dict[str, Any] | None:
         """Log-probabilities of the next tokens of a reply."""
         if self.asked.wanted_logprobs is None:
@@ -241,7 +266,11 @@ class Completion:
 
     def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str) -> dict[str, Any]:
         """One whole reply."""
-        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
+        content: dict[str, Any] = {"text": text}
+        if self.is_chat:
+            message = self._replies[index].whole(text) if self._replies else {"content": text}
+            content = {"message": {"role": "assistant", **message, "refusal": None}}
+            finish_reason = self._replies[index].reason(finish_reason) if self._replies else finish_reason
         return {"index": index} | content | {"logprobs": logprobs, "finish_reason": finish_reason}
 
 

@@ -27,16 +27,12 @@ HARMLESS = {
     "cache_prompt": "llama.cpp; the cache finds equal beginnings by itself",
     "cache_salt": "vLLM; the cache finds equal beginnings by itself",
     "prediction": "a guess that may save time",
-    "parallel_tool_calls": "there are no tools",
     "priority": "vLLM; requests are served in order of arrival",
     "request_id": "vLLM; names the request",
 }
-NO_TOOLS = "the chat templates are used without tools"
 REFUSED = {
-    "tools": NO_TOOLS,
-    "tool_choice": NO_TOOLS,
-    "functions": NO_TOOLS,
-    "function_call": NO_TOOLS,
+    "functions": "give tools",
+    "function_call": "give tool_choice",
     "audio": "only text comes out",
     "modalities": "only text comes out",
     "moderation": "nothing is moderated here",
@@ -53,9 +49,7 @@ REFUSED = {
     "length_penalty": "it belongs to beam search",
 }
 NEUTRAL: Mapping[str, Collection[Any]] = {
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "verbosity": ("medium",),

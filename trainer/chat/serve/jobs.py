@@ -71,6 +71,7 @@ class Job:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None  # of this job alone
     chat: ChatModel | None = None  # which of the batcher's models; None: its first
+    keeps_special: bool = False  # special tokens stay in the text
     continues_prompt: bool = False  # the reply's text goes on with the prompt's, instead of beginning anew
     request: object = None  # jobs of one request share their turn; None: a request of its own
     deadline: float = float("inf")  # time.monotonic()

@@ -7,11 +7,12 @@ add_special_tokens.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from chatmill.config import ConfigError
 
@@ -20,14 +21,14 @@ from ....data.tokenizer.tokenizer import ChatTokenizer
 from ...generation.generation import TokenStep
 from ...generation.grammar import ANY_OBJECT
 from ...generation.sampling import SEEDS, Sampling
+from ..tools.messages import FIRST, NO_FORM, STRICT, Message, NamedTool, Tool, template_messages
+from ..tools.reply_parts import Speech
 from .errors import RequestError
-from .fields import NO_TOOLS, refuse_fields
+from .fields import refuse_fields
 
 MAX_REPLIES = 64  # to one request: prompts times n
 MAX_STOP_IDS = 256
-PART_FIELDS = ("type", "text", "cache_control", "prompt_cache_breakpoint")  # the last two: hints to a cache
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())  # "1" and true are no numbers
-FIRST = Field(fail_fast=True)  # the first problem of a list is enough: a million of them take minutes and gigabytes
+MAX_TOOLS = 128
 Ids = Annotated[list[int], FIRST]
 
 EXPECTED = {  # what a type of problem means to whoever wrote the JSON
@@ -162,50 +163,13 @@ class Request(BaseModel):
         return ANY_OBJECT if form.json_schema is None else form.json_schema.schema_
 
 
-class Message(BaseModel):
-    """One turn; content may come as a list of text parts.
-
-    Tool calls and their results are refused, not ignored: the chat templates do not support them.
-    """
-
-    model_config = STRICT
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[dict[str, Any]], FIRST]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_more(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        if raw.get("role") in ("tool", "function"):
-            raise ValueError(f"role {raw['role']!r} is not supported: {NO_TOOLS}")
-        for name, value in raw.items():
-            if name in ("role", "content") or value is None or value in ([], {}, ""):
-                continue
-            if name in ("tool_calls", "function_call"):
-                raise ValueError(f"{name} is not supported: {NO_TOOLS}")
-            raise ValueError(f"{name[:100]!r} is not supported: the template gets role and content of a message")
-        return {name: raw[name] for name in ("role", "content") if name in raw}
-
-    @property
-    def text(self) -> str:
-        """The content as one string. Raises RequestError for parts that are not text."""
-        if isinstance(self.content, str):
-            return self.content
-        for part in self.content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RequestError(400, "messages: only text content is supported.", param="messages")
-            if more := [name for name, value in part.items() if value is not None and name not in PART_FIELDS]:
-                text = f"messages: {more[0][:100]!r} in a text part is not supported."
-                raise RequestError(400, text, param="messages", code="unknown_parameter")
-        return "".join(p["text"] for p in self.content)
-
-
 class ChatRequest(Request):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], FIRST] = Field(min_length=1, max_length=10_000)
+    tools: Annotated[list[Tool], FIRST] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -217,26 +181,45 @@ class ChatRequest(Request):
             raise ValueError("top_logprobs: only possible with logprobs")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens: differs from max_completion_tokens; give one of them")
+        if self.must_call and not self.offered:
+            raise ValueError("tool_choice: it names no tool in tools")
+        if self.must_call and self.wanted_schema is not None:
+            raise ValueError("tool_choice: a reply cannot be a call and follow response_format")
         return self
 
-    def prompts(self, tokenizer: ChatTokenizer, plain: PlainText) -> list[list[int]]:
+    @property
+    def must_call(self) -> bool:
+        """Must the reply be a call?"""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that may be called."""
+        chosen = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        return [tool.declared() for tool in tools if chosen in (None, tool.function.name)]
+
+    def prompts(self, tokenizer: ChatTokenizer, plain: PlainText, speech: Speech) -> list[list[int]]:
         """The conversation as the model reads it: one prompt."""
-        turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in self.messages]
-        variables = self.chat_template_kwargs
+        variables = dict(self.chat_template_kwargs or {})
         if variables:
             try:
                 tokenizer.template.check_variables(variables)
             except ConfigError as error:
                 raise RequestError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
+        if self.offered:
+            if speech.form is None or not speech.can.tools:
+                raise RequestError(400, f"tools: {NO_FORM}.", param="tools", code="unsupported_parameter")
+            variables["tools"] = [tool.declared() for tool in self.tools or ()]
         try:
-            return [tokenizer.prompt_ids(turns, variables)]
+            return [tokenizer.prompt_ids(template_messages(self.messages, speech.can), variables)]
         except ConfigError as error:
             raise RequestError(400, f"messages: {error}", param="messages") from None
 
     @property
     def prompt_bytes(self) -> int:
-        """Bytes of UTF-8 of all messages."""
-        return sum(len(m.text.encode()) for m in self.messages)
+        """Bytes of UTF-8 of all messages and tools."""
+        return sum(m.size for m in self.messages) + sum(len(json.dumps(tool).encode()) for tool in self.offered)
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -284,7 +267,7 @@ class TextRequest(Request):
         found: Any = self.prompt if self.is_batch else [self.prompt]
         return found
 
-    def prompts(self, tokenizer: ChatTokenizer, plain: PlainText) -> list[list[int]]:
+    def prompts(self, tokenizer: ChatTokenizer, plain: PlainText, speech: Speech) -> list[list[int]]:
         """Each text as tokens: taken as it is, special tokens included, after the BOS token that the tokenizer puts there."""
         found: list[list[int]] = []
         for prompt in self.given:

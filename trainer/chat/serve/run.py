@@ -19,9 +19,12 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from chatmill.config import ConfigError
+
+from ....data.tokenizer.calls.forms import FORMS
 
 NAMED = re.compile(r"([\w.-]{1,64})=(.+)")
 
@@ -36,8 +39,11 @@ def serve(
     max_connections: int = 512,
     timeout_s: float = 300.0,
     open_page: bool = False,
+    call_form: str | None = None,
 ) -> int:
     """Serve until interrupted; returns the exit code. checkpoints: folders, or NAME=FOLDER. open_page: in the browser.
+
+    call_form: in which form the models write calls of tools; None: what their templates say.
 
     A public address without a token and a port that is taken are refused before anything loads. From then on the port is held:
     clients that come while the model loads are answered when it is there.
@@ -57,12 +63,15 @@ def serve(
         if error.name not in ("uvicorn", "fastapi", "starlette"):
             raise
         raise ConfigError(f"chatmill serve needs {error.name}, which is not installed: pip install 'chatmill[serve]'") from None
+    if call_form is not None and call_form not in FORMS:
+        raise ConfigError(f"serve: --call-form {call_form!r}: expected one of {', '.join(FORMS)}.")
     sockets = open_sockets(host, port)
     try:
         from ..chat_model import load_chat_models
         from .batcher import Batcher
 
         groups = load_chat_models(named, on_note=lambda note: print(note, file=sys.stderr, flush=True))
+        groups = [[replace(chat, call_form=call_form) for chat in group] for group in groups]
         chats = [chat for group in groups for chat in group]
         if twice := sorted({chat.name for chat in chats if sum(chat.name == other.name for other in chats) > 1}):
             raise ConfigError(
