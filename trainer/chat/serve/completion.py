@@ -146,7 +146,7 @@ class Completion:
                     for content, logprobs in self._pieces(index, event):
                         yield sse(self._chunk(index, content, logprobs))
                 elif isinstance(event, Done):
-                    reason = event.finish_reason
+                    reason: str = event.finish_reason
                     if self._replies:
                         for delta in self._replies[index].finish():
                             yield sse(self._chunk(index, delta))
