@@ -84,11 +84,7 @@ def attention(
     else:
         out, lse = _attention(q, k, v, cu_seqlens, tile_map, rules, impl, deterministic)
         if sinks is not None:
-            # softmax with one more column of value 0: out shrinks by exp(lse) / (exp(lse) + exp(sink))
-            sink = sinks.to(lse.dtype)[:, None]
-            inside = lse != -math.inf
-            out = out * torch.where(inside, torch.sigmoid(lse - sink), 0.0).t()[..., None].to(out.dtype)
-            lse = torch.where(inside, torch.logaddexp(lse, sink), lse)
+            out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out  # type: ignore[return-value]  # typed: attention_with_lse
 
 
@@ -96,6 +92,15 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple
     """out (T, Hq, Dv) of attention and lse (Hq, T), -inf in rows past cu_seqlens[-1]. options: those of attention."""
     out, lse = attention(q, k, v, return_lse=True, **options)
     return out, lse
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """out (T, Hq, Dv) and lse (Hq, T) with one more logit per head, sinks (Hq,), that takes weight and gives no value."""
+    # softmax with one more column of value 0: out shrinks by exp(lse) / (exp(lse) + exp(sink))
+    sink = sinks.to(lse.dtype)[:, None]
+    inside = lse != -math.inf
+    out = out * torch.where(inside, torch.sigmoid(lse - sink), 0.0).t()[..., None].to(out.dtype)
+    return out, torch.where(inside, torch.logaddexp(lse, sink), lse)
 
 
 def _attention(

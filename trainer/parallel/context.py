@@ -21,7 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from chatmill.config import ConfigError
 
 from ...data.stream import Division
+from ...kernels.attention import TileMap
+from ...kernels.attention.interface import with_sinks
 from ..config import Recipe
+from ..foreign_config import ForeignConfig
 from ..model_config import ModelConfig
 from ..parallel_config import grid_of
 from .grid import arrived, context_group
@@ -60,17 +63,28 @@ class SharedBatch(NamedTuple):
         v: Tensor,
         *,
         impl: str,
-        window: int | None,
-        softcap: float | None,
-        scale: float | None,
-        **options: Any,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        tile_map: TileMap | None = None,
+        max_seqlen: int | None = None,
+        complete: bool = True,
     ) -> Tensor:
-        """As kernels.attention, with this rank's tokens: q (T/C, Hq, D). options: of the whole batch. Collective."""
-        group = self.ranks.group
-        rules: dict[str, Any] = {"impl": impl, "window": window, "softcap": softcap, "scale": scale}
-        if self.ranks.method == "ulysses":
-            return ulysses_attention(q, k, v, group, self.ranks.size, **rules, **options)
-        return ring_attention(q, k, v, self.positions, self.division.ring, group, **rules)[0]
+        """As kernels.attention, with this rank's tokens: q (T/C, Hq, D), all heads. Collective.
+
+        cu_seqlens, tile_map, max_seqlen: of the whole batch.
+        """
+        ranks = self.ranks
+        rules: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
+        if ranks.method == "ulysses":
+            whole: dict[str, Any] = {"cu_seqlens": cu_seqlens, "tile_map": tile_map, "max_seqlen": max_seqlen}
+            if sinks is not None:
+                whole["sinks"] = sinks.chunk(ranks.size)[ranks.rank]
+            return ulysses_attention(q, k, v, ranks.group, ranks.size, impl=impl, complete=complete, **rules, **whole)
+        out, lse = ring_attention(q, k, v, self.positions, self.division.ring, ranks.group, impl=impl, **rules)
+        return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
 class _Sum(torch.autograd.Function):
@@ -103,6 +117,11 @@ def context_method(recipe: Recipe, config: ModelConfig) -> Method:
     """How the ranks of a context attend together. Raises ConfigError where they cannot in the way that was asked for."""
     size, asked, tier = recipe.parallel.context, recipe.parallel.context_method, recipe.kernels.attention
     divides = config.heads % size == 0
+    if isinstance(config, ForeignConfig):
+        raise ConfigError(
+            f"parallel.context={size} is not supported with {config.name}: only the layers of our own decoder attend over "
+            "tokens of several processes.\nLeave parallel.context out."
+        )
     if asked == "ulysses" and not divides:
         raise ConfigError(
             f"parallel.context_method=ulysses gives every process the same number of heads: context={size} does not divide "

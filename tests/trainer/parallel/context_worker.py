@@ -46,7 +46,13 @@ SHAPE = {
 }
 # four packs: documents of one token up to a whole pack, some shorter than the ranks are many
 LENGTHS = [1, 1, 1, 2, 3, 1, 5, 7, 4, 1, 11, 2, 13, 6, 1, 9, 17, 11, 61, 1, 34, 96, *[1] * 30, 4, 62]
-RULES: list[dict[str, Any]] = [{}, {"window": 17}, {"softcap": 2.0}, {"window": 40, "softcap": 2.0, "scale": 0.7}]
+RULES: list[dict[str, Any]] = [
+    {},
+    {"window": 3},
+    {"window": 17},
+    {"softcap": 2.0},
+    {"window": 40, "softcap": 2.0, "scale": 0.2},
+]  # the last one with sinks
 
 
 def world_of(size: int, context: int = 1) -> World:
@@ -80,20 +86,25 @@ def attention_parity(folder: str) -> None:
             torch.manual_seed(5)  # every rank draws the same
             *whole, weight = (torch.randn(T, n, 8, dtype=torch.float64) for n in (heads, kv_heads, kv_heads, heads))
             whole = [x.requires_grad_() for x in whole]
-            out, _ = attention_reference(*whole, cu_seqlens=batch.cu_seqlens, **rules)
-            expected = [out, *torch.autograd.grad((out * weight).sum(), whole)]
+            sinks = torch.randn(heads, dtype=torch.float64).requires_grad_()
+            given = rules | ({"sinks": sinks} if "scale" in rules else {})
+            out, _ = attention_reference(*whole, cu_seqlens=batch.cu_seqlens, **given)
+            wanted = [out.detach(), *torch.autograd.grad((out * weight).sum(), whole, retain_graph=True)]
             part = divided(batch, rank, size)
             assert isinstance(part.division, Division)
             own = [x.detach()[rank::size].clone().requires_grad_() for x in whole]
             shared = SharedBatch(ContextGroup(group, rank, size, method), part.division, part.positions)
-            options = {"window": None, "softcap": None, "scale": None} | rules
-            found = shared.attend(
-                *own, impl="torch", cu_seqlens=part.division.cu_seqlens, max_seqlen=part.max_seqlen, **options
-            )
+            found = shared.attend(*own, impl="torch", cu_seqlens=part.division.cu_seqlens, max_seqlen=part.max_seqlen, **given)
             assert type(found) is Tensor
-            gradients = torch.autograd.grad((found * weight[rank::size]).sum(), own)
-            for got, want in zip([found, *gradients], expected, strict=True):
-                off = float((got.detach() - want.detach()[rank::size]).abs().max())
+            loss = (found * weight[rank::size]).sum()
+            gradients = torch.autograd.grad(loss, own, retain_graph=True)
+            pairs = [(got, want[rank::size]) for got, want in zip([found.detach(), *gradients], wanted, strict=True)]
+            if "sinks" in given:  # a parameter: each rank has a part of its gradient
+                part_of = torch.autograd.grad(loss, sinks)[0]
+                dist.all_reduce(part_of, group=group)
+                pairs.append((part_of, torch.autograd.grad((out * weight).sum(), sinks)[0]))
+            for got, want in pairs:
+                off = float((got - want).abs().max())
                 assert off < 1e-10, (rules, method, heads, kv_heads, size, off)
                 worst = max(worst, off)
     print(f"largest difference {worst:.1e}")

@@ -10,6 +10,7 @@ from chatmill.config import ConfigError, validate
 from chatmill.trainer.config import Recipe
 from chatmill.trainer.distributed.accelerate import check_accelerate
 from chatmill.trainer.distributed.world import check_launch
+from chatmill.trainer.foreign_config import ForeignConfig
 from chatmill.trainer.model_config import ModelConfig
 from chatmill.trainer.parallel.context import context_method
 from chatmill.trainer.parallel_config import Grid, ParallelSection, grid_of
@@ -75,6 +76,12 @@ def test_heads_are_exchanged_where_the_context_divides_them() -> None:
         method(6, context_method="ulysses")
     with pytest.raises(ConfigError, match="flash3 gives no log-sum-exp"):
         method(6, "flash3")
+
+
+def test_a_model_of_transformers_is_refused() -> None:
+    foreign = ForeignConfig(source={"model_type": "opt"}, table_names=("embed",), parts={"embedding": 1})
+    with pytest.raises(ConfigError, match="context=2 is not supported with opt of transformers"):
+        context_method(Recipe.model_validate({"parallel": {"strategy": "ddp", "context": 2}}), foreign)
 
 
 def test_the_parallelism_config_of_accelerate_is_understood_where_it_says_the_same() -> None:
