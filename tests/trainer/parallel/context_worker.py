@@ -171,9 +171,19 @@ def alone() -> World:
 
 CASES: dict[str, dict[str, Any]] = {
     "ddp, context 4, exchanged heads, 2 key heads": {"parallel": {"strategy": "ddp", "context": 4}},
-    "ddp, context 4, ring, window and soft-cap": {
+    "ddp, context 4, ring, window, soft-caps, a layer without positions": {
         "parallel": {"strategy": "ddp", "context": 4, "context_method": "ring"},
-        "model": {"sliding_window": 9, "sliding_layers": [1], "attention_softcap": 3.0, "qk_norm": True},
+        "model": {
+            "sliding_window": 9,
+            "sliding_layers": [1],
+            "window_rope_theta": 100.0,
+            "attention_scale": 0.3,
+            "attention_softcap": 3.0,
+            "logit_softcap": 5.0,
+            "qk_norm": True,
+            "norms": "around",
+            "nope_layers": [0],
+        },
     },
     "fsdp2, context 2 x shards 2, recomputation": {
         "parallel": {"strategy": "fsdp2", "context": 2, "shards": 2},
@@ -331,7 +341,6 @@ def long_dialogue(folder: str) -> None:
     engine.step(1e-2)
     with torch.no_grad():
         after = world.sum([float(engine.forward(batch).loss_sum)])[0] / batch.step_examples
-    assert abs(before - math.log(16)) < 0.2  # guessing among the vocabulary
-    assert after < before - 0.01
+    assert after < before - 0.3
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"131,072 tokens: loss {before:.4f}, then {after:.4f}; {memory} MiB in this process")
