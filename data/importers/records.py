@@ -45,10 +45,10 @@ def why_bad(error: Exception) -> tuple[str, str]:
 
 
 def read_records(
-    records: Iterable[tuple[Place, Record]], reader: Reader, file: RawFile, source: str, ledger: Ledger
+    records: Iterable[tuple[Place, Record]], reader: Reader, file: RawFile, source: str, ledger: Ledger, apart: str = ""
 ) -> Iterator[Conversation]:
-    """One conversation per record."""
-    unread = Unread(ledger)
+    """One conversation per record. apart: a field whose texts the reader itself counts where they are not used."""
+    unread = Unread(ledger, apart)
     for number, record in records:
         origin = f"{file.label}:{number}"
         noted = Ledger()  # what a record changed counts only if the record stays
@@ -66,10 +66,18 @@ def read_records(
 
 
 def read_messages(
-    entries: Iterable[Any], reader: Callable[[Record], ChatMessage | str], file: RawFile, ledger: Ledger
+    entries: Iterable[Any],
+    reader: Callable[[Record], ChatMessage | str],
+    file: RawFile,
+    ledger: Ledger,
+    unread: Unread | None = None,
 ) -> Iterator[ChatMessage]:
-    """What `reader` makes of every entry of a chat. A text says why one is left out, and so does whatever is wrong with it."""
-    unread = Unread(ledger)
+    """What `reader` makes of every entry of a chat. A text says why one is left out, and so does whatever is wrong with it.
+
+    unread: of the chats of the same form that were read before, so that what their fields are is known.
+    """
+    unread = unread or Unread(ledger)
+    unread.ledger = ledger
     for number, entry in enumerate(entries, 1):
         detail = ""
         try:

@@ -48,10 +48,12 @@ class Unread:
 
     A name of a field is known after LEARNT records in which nothing of it was lost. Of records with known names alone, one in
     EVERY is looked at. So a new name is always looked at, and one whose texts are lost is counted every time.
+    ledger: may be changed, to that of the record that is being read. apart: a field whose values are looked at by themselves,
+    an object of messages by their ids.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, apart: str = "") -> None:
+        self.ledger, self._apart = ledger, apart
         self._records = 0
         self._seen: dict[str, Counter[str]] = {"": Counter()}  # records with a name, by the field that it is inside of
         self._own = set[str]()
@@ -65,6 +67,8 @@ class Unread:
         """Count the texts of a record that are in none of the texts said. kept: more values of which texts were kept."""
         exact: set[str] | None = None
         joined, searched, told = "", 0, set[str]()
+        if self._apart in record:
+            record = {**record, self._apart: None}
         for name, text, is_in_list in _texts(record):
             if name in told or (is_in_list and self._read[name]) or not is_prose(text):
                 continue
@@ -103,12 +107,14 @@ class Unread:
         for name in self._always:
             text = record.get(name)
             if type(text) is str and is_prose(text):
-                self._ledger.change(f"text in a field that is not used: {name}")
+                self.ledger.change(f"text in a field that is not used: {name}")
         return True
 
     def _learn(self, record: Mapping[str, Any]) -> None:
         self._learn_names("", record)
         for key, value in record.items():
+            if key in METADATA:
+                continue
             if isinstance(value, dict):
                 self._learn_names(key, value)
             elif isinstance(value, list):
@@ -130,7 +136,7 @@ class Unread:
                     known.add(name)
 
     def _count(self, name: str, origin: str, text: str) -> None:
-        if f"field of a message not used: {name.rpartition('.')[2]}" in self._ledger.changed:  # the importer has counted it
+        if f"field of a message not used: {name.rpartition('.')[2]}" in self.ledger.changed:  # the importer has counted it
             return
         if name not in self._lost and len(self._lost) >= MOST_NAMES:
             name = OTHERS
@@ -138,7 +144,7 @@ class Unread:
         if self._lost[name] == LEARNT and not self._read[name] and name in self._seen[""]:
             self._own.add(name)
             self._always.append(name)
-        self._ledger.change(f"text in a field that is not used: {name}", f"{origin}: {text}")
+        self.ledger.change(f"text in a field that is not used: {name}", f"{origin}: {text}")
 
 
 def _path(*names: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ...conversation import Conversation, Role, Turn
@@ -41,10 +42,12 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """One dialogue per conversation."""
-    yield from read_records(json_lines(file, options.encoding, ledger), _dialogue, file, source, ledger)
+    reader = partial(_dialogue, Unread(ledger))
+    yield from read_records(json_lines(file, options.encoding, ledger), reader, file, source, ledger, "mapping")
 
 
-def _dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], dict[str, Any]]:
+def _dialogue(unread: Unread, record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], dict[str, Any]]:
+    unread.ledger = ledger
     nodes = record.get("mapping")
     path = shown_branch(nodes, record.get("current_node")) if isinstance(nodes, dict) else []
     if not isinstance(nodes, dict) or not path:
@@ -52,7 +55,7 @@ def _dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], 
     spoken = {key for key, node in nodes.items() if _said(node)}
     if aside := len(spoken - set(path)):
         ledger.change("message of another branch left out", f"{origin}: {record.get('title')}", aside)
-    turns = [turn for key in path if key in spoken and (turn := _turn(nodes[key]["message"], origin, ledger)) is not None]
+    turns = [turn for key in path if key in spoken and (turn := _turn(nodes[key]["message"], origin, unread)) is not None]
     return turns, {"title": str(record.get("title") or "")}
 
 
@@ -67,7 +70,8 @@ def _said(node: Any) -> bool:
     return not hidden and not empty_system
 
 
-def _turn(message: dict[str, Any], origin: str, ledger: Ledger) -> Turn | None:
+def _turn(message: dict[str, Any], origin: str, unread: Unread) -> Turn | None:
+    ledger = unread.ledger
     content, role = message.get("content") or {}, (message.get("author") or {}).get("role")
     kind = content.get("content_type")
     parts = content.get("parts") or []
@@ -86,7 +90,8 @@ def _turn(message: dict[str, Any], origin: str, ledger: Ledger) -> Turn | None:
         if not pictures:
             ledger.change("empty message left out", f"{origin}: {kind} of {role}")
         return None
-    Unread(ledger).note(message, texts or [text], origin)
+    if not unread.is_known(message):
+        unread.note(message, texts or [text], origin)
     if role == "assistant":
         plain = without_citations(text)
         if plain != text:

@@ -9,6 +9,7 @@ fragments are left out and counted.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ...conversation import Conversation, Turn
@@ -35,10 +36,12 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """One dialogue per conversation."""
-    yield from read_records(json_lines(file, options.encoding, ledger), _dialogue, file, source, ledger)
+    reader = partial(_dialogue, Unread(ledger))
+    yield from read_records(json_lines(file, options.encoding, ledger), reader, file, source, ledger, "mapping")
 
 
-def _dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], dict[str, Any]]:
+def _dialogue(unread: Unread, record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], dict[str, Any]]:
+    unread.ledger = ledger
     nodes = record.get("mapping")
     path = shown_branch(nodes, record.get("current_node")) if isinstance(nodes, dict) else []
     if not isinstance(nodes, dict) or not path:
@@ -50,12 +53,13 @@ def _dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], 
     turns: list[Turn] = []
     for key in path:
         if (message := nodes[key].get("message")) is not None:
-            turns += _turns(entry_of(message), origin, ledger)
+            turns += _turns(entry_of(message), origin, unread)
     return turns, {"title": str(record.get("title") or "")}
 
 
-def _turns(message: Record, origin: str, ledger: Ledger) -> list[Turn]:
+def _turns(message: Record, origin: str, unread: Unread) -> list[Turn]:
     """What one message says: a request, a reply with its thought, or nothing."""
+    ledger = unread.ledger
     asked, replied, thoughts = list[str](), list[str](), list[str]()
     for fragment in map(entry_of, message.get("fragments") or ()):
         kind = fragment.get("type")
@@ -69,7 +73,8 @@ def _turns(message: Record, origin: str, ledger: Ledger) -> list[Turn]:
             ledger.change("call or answer of a tool left out", f"{origin}: {kind}")
     if message.get("files"):
         ledger.change("picture, sound or file left out of a message", origin, len(message["files"]))
-    Unread(ledger).note(message, [*asked, *replied, *thoughts], origin)
+    if not unread.is_known(message):
+        unread.note(message, [*asked, *replied, *thoughts], origin)
     time = seconds_of(message.get("inserted_at"))
     turns = [Turn("user", "\n\n".join(asked), time=time)] if asked else []
     if replied:

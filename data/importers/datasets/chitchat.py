@@ -20,6 +20,7 @@ from ...recipe import SourceSection
 from ..messages import ChatMessage, to_conversation
 from ..messengers.dated import seconds_of
 from ..records import MALFORMED, Record, entry_of, read_messages
+from ..unread import Unread
 
 
 def installed_file() -> RawFile:
@@ -40,13 +41,14 @@ def recognise(head: bytes, name: str) -> bool:
 
 def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> Iterator[Conversation]:
     """All chats in file order."""
+    unread = Unread(ledger)
     for key, chat in object_items(file, set(), options.encoding):
         try:
             groups = [group if isinstance(group, list) else [group] for group in entry_of(chat).get("messages") or []]
         except MALFORMED as error:
             ledger.drop("bad record", f"{file.label}:{key}: {error}")
             continue
-        messages = list(read_messages((message for group in groups for message in group), _message, file, ledger))
+        messages = list(read_messages((message for group in groups for message in group), _message, file, ledger, unread))
         found = to_conversation(
             messages,
             source=source,

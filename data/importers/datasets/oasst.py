@@ -72,7 +72,9 @@ def _node(value: Any, where: str, ledger: Ledger, unread: Unread) -> dict[str, A
             raise BadRecordError("unknown role", fields["role"])
         if fields["parent_id"] is not None:
             text_of(fields["parent_id"], "parent_id")
-        unread.note({**node, "replies": None}, (text_of(node["text"]),), where)
+        text_of(node["text"])
+        if not unread.is_known(node):
+            unread.note({**node, "replies": None}, (node["text"],), where)
         found = [reply for item in replies if (reply := _node(item, where, ledger, unread)) is not None]
         return fields | {"replies": found}
     except MALFORMED as error:

@@ -64,7 +64,8 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
                 question = unpacked(asked[0])[0]
                 found = _dialogue(question, row, file, source)
                 for turn, read_row in zip(found.turns, (question, row), strict=True):
-                    unread.note(read_row, (turn.content,), found.origin)
+                    if not unread.is_known(read_row):
+                        unread.note(read_row, (turn.content,), found.origin)
                 yield found
         for (number,) in db.execute("SELECT question FROM waiting ORDER BY rowid"):
             ledger.drop("answer stands before its question", f"{file.label}:{number}")

@@ -22,6 +22,7 @@ from ...recipe import SourceSection
 from ..messages import ChatMessage
 from ..rebuild import conversations
 from ..records import MALFORMED, read_messages, why_bad
+from ..unread import Unread
 from .dated import seconds_of
 
 _LINK = re.compile(r"<([@#!]?)([^<>|]+)(?:\|([^<>]*))?>")
@@ -43,7 +44,7 @@ def read(file: RawFile, options: SourceSection, source: str, ledger: Ledger) -> 
 
 def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[ChatMessage]:
     """Every message that a person typed, in order of time."""
-    names = _user_names(file)
+    names, unread = _user_names(file), Unread(ledger)
     for day in file.parts():
         try:
             entries = json.loads(day.whole())
@@ -52,7 +53,7 @@ def messages(file: RawFile, options: SourceSection, ledger: Ledger) -> Iterator[
             raise ConfigError(f"{day.label}: not JSON ({error})") from error
         if not isinstance(entries, list):
             raise ConfigError(f"{day.label}: expected a list of messages, found a {type(entries).__name__}")
-        found = read_messages(entries, partial(_message, names, options.assistant), day, ledger)
+        found = read_messages(entries, partial(_message, names, options.assistant), day, ledger, unread)
         yield from sorted(found, key=lambda message: message.time or 0.0)
 
 

@@ -105,8 +105,8 @@ def render_line_of_computers(folder: Path, dialogues: list[Dialogue]) -> Path:
 
 def render_chatgpt(folder: Path, dialogues: list[Dialogue]) -> Path:
     records = []
-    for dialogue in dialogues:
-        mapping: dict[str, Any] = {"root": {"id": "root", "parent": None, "children": ["m0"], "message": None}}
+    for n, dialogue in enumerate(dialogues):
+        mapping: dict[str, Any] = {"root": {"id": "root", "parent": None, "children": [f"{n}m0"], "message": None}}
         for k, text in enumerate(dialogue):
             body = {"content_type": "text", "parts": [text]}
             message = {
@@ -115,15 +115,15 @@ def render_chatgpt(folder: Path, dialogues: list[Dialogue]) -> Path:
                 "content": body,
                 "create_time": k,
             }
-            parent = f"m{k - 1}" if k else "root"
-            mapping[f"m{k}"] = {
-                "id": f"m{k}",
+            parent = f"{n}m{k - 1}" if k else "root"
+            mapping[f"{n}m{k}"] = {
+                "id": f"{n}m{k}",
                 "parent": parent,
-                "children": [f"m{k + 1}"],
+                "children": [f"{n}m{k + 1}"],
                 "message": message | {"metadata": {}},
             }
-        mapping[f"m{len(dialogue) - 1}"]["children"] = []
-        records.append({"title": "t", "current_node": f"m{len(dialogue) - 1}", "mapping": mapping})
+        mapping[f"{n}m{len(dialogue) - 1}"]["children"] = []
+        records.append({"title": "t", "current_node": f"{n}m{len(dialogue) - 1}", "mapping": mapping})
     (folder / "conversations.json").write_text(json.dumps(records), encoding="utf-8")
     return folder / "conversations.json"
 

@@ -12,7 +12,7 @@ import pytest
 
 from chatmill.data.importers import unread
 from chatmill.data.importers.registry import read_file, source_files
-from chatmill.data.importers.unread import METADATA, MOST_FIELDS, MOST_NAMES, Unread, is_prose
+from chatmill.data.importers.unread import EVERY, LEARNT, METADATA, MOST_FIELDS, MOST_NAMES, Unread, is_prose
 from chatmill.data.ledger import Ledger
 from chatmill.data.recipe import SourceSection
 
@@ -163,3 +163,20 @@ def test_every_text_of_a_field_that_is_never_read_is_counted_and_a_rare_field_is
     assert len(list(read_file(file, section, ledger))) == 600
     assert ledger.changed == {f"{REASONS[0]}remark": 300, f"{REASONS[0]}rare": 1}
     assert ledger.examples[f"{REASONS[0]}rare"] == [f"x.jsonl:578: {LOST}"]
+
+
+@pytest.mark.parametrize("name", [*(name for name in JSON_FORMATS if name != "chatmill"), "stack exchange", "chitchat"])
+def test_of_records_whose_fields_are_known_few_are_looked_at(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost of the count: looking at every record doubled the time of some imports."""
+    kind, render, limit = FORMATS[name]
+    path = render(tmp_path, [fit_dialogue([f"{text} {k}" for text in TALKS[0]], limit) for k in range(150)])
+    looked, asked = [0], [0]
+    note, is_known = Unread.note, Unread.is_known
+    monkeypatch.setattr(Unread, "note", lambda *a: (looked.__setitem__(0, looked[0] + 1), note(*a))[1])
+    monkeypatch.setattr(Unread, "is_known", lambda *a: (asked.__setitem__(0, asked[0] + 1), is_known(*a))[1])
+    section, ledger = SourceSection(path=str(path), format=kind), Ledger()
+    for file in source_files(section):
+        list(read_file(file, section, ledger))
+    assert asked[0] >= 150 and looked[0] <= 2 * LEARNT + 4 + asked[0] // EVERY * 2, (looked, asked)
