@@ -81,7 +81,7 @@ def test_forty_mixed_loads_leave_every_whole_request_right(served: Served, chat_
 
 
 def test_hostile_clients_hold_up_nobody_and_leave_nothing_behind(tmp_path: Path) -> None:
-    """24 places for 40 clients. Busy test machines get four seconds more than the full run allows."""
+    """24 places for 40 clients. The server may work for a second between two tokens; busy machines may take five for it."""
     checkpoint, log = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "log"
     found = measure(checkpoint, log, rounds=1, clients=40, seconds=3.0, open_files=160, tokens=40)
     assert not found.problems(gap_s=5.0), log.read_text()
