@@ -344,3 +344,18 @@ def long_dialogue(folder: str) -> None:
     assert after < before - 0.3
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"131,072 tokens: loss {before:.4f}, then {after:.4f}; {memory} MiB in this process")
+
+
+def compiled_layers(folder: str) -> None:
+    """Compiled layers divide batches as layers that are not, with and without recomputation."""
+    dist.init_process_group("gloo")
+    world = world_of(2, 2)
+    for method, recompute in (("ring", "selective"), ("ring", False), ("ulysses", "selective"), ("ulysses", True)):
+        torch._dynamo.reset()
+        found = []
+        for compiled in (False, True):
+            train = {"compile": compiled, "compile_backend": "aot_eager", "activation_checkpointing": recompute}
+            recipe = recipe_for("fsdp2", 2, parallel={"context": 2, "context_method": method}, train=train)
+            found.append((*steps(engine_for(recipe, world), recipe, world), {}))
+        compare(f"compiled {method} {recompute}", found[1], found[0])
+    dist.barrier()
