@@ -12,8 +12,10 @@ meta, and a record's own `system` becomes a turn. Other fields of a message that
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ...conversation import Conversation, Role, Turn
@@ -21,6 +23,7 @@ from ...ledger import Ledger
 from ...raw.files import RawFile
 from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
+from ...tokenizer.calls.forms import FORMS
 from ..labels import role_of
 from ..messengers.dated import seconds_of
 from ..records import BadRecordError, Record, entry_of, read_records, text_of
@@ -36,6 +39,7 @@ _ROLES: dict[str, Role] = {
     "tool": "tool",
     "function": "tool",
 }
+_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _PLAIN = {"role", "content"}  # most messages hold nothing else
 _USED = {
     "role", "content", "parts", "name", "weight", "loss", "time", "tool_calls", "function_call", "tool_call_id",
@@ -79,7 +83,7 @@ def dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], d
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadRecordError("bad message", error) from error
         note_message(message, origin, ledger)
-    return [*system_turn(record, turns), *turns], kept_fields(record)
+    return [*system_turn(record, turns), *called_in_text(turns, origin, ledger)], kept_fields(record)
 
 
 def note_message(message: Record, origin: str, ledger: Ledger) -> None:
@@ -147,6 +151,27 @@ def turn_of(message: Any, names: dict[str, str] | None = None) -> Turn:
         seconds_of(message.get("time")), carries_loss(message), thought if role == "assistant" else None, len(lines),
         ids if any(ids) else (), None if answers is None else str(answers),
     )  # fmt: skip
+
+
+def called_in_text(turns: list[Turn], origin: str, ledger: Ledger) -> list[Turn]:
+    """Calls and results that stand in texts between <tool_call> and <tool_response> marks (Hermes), as calls and results."""
+    found, changed = list[Turn](), 0
+    for turn in turns:
+        if turn.role == "assistant" and not turn.calls and "<tool_call>" in turn.content:
+            words, calls = FORMS["hermes"].read(turn.content)
+            lines = [json.dumps({"name": c.name, "arguments": c.arguments}, ensure_ascii=False) for c in calls]
+            changed += len(lines)
+            words = words.strip() if lines else turn.content
+            turn = replace(turn, content="\n".join([*([words] if words else []), *lines]), calls=len(lines))
+        elif (
+            turn.role == "tool" and (results := _RESPONSE.findall(turn.content)) and not _RESPONSE.sub("", turn.content).strip()
+        ):
+            found += [replace(turn, content=result) for result in results]
+            continue
+        found.append(turn)
+    if changed:
+        ledger.change("call of a tool in the text of a reply read as a call", origin, changed)
+    return found
 
 
 def call_line(call: Any) -> str:

@@ -16,7 +16,7 @@ from ...raw.json_lines import first_object, json_lines
 from ...recipe import SourceSection
 from ..labels import role_of
 from ..records import BadRecordError, Record, entry_of, read_records
-from .openai_messages import call_line, carries_loss, kept_fields, note_message, system_turn, thought_of
+from .openai_messages import call_line, called_in_text, carries_loss, kept_fields, note_message, system_turn, thought_of
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -71,7 +71,7 @@ def dialogue(record: Record, origin: str, ledger: Ledger) -> tuple[list[Turn], d
             continue
         turns.append(_turn(item.get("from"), item.get("value"), item))
         note_message({key: value for key, value in item.items() if key not in ("from", "value")}, origin, ledger)
-    return [*system_turn(record, turns), *turns], kept_fields(record)
+    return [*system_turn(record, turns), *called_in_text(turns, origin, ledger)], kept_fields(record)
 
 
 def _turn(speaker: Any, value: Any, item: Record) -> Turn:

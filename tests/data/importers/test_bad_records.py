@@ -154,3 +154,18 @@ def test_what_is_kept_beside_the_words_survives_joining() -> None:
     assert last.content == f"{line}\nIt is 42." and last.calls == 0 and last.reasoning == "so"
     conversation = Conversation("u", turns, "s", "o", {"tools": [{}]})
     assert load_line(dump_line(conversation)) == conversation
+
+
+def test_calls_that_stand_in_texts_are_read_as_calls(tmp_path: Path) -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    talk = [
+        {"from": "human", "value": "q"}, {"from": "gpt", "value": f"Let me see.\n{call}\n{call}"},
+        {"from": "tool", "value": "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"},
+        {"from": "gpt", "value": "It is 1; <tool_call> is a mark."},
+    ]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": talk, "tools": "[]"}]))
+    (found,), ledger = read(tmp_path / "a.json")
+    _, first, one, two, last = found.turns
+    assert first.said == "Let me see." and first.tool_calls == [{"name": "f", "arguments": {"a": 1}}] * 2
+    assert (one.content, two.content, last.calls, last.content) == ("1", "2", 0, talk[3]["value"])
+    assert ledger.changed["call of a tool in the text of a reply read as a call"] == 2
