@@ -32,7 +32,8 @@ class Family:
     windows: on no layer; on all layers when `sliding_window` is set; as use_sliding_window and layer_types say (`layers`); or
         as layer_types alone say (`types`), with the kinds of `layer_types` where config.json names none.
     fixed: fields of ModelConfig with the same value in all its models. fields: field of ModelConfig -> key of config.json that
-        holds it as it is. read: further fields out of config.json; write: their keys.
+        holds it as it is. computes: whether a config.json is of the kind described here, where a model_type has others, too,
+        which are left to transformers. read: further fields out of config.json; write: their keys.
     neutral: key -> the values with which it changes nothing; all others are refused.
     activation: the key that names it, and its names -> those of ModelConfig.
     rope: kinds of rotary scaling that transformers computes for it. rope_theta: the base where none is named. partial: the part
@@ -52,6 +53,7 @@ class Family:
     layer_types: Callable[[Mapping[str, Any], int], list[str]] | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
+    computes: Callable[[Mapping[str, Any]], bool] | None = None
     read: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
     write: Callable[[ModelConfig], dict[str, Any]] | None = None
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)

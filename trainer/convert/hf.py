@@ -94,7 +94,11 @@ def import_hf(
 
 def is_foreign(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json names a family that our decoder does not know, and transformers may."""
-    return isinstance(name := raw.get("model_type"), str) and name not in families() and find_spec("transformers") is not None
+    name = raw.get("model_type")
+    if not isinstance(name, str) or find_spec("transformers") is None:
+        return False
+    family = families().get(name)
+    return family is None or (family.computes is not None and not family.computes(raw))
 
 
 def import_foreign(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from chatmill.config import ConfigError
 from chatmill.trainer.convert.family import families, family_of
-from chatmill.trainer.convert.hf import export_hf, import_hf
+from chatmill.trainer.convert.hf import export_hf, import_hf, is_foreign
 from chatmill.trainer.convert.hf_config import read_hf_config
 from chatmill.trainer.convert.hf_weights import check_names
 from chatmill.trainer.convert.names import hf_tensors, parameter_shapes
@@ -39,6 +39,9 @@ TINY: dict[str, Any] = {
     "eos_token_id": 2,
 }
 MIXED = ["sliding_attention", "full_attention"]
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+PER_KIND = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}
+SCALES = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 0.6}
 # the parts of their names in transformers that come before Config and ForCausalLM, and what differs from TINY
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("Llama", "Llama", {}),
@@ -52,6 +55,25 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Gemma3Text",
         "Gemma3",
         {"head_dim": 32, "sliding_window": 7, "query_pre_attn_scalar": 24, "layer_types": MIXED},
+    ),
+    "smollm3": ("SmolLM3", "SmolLM3", {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 7}),
+    "olmo2": ("Olmo2", "Olmo2", {}),
+    "olmo3": ("Olmo3", "Olmo3", {"sliding_window": 7, "layer_types": MIXED, "rope_parameters": PER_KIND}),
+    "exaone4": ("Exaone4", "Exaone4", {"sliding_window": 7, "layer_types": MIXED}),
+    "ernie4_5": ("Ernie4_5", "Ernie4_5", {"head_dim": 32}),
+    "glm4": ("Glm4", "Glm4", {"head_dim": 32}),
+    "granite": ("Granite", "Granite", SCALES),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        "GraniteMoeHybrid",
+        {
+            **SCALES,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 80,
+            "position_embedding_type": "rope",
+            "layer_types": ["full_attention"] * 2,
+            "mamba_n_heads": 4,
+        },
     ),
 }
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -267,6 +289,33 @@ def test_no_field_that_changes_the_numbers_is_ignored(name: str, caplog: pytest.
                     followed.add(key)
     assert not ignored
     assert len(followed) >= 6, (followed, refused)
+
+
+LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.5, 2.5, 4.0, 4.5], "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]}
+
+
+def test_phi_4_mini_has_its_angles_up_to_the_original_context(folder: Path) -> None:
+    """Three quarters of the channels turn, by longrope; beyond the original context the angles would depend on the length."""
+    theirs = reference("phi3", rope_scaling=LONG, partial_rotary_factor=0.75, original_max_position_embeddings=24)
+    theirs.save_pretrained(folder / "phi4")
+    checkpoint = import_hf(folder / "phi4", folder / "phi4-ours")
+    assert (checkpoint.config.context, checkpoint.config.rotary_dim) == (24, 12)
+    export_hf(checkpoint, folder / "phi4-back")
+    back = transformers.AutoModelForCausalLM.from_pretrained(folder / "phi4-back").eval()
+    longer = torch.arange(40) % 61
+    with torch.no_grad():
+        expected = [their_logits(theirs, part) for part in documents()]
+        torch.testing.assert_close(opened(checkpoint)(*pack(documents())), torch.cat(expected), rtol=0, atol=1e-4)
+        assert torch.equal(their_logits(back, longer), their_logits(theirs, longer))  # the long factors are kept
+    with pytest.raises(ValueError, match=r"context=64 exceeds rope_scaling\.original_context=24"):
+        ModelConfig(**checkpoint.config.model_dump() | {"context": 64})
+
+
+def test_granite_4_with_mamba_layers_is_left_to_transformers() -> None:
+    raw = {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention", "mamba"]}
+    assert is_foreign(raw)
+    assert not is_foreign(raw | {"layer_types": ["attention", "attention"]})
+    assert is_foreign(raw | {"layer_types": ["attention", "attention"], "num_local_experts": 4})
 
 
 def test_a_family_that_is_not_known_is_refused_with_the_known_ones() -> None:

@@ -40,6 +40,12 @@ TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q5_0": "
 COARSE = ("q5_0", "q4_0", "mxfp4")  # the embedding and the head, which suffer most, stay at q8_0
 FILE_TYPES = {"fp32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}  # of gguf.LlamaFileType; the others are MOSTLY_…
 UNUSED = 5
+# fields of a model that these files cannot say: they must have their defaults
+SAME_IN_ALL = (
+    *("rope_scaling", "attention_softcap", "logit_softcap", "sliding_window", "qk_norm_over", "norms", "norm_offset"),
+    *("activation", "rotary_dim", "rope_interleaved", "window_rope_theta", "nope_layers"),
+    *("embedding_scale", "attention_scale", "residual_scale", "logit_divisor"),
+)
 
 
 def export_gguf(
@@ -123,8 +129,8 @@ def _write(gguf: Any, checkpoint: Checkpoint, path: Path, dtype: str, progress: 
 
 
 def _check_expressible(config: ModelConfig) -> None:
-    for field in ("rope_scaling", "attention_softcap", "logit_softcap", "sliding_window"):
-        if getattr(config, field) is not None:
+    for field in SAME_IN_ALL:
+        if getattr(config, field) != ModelConfig.model_fields[field].default:
             raise ConfigError(
                 f"GGUF export: {field} is set, which this writer cannot express.\n"
                 "Use `chatmill export --to hf` and llama.cpp's convert_hf_to_gguf.py on that folder."
