@@ -26,6 +26,7 @@ HELD = 8  # times the largest body: what all bodies may hold
 SMALL = 64 << 10  # bytes of a body that is always read
 TOO_MANY = RequestError(400, f"the body has more than {MAX_VALUES:,} values, besides those in lists of numbers.")
 ENDING = "the server is shutting down."
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 
 
 class Bodies:
@@ -100,6 +101,17 @@ class Bodies:
             self._held += after - before
         body += chunk
         return True
+
+
+def set_large_blocks_apart() -> None:
+    """Have glibc map every block of a megabyte or more by itself, and return it when it is freed.
+
+    After the first large body glibc takes such blocks from a heap, one for each thread, where later small ones keep them.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        library.mallopt(_M_ARENA_MAX, 2)
 
 
 def give_memory_back() -> None:

@@ -57,6 +57,7 @@ def serve(
         )
         raise ConfigError(text)
     try:
+        from .bodies import set_large_blocks_apart
         from .completion import Limits
         from .listening import make_server, open_sockets
     except ModuleNotFoundError as error:
@@ -85,6 +86,7 @@ def serve(
         raise
     if (most := server.limits.max_connections) < max_connections:
         print(f"at most {most} connections, not {max_connections}: ulimit -n allows no more.", file=sys.stderr, flush=True)
+    set_large_blocks_apart()
     gc.collect()
     gc.freeze()  # what the model needs is never looked through again, which would hold up every reply
     names, models = " and ".join(c.name for c in chats), " or ".join(repr(c.name) for c in chats)
