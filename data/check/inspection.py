@@ -22,7 +22,7 @@ from chatmill.files import replace_text
 from ..packing.pack import pack_best_fit
 from ..remote.blocks import RemoteDataset
 from ..remote.files import is_url, local_copy
-from ..report.funnel import print_own_system, print_texts
+from ..report.funnel import print_own_system, print_samples, print_texts
 from ..report.page import html_report
 from ..report.pieces import dialogue_tokens, token_pieces
 from ..shards.dataset import TokenDataset
@@ -123,6 +123,7 @@ def _inspect(
     console.print(table)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     print_texts(report, console)
+    print_samples(report, console)
     tokenizer = ChatTokenizer.load(folder / "tokenizer")
     print_own_system(tokenizer.template.own_system_message() if tokenizer.template_source else None, console)
     dataset = splits.get("train") or next(iter(splits.values()))

@@ -127,6 +127,14 @@ def print_texts(report: dict[str, Any], console: Console) -> None:
             console.print(f"{what}: {', '.join(named)}", highlight=False)
 
 
+def print_samples(report: Mapping[str, Any], console: Console) -> None:
+    """How many dialogues the chat template asks to be cut, and what it does not print."""
+    for stage in report["stages"]:
+        for what, n in (stage.get("changed") or {}).items():
+            if "chat template" in what or "pair.thinking" in what:
+                console.print(f"{stage['name']}: {n:,} x {escape(what)}", highlight=False)
+
+
 def _shares(counts: Mapping[str, int], most: int = 6) -> str:
     total = sum(counts.values()) or 1
     shown = [f"{name} {n / total:.0%}" for name, n in ranked(counts).items()]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from chatmill.config import ConfigError
@@ -16,6 +17,7 @@ from chatmill.data.importers.datasets.openai_messages import dialogue
 from chatmill.data.ledger import Ledger
 from chatmill.data.pipeline.stages import _note_unused
 from chatmill.data.recipe import PairSection
+from chatmill.data.report.funnel import print_samples
 from chatmill.data.samples.pair import make_samples
 from chatmill.data.samples.per_reply import in_pieces
 from chatmill.data.tokenizer.calls.arguments import with_arguments
@@ -193,3 +195,14 @@ def test_a_turn_with_ids_and_thoughts_survives_the_shards() -> None:
     )
     conversation = Conversation("u", (*turns, Turn("tool", "r", answers="i")), "s", "o")
     assert load_line(dump_line(conversation)) == conversation
+
+
+def test_inspect_tells_what_the_template_asks_for() -> None:
+    console, said = Console(record=True, width=120), "cut into one sample per reply, as the chat template asks"
+    stages = [
+        {"name": "clean", "changed": {"text: whitespace": 3}},
+        {"name": "pair", "changed": {said: 1200}},
+        {"name": "split"},
+    ]
+    print_samples({"stages": stages}, console)
+    assert console.export_text() == f"pair: 1,200 x {said}\n"
