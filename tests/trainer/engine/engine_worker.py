@@ -174,6 +174,30 @@ def agree_with_single(world: World, data: str, strategy: str, tolerance: float =
     return engine
 
 
+# what Gemma, OLMo, GLM and Granite have beyond Llama, in one model
+OPTIONS = {
+    "norms": "around",
+    "norm_offset": 1,
+    "qk_norm_over": "projection",
+    "activation": "gelu_tanh",
+    "attention_softcap": 20.0,
+    "logit_softcap": 10.0,
+    "rotary_dim": 8,
+    "rope_interleaved": True,
+    "nope_layers": [1],
+    "embedding_scale": 8.0,
+    "attention_scale": 0.2,
+    "residual_scale": 0.7,
+    "logit_divisor": 3.0,
+}
+
+
+@check
+def options_of_families_equal_one_process(world: World, data: str) -> None:
+    for strategy in ("ddp", "fsdp2", *(["zero3"] if importlib.util.find_spec("deepspeed") else [])):
+        agree_with_single(world, data, strategy, model=OPTIONS)
+
+
 @check
 def muon_equals_one_process(world: World, data: str) -> None:
     for strategy in ("ddp", "fsdp2"):

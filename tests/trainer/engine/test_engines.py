@@ -55,6 +55,7 @@ def run_interpreted(folder: Path, data: Path, processes: int, *checks: str, time
 @pytest.mark.slow
 def test_two_processes_equal_one_with_every_optimizer_and_option(tiny_data: Path, tmp_path: Path) -> None:
     checks = [
+        "options_of_families_equal_one_process",
         "muon_equals_one_process",
         "reshard_and_offload_equal_one_process",
         "the_average_equals_one_process_and_is_restored_exactly",
