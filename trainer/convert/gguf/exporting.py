@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from ..endings import endings
 from ..family import families, family_of
 from ..names import gguf_name, parameter_shapes
 from .importing import END_LIST, SAMPLING_KEYS, reorder_rotary_rows, rotary_heads
-from .splitting import CONTROL, NORMAL, USER_DEFINED, rule_of
+from .splitting import CONTROL, NORMAL, RULES, USER_DEFINED, rule_of, steps_in_words
 
 # our name -> name of gguf.GGMLQuantizationType
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0", "mxfp4": "MXFP4"}
@@ -141,7 +142,9 @@ def _describe(writer: Any, checkpoint: Checkpoint, dtype: str) -> None:
     import gguf
 
     config = checkpoint.config
-    writer.add_name(str(checkpoint.meta.get("run") or checkpoint.path.name))
+    name = str(checkpoint.meta.get("run") or checkpoint.path.name)
+    # llama.cpp strips blanks after special tokens, and wants tokens of Phi-3, where the name holds one of these
+    writer.add_name(re.sub("phi-?3", lambda found: f"{found[0][:3]} 3", name, flags=re.IGNORECASE))
     writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES.get(dtype, f"MOSTLY_{TYPES[dtype]}")))
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.hidden_size)
@@ -166,7 +169,8 @@ def _tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
     rule = rule_of(described)
     if rule is None:
         raise ConfigError(
-            f"GGUF export: {checkpoint.path}/tokenizer.json splits text by a rule that this writer does not know.\n"
+            f"GGUF export: {checkpoint.path}/tokenizer.json splits text by a rule that this writer does not know\n"
+            f"({steps_in_words(described)}; known: {', '.join(RULES)}).\n"
             "Use `chatmill export --to hf` and llama.cpp's convert_hf_to_gguf.py on that folder."
         )
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]

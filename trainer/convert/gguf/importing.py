@@ -32,7 +32,7 @@ from ...config import ModelConfig
 from ..hf import refuse_foreign_folder
 from ..names import gguf_name, parameter_shapes
 from .header import check_header
-from .splitting import NORMAL, RULES, byte_level
+from .splitting import ALIASES, NORMAL, RULES, byte_level
 
 KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", list: "a list"}
 END_LIST = "tokenizer.ggml.eos_token_ids"
@@ -212,7 +212,7 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Mode
 
 def _tokenizer(fields: dict[str, Any], config: ModelConfig, path: Path) -> dict[str, bytes]:
     kind, rule = _value(fields, "tokenizer.ggml.model"), _value(fields, "tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or rule not in RULES:
+    if kind != "gpt2" or rule not in (*RULES, *ALIASES):
         raise ConfigError(
             f"{path}: tokenizer {kind!r} with pre-tokenizer {rule!r}; GGUF import knows 'gpt2' with {', '.join(RULES)}.\n"
             "Import the model's Hugging Face folder, which has its tokenizer.json."

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,6 @@ def ask(
     file: Path, tokenizer: ChatTokenizer, texts: Sequence[str], cases: Sequence[Case], tokens: int
 ) -> tuple[list[list[int]], list[Answer], list[Tensor]]:
     """(ids of each text, answer to each case, Int64["n K"]: the tokens of its logits). Raises ConfigError."""
-    modules = find_node_modules()
     wanted = [wanted_tokens(case.logits) for case in cases]
     # rows differ in length where the two groups overlap: fill up with the first token
     widest = max(len(row) for rows in wanted for row in rows)
@@ -71,7 +71,6 @@ def ask(
     special = {key: tokenizer.config.get(key) for key in ("bos_token", "eos_token")}
     request = {
         "model": str(file.resolve()),
-        "threads": torch.get_num_threads(),
         "bos": _content(special["bos_token"]),
         "eos": _content(special["eos_token"]),
         "texts": list(texts),
@@ -87,15 +86,7 @@ def ask(
             for case, rows in zip(cases, wanted, strict=True)
         ],
     }
-    with tempfile.TemporaryDirectory(prefix="chatmill-proof-") as folder:
-        question, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        question.write_text(json.dumps(request), encoding="utf-8")
-        command = ["node", str(SCRIPT), str(modules), str(question), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0 or not answer.is_file():
-            lines = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
-            raise ConfigError(f"llama.cpp ({PACKAGE}) cannot run {file}:\n" + "\n".join(lines[-12:]))
-        said = json.loads(answer.read_text(encoding="utf-8"))
+    (said,) = _run([request])
     answers = [
         Answer(
             one["ids"],
@@ -106,6 +97,27 @@ def ask(
         for one in said["answers"]
     ]
     return said["tokens"], answers, [torch.tensor(rows) for rows in wanted]
+
+
+def token_ids(files: Sequence[Path], texts: Sequence[str]) -> list[list[list[int]]]:
+    """The ids of each text by the tokenizer of each GGUF file, special tokens in it included. Raises ConfigError."""
+    said = _run([{"model": str(file.resolve()), "texts": list(texts), "cases": []} for file in files])
+    return [one["tokens"] for one in said]
+
+
+def _run(requests: list[dict[str, Any]]) -> list[Any]:
+    modules = find_node_modules()
+    with tempfile.TemporaryDirectory(prefix="chatmill-proof-") as folder:
+        question, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        question.write_text(json.dumps({"threads": torch.get_num_threads(), "requests": requests}), encoding="utf-8")
+        command = ["node", str(SCRIPT), str(modules), str(question), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or not answer.is_file():
+            lines = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+            files = ", ".join(request["model"] for request in requests)
+            raise ConfigError(f"llama.cpp ({PACKAGE}) cannot run {files}:\n" + "\n".join(lines[-12:]))
+        found: list[Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return found
 
 
 def _content(token: object) -> str | None:

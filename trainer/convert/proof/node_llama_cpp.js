@@ -33,13 +33,8 @@ async function logits(sequence, ids, reply, wanted) {
   return wanted.map((tokens, row) => tokens.map((token) => found[first + row].next.logits.get(token) ?? null));
 }
 
-async function main() {
-  const [, , modules, requestFile, answerFile] = process.argv;
-  const { getLlama } = await load(path.join(modules, "node-llama-cpp"));
-  const { Template } = await load(path.join(modules, "@huggingface", "jinja"));
-  const request = JSON.parse(fs.readFileSync(requestFile, "utf8"));
-  const llama = await getLlama({ build: "never", gpu: false, logLevel: "error", maxThreads: request.threads });
-  const model = await llama.loadModel({ modelPath: request.model, useMmap: true });
+async function answer(llama, Template, request) {
+  const model = await llama.loadModel({ modelPath: request.model, useMmap: true, vocabOnly: request.cases.length === 0 });
   const kept = model.fileInfo.metadata.tokenizer;
   const bos = kept.ggml.tokens?.[kept.ggml.bos_token_id] ?? request.bos;
   const eos = kept.ggml.tokens?.[kept.ggml.eos_token_id] ?? request.eos;
@@ -66,7 +61,19 @@ async function main() {
     });
     await context.dispose();
   }
-  fs.writeFileSync(answerFile, JSON.stringify({ tokens, answers }));
+  await model.dispose();
+  return { tokens, answers };
+}
+
+async function main() {
+  const [, , modules, requestFile, answerFile] = process.argv;
+  const { getLlama } = await load(path.join(modules, "node-llama-cpp"));
+  const { Template } = await load(path.join(modules, "@huggingface", "jinja"));
+  const { threads, requests } = JSON.parse(fs.readFileSync(requestFile, "utf8"));
+  const llama = await getLlama({ build: "never", gpu: false, logLevel: "error", maxThreads: threads });
+  const answers = [];
+  for (const request of requests) answers.push(await answer(llama, Template, request));
+  fs.writeFileSync(answerFile, JSON.stringify(answers));
   process.exit(0);
 }
 

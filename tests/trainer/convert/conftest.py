@@ -14,7 +14,7 @@ from chatmill.trainer.config import ModelConfig
 from chatmill.trainer.convert.proof.llama_cpp import PACKAGE, VARIABLE
 from chatmill.trainer.model.decoder import Decoder
 
-MODULES = Path(__file__).parents[4] / ".npm-parsers" / "node_modules"
+MODULES = Path(__file__).parents[3] / ".npm-parsers" / "node_modules"
 
 
 @pytest.fixture
