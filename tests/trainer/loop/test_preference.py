@@ -244,6 +244,26 @@ def test_sharded_ranks_follow_one_process(write_dpo, tmp_path: Path) -> None:
     assert two == pytest.approx(alone, rel=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategies", [("ddp", "fsdp2"), pytest.param(("zero2", "zero3"), marks=pytest.mark.exhaustive)])
+def test_two_processes_with_an_adapter_follow_one(strategies: tuple[str, ...], write_dpo, tmp_path: Path) -> None:
+    """Loss and final adapter; the reference is the adapter switched off, in the wrapped model."""
+    sections: dict[str, Any] = {"adapter": {"rank": 4, "method": "dora", "dropout": 0.0}, "evaluation": {"at_end": False}}
+    train(load_recipe(str(write_dpo("alone", train={"steps": 3, "accumulation": 2}, **sections))))
+    wanted, weights = lines(tmp_path / "runs" / "alone", "loss"), dict(open_checkpoint(tmp_path / "runs" / "alone").tensors())
+    path = write_dpo("several", train={"steps": 3, "accumulation": 1}, **sections)
+    for strategy in strategies:
+        if strategy.startswith("zero"):
+            pytest.importorskip("deepspeed")
+        train_in_ranks(path, 2, f"parallel.strategy={strategy}", f"run.name={strategy}")
+        run = tmp_path / "runs" / strategy
+        assert lines(run, "loss") == pytest.approx(wanted, rel=2e-5), strategy
+        found = dict(open_checkpoint(run).tensors())
+        assert found.keys() == weights.keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-4, msg=f"{strategy} {name}")
+
+
 def test_an_evaluation_reads_the_chosen_replies_of_a_set_of_pairs(pair_data: Path) -> None:
     tokenizer = ChatTokenizer.load(pair_data / "tokenizer")
     found = read_held_out([pair_data], tokenizer, split="train", limit=500)
