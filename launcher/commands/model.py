@@ -208,7 +208,7 @@ def _import(options: argparse.Namespace) -> int:
     from ...trainer.convert.importing import PHASES, already_imported, chat_problem, import_any
 
     out = Path(options.out)
-    known = None if options.force else already_imported(options.source, out)
+    known = None if options.force else already_imported(options.source, out, options.base)
     if known is not None:
         print(f"{out} was imported from {options.source} before, and is whole: nothing to do (--force imports it again)")
     with LongWork(PHASES, options.quiet) as show:

@@ -15,10 +15,12 @@ from chatmill.progress import Report, silent
 from chatmill.run_files import MANIFEST, is_published
 
 from ...data.tokenizer.tokenizer import ChatTokenizer
+from ..adapters.merging import facts_of, weights_mark
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .hf import READ, Impl, refuse_foreign_folder
 from .hf_weights import INDEX, SINGLE
 
+ADAPTER = "adapter_model.safetensors"  # beside adapter_config.json, whatever else an author uploads
 PHASES = ("weights", "verify")  # what import_any reports
 
 
@@ -53,7 +55,7 @@ def import_any(
             else f"{source} is not an adapter of PEFT: --base belongs to adapters only."
         )
     if base is not None:
-        return import_peft(path, base, out)
+        return import_peft(path, base, out, origin=origin)
     if impl == "transformers" and not path.is_dir():
         raise ConfigError(f"{source}: --impl transformers takes a Hugging Face folder, not a .gguf file.")
     if path.is_dir():
@@ -92,7 +94,8 @@ def _weights(snapshot: Snapshot, folder: Path) -> set[str]:
         if missing := sorted(listed - names):
             raise ConfigError(f"{snapshot.name}: {INDEX} names {missing[0]}, which is not there. Ask its author.")
         return listed
-    found = {SINGLE} & names or {n for n in names if n.endswith(".safetensors") and "/" not in n}
+    usual = ADAPTER if "adapter_config.json" in names else SINGLE
+    found = {usual} & names or {n for n in names if n.endswith(".safetensors") and "/" not in n}
     if not found:
         pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
         why = f"its weights are pickled ({pickles[0]}), which can run code" if pickles else "it has no weights"
@@ -125,8 +128,11 @@ def _local(source: str) -> Path:
     return find_gguf(source)
 
 
-def already_imported(source: str, out: Path) -> Checkpoint | None:
-    """The whole checkpoint at `out`, if it was imported from this source, whose files are not newer; else None."""
+def already_imported(source: str, out: Path, base: str | None = None) -> Checkpoint | None:
+    """The whole checkpoint at `out`, if it was imported from this source, whose files are not newer; else None.
+
+    base: as for import_any; an adapter that was imported for another base is not the one that is asked for.
+    """
     from .gguf.importing import find_gguf
 
     if not is_published(out):
@@ -134,7 +140,10 @@ def already_imported(source: str, out: Path) -> Checkpoint | None:
     try:
         found = open_checkpoint(out)
         named = found.meta.get("source")
-        if not isinstance(named, dict):
+        facts = facts_of(found)
+        if not isinstance(named, dict) or (facts is not None) != (base is not None):
+            return None
+        if facts is not None and base is not None and weights_mark(open_checkpoint(base, verify=False)) != facts.mark:
             return None
         if (name := hub_name(source)) is not None:
             origin = look_up(name).origin

@@ -53,8 +53,13 @@ def is_peft_folder(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def import_peft(source_dir: str | Path, base_path: str | Path, out_dir: str | Path) -> Checkpoint:
-    """Write the adapter checkpoint out_dir from a PEFT folder and the checkpoint of its base. Raises ConfigError."""
+def import_peft(
+    source_dir: str | Path, base_path: str | Path, out_dir: str | Path, *, origin: Mapping[str, str] | None = None
+) -> Checkpoint:
+    """Write the adapter checkpoint out_dir from a PEFT folder and the checkpoint of its base. Raises ConfigError.
+
+    origin: what the checkpoint says of its source (default: the folder's name).
+    """
     source = Path(source_dir)
     refuse_foreign_folder(out_dir)
     refuse_links_out(source)
@@ -78,7 +83,10 @@ def import_peft(source_dir: str | Path, base_path: str | Path, out_dir: str | Pa
     facts = facts_for(base, base_path, settings, "fp32")
     meta = {
         META: facts.as_meta(),
-        "source": {"imported_from": source.resolve().name, "base": raw.get("base_model_name_or_path")},
+        "source": {
+            **(origin or {"imported_from": source.resolve().name}),
+            "base": raw.get("base_model_name_or_path"),
+        },
     }
     files = base.files()
     with CheckpointWriter(out_dir, base.config, meta) as writer:

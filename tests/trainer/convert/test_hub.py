@@ -19,10 +19,12 @@ from tests.hub_stand_in import COMMIT, HubStandIn
 from chatmill.config import ConfigError
 from chatmill.hub import HUGGING_FACE, MODELSCOPE, HubName, hub_name
 from chatmill.launcher.__main__ import main
-from chatmill.trainer.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from chatmill.trainer.checkpoint.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from chatmill.trainer.checkpoint.files import save_tensors
 from chatmill.trainer.convert.hf import import_hf
 from chatmill.trainer.convert.importing import already_imported, import_any
 from chatmill.trainer.convert.model_card import model_card
+from chatmill.trainer.model.decoder import Decoder
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -108,6 +110,48 @@ def test_import(hub: HubStandIn, folder: Path, tmp_path: Path) -> None:
     found = already_imported("acme/tiny", tmp_path / "out")
     assert found is not None and found.path == tmp_path / "out"
     assert already_imported("acme/tiny@refs/pr/1", tmp_path / "direct") is None
+
+
+def test_an_adapter_and_where_it_came_from(hub: HubStandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ORG/LORA with --base BASE: only the adapter's files are fetched; repository, revision and license are recorded."""
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    values = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "acme/tiny",
+    }
+    (lora / "adapter_config.json").write_text(json.dumps(values))
+    key = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {(layer, which): (2, 32) if which == "A" else (32, 2) for layer in (0, 1) for which in "AB"}
+    tensors = {key.format(*where): torch.rand(shape) for where, shape in shapes.items()}
+    save_tensors(tensors, lora / "adapter_model.safetensors")
+    (lora / "optimizer.pt").write_bytes(b"x" * 1000)
+    (lora / "model.safetensors").write_bytes(b"x" * 1000)
+    hub.add("acme/lora", lora, "mit")
+    base, out = tmp_path / "base", tmp_path / "out"
+    import_any("acme/tiny", base)
+    hub.requests.clear()
+    with pytest.raises(ConfigError, match="holds an adapter: say which model it changes, with --base CHECKPOINT"):
+        import_any("acme/lora", out)
+    found = import_any("acme/lora", out, base=str(base))
+    assert set(fetched(hub)) == {"adapter_config.json", "adapter_model.safetensors"}
+    source = {"imported_from": "acme/lora", "hub": HUGGING_FACE, "revision": COMMIT, "license": "mit", "base": "acme/tiny"}
+    assert found.meta["source"] == source
+    for layer, which in shapes:
+        ours = found.tensor(f"layers.{layer}.attention.q.lora_{which.lower()}")
+        assert torch.equal(ours, tensors[key.format(layer, which)])
+    words = ["import", "acme/lora", str(out), "--base"]
+    assert main([*words, str(base)]) == 0 and "nothing to do" in capsys.readouterr().out
+    other = Decoder(open_checkpoint(base).config)
+    other.init_weights(9)
+    with CheckpointWriter(tmp_path / "other", other.config) as writer:
+        for name, parameter in other.named_parameters():
+            writer.add(name, parameter)
+    assert main([*words, str(tmp_path / "other")]) == 2, "for another base it was not imported yet"
+    assert "exists already. Use --force" in capsys.readouterr().err
 
 
 def test_one_gguf_file(hub: HubStandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
