@@ -12,6 +12,7 @@ Shapes: T tokens, H hidden, V vocabulary, S documents, L tokens of the longest o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -29,6 +30,7 @@ from ..model.recompute import Recompute, keep_attention
 from ..model_config import KernelSection
 from .architecture import Foreign, build_foreign
 from .cache import ForeignCache
+from .experts import ExpertLoad
 from .logits import rule_of
 from .packed_attention import NAME, packing, register
 
@@ -69,6 +71,7 @@ class ForeignModel(LanguageModel):
             layer.__class__ = recomputing(type(layer))  # type: ignore[arg-type]  # functools asks for __hash__
         self.body.get_input_embeddings().register_forward_hook(_in_compute_dtype)
         self._config = found.causal.config
+        self._load = ExpertLoad(found.causal, found.body, config.experts) if config.experts else None
         self.keep_apart(config.documents)
 
     causal: Any
@@ -99,7 +102,8 @@ class ForeignModel(LanguageModel):
         """See LanguageModel."""
         if division is not None:
             raise ValueError("forward: a model of transformers cannot divide a batch among ranks.")
-        hidden = self.hidden_states(tokens, positions, cu_seqlens, max_seqlen)
+        with self._counting(tokens, positions, cu_seqlens, max_seqlen):
+            hidden = self.hidden_states(tokens, positions, cu_seqlens, max_seqlen)
         options = {} if targets is None else {"targets": targets, "rows": rows, "objective": objective}
         out: Tensor | LossOutput = self.classifier(hidden, **options)
         return out
@@ -117,6 +121,30 @@ class ForeignModel(LanguageModel):
         hidden = self._run(tokens.long()[index], along.expand(len(starts), -1))
         owner = torch.repeat_interleave(torch.arange(len(starts), device=tokens.device), lengths, output_size=len(tokens))
         return hidden[owner, positions.long()]
+
+    @contextlib.contextmanager
+    def _counting(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Iterator[None]:
+        """While a model trains, count which experts its tokens take; a document of nothing but id 0 is the pack's padding."""
+        if self._load is None or not self.training or not torch.is_grad_enabled():
+            yield
+            return
+        lengths = cu_seqlens.diff().long()
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths, output_size=len(tokens))
+        real = torch.zeros(len(lengths), dtype=torch.long, device=tokens.device).index_add_(0, owner, tokens.long()) > 0
+        if self.config.documents == "packed":
+            self._load.mask = real[owner]
+        else:
+            longest = int(lengths.max()) if max_seqlen is None else max_seqlen
+            along = torch.arange(longest, device=tokens.device)
+            self._load.mask = ((along < lengths[:, None]) & real[:, None]).flatten()
+        try:
+            yield
+        finally:
+            self._load.mask = None
+
+    def interval_figures(self, add: Callable[[list[float]], list[float]]) -> dict[str, float]:
+        """See LanguageModel: how evenly tokens were divided among experts (experts.py)."""
+        return {} if self._load is None else self._load.take(add)
 
     def _run(self, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
         """Last hidden states ["B L H"] of token ids and positions ["B L"], in the compute dtype."""
@@ -154,6 +182,13 @@ class ForeignModel(LanguageModel):
         values = dict(drawn.named_parameters()) | dict(drawn.named_buffers())
         for name, tensor in [*self.named_parameters(), *self.constants()]:
             tensor.copy_(values[name])
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """See LanguageModel. The load of experts is not measured then."""
+        if self._load is not None:
+            self._load.remove()
+            self._load = None
+        super().compile_layers(backend)
 
     # ---------------------------------------------------------------- what engines must not touch
 

@@ -246,6 +246,7 @@ def _steps(training: Training, validation: Validation, evaluated: int) -> int:
         meter.stepped(micro)
         if state.step % recipe.logging.every_steps == 0 or state.step == recipe.train.steps:
             line = meter.line(step=state.step, loss=loss, lr=lr, grad_norm=grad_norm, total_tokens=state.tokens)
+            line |= engine.decoder.interval_figures(world.sum)
             if recipe.objective == "dpo":
                 line["accuracy"] = world.sum([float(sums.correct)])[0] / max(1, micro[0].step_examples)
             if world.is_main:

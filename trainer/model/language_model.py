@@ -87,6 +87,10 @@ class LanguageModel(nn.Module):
         """Tensors that belong to the weights and are never trained: no engine shards, moves or rounds them."""
         return iter(())
 
+    def interval_figures(self, add: Callable[[list[float]], list[float]]) -> dict[str, float]:
+        """Figures of metrics.jsonl since the last call that only this kind of model has; add: sums a list over all ranks."""
+        return {}
+
     def init_weights(self, seed: int) -> None:
         """Random weights, a function of the seed alone."""
         raise NotImplementedError

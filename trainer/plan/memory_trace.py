@@ -30,6 +30,7 @@ from ..adapters.prepare import prepare
 from ..adapters.quantised import only_shapes
 from ..backends.choose import build_model
 from ..config import KernelSection, ModelConfig, Recipe
+from ..foreign_config import ForeignConfig
 
 SHALLOW = 2  # layers of the models that are traced instead of deep ones
 ON_GPU = KernelSection(attention="triton", cross_entropy="triton", elementwise="triton")
@@ -111,7 +112,8 @@ class LiveBytes(TorchDispatchMode):
 
 def estimate_step(config: ModelConfig, **options: Any) -> Trace:
     """trace_step of a model of any depth, from two shallow ones: all layers are alike, so every figure is linear in depth."""
-    if config.layers <= 2 * SHALLOW or _names_layers(options.get("recipe")):
+    # the layers of a model of transformers need not be alike: the first ones of DeepSeek-V3 are dense
+    if isinstance(config, ForeignConfig) or config.layers <= 2 * SHALLOW or _names_layers(options.get("recipe")):
         return trace_step(config, **options)
     low, high = (trace_step(_with_layers(config, layers), **options) for layers in (SHALLOW, 2 * SHALLOW))
     more = (config.layers - 2 * SHALLOW) / SHALLOW

@@ -15,11 +15,13 @@ from torch import nn
 
 from ..adapters.layers import AdaptedTable
 from ..adapters.prepare import prepare
+from ..backends.choose import build_model
 from ..config import Recipe
-from ..model.decoder import Decoder
+from ..foreign_config import ForeignConfig
+from ..model.language_model import LanguageModel
 from ..model.parts import Linear
 from ..model_config import ModelConfig
-from ..optim.optimizer import is_hidden_matrix
+from ..optim.optimizer import is_hidden_matrix, tables_of
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ def parts_of(recipe: Recipe, config: ModelConfig) -> ModelParts:
     """The parts of the model that this recipe trains. Raises ConfigError where its adapter does not fit the model."""
     counts = config.parameter_counts()
     if recipe.adapter is None and not recipe.train.freeze:
-        layer = (counts["attention"] + counts["mlp"] + counts["norms"] - config.hidden_size) // config.layers
+        layer = (counts["total"] - counts["embedding"] - counts["head"] - config.hidden_size) // config.layers
         outside = counts["total"] - config.layers * layer
-        embedding = config.vocab_size * config.hidden_size
+        embedding = counts["embedding"]
         matrices = counts["attention"] + counts["mlp"]
         return ModelParts(counts["total"], matrices, 0, 0, Unit(layer), Unit(outside), embedding)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = build_model(config)
         prepare(model, recipe)
     named = list(model.named_parameters())
     trained = [(name, p) for name, p in named if p.requires_grad]
@@ -78,23 +80,34 @@ def parts_of(recipe: Recipe, config: ModelConfig) -> ModelParts:
     in_layers = [sum(getattr(unit, field) for unit in units) for field in ("trained", "frozen_dense", "frozen_codes")]
     top = Unit(total.trained - in_layers[0], total.frozen_dense - in_layers[1], total.frozen_codes - in_layers[2])
     largest = max(units, key=lambda unit: unit.gathered_bytes(4))
-    head: nn.Module = model.embed if model.head is None else model.head
-    head_weight = cast(nn.Parameter, head.weight)
+    embedding, head = (model.get_submodule(config.tables[k].removesuffix(".weight")) for k in (0, -1))
+    head_weight, embedded = cast(nn.Parameter, head.weight), cast(nn.Parameter, embedding.weight)
     frozen_head = not head_weight.requires_grad and not isinstance(head, AdaptedTable)
-    linear = [module for module in model.modules() if isinstance(module, Linear) and not module.weight.requires_grad]
-    products = sum(module.in_features * module.out_features for module in linear) + frozen_head * head_weight.numel()
+    products = _frozen_products(model) + frozen_head * head_weight.numel()
     return ModelParts(
         trained=sum(p.numel() for _, p in trained),
-        trained_matrices=sum(p.numel() for name, p in trained if is_hidden_matrix(name, p)),
+        trained_matrices=sum(p.numel() for name, p in trained if is_hidden_matrix(name, p, tables_of(config))),
         frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
         frozen_dense=total.frozen_dense,
         layer=largest,
         top=top,
-        embedding=model.embed.weight.numel() if model.embed.weight.requires_grad else 0,
+        embedding=embedded.numel() if embedded.requires_grad else 0,
         frozen_matrices=products,
         frozen_head=frozen_head,
         adapter=sum(p.numel() for name, p in trained if name.endswith((".lora_a", ".lora_b"))),
     )
+
+
+def _frozen_products(model: LanguageModel) -> int:
+    """Elements of the layers' frozen matrices that a token is multiplied with."""
+    config = model.config
+    if not isinstance(config, ForeignConfig):
+        linear = [module for module in model.modules() if isinstance(module, Linear) and not module.weight.requires_grad]
+        return sum(module.in_features * module.out_features for module in linear)
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and name not in config.tables}
+    dense = sum(p.numel() for p in frozen.values() if p.ndim == 2)
+    routed = sum(p.numel() for p in frozen.values() if p.ndim == 3)
+    return dense + routed * config.experts_per_token // max(1, config.experts)
 
 
 def _unit(module: nn.Module) -> Unit:

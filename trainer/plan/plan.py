@@ -67,6 +67,7 @@ class Plan:
     gpu: Gpu
     gpus: int
     parameters: dict[str, int]
+    active: int
     micro_batch: int
     accumulation: int
     loss_share: float
@@ -120,6 +121,7 @@ def make_plan(
         gpu=gpu,
         gpus=gpus,
         parameters=config.parameter_counts(),
+        active=config.active_parameters(),
         micro_batch=recipe.train.micro_batch,
         accumulation=recipe.train.accumulation,
         loss_share=loss_share,
@@ -181,7 +183,9 @@ def show(plan: Plan) -> str:
     gib = [f"{part:>12}" for part in ("weights", "gradients", "optimizer", "activations", "loss", "buffers", "margin+ctx")]
     lines = [f"note: {note}" for note in plan.notes]
     parts = "  ".join(f"{name} {count:,}" for name, count in plan.parameters.items() if name != "total" and count)
-    lines.append(f"parameters  {plan.parameters['total']:,}  ({parts})")
+    total = plan.parameters["total"]
+    active = "" if plan.active == total else f", {plan.active:,} active in a token"
+    lines.append(f"parameters  {total:,}{active}  ({parts})")
     lines.append(
         f"gpu         {plan.gpu.name}, {plan.gpu.memory_bytes / GIB:.0f} GiB, "
         f"{plan.gpu.bf16_flops / 1e12:.0f} TFLOP/s bf16 ({plan.gpu.source})"

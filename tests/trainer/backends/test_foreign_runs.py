@@ -25,6 +25,8 @@ from chatmill.trainer.convert.names import hf_tensors
 from chatmill.trainer.generation.replies import reply_to
 from chatmill.trainer.generation.sampling import Sampling
 from chatmill.trainer.loop.loop import train
+from chatmill.trainer.plan.hardware import find_gpu
+from chatmill.trainer.plan.plan import make_plan, show
 
 
 def losses(run: Path) -> list[float]:
@@ -98,6 +100,10 @@ def test_a_mixture_of_experts_trains_continues_answers_and_goes_back(folders, fo
     evaluations = [line["eval"]["loss"] for line in read_jsonl(whole.run_dir / "metrics.jsonl") if "eval" in line]
     assert evaluations[-1] < evaluations[0]
 
+    lines = [line for line in read_jsonl(whole.run_dir / "metrics.jsonl") if "loss" in line]
+    assert all(0 <= line["expert_load_min"] <= 1 <= line["expert_load_max"] <= 2 for line in lines)  # 2 of 4 experts per token
+    assert all(1.9 < line["balance_loss"] < 4 for line in lines)
+
     # greedy text through the cache is transformers' own on the export
     chat = load_chat_model(whole.run_dir, "cpu")
     asked = [{"role": "user", "content": "Where is the red boat?"}]
@@ -140,6 +146,46 @@ def test_what_is_no_text_model_of_transformers_is_refused(folders, tmp_path: Pat
     refused("architectures is .*; expected Qwen3MoeForCausalLM", architectures=["Qwen3MoeForTokenClassification"])
     refused("missing tensors: model.layers.2", num_hidden_layers=3)
     refused("unexpected tensors: model.layers.1", num_hidden_layers=1)
+
+
+def test_the_load_of_experts_is_what_transformers_routers_say(folders, tmp_path: Path) -> None:
+    """Of a pack with padding, which is counted nowhere."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    checkpoint = import_hf(folders["qwen3_moe"], tmp_path / "moe")
+    model = build_model(checkpoint.config).train()
+    checkpoint.load_into(model)
+    tokens = torch.cat((torch.arange(5, 45), torch.zeros(24, dtype=torch.long)))
+    positions, edges = torch.cat([torch.arange(n) for n in (30, 10, 24)]), torch.tensor((0, 30, 40, 64), dtype=torch.int32)
+    model.set_recompute("full")  # the second pass counts nothing
+    model(tokens, positions, edges, targets=tokens.roll(-1), max_seqlen=30).loss_sum.backward()
+    found = model.interval_figures(lambda values: values)
+    assert model.interval_figures(lambda values: values) == {}
+
+    theirs = AutoModelForCausalLM.from_pretrained(folders["qwen3_moe"])
+    with torch.no_grad():
+        parts = [theirs(input_ids=tokens[None, a:b], output_router_logits=True) for a, b in ((0, 30), (30, 40))]
+    logits = tuple(torch.cat(layer) for layer in zip(*(part.router_logits for part in parts), strict=True))
+    assert found["balance_loss"] == pytest.approx(float(load_balancing_loss_func(logits, 4, 2)), rel=1e-5)
+    counts = torch.stack([torch.bincount(layer.topk(2).indices.flatten(), minlength=4) for layer in logits]).double()
+    assert found["expert_load_max"] == pytest.approx(float(counts.max()) / 20)
+    assert found["expert_load_min"] == pytest.approx(float(counts.min()) / 20)
+    assert found["experts_idle"] == float((counts == 0).sum())
+
+
+def test_a_plan_counts_the_experts_that_a_token_takes(folders, foreign_recipe, tmp_path: Path) -> None:
+    checkpoint = import_hf(folders["qwen3_moe"], tmp_path / "moe")
+    config, counts = checkpoint.config, checkpoint.config.parameter_counts()
+    assert counts["experts"] == 2 * 4 * 3 * 16 * 32  # layers, experts, matrices
+    assert config.active_parameters() == counts["total"] - counts["experts"] // 2
+    per_token = counts["attention"] + counts["mlp"] + counts["experts"] // 2 + counts["head"]
+    assert config.flops_per_token(10) == 6 * per_token + 6 * 2 * 4 * 8 * 10
+    recipe = load_recipe(str(foreign_recipe("plan", checkpoint.path)))
+    plan = make_plan(recipe, config, find_gpu("h100"), 1, engines=["single"])
+    assert plan.work.flops_per_token == config.flops_per_token(128)
+    assert f"{config.active_parameters():,} active" in show(plan)
+    assert all(fit.memory.activations > 0 for fit in plan.fits)
 
 
 @pytest.mark.slow
