@@ -28,7 +28,7 @@ from ...kernels.cross_entropy.torch_tier import CHUNK_BYTES, PRODUCT_BYTES
 from ...kernels.dispatch import planning_for_gpu
 from ..adapters.prepare import prepare
 from ..adapters.quantised import only_shapes
-from ..backends.choose import build_model
+from ..backends.choose import build_model, traceable
 from ..config import KernelSection, ModelConfig, Recipe
 from ..foreign_config import ForeignConfig
 
@@ -155,7 +155,7 @@ def trace_step(
     chosen = ON_GPU if device == "gpu" else KernelSection()
     planning = planning_for_gpu() if device == "gpu" else contextlib.nullcontext()
     casting = precision == "bf16" and not low_precision_weights
-    with FakeTensorMode(allow_non_fake_inputs=True), planning, only_shapes():
+    with FakeTensorMode(allow_non_fake_inputs=True), planning, only_shapes(), traceable(config):
         before = torch.get_default_dtype()
         torch.set_default_dtype(weights)  # a fake parameter cannot be cast later
         try:
