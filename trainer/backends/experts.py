@@ -46,7 +46,7 @@ class ExpertLoad:
         self._hooks: list[Any] = []
         for number, module in enumerate(expert_modules(body).values()):
             self._hooks.append(module.register_forward_pre_hook(partial(self._chosen, number), with_kwargs=True))
-        recorder = (getattr(causal, "_can_record_outputs", None) or {}).get("router_logits")
+        recorder: Any = (getattr(causal, "_can_record_outputs", None) or {}).get("router_logits")
         # without a balance loss of its own, a model's routers need not be softmaxes (DeepSeek-V3's are not)
         if getattr(causal.config, "router_aux_loss_coef", None) is None or not hasattr(recorder, "target_class"):
             return

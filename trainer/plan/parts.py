@@ -80,8 +80,8 @@ def parts_of(recipe: Recipe, config: ModelConfig) -> ModelParts:
     in_layers = [sum(getattr(unit, field) for unit in units) for field in ("trained", "frozen_dense", "frozen_codes")]
     top = Unit(total.trained - in_layers[0], total.frozen_dense - in_layers[1], total.frozen_codes - in_layers[2])
     largest = max(units, key=lambda unit: unit.gathered_bytes(4))
-    embedding, head = (model.get_submodule(config.tables[k].removesuffix(".weight")) for k in (0, -1))
-    head_weight, embedded = cast(nn.Parameter, head.weight), cast(nn.Parameter, embedding.weight)
+    table, head = (model.get_submodule(config.tables[k].removesuffix(".weight")) for k in (0, -1))
+    head_weight, embedded = cast(nn.Parameter, head.weight), cast(nn.Parameter, table.weight)
     frozen_head = not head_weight.requires_grad and not isinstance(head, AdaptedTable)
     products = _frozen_products(model) + frozen_head * head_weight.numel()
     return ModelParts(

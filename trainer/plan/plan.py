@@ -182,10 +182,10 @@ def show(plan: Plan) -> str:
     """The plan for people."""
     gib = [f"{part:>12}" for part in ("weights", "gradients", "optimizer", "activations", "loss", "buffers", "margin+ctx")]
     lines = [f"note: {note}" for note in plan.notes]
-    parts = "  ".join(f"{name} {count:,}" for name, count in plan.parameters.items() if name != "total" and count)
-    total = plan.parameters["total"]
-    active = "" if plan.active == total else f", {plan.active:,} active in a token"
-    lines.append(f"parameters  {total:,}{active}  ({parts})")
+    parts = "  ".join(f"{name} {n:,}" for name, n in plan.parameters.items() if name != "total" and n)
+    count = plan.parameters["total"]
+    active = "" if plan.active == count else f", {plan.active:,} active in a token"
+    lines.append(f"parameters  {count:,}{active}  ({parts})")
     lines.append(
         f"gpu         {plan.gpu.name}, {plan.gpu.memory_bytes / GIB:.0f} GiB, "
         f"{plan.gpu.bf16_flops / 1e12:.0f} TFLOP/s bf16 ({plan.gpu.source})"
