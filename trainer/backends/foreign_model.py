@@ -42,6 +42,7 @@ class Classifier(TokenTable):
         nn.Module.__init__(self)
         self.weight = weight
         self.scale, self.softcap, self.impl = scale, softcap, impl
+        self.logit_divisor = 1.0  # the scale is applied to the hidden states
 
     def forward(self, x: Tensor, **options: Any) -> Tensor | LossOutput:
         """x: hidden states ["T H"]; options: targets, rows and objective of LanguageModel.forward."""
