@@ -107,6 +107,12 @@ def _add_doctor(commands: Any) -> None:
     parity.add_argument("--world-sizes", help="only these (default 1,2,4)")
     parity.add_argument("--kernels", help="only these: reference, torch, triton (interpreted on a CPU), auto")
     parity.add_argument("--out", help="also write the table as JSON to this file")
+    world = command.add_argument_group(
+        "a large world on paper (instead of the findings; exit 1 if ranks disagree); --json as above"
+    )
+    world.add_argument("--dry-world", type=int, metavar="N", help="one step of N processes: memory, collectives, agreement")
+    world.add_argument("--ranks", help="simulate these, for example 0,1,4095 (default: corners, small groups, two drawn)")
+    world.add_argument("words", nargs="*", metavar="RECIPE section.field=value", help="of --dry-world, for example 8b")
     faults = command.add_argument_group("faults (instead of the findings; exit 1 if anything is lost); --out as above")
     faults.add_argument("--faults", action="store_true", help="make runs fail on purpose: what is detected, what it costs")
     faults.add_argument("--only", help="only these faults, for example kill,hang")
@@ -193,6 +199,14 @@ def _doctor(options: argparse.Namespace) -> int:
 
         given = {f"--{name}": getattr(options, name) for name in ("only", "seed", "out")}
         return faults([word for name, value in given.items() if value for word in (name, value)])
+    if options.dry_world is not None:
+        from ..doctor.dry_world import main as dry_world
+
+        return dry_world(options)
+    if options.words or options.ranks:
+        from chatmill.config import ConfigError
+
+        raise ConfigError(f"{' '.join(options.words) or '--ranks'}: a recipe and --ranks belong to doctor --dry-world N")
     from ..doctor.doctor import doctor
 
     return doctor(options.folder, as_json=options.json, quick=options.quick)

@@ -50,7 +50,8 @@ class TorchEngine:
     def __init__(self, recipe: Recipe, model: LanguageModel, world: World) -> None:
         self.recipe, self.world, self.decoder = recipe, world, model
         self.grid = grid_of(recipe.parallel, world.world_size)
-        if recipe.parallel.strategy != "fsdp2":  # fully_shard moves and shards layer by layer: the whole model need not fit
+        # fully_shard moves and shards layer by layer: the whole model need not fit
+        if recipe.parallel.strategy != "fsdp2" and any(p.device.type != world.device.type for p in model.parameters()):
             model.to(world.device)
         if recipe.train.compile:
             model.compile_layers(recipe.train.compile_backend)
@@ -160,12 +161,16 @@ class TorchEngine:
         value = float(self._norm)
         self._norm = None
         if value == value and value != float("inf"):  # a step with NaN or inf gradients is skipped on every rank alike
-            set_rate(self.optimizer, lr)
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update()
+            self.update(lr)
         self.optimizer.zero_grad(set_to_none=True)
         return value
+
+    def update(self, lr: float) -> None:
+        """Move the weights and their average by the gradients as they are; `step` decides whether."""
+        set_rate(self.optimizer, lr)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
 
     def _check_gradients(self) -> None:
         """Before the first update: every trained weight has an fp32 gradient, sharded as the weight is. Raises ConfigError."""

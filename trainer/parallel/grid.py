@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -20,15 +21,16 @@ WEIGHTS = "shard_context"
 def device_mesh(grid: Grid, device_type: str) -> DeviceMesh:
     """One dimension of shards, or replicas x shards (HSDP). Collective: it makes the process groups."""
     shards = grid.shards * grid.context
-    if grid.replicas == 1:
-        return init_device_mesh(device_type, (shards,), mesh_dim_names=(WEIGHTS,))
-    return init_device_mesh(device_type, (grid.replicas, shards), mesh_dim_names=("replicate", WEIGHTS))
+    sizes, names = ((shards,), (WEIGHTS,)) if grid.replicas == 1 else ((grid.replicas, shards), ("replicate", WEIGHTS))
+    with unset_fake_temporarily():  # a mesh reads its ranks, also in a dry world (launcher/doctor/dry_world.py)
+        return init_device_mesh(device_type, sizes, mesh_dim_names=names)
 
 
 def context_group(mesh: DeviceMesh, grid: Grid) -> dist.ProcessGroup:
     """The ranks that divide this rank's batches. Collective."""
-    parts = mesh._unflatten(WEIGHTS, (grid.shards, grid.context), ("shard", "context"))
-    return parts["context"].get_group()
+    with unset_fake_temporarily():
+        parts = mesh._unflatten(WEIGHTS, (grid.shards, grid.context), ("shard", "context"))
+        return parts["context"].get_group()
 
 
 def arrived(x: Tensor) -> Tensor:
