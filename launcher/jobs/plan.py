@@ -49,11 +49,6 @@ def plan_command(options: argparse.Namespace) -> int:
     from ...trainer.plan.step_time import Network
 
     recipe = resolved.recipe
-    if recipe.parallel.context > 1:
-        raise ConfigError(
-            f"parallel.context={recipe.parallel.context}: plans of batches that several processes divide are not made yet.\n"
-            "Plan the same recipe with parallel.context=1: one process then holds the activations of the whole batch."
-        )
     shape = model_shape(recipe)
     notes = list(resolved.notes)
     if shape is None:
@@ -94,8 +89,6 @@ def plan_lines(recipe: Recipe, world_size: int, gpu_type: str | None) -> str:
         return NO_TORCH
     from ...trainer.plan.plan import show
 
-    if recipe.parallel.context > 1:
-        return f"plan        not made: parallel.context={recipe.parallel.context} is not planned yet"
     shape = model_shape(recipe)
     if shape is None:
         return f"plan        not made: {recipe.model.checkpoint} cannot be read from here"
@@ -137,7 +130,8 @@ def data_facts(recipe: Recipe) -> DataFacts | None:
 def count_steps(recipe: Recipe, world_size: int, facts: DataFacts | None) -> int | None:
     """Approximate steps if the recipe sets epochs or tokens (padding is not known here); None leaves train.steps."""
     train = recipe.train
-    step_tokens = world_size * train.accumulation * train.micro_batch * recipe.data.sequence_length
+    groups = max(1, world_size // recipe.parallel.context)
+    step_tokens = groups * train.accumulation * train.micro_batch * recipe.data.sequence_length
     wanted = [train.tokens] if train.tokens is not None else []
     if train.epochs is not None and facts is not None:
         wanted.append(train.epochs * facts.tokens)

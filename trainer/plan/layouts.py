@@ -26,17 +26,21 @@ TIE = 0.03  # of the time: less is within the prediction's error, and the layout
 
 @dataclass(frozen=True)
 class RankedLayout:
-    """One layout. memory: of one GPU at the recipe's micro-batch. largest: packs of its largest. step: None with offload."""
+    """One layout. memory: of one GPU at the recipe's micro-batch. largest: packs of its largest. step: None with offload.
+
+    accumulation: with which a step has as many tokens as the recipe's (to the nearest whole number).
+    """
 
     layout: Layout
+    accumulation: int
     memory: MemoryUse
     fits: bool
     largest: int
     step: StepTime | None
 
 
-def candidates(gpus: int, engines: Sequence[str], network: Network) -> list[Layout]:
-    """Layouts of all GPUs, in order of their communication. A context stays within a node."""
+def candidates(gpus: int, engines: Sequence[str], network: Network, asked: int = 1) -> list[Layout]:
+    """Layouts of all GPUs, in order of their communication. A context stays within a node, unless the recipe asks for it."""
     if gpus == 1:
         return [Layout("single")] if "single" in engines else []
     found = [Layout("ddp", replicas=gpus)] if "ddp" in engines else []
@@ -46,9 +50,10 @@ def candidates(gpus: int, engines: Sequence[str], network: Network) -> list[Layo
             found.append(Layout("fsdp2", replicas=gpus // node, shards=node))
         found.append(Layout("fsdp2", shards=gpus))
     found += [Layout(engine, shards=gpus) for engine in ("zero1", "zero2", "zero3") if engine in engines]
-    if "fsdp2" in engines:
-        contexts = [c for c in (2, 4, 8) if gpus % c == 0 and network.gpus_per_node % c == 0]
-        found += [Layout("fsdp2", shards=gpus // c, context=c) for c in contexts]
+    contexts = sorted({c for c in (2, 4, 8) if network.gpus_per_node % c == 0} | ({asked} - {1}))
+    for c in (c for c in contexts if gpus % c == 0):
+        found += [Layout("ddp", replicas=gpus // c, context=c)] if "ddp" in engines else []
+        found += [Layout("fsdp2", shards=gpus // c, context=c)] if "fsdp2" in engines else []
     return found
 
 
@@ -60,23 +65,24 @@ def rank_layouts(
     recipe, config = estimator.recipe, estimator.config
     load = load_of(recipe, config, context, estimator.loss_share)
     found = []
-    for layout in candidates(gpus, engines, network):
+    for layout in candidates(gpus, engines, network, recipe.parallel.context):
         c = layout.context
         shared = gpus if layout.engine == "ddp" else layout.shards * c
         memory = estimator.memory(layout.engine, shared, context=c)
         largest = estimator.largest_micro_batch(layout.engine, shared, gpu.memory_bytes, context=c)
+        accumulation = max(1, round(load.accumulation * c / recipe.parallel.context))
         step = None
-        if recipe.parallel.offload == "none":  # as many tokens per step as without a context
-            step = predict_step(
-                config, estimator.parts, gpu, layout, replace(load, accumulation=c * load.accumulation), network
-            )
-        found.append(RankedLayout(layout, memory, memory.total <= gpu.memory_bytes, largest, step))
+        if recipe.parallel.offload == "none":
+            same = replace(load, accumulation=accumulation)
+            step = predict_step(config, estimator.parts, gpu, layout, same, network)
+        fits = memory.total <= gpu.memory_bytes
+        found.append(RankedLayout(layout, accumulation, memory, fits, largest, step))
     order = {id(ranked): k for k, ranked in enumerate(found)}
-    best = min((r.step.seconds for r in found if r.step and r.fits), default=0.0)
+    best = min((r.step.seconds / r.step.tokens for r in found if r.step and r.fits), default=0.0)
 
     def rank(ranked: RankedLayout) -> tuple[bool, float, int]:
-        seconds = ranked.step.seconds if ranked.step else 0.0
-        return not ranked.fits, best if seconds <= best * (1 + TIE) else seconds, order[id(ranked)]
+        per_token = ranked.step.seconds / ranked.step.tokens if ranked.step else 0.0
+        return not ranked.fits, best if per_token <= best * (1 + TIE) else per_token, order[id(ranked)]
 
     return tuple(sorted(found, key=rank))
 
@@ -91,7 +97,7 @@ def load_of(recipe: Recipe, config: ModelConfig, context: float, loss_share: flo
     return Load(tokens, context, train.accumulation, loss_share, scaled)
 
 
-def recommend(ranked: Sequence[RankedLayout], gpu: Gpu, recipe: Recipe) -> tuple[Layout | None, tuple[str, ...]]:
+def recommend(ranked: Sequence[RankedLayout], gpu: Gpu, recipe: Recipe) -> tuple[RankedLayout | None, tuple[str, ...]]:
     """The first that fits, and the reasons."""
     reasons = [
         f"{r.layout} does not fit: {_need(r, gpu)} at micro_batch={recipe.train.micro_batch}, largest {r.largest}"
@@ -112,7 +118,7 @@ def recommend(ranked: Sequence[RankedLayout], gpu: Gpu, recipe: Recipe) -> tuple
             f"predicted {first.step.seconds:.3g} s per step against {other.step.seconds:.3g} of {other.layout}; "
             f"{100 * first.step.exposed / first.step.seconds:.1f} % of it waits for communication"
         )
-    return first.layout, tuple(reasons)
+    return first, tuple(reasons)
 
 
 def _need(ranked: RankedLayout, gpu: Gpu) -> str:
@@ -136,11 +142,14 @@ def table(ranked: Sequence[RankedLayout], flops_per_token: float, gpu: Gpu) -> l
     return lines
 
 
-def named(layout: Layout, accumulation: int = 1) -> list[str]:
-    """The overrides that ask for a layout with as many tokens per step."""
+def named(ranked: RankedLayout, recipe: Recipe) -> tuple[str, ...]:
+    """The overrides that ask for a layout with as many tokens per step as the recipe has."""
+    layout = ranked.layout
     words = [f"parallel.strategy={layout.engine}"]
     if layout.engine == "fsdp2" and layout.replicas > 1:
         words.append(f"parallel.replicas={layout.replicas}")
-    if layout.context > 1:
-        words += [f"parallel.context={layout.context}", f"train.accumulation={layout.context * accumulation}"]
-    return words
+    if layout.context != recipe.parallel.context:
+        words.append(f"parallel.context={layout.context}")
+    if ranked.accumulation != recipe.train.accumulation:
+        words.append(f"train.accumulation={ranked.accumulation}")
+    return tuple(words)

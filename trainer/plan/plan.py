@@ -62,20 +62,20 @@ class RunCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `chatmill plan` prints. layouts: of all GPUs, the best first."""
+    """Everything that `chatmill plan` prints. layouts: of all GPUs, the best first. overrides: what asks for `layout`."""
 
     gpu: Gpu
     gpus: int
     parameters: dict[str, int]
     active: int
     micro_batch: int
-    accumulation: int
     loss_share: float
     fits: tuple[Fit, ...]
     layouts: tuple[RankedLayout, ...]
     work: RunCost
     engine: str | None
     layout: Layout | None
+    overrides: tuple[str, ...]
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -123,13 +123,13 @@ def make_plan(
         parameters=config.parameter_counts(),
         active=config.active_parameters(),
         micro_batch=recipe.train.micro_batch,
-        accumulation=recipe.train.accumulation,
         loss_share=loss_share,
         fits=tuple(fits),
         layouts=ranked,
         work=work,
-        engine=chosen.engine if chosen else None,
-        layout=chosen,
+        engine=chosen.layout.engine if chosen else None,
+        layout=chosen.layout if chosen else None,
+        overrides=named(chosen, recipe) if chosen else (),
         reasons=reasons,
         notes=tuple(notes),
     )
@@ -149,7 +149,7 @@ def count_work(
     """Tokens, FLOPs and time of the whole run. seconds: of a predicted step; without it or with mfu, that decides."""
     train = recipe.train
     steps = steps or train.steps
-    step_tokens = gpus * train.accumulation * train.micro_batch * recipe.data.sequence_length
+    step_tokens = max(1, gpus // recipe.parallel.context) * train.accumulation * train.micro_batch * recipe.data.sequence_length
     context = float(recipe.data.sequence_length) if context is None else context
     parts = parts_of(recipe, config)
     flops = parts.flops_per_token(config, context)
@@ -200,7 +200,7 @@ def show(plan: Plan) -> str:
         total = f"{m.total / GIB:>9.1f}"
         lines.append(f"{fit.engine:<8}{fit.world_size:>5}{cells}{total}  {largest}{'' if fit.fits else '   does not fit'}")
     work = plan.work
-    words = named(plan.layout, plan.accumulation) if plan.layout else ["none fits"]
+    words = plan.overrides or ("none fits",)
     if plan.layouts:
         lines += ["", *table(plan.layouts, work.flops_per_token, plan.gpu)]
     said = "assumed" if work.assumed else "predicted"

@@ -54,8 +54,10 @@ class Layout:
 
     def __str__(self) -> str:
         counts = {name: getattr(self, name) for name in ("replicas", "shards", "context", "tensor")}
+        if self.engine == "ddp":
+            del counts["replicas"]  # what is left
         divided = [f"{name} {count}" for name, count in counts.items() if count > 1]
-        return " ".join([self.engine, *([" x ".join(divided)] if self.engine not in ("single", "ddp") else [])])
+        return " ".join([self.engine, *([" x ".join(divided)] if divided else [])])
 
 
 @dataclass(frozen=True)

@@ -73,16 +73,19 @@ def test_the_layouts_of_two_nodes_are_ranked_and_the_best_is_named() -> None:
         "fsdp2 replicas 2 x shards 8",
         "fsdp2 shards 16",
         "zero1 shards 16",
+        "ddp context 2",
         "fsdp2 shards 8 x context 2",
+        "ddp context 4",
         "fsdp2 shards 4 x context 4",
+        "ddp context 8",
         "fsdp2 shards 2 x context 8",
     ]
     assert candidates(1, ("ddp", "single"), Network()) == [Layout("single")]
     assert [str(layout) for layout in candidates(9, ("fsdp2",), Network())] == ["fsdp2 shards 9"]  # no whole nodes
     large = load_recipe("8b")
     plan = make_plan(large, large.model.shape(), H100, 16, engines=["ddp", "fsdp2"], world_sizes=[16])
-    assert plan.layout is not None and named(plan.layout) == ["parallel.strategy=fsdp2", "parallel.replicas=2"]
-    assert [ranked.fits for ranked in plan.layouts] == [True] * 5 + [False]
+    assert plan.overrides == named(plan.layouts[0], large) == ("parallel.strategy=fsdp2", "parallel.replicas=2")
+    assert {ranked.layout.engine for ranked in plan.layouts if not ranked.fits} == {"ddp"}
     assert not plan.work.assumed and plan.layouts[0].step is not None
     assert plan.work.step_seconds == plan.layouts[0].step.seconds
     assert "parallel.replicas=2" in show(plan) and "not measured" in show(plan)
@@ -101,6 +104,12 @@ def test_a_pack_too_long_for_one_gpu_is_divided() -> None:
     assert plan.layout is not None and f"train.accumulation={2 * plan.layout.context}" in show(plan)
     tokens = {ranked.step.tokens for ranked in plan.layouts if ranked.step}
     assert tokens == {16 * 2 * 131072}
+    asked = load_recipe("8b", [*words, "parallel.strategy=fsdp2", "parallel.context=4"])
+    given = make_plan(asked, asked.model.shape(), H100, 16, engines=["fsdp2"], world_sizes=[16])
+    assert given.work.step_tokens == 4 * 2 * 131072
+    steps = {str(ranked.layout): (ranked.accumulation, ranked.step.tokens) for ranked in given.layouts if ranked.step}
+    assert steps["fsdp2 shards 4 x context 4"] == (2, given.work.step_tokens)
+    assert steps["fsdp2 shards 8 x context 2"] == (1, given.work.step_tokens)
 
 
 def test_every_gpu_has_bandwidths() -> None:
