@@ -326,7 +326,7 @@ from chatmill.trainer.chat import terminal as chat_terminal
 from chatmill.trainer.chat.file import generate_file, read_prompts
 from chatmill.trainer.generation.replies import Reply, reply_to
 
-def answer_with(chat_model):
+def answer_with(chat_model, tool_use=None):
     def answer(messages, settings, on_text):
         for number in range(settings.max_new_tokens):
             on_text(f"{number} ")
