@@ -5,9 +5,10 @@
 The real model, engine and optimizer run on fake tensors, in a process group whose collectives do nothing (torch's "fake"
 backend). Every collective is recorded with its group. Ranks are simulated one after another: those at the corners of the
 grid, all members of rank 0's small groups, and two drawn by chance, unless --ranks says otherwise. Members of a group must
-call the same operations with the same shapes and types, in the same order; the first that differs is named. Bytes of memory
-are those that a rank keeps between steps; the peak within a step is what `chatmill plan` says. DDP checks its weights in C++,
-where fake tensors have no data, and DeepSpeed allocates its buckets there: both are refused.
+call the same operations with the same shapes and types, in the same order; the first that differs is named. The order of
+calls between different groups is not compared. Bytes of memory are those that a rank keeps between steps; the peak within a
+step is what `chatmill plan` says. DDP checks its weights in C++, where fake tensors have no data, and DeepSpeed allocates its
+buckets there: both are refused.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Recorder(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # let it take itself apart first
         name = func._schema.name.partition("::")
-        if name[0] in SPACES and name[2] != "wait_tensor":
+        if name[0] in SPACES and name[2] not in ("wait_tensor", "_wrap_tensor_autograd"):
             flat = [*tree_flatten(args)[0], *tree_flatten(kwargs or {})[0]]
             tensors = [value for value in flat if isinstance(value, Tensor)]
             shapes = tuple(tuple(tensor.shape) for tensor in tensors)

@@ -337,7 +337,10 @@ def test_the_command_prints_json_and_reads_the_data(write_recipe, capsys: pytest
     assert "known are" in capsys.readouterr().err
 
 
-def test_no_plan_is_made_for_a_model_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_plan_is_made_for_a_model_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a run called demo where the tests were started would tell the shape
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text('{"model_type": "llama", "hidden_size": 8}', encoding="utf-8")
     for folder, told in (("nowhere", "the model's size is not known"), ("hf", "no manifest.json")):

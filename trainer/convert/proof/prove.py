@@ -30,8 +30,8 @@ from ..tokenizer_class import is_replaced
 from . import in_transformers, llama_cpp
 from .cases import QUESTIONS, TEXTS, Answer, Case, load_tokenizer, make_cases
 
-# Largest difference of a logit by the type of the weights. SmolLM2-135M-Instruct showed 5.7e-5 in fp32, 0.25 in bf16 and 1.93 in
-# q8_0; in fewer bits only a tiny model was tried: 1.88 (q5_0), 2.26 (q4_0), 2.7 (mxfp4).
+# Largest difference of a logit by the type of the weights. SmolLM2-135M-Instruct showed 5.7e-5 in fp32, 0.25 in bf16 and 1.93
+# in q8_0; in fewer bits only a tiny model was tried: 1.88 (q5_0), 2.26 (q4_0), 2.7 (mxfp4).
 TOLERANCES = {"fp32": 0.01, "fp16": 0.1, "bf16": 1.0, "q8_0": 4.0, "q5_0": 6.0, "q4_0": 10.0, "mxfp4": 12.0}
 TOKENS = 24
 PHASES = ("our replies", "its replies")  # what prove reports
